@@ -1,0 +1,261 @@
+"""What a model shows before its head is trusted: that it can be scored, and that its recipe is right.
+
+Two forward passes over 2 rows of 8 tokens. In the first, the head's output is kept at the first four
+positions and replaced by known values, +-2^-4 to 2^9, at the last four. Real positions test the matmul and
+the bias; the known values test everything after it however small the model's own logits are (a softcap of
+30 does nothing to the logits of a randomly initialised model, but turns 512 into 30). The rows share their
+first four tokens and differ afterwards, so in a causal model the real positions are equal. The second pass
+is a capture, and has to give the same hidden states.
+"""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import EndoRewardError
+
+if TYPE_CHECKING:
+    from .heads import Head
+
+REAL, KNOWN = 4, 4  # positions of the check's rows: real head outputs, then known ones
+SAMPLED_ROWS = 4096  # of the head's weight: enough to catch a wrong matmul, no fp32 copy of a 256k vocabulary
+TF32_EPS = 2.0**-10  # a float32 matmul on tensor cores keeps 10 bits
+PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def describe(model: nn.Module) -> str:
+    """'llama' (LlamaForCausalLM)."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    name = type(model).__name__
+    return name if not model_type else f"model type {model_type!r} ({name})"
+
+
+def find_head(model: nn.Module) -> nn.Module:
+    """The model's one output embedding, or EndoRewardError saying why it is not a causal language model."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise EndoRewardError(
+            f"{describe(model)} is an encoder-decoder, not a causal language model: load a decoder-only model"
+        )
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    if isinstance(head, nn.ModuleList):
+        raise EndoRewardError(f"{describe(model)} has {len(head)} output heads; one vocabulary is needed")
+    if not isinstance(head, nn.Module):
+        raise EndoRewardError(
+            f"{describe(model)} has no output embedding, so it is not a causal language model: "
+            "load it with AutoModelForCausalLM, and hand over the model itself rather than a wrapper"
+        )
+    return head
+
+
+def refuse_bad_weights(model: nn.Module) -> None:
+    """EndoRewardError naming the first parameter that was never loaded, or holds NaN or infinity.
+
+    One reduction per parameter and one synchronisation per device: a sum is finite if every term is (one that
+    overflows is looked at again, element by element).
+    """
+    offloaded = any(
+        hasattr(module, "_hf_hook") for module in model.modules()
+    )  # accelerate brings the weights in
+    sums: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta and not offloaded:
+            raise EndoRewardError(f"{describe(model)}: parameter {name!r} was never loaded (meta device)")
+        local = parameter.detach()
+        local = local.to_local() if hasattr(local, "to_local") else local  # this process's shard of a DTensor
+        if local.dtype in PLAIN_DTYPES and not local.is_meta and type(local) in (Tensor, nn.Parameter):
+            total = local.sum(dtype=torch.promote_types(local.dtype, torch.float32))
+            sums.setdefault(local.device, []).append((name, local, total.float()))
+    for entries in sums.values():
+        finite = torch.stack([total for _, _, total in entries]).isfinite().tolist()
+        for (name, local, _), fine in zip(entries, finite, strict=True):
+            if not fine and not torch.isfinite(local).all():
+                raise EndoRewardError(f"{describe(model)}: parameter {name!r} has NaN or infinite values")
+
+
+def why_not_plain(head: nn.Module) -> str | None:
+    """Why hidden @ weight.T + bias may not be what this head computes, by its kind; None if it is plain."""
+    weight = getattr(head, "weight", None)
+    kind = type(head).__name__
+    if type(head).forward is not nn.Linear.forward:
+        return f"its output head is a {kind}, not a plain linear layer"
+    if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
+        return "the forward of its output head was replaced"
+    if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
+        return f"the weight of its output head is a {type(weight).__name__}, not a plain tensor"
+    if weight.is_meta:
+        return "the weight of its output head is offloaded"
+    if weight.dtype not in PLAIN_DTYPES:
+        return f"the weight of its output head is quantised ({weight.dtype})"
+    if weight.dim() != 2 or weight.numel() == 0:
+        return f"the weight of its output head is sharded away, shape {tuple(weight.shape)}"
+    return None
+
+
+@torch.no_grad()
+def self_check(model: nn.Module, head: "Head") -> str | None:
+    """Why head's recipe cannot be used, or None. EndoRewardError if the model cannot be scored at all."""
+    odd = why_not_plain(head.module)
+    tokens = _check_tokens(model)
+    with _left_as_it_was(model):
+        seen, logits, known = _run_with_known_values(model, head.module, tokens)
+        _refuse_unless_causal(model, logits, tokens)
+        if odd is not None:
+            return odd
+        if len(seen) != 1 or known is None:
+            shapes = ", ".join(str(tuple(hidden.shape)) for hidden in seen)
+            return f"its output head is fed {len(seen)} inputs ({shapes}), not one of (batch, tokens, size)"
+        wrong = _recipe_mismatch(head, seen[0], logits, known)
+        return wrong or _capture_mismatch(model, head, seen[0], tokens)
+
+
+def logits_of(output: Any) -> Tensor:
+    """Final logits (B, T, V) in what a causal model's forward returned: a ModelOutput or a tuple."""
+    logits = getattr(output, "logits", None)
+    return output[0] if logits is None else logits
+
+
+def _check_tokens(model: nn.Module) -> Tensor:
+    """Token ids (2, 8): the first half shared, the second not; none of them special (padding, image, ...)."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    size = int(getattr(text, "vocab_size", 0) or getattr(find_head(model), "out_features", 256))
+    special = _special_ids(config.to_dict()) if hasattr(config, "to_dict") else set()
+    count = REAL + 2 * KNOWN
+    stride = max(1, size // (4 * count))
+    ids = [i for i in range(0, size, stride) if i not in special][-count:] or [0]
+    ids = (ids * count)[:count]
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    shared, one, other = ids[:REAL], ids[REAL : REAL + KNOWN], ids[REAL + KNOWN :]
+    return torch.tensor([shared + one, shared + other], device=device)
+
+
+def _special_ids(config: dict[str, Any]) -> set[int]:
+    """Every id that a config gives a meaning: bos_token_id, image_token_index, ..., nested ones included."""
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= _special_ids(value)
+        elif str(key).endswith(("_id", "_ids", "_index")):
+            found |= {i for i in (value if isinstance(value, list) else [value]) if isinstance(i, int)}
+    return found
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Inside: evaluation mode. Afterwards each module's own mode and every random state are as before."""
+    modes = {module: module.training for module in model.modules()}
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _forward(model: nn.Module, tokens: Tensor) -> Any:
+    torch.manual_seed(0)  # Reformer draws its hash buckets at random: both passes must draw the same
+    kwargs = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return model(input_ids=tokens, **kwargs)
+
+
+def _known_values(shape: torch.Size, like: Tensor) -> Tensor:
+    """Head outputs of all sizes, exact in any dtype: +-2^-4, ..., +-2^9, varying along each axis."""
+    place = torch.arange(shape.numel(), device=like.device).reshape(shape) % 28
+    sign = 1 - 2 * (place % 2)
+    return (sign * torch.exp2(place // 2 - 4.0)).to(like.dtype)
+
+
+def _run_with_known_values(
+    model: nn.Module, module: nn.Module, tokens: Tensor
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """What the head was fed; final logits (2, 8, V); the values planted at the last positions (2, 4, rows)."""
+    seen: list[Tensor] = []
+    planted: list[Tensor] = []
+
+    def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+
+    def plant(module: nn.Module, args: tuple[Tensor, ...], y: Any) -> Any:
+        if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[:2] != tokens.shape:
+            return y
+        planted.append(_known_values(y[:, REAL:].shape, y))
+        return torch.cat([y[:, :REAL], planted[-1]], 1)
+
+    handles = [module.register_forward_pre_hook(look), module.register_forward_hook(plant)]
+    try:
+        logits = logits_of(_forward(model, tokens))
+    except Exception as error:
+        raise EndoRewardError(
+            f"{describe(model)} does not run on token ids alone: {_one_line(error)}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, logits, planted[0] if len(planted) == 1 else None
+
+
+def _refuse_unless_causal(model: nn.Module, logits: Tensor, tokens: Tensor) -> None:
+    if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
+        raise EndoRewardError(
+            f"{describe(model)} gives logits of shape {tuple(logits.shape)} for {tuple(tokens.shape)} "
+            "tokens; a causal language model gives (batch, tokens, vocabulary)"
+        )
+    one, other = logits[:, :REAL].float()
+    if one.isnan().any():
+        raise EndoRewardError(f"{describe(model)} gives NaN logits although its weights are finite")
+    change = torch.where(one == other, 0.0, one - other).abs().amax(-1)
+    # Mixture-of-experts layers round differently with different companions, hence a tolerance and a median.
+    noise = max(TF32_EPS, 4 * torch.finfo(logits.dtype).eps) * one.std(-1)
+    if (change > noise).float().median() == 1:
+        raise EndoRewardError(
+            f"{describe(model)} is not causal: its logits at a token change with later tokens (an encoder, or "
+            "a decoder whose config does not say is_decoder or causal?)"
+        )
+
+
+def _recipe_mismatch(head: "Head", hidden: Tensor, logits: Tensor, known: Tensor) -> str | None:
+    expected = head.recipe.finish(known.float())
+    if expected.shape[-1] != logits.shape[-1]:
+        return f"its logits have {logits.shape[-1]} entries where its head gives {expected.shape[-1]}"
+    eps = max(torch.finfo(t.dtype).eps for t in (hidden, head.weight, logits))
+    got = logits[:, REAL:].float()
+    if not ((got - expected).abs() <= 4 * eps * expected.abs() + 1e-6).all():
+        return f"what it does to its head's output is not {head.recipe}"
+
+    rows = torch.linspace(0, logits.shape[-1] - 1, min(logits.shape[-1], SAMPLED_ROWS)).long()
+    rows = rows.to(head.weight.device)
+    y = hidden[:, :REAL].to(rows.device).float() @ head.weight[rows].float().T
+    if head.bias is not None:
+        y = y + head.bias[rows].float()
+    expected = head.recipe.finish(y)
+    got = logits[:, :REAL].to(rows.device)[..., rows].float()
+    size = expected.abs() + expected.std(-1, keepdim=True)
+    if not ((got - expected).abs() <= 4 * max(eps, TF32_EPS) * size).all():
+        return "its logits are not hidden @ weight.T + bias"
+    return None
+
+
+def _capture_mismatch(model: nn.Module, head: "Head", hidden: Tensor, tokens: Tensor) -> str | None:
+    try:
+        with head.capture() as seen:
+            logits = logits_of(_forward(model, tokens))
+    except Exception as error:
+        return f"it does not run without logits ({_one_line(error)})"
+    if logits.numel() != 0:
+        return f"it makes logits {tuple(logits.shape)} from an empty head input"
+    again = seen.hidden.float()
+    if again.shape != hidden.shape or not torch.allclose(again, hidden.float(), rtol=1e-2, atol=1e-3):
+        return "its hidden states differ when no logits are made"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

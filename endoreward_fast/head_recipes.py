@@ -1,0 +1,90 @@
+"""What each model family does between its output head and its final logits: the table of `heads.py`.
+
+Read from the modeling files of transformers 5.23. Nobody has to believe it: `head_check.py` has the model
+confirm it.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeadRecipe:
+    """What happens to the head's raw output y = hidden @ weight.T + bias on its way to the final logits."""
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    vocab_size: int | None = None
+    """how many of the head's rows are words; the rest is padding that the model cuts off. None: all"""
+
+    def finish(self, y: Tensor) -> Tensor:
+        """Final logits of raw head outputs y (..., V)."""
+        z = y[..., : self.vocab_size] * self.logit_scale
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Names of the config's fields that make a family's recipe."""
+
+    multiply: str | None = None
+    divide: str | None = None
+    softcap: str | None = None
+    vocab_size: str | None = None
+
+    def read(self, config: Any) -> HeadRecipe:
+        def number(name: str | None) -> float | None:
+            value = None if name is None else getattr(config, name)
+            return None if value is None else float(value)
+
+        multiply, divide, rows = number(self.multiply), number(self.divide), number(self.vocab_size)
+        scale = (1.0 if multiply is None else multiply) / (1.0 if divide is None else divide)
+        return HeadRecipe(scale, number(self.softcap), None if rows is None else int(rows))
+
+
+def _rules() -> dict[str, _Rule]:
+    """Model type -> rule, as transformers 5.23 has it in its modeling files; other types are plain."""
+    families = (
+        (
+            _Rule(softcap="final_logit_softcapping"),
+            "beam gemma2 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified "
+            "gemma4_unified_text nanochat paligemma vaultgemma",
+        ),
+        (_Rule(softcap="logits_soft_cap"), "recurrent_gemma"),
+        (_Rule(softcap="output_logit_soft_cap"), "xlstm"),
+        (_Rule(multiply="logit_scale"), "cohere cohere2 cohere2_moe cohere_compass cohere_compass_text"),
+        (
+            _Rule(divide="logits_scaling"),
+            "granite granite4_vision granite_docling granite_swa granitemoe granitemoe_swa granitemoehybrid "
+            "granitemoeshared",
+        ),
+        (_Rule(multiply="logits_scaling"), "hyperclovax hyperclovax_vision_v2"),
+        (_Rule(multiply="lm_head_multiplier"), "falcon_h1"),
+        (_Rule(multiply="output_multiplier", softcap="final_logit_softcapping"), "muse_glimmer muse_spark"),
+        (_Rule(vocab_size="unpadded_vocab_size"), "inkling_text inkling_mm_model"),
+        (
+            _Rule(softcap="final_logit_softcapping", vocab_size="unpadded_vocab_size"),
+            "inkling2 inkling2_text",
+        ),
+    )
+    return {model_type: rule for rule, types in families for model_type in types.split()}
+
+
+_RULES = MappingProxyType(_rules())
+
+
+def recipe_for(model: nn.Module) -> HeadRecipe:
+    """The recipe of a model's family. Fields are read from its text config, so composite models work as well.
+
+    Deliberately plain, although the config has a field that suggests otherwise: mpt (`logit_scale`), gemma3
+    with its image tower (`final_logit_softcapping`), minicpm3 (`logits_scaling` acts before the head).
+    """
+    config = getattr(model, "config", None)
+    rule = _RULES.get(getattr(config, "model_type", ""))
+    if config is None or rule is None:
+        return HeadRecipe()
+    return rule.read(config.get_text_config(decoder=True))

@@ -1,0 +1,110 @@
+"""How a causal language model turns hidden states into final logits, and how to get at those hidden states.
+
+    z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)    each step where a family has it
+
+hidden (B, T, D) is what the output embedding is fed, so whatever a family does before it (MiniCPM3 divides,
+BERT-like heads transform) is in it already. What comes after it is the family's `HeadRecipe`, from the table
+in `head_recipes.py`, which the model itself has to confirm (`head_check.py`). A model that disagrees is still
+scored, from its own full logits, and a warning says so.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from .errors import EndoRewardError
+from .head_check import describe, find_head, logits_of, refuse_bad_weights, self_check
+from .head_recipes import HeadRecipe, recipe_for
+
+__all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for"]
+
+
+class Seen:
+    """What one forward pass fed the head while it was being captured."""
+
+    def __init__(self) -> None:
+        self.calls: list[Tensor] = []
+
+    @property
+    def hidden(self) -> Tensor:
+        """The head's input (B, T, D), with its autograd graph. EndoRewardError unless the head ran once."""
+        if len(self.calls) != 1:
+            raise EndoRewardError(
+                f"the output head ran {len(self.calls)} times in one forward pass, not once; a model that "
+                "torch.compile has seen before hides its head"
+            )
+        return self.calls[0]
+
+
+class Head:
+    """The output embedding of a loaded causal language model.
+
+    After construction `linear` says whether hidden states and `weight`, `bias`, `logit_scale`, `softcap`
+    give the model's final logits; if not, `reason` says why, and the model's own logits must be used
+    (`logits_of`). `recipe` replaces the table's; it is checked in the same way. The model is left as it
+    was: mode, hooks, random state.
+
+    Raises EndoRewardError, naming the model: no output embedding, an encoder or encoder-decoder, weights
+    that were never loaded or are NaN or infinite, a model that does not run on token ids, or that looks at
+    later tokens.
+    """
+
+    def __init__(self, model: nn.Module, *, recipe: HeadRecipe | None = None) -> None:
+        self.module = find_head(model)
+        refuse_bad_weights(model)
+        self.recipe = recipe_for(model) if recipe is None else recipe
+        self.reason = self_check(model, self)
+        if self.reason is not None:
+            warnings.warn(
+                f"{describe(model)}: {self.reason}; using its own full logits, which take more memory",
+                stacklevel=2,
+            )
+
+    @property
+    def linear(self) -> bool:
+        """Whether hidden states, weight and recipe give the model's final logits."""
+        return self.reason is None
+
+    @property
+    def weight(self) -> Tensor:
+        """(V, D), live: it follows the model when it is trained, moved or re-tied."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight[: self.recipe.vocab_size]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(V,) or None."""
+        bias = getattr(self.module, "bias", None)
+        return None if bias is None else bias[: self.recipe.vocab_size]
+
+    @property
+    def logit_scale(self) -> float:
+        return self.recipe.logit_scale
+
+    @property
+    def softcap(self) -> float | None:
+        return self.recipe.softcap
+
+    @contextmanager
+    def capture(self) -> Iterator[Seen]:
+        """While open, a forward pass of the model records the head's input and makes no logits.
+
+        The head is fed an empty slice, (B, 0, D), so that it and everything after it (scale, softcap,
+        slices) runs on (B, 0, V): right in shape and dtype, no memory, no matmul. Restored on the way out,
+        whatever happens. One capture per model at a time: the hook sees every forward pass, those of other
+        threads too.
+        """
+        seen = Seen()
+
+        def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            hidden = args[0]
+            seen.calls.append(hidden)
+            return (hidden[..., :0, :], *args[1:])
+
+        handle = self.module.register_forward_pre_hook(keep)
+        try:
+            yield seen
+        finally:
+            handle.remove()
