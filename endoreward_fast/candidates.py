@@ -1,0 +1,207 @@
+"""A row of the input into what the model scores, and its scores back into the row's own shape.
+
+| columns                                              | scores                                   |
+| prompt (or question) and completion (response, answer) | one number                               |
+| prompt and completions (responses)                   | a list                                   |
+| prompt, chosen and rejected                          | {"chosen": ..., "rejected": ...}         |
+| chosen and rejected as whole conversations           | the same; their common start is the prompt |
+| messages                                             | one number, for the last assistant turn  |
+| prompt_ids and completion_ids                        | one number                               |
+
+A completion, like a prompt, is text or a list of messages. `chosen` and `rejected` may be lists of
+completions (RM-Bench: three styles each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .data import is_messages, kind_of
+from .errors import EndoRewardError
+
+PROMPT = ("prompt", "question")
+COMPLETION = ("completion", "response", "answer")
+COMPLETIONS = ("completions", "responses")
+WANTED = {
+    "score": "prompt and completion; prompt and completions; prompt, chosen and rejected; or messages",
+    "rank": "prompt and completions; or prompt, chosen and rejected",
+    "eval": "prompt, chosen and rejected",
+}
+
+
+class MissingColumns(EndoRewardError):
+    """The row has none of the sets of columns that the command can use."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one row asks to have scored."""
+
+    samples: tuple[dict[str, Any], ...]
+    """rows as EndoRewardModel.score takes them"""
+    layout: Any
+    """positions in `samples`, in the answer's shape: an int, a list, or {"chosen": ..., "rejected": ...}"""
+
+
+def arrange(layout: Any, value: Callable[[int], Any]) -> Any:
+    """`layout` with every position replaced by `value(position)`."""
+    if isinstance(layout, dict):
+        return {key: arrange(part, value) for key, part in layout.items()}
+    if isinstance(layout, list):
+        return [arrange(part, value) for part in layout]
+    return value(layout)
+
+
+def plan(row: Mapping[str, Any], command: str = "score") -> Task:
+    """What `command` ("score", "rank" or "eval") scores in `row`.
+
+    Raises MissingColumns if the columns do not say, EndoRewardError if what they hold cannot be scored.
+    """
+    if "chosen" in row and "rejected" in row:
+        return _preference(row)
+    if (name := _first(row, COMPLETIONS)) and (prompt := _first(row, PROMPT)) and command != "eval":
+        return _listed(row, prompt, name)
+    if command == "score":
+        if (name := _first(row, COMPLETION)) and (prompt := _first(row, PROMPT)):
+            return Task((_sample(_prompt(row[prompt], prompt), _completion(row[name], name)),), 0)
+        if "messages" in row:
+            return Task(({"messages": _dialogue(row["messages"], "messages")},), 0)
+        if "prompt_ids" in row and "completion_ids" in row:
+            return Task(({key: _ids(row[key], key) for key in ("prompt_ids", "completion_ids")},), 0)
+    found = ", ".join(map(str, row)) or "none"
+    raise MissingColumns(f"columns wanted: {WANTED[command]}; found: {found}")
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _listed(row: Mapping[str, Any], prompt: str, name: str) -> Task:
+    values = row[name]
+    if not isinstance(values, list) or is_messages(values):
+        raise EndoRewardError(f"{name}: wanted an array of completions, found {kind_of(values)}")
+    start = _prompt(row[prompt], prompt)
+    samples = tuple(_sample(start, _completion(v, f"{name}[{i}]")) for i, v in enumerate(values))
+    return Task(samples, list(range(len(samples))))
+
+
+def _preference(row: Mapping[str, Any]) -> Task:
+    chosen, rejected = _candidates(row["chosen"]), _candidates(row["rejected"])
+    name = _first(row, PROMPT)
+    prompt = _prompt(row[name], name) if name else None
+    if prompt is None and (isinstance(chosen, _Many) or isinstance(rejected, _Many)):
+        raise MissingColumns(f"columns wanted: {WANTED['eval']}; found: {', '.join(map(str, row))}")
+    if prompt is None:
+        prompt, chosen, rejected = _implicit_prompt(chosen, rejected)
+    samples: list[dict[str, Any]] = []
+    layout: dict[str, Any] = {}
+    for side, value in (("chosen", chosen), ("rejected", rejected)):
+        if value == []:
+            raise EndoRewardError(f"{side}: wanted at least one completion, found an empty array")
+        many = isinstance(value, _Many)
+        at = len(samples)
+        for i, one in enumerate(value if many else [value]):
+            samples.append(_sample(prompt, _completion(one, f"{side}[{i}]" if many else side)))
+        layout[side] = list(range(at, len(samples))) if many else at
+    return Task(tuple(samples), layout)
+
+
+class _Many(list):  # type: ignore[type-arg]
+    """Several completions, as opposed to one that is a list of messages."""
+
+
+def _candidates(value: Any) -> Any:
+    return _Many(value) if isinstance(value, list) and not is_messages(value) else value
+
+
+def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Two whole conversations, or two texts: the prompt ends where they part, at a turn's or word's start."""
+    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+        raise EndoRewardError(
+            "without a prompt, chosen and rejected must both be text or both be messages, "
+            f"found {kind_of(chosen)} and {kind_of(rejected)}"
+        )
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+        min(len(chosen), len(rejected)),
+    )
+    if isinstance(chosen, list):
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+    else:
+        while shared and not (chosen + " ")[shared].isspace():
+            shared -= 1
+    if not shared:
+        raise EndoRewardError("no prompt: chosen and rejected have no common start to take for one")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _sample(prompt: Any, completion: Any) -> dict[str, Any]:
+    """A prompt and its completion; what a completion repeats of the prompt (whole conversations do) goes."""
+    if not isinstance(completion, list):
+        return {"prompt": prompt, "completion": completion}
+    if isinstance(prompt, list) and completion[: len(prompt)] == prompt:
+        completion = completion[len(prompt) :]
+        if not completion:
+            raise EndoRewardError("the completion repeats the prompt and adds nothing")
+    elif isinstance(prompt, str):
+        # A text prompt beside whole conversations (UltraFeedback) is their first user turn once more.
+        prompt = [{"role": "user", "content": prompt}] if completion[0]["role"] == "assistant" else []
+    if completion[0]["role"] != "assistant":
+        prompt, completion = prompt + completion[:-1], completion[-1:]
+    return {"prompt": prompt, "completion": completion}
+
+
+def _prompt(value: Any, name: str) -> Any:
+    return _messages(value, name) if is_messages(value) else _text(value, name)
+
+
+def _completion(value: Any, name: str) -> Any:
+    return _dialogue(value, name) if is_messages(value) else _text(value, name)
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = str(value)  # a numeric answer, as JSON files have them
+    if not isinstance(value, str):
+        raise EndoRewardError(f"{name}: wanted text or messages, found {kind_of(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise EndoRewardError(
+            f"{name}: character {error.start + 1} is half of a surrogate pair, no text"
+        ) from None
+    return value
+
+
+def _messages(value: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    for i, message in enumerate(value):
+        if not isinstance(message["role"], str):
+            raise EndoRewardError(f"{name}[{i}].role: wanted text, found {kind_of(message['role'])}")
+        if not isinstance(message.get("content"), str):
+            raise EndoRewardError(
+                f"{name}[{i}].content: wanted text, found {kind_of(message.get('content'))}"
+            )
+        _text(message["content"], f"{name}[{i}].content")
+    return value
+
+
+def _dialogue(value: Any, name: str) -> list[dict[str, Any]]:
+    """Messages that end in what is scored."""
+    if not is_messages(value):
+        raise EndoRewardError(
+            f'{name}: wanted an array of {{"role", "content"}} objects, found {kind_of(value)}'
+        )
+    messages = _messages(value, name)
+    if messages[-1]["role"] != "assistant":
+        raise EndoRewardError(
+            f"{name}: the last turn must be the assistant's, found {messages[-1]['role']!r}"
+        )
+    return messages
+
+
+def _ids(value: Any, name: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise EndoRewardError(f"{name}: wanted an array of token ids")
+    return value

@@ -1,0 +1,185 @@
+"""The `endoreward` command. Nothing here imports torch before a model is needed: --help answers at once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from . import pipeline
+from .data import STDIN, open_source
+from .errors import EndoRewardError
+from .evaluation import Judged, rm_bench_part
+from .options import ModelFlags, RowFlags, takes
+from .output import Monitor, Sink, one_line
+from .pipeline import Item
+from .report import FileResult, to_json, to_text
+
+BAD_INPUT = 2  # exit code
+
+
+class _Group(TyperGroup):
+    """Says an EndoRewardError in one line, exit code 2; anything else is a defect and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except EndoRewardError as error:
+            print(f"endoreward: {one_line(str(error))}", file=sys.stderr)
+            raise typer.Exit(BAD_INPUT) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="The reward inside every causal language model: r = Q(s, a) - V(s'), read from its own logits.",
+)
+File = Annotated[
+    str, typer.Argument(help="JSON Lines, JSON, CSV or TSV, gzipped or not; - is standard input.")
+]
+PerToken = Annotated[
+    bool, typer.Option("--per-token", help="Add token_rewards: one number for every scored token.")
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"endoreward {version('endoreward-fast')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+@takes(RowFlags)
+def score(file: File, flags: RowFlags, per_token: PerToken = False) -> None:
+    """Score every completion of FILE: JSON Lines out, every column kept, `score` added."""
+    _rows_to_rows("score", file, flags, per_token, pipeline.scored_row)
+
+
+@app.command()
+@takes(RowFlags)
+def rank(file: File, flags: RowFlags, per_token: PerToken = False) -> None:
+    """Rank the completions of every row of FILE: adds `scores`, `ranking` (best first) and `best`."""
+    _rows_to_rows("rank", file, flags, per_token, pipeline.ranked_row)
+
+
+def _rows_to_rows(
+    command: str, file: str, flags: RowFlags, per_token: bool, answer: Callable[..., dict[str, Any]]
+) -> None:
+    with Sink(flags.output, (file,)) as sink:
+        source = open_source(file, flags.limit)
+        batches = _checked(pipeline.windows(source, command, strict=flags.strict), source.name)
+        scorer = pipeline.load_scorer(flags)
+        options = {**flags.scoring(), "per_token": per_token}
+        with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
+            for items in batches:
+                pipeline.score_items(
+                    items,
+                    scorer,
+                    options,
+                    lambda item: sink.write_row(answer(item, per_token=per_token)),
+                    monitor,
+                    strict=flags.strict,
+                )
+    if monitor.failed:
+        raise typer.Exit(BAD_INPUT)
+
+
+def _checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
+    """`batches`, of which the first is read and found usable now: before a model is loaded."""
+    first = next(batches)
+    pipeline.check_usable(first, name)
+    return itertools.chain([first], batches)
+
+
+@app.command("eval")
+@takes(RowFlags)
+def evaluate(
+    files: Annotated[list[str], typer.Argument(help="Preference files: RM-Bench, RewardBench, or your own.")],
+    flags: RowFlags,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
+    as_json = as_json or flags.output == STDIN
+    with Sink(flags.output, tuple(files)) as sink:
+        sources = [open_source(file, flags.limit) for file in files]
+        readers = [_checked(pipeline.windows(s, "eval", strict=flags.strict), s.name) for s in sources]
+        scorer = pipeline.load_scorer(flags)
+        totals = [source.total for source in sources]
+        total = None if None in totals else sum(t for t in totals if t is not None)
+        results = [FileResult(source.name) for source in sources]
+        monitor, interrupted = Monitor(total, quiet=flags.quiet), False
+        try:
+            with monitor:
+                for result, reader in zip(results, readers, strict=True):
+                    for items in reader:
+                        pipeline.score_items(
+                            items, scorer, flags.scoring(), _judge(result), monitor, strict=flags.strict
+                        )
+        except KeyboardInterrupt:
+            interrupted = True
+        about = {"version": version("endoreward-fast"), "complete": not interrupted, "flags": flags.to_json()}
+        about |= {"tokens": monitor.tokens, "seconds": round(monitor.seconds, 3)}
+        found = json.dumps(to_json(results, about), indent=1)
+        if flags.output:
+            sink.write(found + "\n")
+    if not as_json:
+        print(to_text(results), end="")
+    elif flags.output != STDIN:
+        print(found)
+    if interrupted:
+        raise typer.Exit(130)
+    if monitor.failed:
+        raise typer.Exit(BAD_INPUT)
+
+
+def _judge(result: FileResult) -> Callable[[Item], None]:
+    """Collects scored rows in `result`."""
+
+    def collect(item: Item) -> None:
+        result.rows += 1
+        row = item.record.row or {}
+        if item.first_problem or item.task is None:
+            result.errors.append(f"{item.record.where}: {item.first_problem}")
+            return
+        chosen, rejected = (_scores(item, item.task.layout[side]) for side in ("chosen", "rejected"))
+        subset = None if row.get("subset") is None else str(row["subset"])
+        part = rm_bench_part(row, result.name)
+        result.judged.append(Judged(result.name, subset, part, row.get("id"), chosen, rejected))
+
+    return collect
+
+
+def _scores(item: Item, layout: Any) -> tuple[float, ...]:
+    positions = layout if isinstance(layout, list) else [layout]
+    return tuple(score for i in positions if (score := item.score(i)) is not None)
+
+
+@app.command()
+@takes(ModelFlags)
+def demo(flags: ModelFlags) -> None:
+    """A demonstration without a network: real text against corrupted, right answers against wrong."""
+    from .demo import show
+
+    show(flags)
+
+
+def main() -> None:
+    """Entry point."""
+    app(prog_name="endoreward")

@@ -1,0 +1,135 @@
+"""`endoreward demo`: the reward at work on text whose better half is known, with accuracies measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from . import pipeline
+from .demo_data import CORRUPTIONS, Passage, Problem, corrupted, passages, problems, steered
+from .errors import EndoRewardError
+from .evaluation import Accuracy, wilson
+from .options import ModelFlags
+from .output import Monitor
+
+PASSAGES, PROBLEMS, STEERED = 24, 120, 60
+SHOWN = 3  # examples printed of each kind
+REAL_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+
+Sample = dict[str, Any]
+
+
+def show(flags: ModelFlags) -> None:
+    """Load the model, score the demonstration's three parts and print what was measured."""
+    form = "plain"
+    print("endoreward demo: a demonstration of the reward that is already inside a language model.")
+    scorer = pipeline.load_scorer(flags)
+    if flags.chat is not False and getattr(getattr(scorer, "tokenizer", None), "chat_template", None):
+        form = "chat"
+    texts = passages(PASSAGES)
+    quiz = problems(PROBLEMS)
+    pairs = steered(STEERED)
+    parts = [
+        [s for i, p in enumerate(texts) for s in _passage_samples(p, i)],
+        [s for p in quiz for s in _problem_samples(p, form)],
+        [s for pair in pairs for s in _steered_samples(pair, form)],
+    ]
+    with Monitor(quiet=flags.quiet) as monitor:
+        scores = _scores(scorer, [s for part in parts for s in part], flags, monitor)
+    ends = [len(parts[0]), len(parts[0]) + len(parts[1])]
+    print(f"Model: {flags.model}.  Score: {flags.reduction} of token rewards, alpha {flags.alpha:g}.")
+    _show_passages(texts, _rows(scores[: ends[0]], 1 + len(CORRUPTIONS)))
+    _show_problems(quiz, _rows(scores[ends[0] : ends[1]], 4))
+    _show_steered(pairs, _rows(scores[ends[1] :], 4))
+    print(f"\nMeasured on {len(scores)} completions, held out from the built-in model's training.")
+    if flags.model == "pocket":
+        print("`pocket` is a toy of a few MB: this shows how the method behaves, not how good it can be.")
+        print(f"The same with a real model:\n\n  endoreward demo --model {REAL_MODEL}")
+
+
+def _scores(
+    scorer: pipeline.Scorer, samples: list[Sample], flags: ModelFlags, monitor: Monitor
+) -> list[float]:
+    scores = [0.0] * len(samples)
+    for i, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **flags.scoring()):
+        if result.score is None:
+            raise EndoRewardError(f"the demonstration's text {i + 1} could not be scored: {result.error}")
+        scores[i] = result.score
+        monitor.on_row(str(i), None)
+    return scores
+
+
+def _rows(scores: list[float], width: int) -> list[list[float]]:
+    return [scores[i : i + width] for i in range(0, len(scores), width)]
+
+
+def _passage_samples(passage: Passage, number: int) -> list[Sample]:
+    spoiled = [corrupted(passage.completion, seed=number, kind=kind) for kind in CORRUPTIONS]
+    return [{"prompt": passage.prompt, "completion": text} for text in (passage.completion, *spoiled)]
+
+
+def _problem_samples(problem: Problem, form: str) -> list[Sample]:
+    prompt = problem.prompt(form)
+    return [{"prompt": prompt, "completion": text} for text in problem.completions(form)]
+
+
+def _steered_samples(pair: tuple[Problem, Problem], form: str) -> list[Sample]:
+    """Either instruction with either answer: (a's, a's), (a's, b's), (b's, a's), (b's, b's)."""
+    answers = [problem.completions(form)[0] for problem in pair]
+    return [{"prompt": problem.prompt(form), "completion": answer} for problem in pair for answer in answers]
+
+
+def _show_passages(texts: Sequence[Passage], scores: Sequence[Sequence[float]]) -> None:
+    _title("Real text against the same text corrupted")
+    for i, passage in enumerate(texts[:SHOWN]):
+        spoiled = corrupted(passage.completion, seed=i, kind=CORRUPTIONS[0])
+        print(f"\n  {_clip(passage.completion):<60} {scores[i][0]:>9.1f}")
+        print(f"  {_clip(spoiled):<60} {scores[i][1]:>9.1f}")
+    print()
+    for k, kind in enumerate(CORRUPTIONS, start=1):
+        _measured(kind.replace("_", " "), [row[0] > row[k] for row in scores], 1 / 2)
+
+
+def _show_problems(quiz: Sequence[Problem], scores: Sequence[Sequence[float]]) -> None:
+    _title("Right answers against wrong ones of like length")
+    for problem, row in zip(quiz[:SHOWN], scores, strict=False):
+        print(f"\n  {' '.join(filter(None, (problem.system, problem.question)))}")
+        answers = (problem.answer, *problem.wrong)
+        for rank, i in enumerate(sorted(range(4), key=lambda i: -row[i]), start=1):
+            print(f"    {rank}. {answers[i]:<40} {row[i]:>9.2f}{'   (right)' if i == 0 else ''}")
+    print()
+    _measured("right one of four on top", [row[0] > max(row[1:]) for row in scores], 1 / 4)
+    tasks = sorted({problem.task for problem in quiz})
+    for task in tasks:
+        here = [row for problem, row in zip(quiz, scores, strict=True) if problem.task == task]
+        _measured(f"  {task}", [row[0] > max(row[1:]) for row in here], 1 / 4)
+
+
+def _show_steered(pairs: Sequence[tuple[Problem, Problem]], scores: Sequence[Sequence[float]]) -> None:
+    _title("A system prompt steers the reward")
+    first = pairs[0]
+    print(f"\n  {first[0].question}")
+    print(f"    {'':<28}" + "".join(f"{problem.answer!r:>22}" for problem in first))
+    for k, problem in enumerate(first):
+        print(
+            f"    {problem.system or '':<28}" + "".join(f"{s:>22.2f}" for s in scores[0][2 * k : 2 * k + 2])
+        )
+    print()
+    _measured("asked-for form on top", [hit for r in scores for hit in (r[0] > r[1], r[3] > r[2])], 1 / 2)
+
+
+def _title(text: str) -> None:
+    print(f"\n{text}\n{'-' * len(text)}")
+
+
+def _measured(what: str, hits: Sequence[bool], chance: float) -> None:
+    a: Accuracy = wilson(sum(hits) / len(hits), len(hits))
+    interval = f"[{100 * a.low:.0f}, {100 * a.high:.0f}]"
+    print(
+        f"  {what:<28}{100 * a.value:5.1f}% {interval:>11}   chance {100 * chance:.0f}%  {len(hits)} trials"
+    )
+
+
+def _clip(text: str, width: int = 58) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"

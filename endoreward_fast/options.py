@@ -1,0 +1,144 @@
+"""The command line's flags, each declared once: a dataclass of them becomes parameters of every command."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Annotated, Any, Optional, TypeVar, get_type_hints
+
+import typer
+
+from .errors import EndoRewardError
+
+REDUCTIONS = ("sum", "mean")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+TRUNCATE = ("prompt", "completion")
+
+Text = Optional[str]  # noqa: UP045  typer reads these at run time, in Python 3.10 too
+Count = Optional[int]  # noqa: UP045
+Switch = Optional[bool]  # noqa: UP045
+
+
+@dataclass(frozen=True)
+class ModelFlags:
+    """Which model, and how its rewards become a score."""
+
+    model: Annotated[
+        str, typer.Option(help="Name or folder of a causal language model; pocket is built in.")
+    ] = "pocket"
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = (
+        None
+    )
+    alpha: Annotated[float, typer.Option(help="Soft-RL temperature.")] = 1.0
+    reduction: Annotated[str, typer.Option(help="Token rewards to a score: sum or mean.")] = "sum"
+    gamma: Annotated[float, typer.Option(help="Discount per token.")] = 1.0
+    floor: Annotated[float, typer.Option(help="Least weight that the discount leaves a token.")] = 0.0
+    system: Annotated[
+        Text, typer.Option(help="System prompt put before every row: it steers the reward.")
+    ] = None
+    max_tokens_per_batch: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 8192
+    chat: Annotated[
+        Switch,
+        typer.Option(
+            "--chat/--no-chat", help="Use the chat template, or never; default: where rows are chats."
+        ),
+    ] = None
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; errors only.")] = (
+        False
+    )
+
+    def check(self) -> None:
+        """Raise EndoRewardError naming the flag whose value cannot work."""
+        _one_of("--reduction", self.reduction, REDUCTIONS)
+        _one_of("--dtype", self.dtype, DTYPES)
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise EndoRewardError(f"--alpha must be above 0, got {self.alpha}")
+        if not (self.gamma > 0 and math.isfinite(self.gamma)):
+            raise EndoRewardError(f"--gamma must be above 0, got {self.gamma}")
+        if not (self.floor >= 0 and math.isfinite(self.floor)):
+            raise EndoRewardError(f"--floor must be 0 or more, got {self.floor}")
+        _at_least_one("--max-tokens-per-batch", self.max_tokens_per_batch)
+
+    def scoring(self) -> dict[str, Any]:
+        """What EndoRewardModel.iter_scores takes."""
+        names = ("alpha", "reduction", "gamma", "floor", "system", "max_tokens_per_batch", "chat")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class RowFlags(ModelFlags):
+    """And how files are read and results written."""
+
+    max_length: Annotated[
+        Count, typer.Option(help="Most tokens of prompt and completion; default: the model's.")
+    ] = None
+    truncate: Annotated[Text, typer.Option(help="Cut over-long rows at the prompt or the completion.")] = None
+    limit: Annotated[Count, typer.Option(help="Only the first so many rows of each file.")] = None
+    output: Annotated[
+        Text, typer.Option("--output", "-o", help="Write results here, not to standard output.")
+    ] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be scored.")] = (
+        False
+    )
+
+    def check(self) -> None:
+        super().check()
+        if self.truncate is not None:
+            _one_of("--truncate", self.truncate, TRUNCATE)
+        if self.max_length is not None:
+            _at_least_one("--max-length", self.max_length)
+        if self.limit is not None:
+            _at_least_one("--limit", self.limit)
+
+    def scoring(self) -> dict[str, Any]:
+        return {**super().scoring(), "max_length": self.max_length, "truncate": self.truncate}
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record of a run."""
+        return asdict(self)
+
+
+def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise EndoRewardError(f"{flag} must be {' or '.join(allowed)}, got {value!r}")
+
+
+def _at_least_one(flag: str, value: int) -> None:
+    if value < 1:
+        raise EndoRewardError(f"{flag} must be 1 or more, got {value}")
+
+
+F = TypeVar("F", bound=ModelFlags)
+
+
+def takes(flags: type[F]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorate a command with a parameter `flags`: on the command line it is the dataclass's fields."""
+    hints = get_type_hints(flags, include_extras=True)
+    parameters = [
+        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name], default=f.default)
+        for f in fields(flags)
+        if f.default is not MISSING
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = get_type_hints(command, include_extras=True)
+        before = [
+            p.replace(annotation=own[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
+            for p in inspect.signature(command).parameters.values()
+            if p.name != "flags"
+        ]
+
+        def run(**values: Any) -> None:
+            given = flags(**{p.name: values.pop(p.name) for p in parameters})
+            given.check()
+            command(**values, flags=given)
+
+        run.__doc__, run.__name__ = command.__doc__, command.__name__
+        run.__signature__ = inspect.Signature([*before, *parameters])  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in (*before, *parameters)}
+        return run
+
+    return decorate

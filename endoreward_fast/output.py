@@ -1,0 +1,188 @@
+"""Where results and messages go: JSON Lines by the whole line, and progress, on a terminal only."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from .data import STDIN
+from .errors import EndoRewardError
+
+ERRORS_SHOWN = 20  # row errors named on standard error; the others are counted
+
+
+def compact(value: float, digits: int = 9) -> float:
+    """A float32 as its shortest decimal: 9 significant digits give back every float32 exactly."""
+    return float(f"{value:.{digits}g}")
+
+
+class Sink:
+    """Output to a path, or to standard output where the path is None or "-".
+
+    Opening checks that the path can be written and touches nothing there; the first write replaces it.
+    Raises EndoRewardError if the path cannot be written or is one of `inputs`.
+    """
+
+    def __init__(self, path: str | None, inputs: tuple[str, ...] = ()) -> None:
+        self.name = "standard output" if path in (None, STDIN) else str(path)
+        self._fresh = self._created = False
+        self._path = path
+        if path is None or path == STDIN:
+            self._file: BinaryIO = sys.stdout.buffer
+            return
+        if any(i != STDIN and _same(path, i) for i in inputs):
+            raise EndoRewardError(f"--output {path} is the input: it would be overwritten")
+        self._created = not os.path.lexists(path)
+        try:
+            self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__
+        except OSError as error:
+            raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
+        self._fresh = self._file.seekable()
+
+    def write(self, text: str) -> None:
+        """Write `text` and push it through to the operating system."""
+        try:
+            if self._fresh:
+                self._file.truncate(0)
+                self._fresh = False
+            # Half a surrogate pair has no UTF-8; its backslash escape is what JSON spells it with.
+            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._file.flush()
+        except BrokenPipeError:
+            # Whoever read us has left. Nothing more can be said there, not even by the flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            raise
+        except OSError as error:
+            raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
+
+    def write_row(self, row: dict[str, Any]) -> None:
+        """One line of JSON."""
+        self.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether results scroll over the same screen as a progress bar would."""
+        return self._file is getattr(sys.stdout, "buffer", None) and sys.stdout.isatty()
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._file is getattr(sys.stdout, "buffer", None):
+            return
+        self._file.close()
+        if kind and self._created and self._fresh and self._path:
+            os.unlink(self._path)  # made by us, and nothing came of it
+
+
+def _same(a: str, b: str) -> bool:
+    return Path(a).exists() and Path(b).exists() and os.path.samefile(a, b)
+
+
+class Monitor:
+    """Progress, notes and row errors on standard error.
+
+    A bar is drawn only if standard error is a terminal and results do not go to that terminal too. `quiet`
+    leaves the errors alone. At the end of its context it says what was done.
+    """
+
+    def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True) -> None:
+        self.quiet = quiet
+        self.rows = self.tokens = self.failed = 0
+        self._started = time.perf_counter()
+        self._progress: Any = None
+        if bar and not quiet and sys.stderr.isatty():
+            self._progress = _progress_bar()
+            self._bar = self._progress.add_task("scoring", total=total, rate="")
+
+    def __enter__(self) -> Monitor:
+        self._started = time.perf_counter()
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._progress:
+            self._progress.stop()
+        if not isinstance(value, BrokenPipeError):
+            self._summary("stopped early: " if value else "")
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of the work."""
+        return time.perf_counter() - self._started
+
+    @property
+    def rate(self) -> float:
+        """Tokens through the model per second so far."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def on_tokens(self, count: int) -> None:
+        """`count` more tokens went through the model."""
+        self.tokens += count
+        self._show()
+
+    def on_row(self, where: str, error: str | None) -> None:
+        """One more row is finished; an error is named at once."""
+        self.rows += 1
+        if error:
+            self.failed += 1
+            if self.failed <= ERRORS_SHOWN:
+                self.say(f"{where}: {error}")
+        self._show()
+
+    def _show(self) -> None:
+        if self._progress:
+            self._progress.update(self._bar, completed=self.rows, rate=f"{self.rate:,.0f} tokens/s")
+
+    def note(self, text: str) -> None:
+        """Say `text`, unless quiet."""
+        if not self.quiet:
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Say `text` on standard error, above the bar."""
+        line = f"endoreward: {one_line(text)}"
+        if self._progress:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _summary(self, prefix: str) -> None:
+        """What was done, in how long; how many rows failed (said even when quiet)."""
+        self.note(
+            f"{prefix}scored {self.rows - self.failed} of {self.rows} rows, {self.tokens:,} tokens "
+            f"in {self.seconds:.1f} s ({self.rate:,.0f} tokens/s)"
+        )
+        if self.failed:
+            more = f"; {self.failed - ERRORS_SHOWN} not shown" if self.failed > ERRORS_SHOWN else ""
+            self.say(f"{self.failed} of {self.rows} rows could not be scored (exit code 2){more}")
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks or control characters."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+def _progress_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,210 @@
+"""Rows through the model: read by the window, scored in batches of like length, handed on in input order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Protocol
+
+from .candidates import MissingColumns, Task, arrange, plan
+from .data import Record, Source
+from .errors import EndoRewardError
+from .output import Monitor, compact
+
+if TYPE_CHECKING:
+    from .model import RowScore
+    from .options import ModelFlags
+
+WINDOW = (
+    512  # samples sorted by length together: enough to fill batches evenly, few enough to write results early
+)
+
+
+class Scorer(Protocol):
+    """What of EndoRewardModel is used here."""
+
+    def iter_scores(self, rows: list[dict[str, Any]], **options: Any) -> Iterator[tuple[int, RowScore]]:
+        """(position in rows, score) as batches finish, in any order."""
+
+
+def load_scorer(flags: ModelFlags) -> Scorer:
+    """The model that `flags` name. Imports torch and transformers: call it after the cheap checks."""
+    from .model import EndoRewardModel
+
+    if flags.quiet:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    return EndoRewardModel.from_pretrained(flags.model, dtype=flags.dtype, device=flags.device)
+
+
+@dataclass
+class Item:
+    """One row on its way: its samples and, as they come, their scores."""
+
+    record: Record
+    task: Task | None
+    error: str | None = None
+    """why the row as a whole has no score"""
+    unusable: bool = False
+    """whether that is because of its columns"""
+    results: dict[int, RowScore] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return self.task is None or len(self.results) == len(self.task.samples)
+
+    def problem(self, position: int) -> str | None:
+        """Why the sample at `position` has no score, or None."""
+        result = self.results[position]
+        if result.error is None and (result.score is None or not isfinite(result.score)):
+            return f"the score is not finite ({result.score})"
+        return result.error
+
+    def score(self, position: int) -> float | None:
+        """The score of the sample at `position`; None where there is a problem."""
+        return None if self.problem(position) else self.results[position].score
+
+    @property
+    def first_problem(self) -> str | None:
+        """One line for the whole row, or None."""
+        if self.task is None:
+            return self.error
+        return next((problem for i in range(len(self.task.samples)) if (problem := self.problem(i))), None)
+
+
+def windows(
+    source: Source, command: str, *, strict: bool = False, size: int = WINDOW
+) -> Iterator[list[Item]]:
+    """The rows of `source`, planned, in lists of about `size` samples.
+
+    Where reading fails, or in strict mode a row cannot be used, the rows before it come first and then the
+    EndoRewardError.
+    """
+    items: list[Item] = []
+    samples = 0
+    try:
+        for record in source.records:
+            item = _item(record, command)
+            if strict and item.error:
+                raise EndoRewardError(f"{record.where}: {item.error} (--strict: stopped here)")
+            items.append(item)
+            samples += len(item.task.samples) if item.task else 0
+            if samples >= size or len(items) >= size:
+                yield items
+                items, samples = [], 0
+    except EndoRewardError:
+        if items:
+            yield items
+        raise
+    if items:
+        yield items
+
+
+def _item(record: Record, command: str) -> Item:
+    if record.row is None:
+        return Item(record, None, record.error)
+    try:
+        return Item(record, plan(record.row, command))
+    except EndoRewardError as error:
+        return Item(record, None, str(error), unusable=isinstance(error, MissingColumns))
+
+
+def check_usable(items: list[Item], name: str) -> None:
+    """Raise EndoRewardError if none of the first rows can be scored, before a model is loaded for nothing."""
+    if all(item.task is None for item in items):
+        worst = next((item for item in items if item.unusable), items[0])
+        raise EndoRewardError(f"{name}: {worst.record.where}: {worst.error}")
+
+
+def score_items(
+    items: list[Item],
+    scorer: Scorer,
+    options: Mapping[str, Any],
+    write: Callable[[Item], None],
+    monitor: Monitor,
+    *,
+    strict: bool = False,
+) -> None:
+    """Score one window and `write` its rows in order, each as soon as all before it are done.
+
+    Whatever stops it (Ctrl-C, an error), every row that is completely scored is written first.
+    """
+    owners = [(item, i) for item in items if item.task for i in range(len(item.task.samples))]
+    samples = [sample for item in items if item.task for sample in item.task.samples]
+    waiting = deque(items)
+
+    def hand_on(item: Item) -> None:
+        write(item)
+        monitor.on_row(item.record.where, item.first_problem)
+
+    try:
+        for position, result in (
+            scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **options) if samples else ()
+        ):
+            item, i = owners[position]
+            item.results[i] = result
+            if strict and item.problem(i):
+                raise EndoRewardError(f"{item.record.where}: {item.problem(i)} (--strict: stopped here)")
+            while waiting and waiting[0].done:
+                hand_on(waiting.popleft())
+    finally:
+        while waiting:
+            if (item := waiting.popleft()).done:
+                hand_on(item)
+
+
+def scored_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
+    """The row with `score` and, where there is something to say, `flags` and `error` in the score's shape."""
+    if item.task is None:
+        return _with_columns(item, {"score": None}, None, per_token)
+    layout = item.task.layout
+    return _with_columns(
+        item, {"score": arrange(layout, lambda i: _number(item.score(i)))}, layout, per_token
+    )
+
+
+def ranked_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
+    """The row with `scores`, `ranking` (positions, best first; ties in input order) and `best`."""
+    if item.task is None:
+        return _with_columns(item, {"scores": None, "ranking": None, "best": None}, None, per_token)
+    samples = item.task.samples
+    scores = [item.score(i) for i in range(len(samples))]
+    ranking = sorted((i for i, s in enumerate(scores) if s is not None), key=lambda i: -(scores[i] or 0.0))
+    best = samples[ranking[0]].get("completion") if ranking else None
+    new = {"scores": [_number(s) for s in scores], "ranking": ranking, "best": best}
+    return _with_columns(item, new, list(range(len(samples))), per_token)
+
+
+def _number(score: float | None) -> float | None:
+    return None if score is None else compact(score)
+
+
+def _with_columns(item: Item, new: dict[str, Any], layout: Any, per_token: bool) -> dict[str, Any]:
+    if item.task is None:
+        new["error"] = f"{item.record.where}: {item.error}" if item.record.row is None else item.error
+    else:
+        results = item.results
+        if any(result.flags for result in results.values()):
+            new["flags"] = arrange(layout, lambda i: list(results[i].flags))
+        if item.first_problem:
+            new["error"] = arrange(layout, item.problem)
+        if per_token:
+            new["token_rewards"] = arrange(layout, lambda i: _token_table(results[i]))
+    # An input column of the same name (a file scored before) is kept beside the new one.
+    kept = {f"input_{k}" if k in new else k: v for k, v in (item.record.row or {}).items()}
+    return {**kept, **new}
+
+
+def _token_table(result: RowScore) -> dict[str, list[Any]] | None:
+    """Parallel lists, one entry per scored token."""
+    if result.tokens is None:
+        return None
+    columns = {name: list(values) for name, values in vars(result.tokens).items()}
+    return {
+        name: [compact(float(v), 6) if isinstance(v, float) else v for v in values]
+        for name, values in columns.items()
+    }

@@ -1,0 +1,146 @@
+"""What `eval` says: the numbers of evaluation.py as a table for people and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .evaluation import STYLES, Accuracy, Block, Judged, RmBench, block, by, over_rows, reward_bench, rm_bench
+
+
+@dataclass
+class FileResult:
+    """What was read from one file."""
+
+    name: str
+    rows: int = 0
+    judged: list[Judged] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """Counts, accuracies by subset and, for rows of RM-Bench's shape, its matrix."""
+        found: dict[str, Any] = {
+            "file": self.name,
+            "rows": self.rows,
+            "scored": len(self.judged),
+            "skipped": self.rows - len(self.judged),
+            "comparisons": sum(row.comparisons for row in self.judged),
+            "ties": sum(row.ties for row in self.judged),
+            "errors": self.errors,
+        }
+        if self.judged:
+            found |= over_rows(self.judged, lambda r: r.accuracy).to_json() | {"rows": self.rows}
+            found["subsets"] = {
+                n: over_rows(g, lambda r: r.accuracy).to_json() for n, g in self.subsets.items()
+            }
+        if self.styled:
+            found["rm_bench"] = block(self.judged).to_json()
+        return found
+
+    @property
+    def subsets(self) -> dict[str, list[Judged]]:
+        """Rows by subset."""
+        return by(self.judged, lambda r: r.subset)
+
+    @property
+    def styled(self) -> bool:
+        """Whether every row has RM-Bench's shape."""
+        return bool(self.judged) and all(row.styled for row in self.judged)
+
+
+def to_json(files: Sequence[FileResult], about: dict[str, Any]) -> dict[str, Any]:
+    """Everything: how it was run, the numbers, and every row's scores."""
+    judged = [row for file in files for row in file.judged]
+    bench, rewards = rm_bench(judged), reward_bench(judged)
+    return {
+        **about,
+        "files": [file.to_json() for file in files],
+        "rm_bench": bench.to_json() if bench else None,
+        "reward_bench": {name: a.to_json() for name, a in rewards.items()} if rewards else None,
+        "scores": [
+            {"file": r.file, "id": r.id, "subset": r.subset, "chosen": r.chosen, "rejected": r.rejected}
+            for r in judged
+        ],
+    }
+
+
+def to_text(files: Sequence[FileResult]) -> str:
+    """The same for people: a block per file, then the benchmarks over all of them."""
+    judged = [row for file in files for row in file.judged]
+    lines: list[str] = []
+    for file in files:
+        lines += [*_file_lines(file), ""]
+    if (bench := rm_bench(judged)) and len(files) > 1:
+        lines += [*_rm_bench_lines(bench), ""]
+    if rewards := reward_bench(judged):
+        lines += [
+            "RewardBench sections",
+            *(f"  {name:<26}{_with_interval(a)}" for name, a in rewards.items()),
+            "",
+        ]
+    lines.append("Intervals: 95%, Wilson, a row being one trial. Ties count as lost. Chance is 50%.")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:5.1f}"
+
+
+def _with_interval(a: Accuracy) -> str:
+    return f"{_percent(a.value)}%  [{_percent(a.low)}, {_percent(a.high)}]  {a.rows:6d} rows"
+
+
+def _file_lines(file: FileResult) -> list[str]:
+    skipped = file.rows - len(file.judged)
+    compared = sum(row.comparisons for row in file.judged)
+    ties = sum(row.ties for row in file.judged)
+    counts = f"{len(file.judged)} rows scored, {skipped} skipped, {compared} comparisons, {ties} ties"
+    lines = [file.name, f"  {counts}"]
+    if not file.judged:
+        return lines
+    if file.styled:
+        lines += _matrix_lines(block(file.judged))
+    lines.append(f"  {'accuracy':<26}{_with_interval(over_rows(file.judged, lambda r: r.accuracy))}")
+    if any(row.comparisons > 1 for row in file.judged) and not file.styled:
+        best = over_rows(file.judged, lambda r: float(min(r.chosen) > max(r.rejected)))
+        lines.append(f"  {'every chosen on top':<26}{_with_interval(best)}")
+    for name, rows in file.subsets.items():
+        lines.append(f"    {name:<24}{_with_interval(over_rows(rows, lambda r: r.accuracy))}")
+    return lines
+
+
+def _matrix_lines(b: Block) -> list[str]:
+    lines = [f"  {'chosen / rejected':<22}" + "".join(f"{style:>10}" for style in STYLES)]
+    for style, row in zip(STYLES, b.matrix, strict=True):
+        lines.append(f"  {style:<22}" + "".join(f"{_percent(share):>10}" for share in row))
+    for name in ("easy", "normal", "hard"):
+        lines.append(f"  {name:<26}{_with_interval(getattr(b, name))}")
+    return lines
+
+
+def _rm_bench_lines(bench: RmBench) -> list[str]:
+    lines = [
+        f"RM-Bench{'':<12}"
+        + "".join(f"{name:>9}" for name in ("easy", "normal", "hard", "average"))
+        + "     rows"
+    ]
+    for name, b in bench.domains.items():
+        lines.append(f"  {name:<18}" + _levels(vars(b)) + f"{b.average.rows:9d}")
+        for part, p in bench.parts.items():
+            if part.startswith(name):
+                lines.append(f"    {part:<16}" + _levels(vars(p)) + f"{p.average.rows:9d}")
+    lines.append(
+        f"  {'mean of domains':<18}" + _levels(bench.overall) + f"{bench.overall['average'].rows:9d}"
+    )
+    average = bench.overall["average"]
+    lines.append(f"  average's interval: [{_percent(average.low)}, {_percent(average.high)}]")
+    if bench.absent:
+        lines.append(
+            f"  not in these files: {', '.join(bench.absent)} (the benchmark's own mean is over four domains)"
+        )
+    return lines
+
+
+def _levels(of: dict[str, Any]) -> str:
+    return "".join(f"{_percent(of[name].value):>9}" for name in ("easy", "normal", "hard", "average"))
