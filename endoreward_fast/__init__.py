@@ -1,0 +1,66 @@
+"""endoreward_fast: the reward inside every language model, in one fused pass over the vocabulary.
+
+Functions on tensors: `token_rewards`, `linear_token_rewards`, `vocab_stats`, `linear_vocab_stats`, `sequence_score`,
+`rewards_to_go`, `terminal_at`. Around a loaded model: `EndoRewardModel`.
+
+Names are imported when first used: the command's help does not wait for torch, and nothing here waits for triton or
+transformers.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .errors import EndoRewardError
+    from .functional import (
+        linear_token_rewards,
+        linear_vocab_stats,
+        rewards_to_go,
+        sequence_score,
+        terminal_at,
+        token_rewards,
+        vocab_stats,
+    )
+    from .model import EndoRewardModel
+    from .types import TokenRewards, VocabStats
+
+_MODULE_OF = {
+    "EndoRewardError": "errors",
+    "EndoRewardModel": "model",
+    "TokenRewards": "types",
+    "VocabStats": "types",
+    "linear_token_rewards": "functional",
+    "linear_vocab_stats": "functional",
+    "rewards_to_go": "functional",
+    "sequence_score": "functional",
+    "terminal_at": "functional",
+    "token_rewards": "functional",
+    "vocab_stats": "functional",
+}
+
+__all__ = [
+    "EndoRewardError",
+    "EndoRewardModel",
+    "TokenRewards",
+    "VocabStats",
+    "linear_token_rewards",
+    "linear_vocab_stats",
+    "rewards_to_go",
+    "sequence_score",
+    "terminal_at",
+    "token_rewards",
+    "vocab_stats",
+]
+
+
+def __getattr__(name: str):
+    if name == "__version__":
+        return version("endoreward-fast")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

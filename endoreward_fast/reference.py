@@ -67,12 +67,8 @@ def linear_vocab_stats(
     alpha=1.0, entropy=False, logit_mean=False, dtype=torch.float32,
 ) -> VocabStats:  # fmt: skip
     """`vocab_stats` of the logits that hidden (..., D) and weight (V, D) make."""
-    z = final_logits(
-        _only(mask, hidden), weight, bias=bias, logit_scale=logit_scale, softcap=softcap, dtype=dtype
-    )
-    return vocab_stats(
-        z, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, dtype=dtype
-    )
+    z = final_logits(_only(mask, hidden), weight, bias=bias, logit_scale=logit_scale, softcap=softcap, dtype=dtype)
+    return vocab_stats(z, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, dtype=dtype)
 
 
 def token_rewards(
@@ -107,9 +103,7 @@ def linear_token_rewards(
 ) -> TokenRewards:  # fmt: skip
     """`token_rewards` of the logits that hidden (B, T, D) and weight (V, D) make."""
     _, _, needed = scored_terminal_needed(tokens, mask, terminal, cu_seqlens)
-    z = final_logits(
-        _only(needed, hidden), weight, bias=bias, logit_scale=logit_scale, softcap=softcap, dtype=dtype
-    )
+    z = final_logits(_only(needed, hidden), weight, bias=bias, logit_scale=logit_scale, softcap=softcap, dtype=dtype)
     return token_rewards(
         z, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, alpha=alpha, entropy=entropy, dtype=dtype
     )

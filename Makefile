@@ -1,0 +1,42 @@
+# Each target works on a fresh machine: it builds .venv from constraints.txt first, once.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test families lint bench kernel-report clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+
+$(READY): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	@touch $@
+
+demo: $(READY) ## score real and corrupted text, rank right and wrong answers (no network)
+	$(BIN)/endoreward demo
+
+test: $(READY) ## every test but the families sweep
+	$(BIN)/python -m pytest
+
+families: $(READY) ## every causal model type of transformers (minutes); writes docs/families.md
+	$(BIN)/python -m pytest -m families
+
+lint: $(READY) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## CPU benchmarks against every alternative, in one run; JSON to bench/results
+	$(BIN)/python -m pytest bench
+
+kernel-report: $(READY) ## registers, spills, shared memory of every kernel on every architecture
+	$(BIN)/python -m bench.kernel_report
+
+clean: ## remove .venv and caches
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,272 @@
+"""The public functions on tensors: check the arguments, choose an implementation, flatten, run, shift back.
+
+Formulas are in reference.py's head. Every function returns float32, never writes to its inputs, and differentiates
+through every field. `mask` picks the rows that are computed; the others come back 0 and get no gradient.
+
+impl  "fused"      Triton kernels: a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests)
+      "chunked"    bounded workspace, in torch: any device
+      "reference"  eager torch, everything materialised: the oracle
+      "auto"       see `choose_impl`
+A named impl that cannot run raises; it never falls back.
+"""
+
+import importlib.util
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import check_linear, check_logits, check_rewards, check_rows
+from .types import NO_TARGET, TokenRewards, VocabStats
+
+Impl = Literal["auto", "fused", "chunked", "reference"]
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def choose_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> str:
+    """The rule behind impl="auto", and the refusal of an impl that cannot run.
+
+    auto: "fused" on CUDA and ROCm devices where Triton is installed and the dtype is bf16, fp16 or fp32; "chunked"
+    otherwise. On the CPU it is chunked even under TRITON_INTERPRET=1: the interpreter is for tests.
+    """
+    if impl not in ("auto", "fused", "chunked", "reference"):
+        raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked' or 'reference'")
+    if impl in ("chunked", "reference"):
+        return impl
+    obstacle = _why_not_fused(device, dtype)
+    if impl == "fused" and obstacle:
+        raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would take 'chunked'")
+    on_gpu = device.type == "cuda"
+    return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
+
+
+def _why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
+    from .fused import interpreted
+
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"its tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
+    if dtype not in KERNEL_DTYPES:
+        return f"the kernels take bfloat16, float16 and float32, not {dtype}"
+    return None
+
+
+def vocab_stats(
+    logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, alpha: float = 1.0, entropy: bool = False,
+    logit_mean: bool = False, impl: Impl = "auto",
+) -> VocabStats:  # fmt: skip
+    """Statistics of each row of logits over the vocabulary, in one read of it. Row i goes with targets[i]: no shift.
+
+        lse          = log sum_a exp(z_a / alpha)                target_logit = z[target]
+        entropy      = -sum_a pi_a log pi_a, pi = softmax(z / alpha), nats
+        logit_mean   = sum_a z_a / V
+
+    logits   (..., V) bf16, fp16, fp32 or fp64, any strides     targets  (...) int64; -100: no target, its logit is 0
+    mask     (...) bool: rows to compute                        alpha    soft-RL temperature, > 0
+
+    Returns VocabStats, float32 (...). A row that is all -inf has lse -inf and entropy 0.
+    Raises ValueError for shapes, dtypes and devices; IndexError on the CPU for a target outside [0, V) (on a GPU the
+    row comes back NaN).
+    """
+    check_logits(logits)
+    check_rows(targets, mask, logits, "logits", alpha)
+    impl = choose_impl(impl, logits.device, logits.dtype)
+    if impl == "reference":
+        return reference.vocab_stats(logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean)
+    from .ops import logits_stats
+
+    out = logits_stats(_as_3d(logits), _flat(targets), _flat(mask), None, float(alpha), entropy, logit_mean, impl)
+    return _vocab_stats(out, targets.shape, entropy, logit_mean)
+
+
+def linear_vocab_stats(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,
+    logit_scale: float = 1.0, softcap: float | None = None, alpha: float = 1.0, entropy: bool = False,
+    logit_mean: bool = False, impl: Impl = "auto",
+) -> VocabStats:  # fmt: skip
+    """`vocab_stats` of the logits that hidden states and the head's weight make, which are never written to memory:
+
+        z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
+
+    hidden   (..., D)       weight  (V, D), same dtype       bias     (V,) or None
+    targets  (...) int64    mask    (...) bool               softcap  None: no cap
+
+    Under autocast, hidden, weight and bias are cast to its dtype first, as a linear layer would.
+    Returns and raises as `vocab_stats`. Rows off the mask cost nothing.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    check_linear(hidden, weight, bias, softcap)
+    check_rows(targets, mask, hidden, "hidden", alpha)
+    impl = choose_impl(impl, hidden.device, hidden.dtype)
+    head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
+    if impl == "reference":
+        return reference.linear_vocab_stats(
+            hidden, weight, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, **head
+        )
+    from .ops import linear_stats
+
+    out = linear_stats(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(targets), _flat(mask), None,
+        float(logit_scale), softcap, float(alpha), entropy, logit_mean, impl,
+    )  # fmt: skip
+    return _vocab_stats(out, targets.shape, entropy, logit_mean)
+
+
+def token_rewards(
+    logits: Tensor, tokens: Tensor, *, mask: Tensor | None = None, terminal: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, alpha: float = 1.0, entropy: bool = False, impl: Impl = "auto",
+) -> TokenRewards:  # fmt: skip
+    """The endogenous reward of each token: what a language model's logits, read as a soft Q function, say it earned.
+
+        r_t = z_{t-1}[token_t] - V_t        V_t = alpha * logsumexp(z_t / alpha), 0 after a terminal token
+
+    logits      (B, T, V): logits[:, t] is the state after tokens[:, : t + 1]; the shift is done here
+    tokens      (B, T) int64
+    mask        (B, T) bool: tokens to score (the completion). Default: all but the first of each sequence, which was
+                chosen in no known state and never has a reward
+    terminal    (B, T) bool: tokens after which the episode ends. Default: the last of each unbroken run of the mask;
+                all False bootstraps with V everywhere (truncated completions)
+    cu_seqlens  (S + 1,) int: offsets of S sequences packed into the B * T tokens, row-major
+
+    Returns TokenRewards, float32 (B, T), 0 off the mask. Summed to a terminal token, rewards are
+    alpha * (sum of logprob) + V of the first state. A state that is all -inf allows no action: reaching it counts as
+    terminal, and a token chosen in it has reward and logprob -inf.
+    Raises as `vocab_stats`. Source: Li et al., arXiv 2506.23235, inverse soft Bellman operator.
+    """
+    check_logits(logits)
+    check_rewards(tokens, mask, terminal, cu_seqlens, logits, "logits", alpha)
+    impl = choose_impl(impl, logits.device, logits.dtype)
+    if impl == "reference":
+        return reference.token_rewards(
+            logits, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, alpha=alpha, entropy=entropy
+        )
+    from .ops import logits_stats
+    from .rows import plan_rows
+
+    plan = plan_rows(tokens, mask, terminal, cu_seqlens)
+    out = logits_stats(logits, plan.targets, plan.needed, plan.successor, float(alpha), entropy, False, impl)
+    return _token_rewards(out, tokens, plan.targets, entropy)
+
+
+def linear_token_rewards(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, *, mask: Tensor | None = None, terminal: Tensor | None = None,
+    cu_seqlens: Tensor | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
+    softcap: float | None = None, alpha: float = 1.0, entropy: bool = False, impl: Impl = "auto",
+) -> TokenRewards:  # fmt: skip
+    """`token_rewards` from hidden states (B, T, D) and the head's weight (V, D), never writing logits to memory.
+
+    The head is that of `linear_vocab_stats`, the rest as in `token_rewards`. States that no scored token touches
+    (prompts, padding) cost nothing.
+    """
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    check_linear(hidden, weight, bias, softcap)
+    check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
+    impl = choose_impl(impl, hidden.device, hidden.dtype)
+    if impl == "reference":
+        return reference.linear_token_rewards(
+            hidden, weight, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, bias=bias,
+            logit_scale=logit_scale, softcap=softcap, alpha=alpha, entropy=entropy,
+        )  # fmt: skip
+    from .ops import linear_stats
+    from .rows import plan_rows
+
+    plan = plan_rows(tokens, mask, terminal, cu_seqlens)
+    out = linear_stats(
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan.targets, plan.needed, plan.successor,
+        float(logit_scale), softcap, float(alpha), entropy, False, impl,
+    )  # fmt: skip
+    return _token_rewards(out, tokens, plan.targets, entropy)
+
+
+def sequence_score(
+    reward: Tensor, mask: Tensor, *, reduction: Literal["sum", "mean"] = "sum", gamma: float = 1.0, floor: float = 0.0
+) -> Tensor:
+    """One number per sequence: sum_h max(gamma^(h - 1), floor) r_h, h counting the scored tokens of the row from 1.
+
+    "mean" divides it by their number. reward and mask (B, T) -> float32 (B,); a row with no scored token scores 0.
+    The sum is the paper's own score; it favours short completions, as a summed log-probability does.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction={reduction!r}: expected 'sum' or 'mean'")
+    _check_reward_and_mask(reward, mask, gamma)
+    if not (math.isfinite(floor) and floor >= 0):
+        raise ValueError(f"floor={floor}: expected a finite number >= 0")
+    weighted = reward.float()
+    if gamma != 1.0:
+        steps = mask.cumsum(-1) - 1
+        discount = torch.pow(torch.tensor(gamma, dtype=torch.float32, device=reward.device), steps.float())
+        weighted = weighted * discount.clamp(min=floor)
+    total = torch.where(mask, weighted, 0.0).sum(-1)
+    return total / mask.sum(-1).clamp(min=1) if reduction == "mean" else total
+
+
+def rewards_to_go(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """G_h = r_h + gamma G_{h+1} over the scored tokens of each row: what a policy-gradient step weighs token h by.
+
+    reward and mask (B, T) -> float32 (B, T), 0 off the mask; tokens off the mask are passed over, not discounted.
+    """
+    _check_reward_and_mask(reward, mask, gamma)
+    reward = torch.where(mask, reward.float(), 0.0)
+    if gamma == 1.0:
+        return torch.where(mask, reward.flip(-1).cumsum(-1).flip(-1), 0.0)
+    to_go, columns = torch.zeros_like(reward[:, 0]) if reward.shape[1] else None, []
+    for t in range(reward.shape[1] - 1, -1, -1):
+        to_go = torch.where(mask[:, t], reward[:, t] + gamma * to_go, to_go)
+        columns.append(to_go)
+    return torch.where(mask, torch.stack(columns[::-1], 1), 0.0) if columns else reward
+
+
+def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> Tensor:
+    """Bool (B, T): scored tokens that are a real end of sequence. The others are bootstrapped (cut off by a limit)."""
+    ids = torch.as_tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
+    return mask & torch.isin(tokens, ids.to(tokens.device))
+
+
+def _check_reward_and_mask(reward: Tensor, mask: Tensor, gamma: float) -> None:
+    if reward.ndim != 2 or mask.shape != reward.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"reward {tuple(reward.shape)} and mask {tuple(mask.shape)} {mask.dtype}: expected (B, T), mask bool"
+        )
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma={gamma}: expected a discount in (0, 1]")
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _as_3d(logits: Tensor) -> Tensor:
+    """(..., V) as (outer, inner, V) without a copy where strides allow: a slice [:, :-1] has its own outer pitch."""
+    if logits.ndim == 3:
+        return logits
+    return logits[(None,) * (3 - logits.ndim)] if logits.ndim < 3 else logits.flatten(0, -3)
+
+
+def _flat(rows: Tensor | None) -> Tensor | None:
+    return None if rows is None else rows.reshape(-1)
+
+
+def _vocab_stats(out: list[Tensor], shape: torch.Size, entropy: bool, logit_mean: bool) -> VocabStats:
+    lse, target_logit, h, mean = out[:4]
+    return VocabStats(
+        lse.view(shape), target_logit.view(shape),
+        h.view(shape) if entropy else None, mean.view(shape) if logit_mean else None,
+    )  # fmt: skip
+
+
+def _token_rewards(out: list[Tensor], tokens: Tensor, targets: Tensor, entropy: bool) -> TokenRewards:
+    """Rows (state in which the token was chosen) -> tokens: one place to the right; the first has none."""
+    h = torch.where(targets != NO_TARGET, out[2], 0.0) if entropy else None
+
+    def at_token(field):
+        rows = field.view(tokens.shape)
+        return torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1)
+
+    return TokenRewards(*(at_token(f) for f in out[6:9]), None if h is None else at_token(h))

@@ -1,0 +1,86 @@
+"""The Triton backend: picks a kernel's config for the device and hands over. The same four names as `chunked`.
+
+Rows off the mask cost nothing: the logits kernels leave them at once, the linear path takes the others out first.
+"""
+
+import contextlib
+import os
+
+import torch
+from torch import Tensor
+
+from . import chunked
+from .rows import RowGrads, RowRewards, RowStats
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in its interpreter (read once, when Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def logits_forward(
+    logits: Tensor, targets: Tensor, *, mask, alpha: float, entropy: bool, logit_mean: bool, successor=None
+) -> tuple[RowStats, RowRewards | None]:
+    from .kernels.combine import combine
+    from .kernels.vocab_stats import logits_partials
+
+    with _on_device_of(logits):
+        partials = logits_partials(
+            logits, targets, needed=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, config=_logits_config()
+        )
+        stats, rewards = combine(
+            partials, targets, vocab=logits.shape[-1], alpha=alpha, needed=mask, successor=successor
+        )
+    return RowStats(*stats), rewards and RowRewards(*rewards)
+
+
+def logits_backward(logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask, alpha: float) -> Tensor:
+    from .kernels.vocab_stats import logits_backward as launch
+
+    with _on_device_of(logits):
+        return launch(
+            logits, targets, stats.shift, stats.log_total, stats.entropy, *grads,
+            needed=mask, alpha=alpha, config=_logits_config(),
+        )  # fmt: skip
+
+
+def linear_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias, logit_scale: float, softcap, alpha: float,
+    entropy: bool, logit_mean: bool, successor=None,
+) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
+    from .kernels.combine import combine
+    from .kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays
+    from .kernels.linear_vocab_stats import linear_partials
+
+    arch = _arch(hidden.device)
+    config = INTERPRETER_CONFIG if arch is None else linear_config(arch, hidden.element_size())
+    tma = arch is not None and tma_pays(arch, hidden.element_size())
+    with _on_device_of(hidden):
+        partials = linear_partials(
+            hidden, weight, targets, bias=bias, logit_scale=logit_scale, softcap=softcap, alpha=alpha,
+            entropy=entropy, logit_mean=logit_mean, config=config, tma=tma, interpreted=arch is None,
+        )  # fmt: skip
+        stats, rewards = combine(partials, targets, vocab=weight.shape[0], alpha=alpha, successor=successor)
+    return RowStats(*stats), rewards and RowRewards(*rewards)
+
+
+# The logits are gone, so the backward makes them again; chunk by chunk is how, whatever made them the first time.
+linear_backward = chunked.linear_backward
+
+
+def _arch(device: torch.device) -> int | str | None:
+    """Compute capability's major number, "hip", or None in the interpreter."""
+    if interpreted():
+        return None
+    return "hip" if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
+def _logits_config():
+    from .kernels.config import INTERPRETER_LOGITS_CONFIG, LogitsConfig
+
+    return INTERPRETER_LOGITS_CONFIG if interpreted() else LogitsConfig()
+
+
+def _on_device_of(x: Tensor):
+    """Triton launches on the current device; make it the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,141 @@
+"""hidden (N, D), weight (V, D) -> partials of softmax statistics; the logits never leave the chip.
+
+One program owns a tile of tokens and one split of the vocabulary. For each vocabulary tile of the split it runs the
+matmul over D into an fp32 accumulator, applies the head's bias, scale and softcap there, and folds the tile into the
+running piece (m, s, t, u) of each token. 2 N V D flops; reads the weight once per group of token tiles.
+
+Programs are ordered so that `group` token tiles sweep a split together and share the weight in L2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .combine import Partials
+from .config import LinearConfig
+from .primitives import NEG_INF, apply_head, exp2_scale, finite_or_zero, merge, weight_and_exponent
+
+
+@triton.jit
+def token_tile_and_split(n_rows, splits, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Program id -> (token tile, split), the token tiles of a group running fastest."""
+    tiles = tl.cdiv(n_rows, BLOCK_N)
+    pid = tl.program_id(0)
+    first = pid // (GROUP * splits) * GROUP
+    size = tl.minimum(tiles - first, GROUP)
+    inner = pid % (GROUP * splits)
+    return first + inner % size, inner // size
+
+
+@triton.jit
+def logits_tile(
+    hidden, weight, o_n, o_v, n_rows, vocab, dim, stride_hidden, stride_weight,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """hidden[o_n:, :] @ weight[o_v:, :].T (BLOCK_N, BLOCK_V) in fp32; 0 outside the arrays."""
+    acc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
+    row = o_n + tl.arange(0, BLOCK_N)
+    col = o_v + tl.arange(0, BLOCK_V)
+    for o_d in range(0, dim, BLOCK_D):
+        if TMA:
+            h = hidden.load([o_n, o_d])
+            w = weight.load([o_v, o_d])
+        else:
+            k = o_d + tl.arange(0, BLOCK_D)
+            p_h = hidden + row.to(tl.int64)[:, None] * stride_hidden + k[None, :]
+            p_w = weight + col.to(tl.int64)[:, None] * stride_weight + k[None, :]
+            h = tl.load(p_h, mask=(row < n_rows)[:, None] & (k < dim)[None, :], other=0.0)
+            w = tl.load(p_w, mask=(col < vocab)[:, None] & (k < dim)[None, :], other=0.0)
+        if UPCAST:  # the interpreter's bf16 dot is wrong
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def linear_partials_kernel(
+    hidden, weight, bias, targets, p_m, p_s, p_t, p_u, p_target,
+    n_rows, vocab, dim, stride_hidden, stride_weight, logit_scale, softcap, c,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    tile, split = token_tile_and_split(n_rows, tl.cdiv(vocab, SPLIT), BLOCK_N, GROUP)
+    o_n = tile * BLOCK_N
+    row = o_n + tl.arange(0, BLOCK_N)
+    m_row = row < n_rows
+    target = tl.load(targets + row, mask=m_row, other=-1)
+
+    m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)
+    s = tl.zeros([BLOCK_N], dtype=tl.float32)
+    t = tl.zeros([BLOCK_N], dtype=tl.float32)
+    u = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for o_v in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, vocab), BLOCK_V):
+        z = logits_tile(
+            hidden, weight, o_n, o_v, n_rows, vocab, dim, stride_hidden, stride_weight,
+            TMA, UPCAST, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+        )  # fmt: skip
+        col = o_v + tl.arange(0, BLOCK_V)
+        b_bias = 0.0
+        if HAS_BIAS:
+            b_bias = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32)[None, :]
+        z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+        if LOGIT_MEAN:
+            u += tl.sum(tl.where((col < vocab)[None, :], z, 0.0), 1)
+        if o_v + BLOCK_V > vocab:  # only the last tile has columns outside
+            z = tl.where((col < vocab)[None, :], z, NEG_INF)
+
+        m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
+        if tl.max(m_hit.to(tl.int32), 0) > 0:  # few tiles hold a target: 1 in 5 at 128 tokens and V = 151936
+            b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
+            tl.store(p_target + row, b_target, mask=m_hit)
+
+        b_m = tl.max(z, 1)
+        e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
+        b_t = t
+        if ENTROPY:
+            b_t = tl.sum(e * d, 1)
+        m, s, t = merge(m, s, t, b_m, tl.sum(e, 1), b_t, c, ENTROPY)
+
+    o = split.to(tl.int64) * n_rows + row
+    tl.store(p_m + o, m, mask=m_row)
+    tl.store(p_s + o, s, mask=m_row)
+    if ENTROPY:
+        tl.store(p_t + o, t, mask=m_row)
+    if LOGIT_MEAN:
+        tl.store(p_u + o, u, mask=m_row)
+
+
+def tma_usable(x: torch.Tensor) -> bool:
+    """The bulk copy engine wants unit stride in D, and base and row pitch on 16 bytes."""
+    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+
+
+def linear_partials(
+    hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig,
+    bias=None, logit_scale: float = 1.0, softcap: float | None = None, tma: bool = False, interpreted: bool = False,
+) -> Partials:  # fmt: skip
+    """hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 -> partials (ceil(V / split), N)."""
+    (rows, dim), vocab = hidden.shape, weight.shape[0]
+    splits = triton.cdiv(vocab, config.split)
+    partials = Partials.empty(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
+    if not rows:
+        return partials
+    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
+    tma = tma and tma_usable(hidden) and tma_usable(weight)
+    strides = hidden.stride(0), weight.stride(0)
+    if tma:
+        hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d])
+        weight = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
+    linear_partials_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
+        hidden, weight, bias, targets, *partials,
+        rows, vocab, dim, *strides, logit_scale, softcap or 0.0, exp2_scale(alpha),
+        HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1.0, HAS_SOFTCAP=softcap is not None,
+        ENTROPY=entropy, LOGIT_MEAN=logit_mean, TMA=tma, UPCAST=interpreted, PRECISION="ieee",
+        BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
+        SPLIT=config.split, GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    return partials

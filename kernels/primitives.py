@@ -1,0 +1,71 @@
+"""The maths that every kernel shares: the head's last step, and log-sum-exp in pieces.
+
+A piece of a row is summarised relative to its own largest logit m (in the unit of z, so that nothing is rounded by a
+scale), with c = log2(e) / alpha turning a difference of logits into a power of two:
+
+    m = max z      s = sum 2^((z - m) c)      t = sum 2^((z - m) c) (z - m) c      u = sum z
+
+Two pieces merge into one of the same form, and the whole row gives, in nats,
+
+    lse     = m / alpha + ln s
+    entropy = ln s - (t / s) ln 2
+    mean    = u / V
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+LN2 = tl.constexpr(0.6931471805599453)
+NO_TARGET = tl.constexpr(-100)
+# 2^-256 is 0 in fp32: differences are cut off here before they multiply a weight, so that 0 * -inf never happens.
+UNDERFLOW = tl.constexpr(-256.0)
+NEG_INF = tl.constexpr(float("-inf"))
+
+
+def exp2_scale(alpha: float) -> float:
+    """c of the formulas above, rounded once, on the host."""
+    return math.log2(math.e) / alpha
+
+
+@triton.jit
+def apply_head(
+    z, b_bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """softcap * tanh(logit_scale * (z + bias) / softcap), each step only where it is given."""
+    if HAS_BIAS:
+        z += b_bias
+    if HAS_SCALE:
+        z *= logit_scale
+    if HAS_SOFTCAP:
+        # tanh(x) = 2 sigmoid(2 x) - 1: libdevice's tanh exists neither in the interpreter nor on every target.
+        z = softcap * (2.0 * tl.sigmoid(2.0 * (z / softcap)) - 1.0)
+    return z
+
+
+@triton.jit
+def finite_or_zero(m):
+    """A shift to subtract: m, or 0 where everything so far is -inf, so that -inf - shift stays -inf."""
+    return tl.where(m == NEG_INF, 0.0, m)
+
+
+@triton.jit
+def weight_and_exponent(z, shift, c):
+    """2^((z - shift) c), and the exponent itself, cut off where the weight is 0 anyway. A NaN stays in the weight."""
+    d = (z - shift) * c
+    return tl.exp2(d), tl.maximum(d, UNDERFLOW)
+
+
+@triton.jit
+def merge(m_a, s_a, t_a, m_b, s_b, t_b, c, ENTROPY: tl.constexpr):
+    """Two pieces (m, s, t) of the same rows as one."""
+    m = tl.maximum(m_a, m_b)
+    shift = finite_or_zero(m)
+    w_a, d_a = weight_and_exponent(m_a, shift, c)
+    w_b, d_b = weight_and_exponent(m_b, shift, c)
+    s = s_a * w_a + s_b * w_b
+    t = t_a
+    if ENTROPY:
+        t = w_a * (t_a + s_a * d_a) + w_b * (t_b + s_b * d_b)
+    return m, s, t

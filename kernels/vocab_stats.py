@@ -1,0 +1,135 @@
+"""Logits (N, V) -> statistics of each row, reading every logit once; and the gradient, reading and writing it once.
+
+forward   one program summarises BLOCK_V logits of one row; combine.py merges a row's pieces. Moves V * itemsize bytes
+          per row (+ 16 bytes per piece).
+backward  dz_a = (g_lse - g_entropy (log p_a + H)) p_a / alpha + g_target [a = target] + g_mean / V,
+          p_a = exp((z_a - shift) / alpha - log_total). Moves 2 V * itemsize bytes per row.
+
+A row's pieces depend on V alone, so a row's result is bitwise the same in any batch.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .combine import Partials
+from .config import LogitsConfig
+from .primitives import LN2, NEG_INF, apply_head, exp2_scale, finite_or_zero, weight_and_exponent
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "stride_outer"])
+def logits_partials_kernel(
+    logits, targets, needed, bias, p_m, p_s, p_t, p_u, p_target,
+    n_rows, n_inner, vocab, stride_outer, stride_inner, stride_vocab, logit_scale, softcap, c,
+    HAS_NEEDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    splits = tl.cdiv(vocab, BLOCK_V)
+    row = (tl.program_id(0) // splits).to(tl.int64)
+    split = tl.program_id(0) % splits
+    if HAS_NEEDED:
+        if tl.load(needed + row) == 0:
+            return
+    col = split * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_col = col < vocab
+    o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
+    z = tl.load(logits + o_row + col.to(tl.int64) * stride_vocab, mask=m_col, other=NEG_INF)
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = tl.load(bias + col, mask=m_col, other=0.0).to(tl.float32)
+    z = apply_head(z.to(tl.float32), b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+    z = tl.where(m_col, z, NEG_INF)  # again: softcap has made -softcap of the -inf outside
+
+    m = tl.max(z, 0)
+    e, d = weight_and_exponent(z, finite_or_zero(m), c)
+    o = split.to(tl.int64) * n_rows + row
+    tl.store(p_m + o, m)
+    tl.store(p_s + o, tl.sum(e, 0))
+    if ENTROPY:
+        tl.store(p_t + o, tl.sum(e * d, 0))
+    if LOGIT_MEAN:
+        tl.store(p_u + o, tl.sum(tl.where(m_col, z, 0.0), 0))
+    target = tl.load(targets + row)
+    if (target >= split * BLOCK_V) & (target < tl.minimum((split + 1) * BLOCK_V, vocab)):
+        tl.store(p_target + row, tl.sum(tl.where(col == target, z, 0.0), 0))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "stride_outer"])
+def logits_backward_kernel(
+    logits, targets, needed, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, grad,
+    n_rows, n_inner, vocab, stride_outer, stride_inner, stride_vocab, c, alpha,
+    HAS_NEEDED: tl.constexpr, ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(vocab, BLOCK_V)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_col = col < vocab
+    o_grad = grad + row * vocab + col
+    if HAS_NEEDED:
+        if tl.load(needed + row) == 0:
+            tl.store(o_grad, tl.zeros([BLOCK_V], dtype=grad.dtype.element_ty), mask=m_col)
+            return
+    o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
+    z = tl.load(logits + o_row + col.to(tl.int64) * stride_vocab, mask=m_col, other=0.0)
+    b_log_total = tl.load(log_total + row)
+    _, d = weight_and_exponent(z.to(tl.float32), finite_or_zero(tl.load(shift + row)), c)
+    logp = d * LN2 - b_log_total  # of a row that is all -inf: +inf, put right below
+    p = tl.exp2(logp / LN2)
+    g = tl.load(g_lse + row)
+    if ENTROPY:
+        b_entropy = tl.load(entropy + row)
+        b_g_entropy = tl.load(g_entropy + row)
+        dz = p * ((g - b_g_entropy * (logp + b_entropy)) / alpha)
+    else:
+        dz = p * (g / alpha)
+    dz = tl.where(b_log_total == NEG_INF, 0.0, dz)
+    dz += tl.where(col == tl.load(targets + row), tl.load(g_target + row), 0.0)
+    if LOGIT_MEAN:
+        dz += tl.load(g_mean + row) / vocab
+    tl.store(o_grad, dz.to(grad.dtype.element_ty), mask=m_col)
+
+
+def logits_partials(
+    logits, targets, *, alpha: float, entropy: bool, logit_mean: bool, needed=None, bias=None,
+    logit_scale: float = 1.0, softcap: float | None = None, config: LogitsConfig | None = None,
+) -> Partials:  # fmt: skip
+    """logits (B, T, V) of any strides, targets (N = B T,) int64, needed (N,) bool or None
+    -> partials (ceil(V / BLOCK_V), N).
+
+    The head's bias, scale and softcap are for raw products hidden @ weight.T that have not been through them.
+    """
+    outer, inner, vocab = logits.shape
+    rows = outer * inner
+    config = config or LogitsConfig()
+    splits = triton.cdiv(vocab, config.block_v)
+    partials = Partials.empty(splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean)
+    if rows:
+        logits_partials_kernel[(rows * splits,)](
+            logits, targets, needed, bias, *partials,
+            rows, inner, vocab, *logits.stride(), logit_scale, softcap or 0.0, exp2_scale(alpha),
+            HAS_NEEDED=needed is not None, HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1.0,
+            HAS_SOFTCAP=softcap is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean,
+            BLOCK_V=config.block_v, num_warps=config.num_warps,
+        )  # fmt: skip
+    return partials
+
+
+def logits_backward(
+    logits, targets, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, *, alpha: float, needed=None,
+    config: LogitsConfig | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Gradient (B, T, V) in the logits' dtype, from what the forward's `combine` returned and the upstream gradients
+    g_* (N,) float32; g_entropy (which needs entropy) and g_mean are None where nothing flows."""
+    outer, inner, vocab = logits.shape
+    rows = outer * inner
+    config = config or LogitsConfig()
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if rows:
+        logits_backward_kernel[(rows * triton.cdiv(vocab, config.block_v),)](
+            logits, targets, needed, shift, log_total, entropy,
+            g_lse, g_target, g_entropy, g_mean, grad,
+            rows, inner, vocab, *logits.stride(), exp2_scale(alpha), alpha,
+            HAS_NEEDED=needed is not None, ENTROPY=g_entropy is not None, LOGIT_MEAN=g_mean is not None,
+            BLOCK_V=config.block_v, num_warps=config.num_warps,
+        )  # fmt: skip
+    return grad

@@ -1,0 +1,60 @@
+"""What every test stands on: where kernels run, the fp64 oracle, and the error budget.
+
+Without a GPU, Triton's kernels run in its interpreter on CPU tensors; with one, the same tests run on it unchanged.
+"""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which no test module does earlier
+
+EPS32 = torch.finfo(torch.float32).eps
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return DEVICE
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def assert_within_budget():
+    """The error budget, said once: no row may be further from the fp64 oracle than eager torch in the same dtypes is,
+    beyond 16 units in the last place of float32 at the row's magnitude (`scale`: of the logits it was summed from).
+
+    Infinities and NaNs must be the oracle's.
+    """
+
+    def check(ours, torch_same_dtype, oracle, *, scale=1.0, name=""):
+        ours, eager, oracle = (x.detach().double().cpu() for x in (ours, torch_same_dtype, oracle))
+        assert ours.shape == oracle.shape, name
+        special = ~oracle.isfinite()
+        assert torch.equal(ours[special].nan_to_num(7), oracle[special].nan_to_num(7)), f"{name}: inf/nan differ"
+        finite = ~special
+        error = (ours - oracle)[finite].abs()
+        eager_error = (eager - oracle)[finite].abs().nan_to_num(0.0, posinf=0.0)
+        room = 16 * EPS32 * oracle[finite].abs().clamp(min=scale)
+        excess = error - eager_error - room
+        worst = int(excess.argmax()) if excess.numel() else 0
+        assert not (excess > 0).any() and not error.isnan().any(), (
+            f"{name}: error {error[worst]:.3e}, eager torch's {eager_error[worst]:.3e}, room {room[worst]:.3e}"
+        )
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """Say what ran where, so that nothing is skipped silently."""
+    if torch.cuda.is_available():
+        where = f"on {torch.cuda.get_device_name()} (compiled), bf16 and fp16 included"
+    else:
+        where = "in Triton's interpreter on the CPU (bf16 upcast inside the dot); no GPU here, so nothing ran on one"
+    terminalreporter.write_line(f"kernels: {where}; machine code for sm_80, sm_90, sm_100, gfx942: test_compiled.py")

@@ -1,0 +1,59 @@
+"""Every kernel compiled ahead of time for every architecture, and what its machine code must look like.
+
+In a process of its own: in this one Triton may be the interpreter, which compiles nothing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench.kernel_report import DTYPES, SHARED_LIMIT_KIB, TENSOR_CORE
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("report")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run(
+        [sys.executable, "-m", "bench.kernel_report", "--output", folder, "--workers", str(os.cpu_count() or 1)],
+        check=True, env=environment, capture_output=True,
+    )  # fmt: skip
+    return json.loads((folder / "kernel-report.json").read_text())["kernels"]
+
+
+def test_every_kernel_compiles_for_every_architecture_and_dtype(compiled):
+    seen = {(r["kernel"], r["arch"], r["dtype"]) for r in compiled}
+    assert len(compiled) == len({tuple(r.items()) for r in compiled})
+    for arch in SHARED_LIMIT_KIB:
+        assert ("combine", arch, "fp32") in seen
+        for dtype in DTYPES:
+            for kernel in ("logits_forward", "logits_backward", "linear"):
+                assert (kernel, arch, dtype) in seen
+
+
+def test_no_register_spills_in_the_default_configs_of_hopper(compiled):
+    hopper = [r for r in compiled if r["arch"] == "sm_90"]
+    assert hopper and all(0 < r["registers"] <= 255 for r in hopper)
+    assert [r for r in hopper if r["spill_bytes"]] == []
+
+
+def test_shared_memory_fits_the_chip(compiled):
+    assert [r for r in compiled if r["shared_kib"] > SHARED_LIMIT_KIB[r["arch"]]] == []
+
+
+@pytest.mark.parametrize("arch", TENSOR_CORE)
+def test_low_precision_matmuls_run_on_the_tensor_cores(compiled, arch):
+    matmuls = [r for r in compiled if r["arch"] == arch and r["kernel"] == "linear" and r["dtype"] != "fp32"]
+    assert matmuls and all(r["tensor_core_ops"] > 0 for r in matmuls), TENSOR_CORE[arch]
+
+
+def test_the_report_in_the_repository_is_current(compiled):
+    """Registers differ between compiler releases; the kernels, forms and configs that the report lists must not."""
+    from bench.kernel_report import RESULTS
+
+    stored = json.loads((RESULTS / "kernel-report.json").read_text())["kernels"]
+    described = ("kernel", "arch", "dtype", "entropy", "tma", "warps")
+    assert [[r[k] for k in described] for r in stored] == [[r[k] for k in described] for r in compiled]
