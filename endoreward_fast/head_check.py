@@ -59,9 +59,7 @@ def refuse_bad_weights(model: nn.Module) -> None:
     One reduction per parameter and one synchronisation per device: a sum is finite if every term is (one that
     overflows is looked at again, element by element).
     """
-    offloaded = any(
-        hasattr(module, "_hf_hook") for module in model.modules()
-    )  # accelerate brings the weights in
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate brings the weights in
     sums: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not offloaded:
@@ -108,8 +106,8 @@ def self_check(model: nn.Module, head: "Head") -> str | None:
         if odd is not None:
             return odd
         if len(seen) != 1 or known is None:
-            shapes = ", ".join(str(tuple(hidden.shape)) for hidden in seen)
-            return f"its output head is fed {len(seen)} inputs ({shapes}), not one of (batch, tokens, size)"
+            shapes = ", ".join(str(tuple(hidden.shape)) for hidden in seen) or "nothing"
+            return f"its output head is fed {shapes}, not one (batch, tokens, size)"
         wrong = _recipe_mismatch(head, seen[0], logits, known)
         return wrong or _capture_mismatch(model, head, seen[0], tokens)
 
@@ -118,6 +116,11 @@ def logits_of(output: Any) -> Tensor:
     """Final logits (B, T, V) in what a causal model's forward returned: a ModelOutput or a tuple."""
     logits = getattr(output, "logits", None)
     return output[0] if logits is None else logits
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Arguments that keep a forward pass from building a cache of keys: nothing reads it, and Bamba's own fails."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
 def _check_tokens(model: nn.Module) -> Tensor:
@@ -162,8 +165,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 def _forward(model: nn.Module, tokens: Tensor) -> Any:
     torch.manual_seed(0)  # Reformer draws its hash buckets at random: both passes must draw the same
-    kwargs = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
-    return model(input_ids=tokens, **kwargs)
+    return model(input_ids=tokens, **without_cache(model))
 
 
 def _known_values(shape: torch.Size, like: Tensor) -> Tensor:
@@ -176,7 +178,7 @@ def _known_values(shape: torch.Size, like: Tensor) -> Tensor:
 def _run_with_known_values(
     model: nn.Module, module: nn.Module, tokens: Tensor
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """What the head was fed; final logits (2, 8, V); the values planted at the last positions (2, 4, rows)."""
+    """What the head was fed; final logits (2, 8, V); the values planted at the end (2, 4, rows)."""
     seen: list[Tensor] = []
     planted: list[Tensor] = []
 
@@ -193,9 +195,7 @@ def _run_with_known_values(
     try:
         logits = logits_of(_forward(model, tokens))
     except Exception as error:
-        raise EndoRewardError(
-            f"{describe(model)} does not run on token ids alone: {_one_line(error)}"
-        ) from error
+        raise EndoRewardError(f"{describe(model)} does not run on token ids alone: {_one_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
@@ -216,8 +216,8 @@ def _refuse_unless_causal(model: nn.Module, logits: Tensor, tokens: Tensor) -> N
     noise = max(TF32_EPS, 4 * torch.finfo(logits.dtype).eps) * one.std(-1)
     if (change > noise).float().median() == 1:
         raise EndoRewardError(
-            f"{describe(model)} is not causal: its logits at a token change with later tokens (an encoder, or "
-            "a decoder whose config does not say is_decoder or causal?)"
+            f"{describe(model)} is not causal: its logits at a token change with later tokens "
+            "(an encoder, or a decoder whose config does not say is_decoder or causal?)"
         )
 
 

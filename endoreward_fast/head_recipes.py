@@ -28,7 +28,7 @@ class HeadRecipe:
 
 
 @dataclass(frozen=True)
-class _Rule:
+class Rule:
     """Names of the config's fields that make a family's recipe."""
 
     multiply: str | None = None
@@ -45,36 +45,40 @@ class _Rule:
         scale = (1.0 if multiply is None else multiply) / (1.0 if divide is None else divide)
         return HeadRecipe(scale, number(self.softcap), None if rows is None else int(rows))
 
+    def formula(self, y: str) -> str:
+        """What `read` computes, in the config's own names, for people: "logit_scale * (y)"."""
+        z = y if self.multiply is None else f"{self.multiply} * ({y})"
+        z = z if self.divide is None else f"({z}) / {self.divide}"
+        z = z if self.softcap is None else f"softcap({z}, {self.softcap})"
+        return z if self.vocab_size is None else f"({z})[:{self.vocab_size}]"
 
-def _rules() -> dict[str, _Rule]:
+
+def _rules() -> dict[str, Rule]:
     """Model type -> rule, as transformers 5.23 has it in its modeling files; other types are plain."""
     families = (
         (
-            _Rule(softcap="final_logit_softcapping"),
+            Rule(softcap="final_logit_softcapping"),
             "beam gemma2 gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified "
             "gemma4_unified_text nanochat paligemma vaultgemma",
         ),
-        (_Rule(softcap="logits_soft_cap"), "recurrent_gemma"),
-        (_Rule(softcap="output_logit_soft_cap"), "xlstm"),
-        (_Rule(multiply="logit_scale"), "cohere cohere2 cohere2_moe cohere_compass cohere_compass_text"),
+        (Rule(softcap="logits_soft_cap"), "recurrent_gemma"),
+        (Rule(softcap="output_logit_soft_cap"), "xlstm"),
+        (Rule(multiply="logit_scale"), "cohere cohere2 cohere2_moe cohere_compass cohere_compass_text"),
         (
-            _Rule(divide="logits_scaling"),
+            Rule(divide="logits_scaling"),
             "granite granite4_vision granite_docling granite_swa granitemoe granitemoe_swa granitemoehybrid "
             "granitemoeshared",
         ),
-        (_Rule(multiply="logits_scaling"), "hyperclovax hyperclovax_vision_v2"),
-        (_Rule(multiply="lm_head_multiplier"), "falcon_h1"),
-        (_Rule(multiply="output_multiplier", softcap="final_logit_softcapping"), "muse_glimmer muse_spark"),
-        (_Rule(vocab_size="unpadded_vocab_size"), "inkling_text inkling_mm_model"),
-        (
-            _Rule(softcap="final_logit_softcapping", vocab_size="unpadded_vocab_size"),
-            "inkling2 inkling2_text",
-        ),
+        (Rule(multiply="logits_scaling"), "hyperclovax hyperclovax_vision_v2"),
+        (Rule(multiply="lm_head_multiplier"), "falcon_h1"),
+        (Rule(multiply="output_multiplier", softcap="final_logit_softcapping"), "muse_glimmer muse_spark"),
+        (Rule(vocab_size="unpadded_vocab_size"), "inkling_text inkling_mm_model"),
+        (Rule(softcap="final_logit_softcapping", vocab_size="unpadded_vocab_size"), "inkling2 inkling2_text"),
     )
     return {model_type: rule for rule, types in families for model_type in types.split()}
 
 
-_RULES = MappingProxyType(_rules())
+RULES = MappingProxyType(_rules())
 
 
 def recipe_for(model: nn.Module) -> HeadRecipe:
@@ -84,7 +88,7 @@ def recipe_for(model: nn.Module) -> HeadRecipe:
     with its image tower (`final_logit_softcapping`), minicpm3 (`logits_scaling` acts before the head).
     """
     config = getattr(model, "config", None)
-    rule = _RULES.get(getattr(config, "model_type", ""))
+    rule = RULES.get(getattr(config, "model_type", ""))
     if config is None or rule is None:
         return HeadRecipe()
     return rule.read(config.get_text_config(decoder=True))

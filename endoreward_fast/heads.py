@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from .errors import EndoRewardError
-from .head_check import describe, find_head, logits_of, refuse_bad_weights, self_check
+from .head_check import describe, find_head, logits_of, refuse_bad_weights, self_check, without_cache
 from .head_recipes import HeadRecipe, recipe_for
 
-__all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for"]
+__all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for", "without_cache"]
 
 
 class Seen:
@@ -58,8 +58,7 @@ class Head:
         self.reason = self_check(model, self)
         if self.reason is not None:
             warnings.warn(
-                f"{describe(model)}: {self.reason}; using its own full logits, which take more memory",
-                stacklevel=2,
+                f"{describe(model)}: {self.reason}; using its own full logits, which take more memory", stacklevel=2
             )
 
     @property
