@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import chunked
+from . import chunked_rows
 from .rows import RowGrads, RowRewards, RowStats
 
 
@@ -65,7 +65,7 @@ def linear_forward(
 
 
 # The logits are gone, so the backward makes them again; chunk by chunk is how, whatever made them the first time.
-linear_backward = chunked.linear_backward
+linear_backward = chunked_rows.linear_backward
 
 
 def _arch(device: torch.device) -> int | str | None:

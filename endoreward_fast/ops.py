@@ -20,7 +20,7 @@ def _backend(impl: str):
     if impl == "fused":
         from . import fused as backend
     else:
-        from . import chunked as backend
+        from . import chunked_rows as backend
     return backend
 
 
