@@ -1,0 +1,171 @@
+"""Train the embedded model `pocket` from nothing: tokenizer, weights and model card.
+
+    OMP_NUM_THREADS=2 python tools/train_pocket.py --output endoreward_fast/pocket
+
+Text: the standard library's documentation and sources. Questions: endoreward_fast/demo_data.py. Nothing is
+downloaded. The same seed, Python, torch and processor give the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from pocket_card import write_card
+from pocket_data import batches, problem_rows, text_rows, train_tokenizer, training_texts
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+from endoreward_fast.demo_data import TASKS, problems
+
+VOCAB_SIZE, MAX_LENGTH, WINDOW = 1024, 16384, 256
+# Sums and differences have the most to learn from, so they come more often.
+TASK_MIX = [*TASKS, "add", "subtract", "add", "subtract", "sequence", "count"]
+# A step: rows of so many tokens from each source. Problems are short; text rows are longer than the window.
+ROWS = {"problems": (22, 192), "documentation": (2, 384), "sources": (1, 384)}
+
+
+def build(tokenizer: PreTrainedTokenizerFast) -> MistralForCausalLM:
+    """A Mistral of 4 layers. Its sliding window makes token 10,000 see what token 500 did in training."""
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=WINDOW,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return MistralForCausalLM(config)
+
+
+def attention_mask(segments: Tensor) -> Tensor:
+    """(B, 1, T, T) bool: causal, inside one text, and within the window. segments (B, T)."""
+    position = torch.arange(segments.shape[1])
+    back = position[:, None] - position[None, :]
+    near = (back >= 0) & (back < WINDOW)
+    return (near & (segments[:, :, None] == segments[:, None, :])).unsqueeze(1)
+
+
+def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+    """(weighted sum of cross-entropy in nats, sum of weights); a token after another text's end counts nothing."""
+    logits = model(ids, attention_mask=attention_mask(segments), use_cache=False).logits[:, :-1]  # (B, T-1, V)
+    weights = weights[:, 1:] * (segments[:, 1:] == segments[:, :-1])
+    nll = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (nll * weights.flatten()).sum(), weights.sum()
+
+
+def loss_of(model: nn.Module, groups: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Weighted mean cross-entropy over groups of rows of different lengths."""
+    sums, weights = zip(*(weighted_loss(model, *group) for group in groups), strict=True)
+    return sum(sums) / sum(weights)
+
+
+def optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the layers, Adam for embedding, head and norms."""
+    inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
+    outer = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
+    return [
+        torch.optim.Muon(inner, lr=muon_lr, momentum=0.95, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=adam_lr, betas=(0.9, 0.97), weight_decay=0.0),
+    ]
+
+
+def schedule(step: int, steps: int) -> float:
+    """Learning rate factor: up in 20 steps, level, then down in a line over the last 60%."""
+    return min((step + 1) / 20, 1.0, (steps - step) / (0.6 * steps))
+
+
+def train(model: nn.Module, data: list[Iterator], options: argparse.Namespace) -> None:
+    """Run the steps; prints the mean loss of every 50."""
+    bf16 = options.precision == "bf16"
+    used = optimizers(model, options.muon_lr, options.adam_lr)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in used]
+    start, shown = time.monotonic(), []
+    for step in range(options.steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = loss_of(model, map(next, data))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, rate in zip(used, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * schedule(step, options.steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        shown.append(loss.item())
+        if (step + 1) % 50 == 0 or step + 1 == options.steps:
+            print(f"step {step + 1} loss {sum(shown) / len(shown):.3f} {time.monotonic() - start:.0f} s", flush=True)
+            shown.clear()
+
+
+def save(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Weights rounded to bf16, to stay small; the config asks for fp32, because many processors are slow at bf16."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"dtype": "float32"}, indent=2, sort_keys=True) + "\n")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--muon-lr", type=float, default=6e-3)
+    parser.add_argument("--adam-lr", type=float, default=5e-3)
+    parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--problems", type=int, default=1100, help="held-out problems to measure on; 0: no card")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.precision == "auto":
+        options.precision = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    torch.manual_seed(options.seed)
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    start = time.monotonic()
+    docs, sources = training_texts()
+    asked = [f"{problem.question} {problem.answer}" for problem in problems(6000, options.seed, "train")]
+    tokenizer = train_tokenizer(docs + asked, VOCAB_SIZE, MAX_LENGTH)
+    model = build(tokenizer)
+    rows = {
+        "problems": problem_rows(tokenizer, TASK_MIX, ROWS["problems"][1], options.seed),
+        "documentation": text_rows(tokenizer, docs, ROWS["documentation"][1], f"documentation {options.seed}"),
+        "sources": text_rows(tokenizer, sources, ROWS["sources"][1], f"sources {options.seed}"),
+    }
+    data = [batches(source, ROWS[name][0]) for name, source in rows.items()]
+    train(model, data, options)
+    save(model, tokenizer, options.output)
+    record = {
+        "python": platform.python_version(),
+        "torch": torch.__version__.split("+")[0],
+        "threads": torch.get_num_threads(),
+        "precision": options.precision,
+        "seed": options.seed,
+        "steps": options.steps,
+        "length": max(length for _, length in ROWS.values()),
+        "tokens": options.steps * sum(count * length for count, length in ROWS.values()),
+        "minutes": round((time.monotonic() - start) / 60, 1),
+    }
+    (options.output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    if options.problems:
+        write_card(options.output, options.problems)
+
+
+if __name__ == "__main__":
+    main()
