@@ -1,12 +1,12 @@
 """Accuracy of scores on preference data, with RM-Bench's and RewardBench's own aggregations.
 
 RM-Bench (Liu et al., arXiv 2410.16184; its compute_accuracy): every prompt has three chosen and three
-rejected completions, of the same three styles: concise, detailed, detailed with markdown. M[i][j] is the share
+rejected completions, in the same three styles: concise, detailed, detailed with markdown. M[i][j] is the share
 of prompts whose chosen completion of style i scores strictly above the rejected one of style j. Above the
 diagonal the rejected one has the fancier style: hard = mean of those three; normal = mean of the diagonal;
 easy = mean of the three below it. A domain's average is the mean of the three; the benchmark's, the mean of
-its domains chat, code, math and safety, where safety pools the rows of safety-refuse and safety-response (the
-published script splits by prefix).
+its domains chat, code, math and safety. Safety pools the rows of safety-refuse and safety-response, as the
+published script does, which splits by prefix.
 
 RewardBench (Lambert et al., arXiv 2403.13787): accuracy of pairs by subset; a section is the mean over its
 prompts, with math-prm's weight raised from 447 to 984, the number of code prompts; the overall number is the
