@@ -42,12 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The reward inside every causal language model: r = Q(s, a) - V(s'), read from its own logits.",
 )
-File = Annotated[
-    str, typer.Argument(help="JSON Lines, JSON, CSV or TSV, gzipped or not; - is standard input.")
-]
-PerToken = Annotated[
-    bool, typer.Option("--per-token", help="Add token_rewards: one number for every scored token.")
-]
+File = Annotated[str, typer.Argument(help="JSON Lines, JSON, CSV or TSV, gzipped or not; - is standard input.")]
+PerToken = Annotated[bool, typer.Option("--per-token", help="Add token_rewards: one number for every scored token.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -84,7 +80,7 @@ def _rows_to_rows(
 ) -> None:
     with Sink(flags.output, (file,)) as sink:
         source = open_source(file, flags.limit)
-        batches = _checked(pipeline.windows(source, command, strict=flags.strict), source.name)
+        batches = _checked(pipeline.windows(source, command, flags), source.name)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": per_token}
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
@@ -119,7 +115,7 @@ def evaluate(
     as_json = as_json or flags.output == STDIN
     with Sink(flags.output, tuple(files)) as sink:
         sources = [open_source(file, flags.limit) for file in files]
-        readers = [_checked(pipeline.windows(s, "eval", strict=flags.strict), s.name) for s in sources]
+        readers = [_checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
         scorer = pipeline.load_scorer(flags)
         totals = [source.total for source in sources]
         total = None if None in totals else sum(t for t in totals if t is not None)

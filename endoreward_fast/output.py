@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from .data import STDIN
 from .errors import EndoRewardError
 
+UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 ERRORS_SHOWN = 20  # row errors named on standard error; the others are counted
 
 
@@ -61,8 +62,9 @@ class Sink:
             raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
 
     def write_row(self, row: dict[str, Any]) -> None:
-        """One line of JSON."""
-        self.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        """One line of JSON: one to every reader, also to those that break lines where Unicode does."""
+        line = json.dumps(row, ensure_ascii=False, default=str)
+        self.write(line.translate(UNICODE_BREAKS) + "\n")
 
     @property
     def on_terminal(self) -> bool:
@@ -72,9 +74,7 @@ class Sink:
     def __enter__(self) -> Sink:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is getattr(sys.stdout, "buffer", None):
             return
         self._file.close()
@@ -108,9 +108,7 @@ class Monitor:
             self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._progress:
             self._progress.stop()
         if not isinstance(value, BrokenPipeError):

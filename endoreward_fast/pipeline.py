@@ -15,11 +15,11 @@ from .output import Monitor, compact
 
 if TYPE_CHECKING:
     from .model import RowScore
-    from .options import ModelFlags
+    from .options import ModelFlags, RowFlags
 
-WINDOW = (
-    512  # samples sorted by length together: enough to fill batches evenly, few enough to write results early
-)
+WINDOW = 32
+"""Characters sorted by length together, per token of a batch: at four characters a token eight batches, enough to
+fill them evenly and few enough to write results early"""
 
 
 class Scorer(Protocol):
@@ -76,26 +76,24 @@ class Item:
         return next((problem for i in range(len(self.task.samples)) if (problem := self.problem(i))), None)
 
 
-def windows(
-    source: Source, command: str, *, strict: bool = False, size: int = WINDOW
-) -> Iterator[list[Item]]:
-    """The rows of `source`, planned, in lists of about `size` samples.
+def windows(source: Source, command: str, flags: RowFlags) -> Iterator[list[Item]]:
+    """The rows of `source`, planned, in lists of about WINDOW characters for every token of a batch.
 
     Where reading fails, or in strict mode a row cannot be used, the rows before it come first and then the
     EndoRewardError.
     """
     items: list[Item] = []
-    samples = 0
+    size, full = 0, WINDOW * flags.max_tokens_per_batch
     try:
         for record in source.records:
             item = _item(record, command)
-            if strict and item.error:
+            if flags.strict and item.error:
                 raise EndoRewardError(f"{record.where}: {item.error} (--strict: stopped here)")
             items.append(item)
-            samples += len(item.task.samples) if item.task else 0
-            if samples >= size or len(items) >= size:
+            size += sum(len(str(sample)) for sample in item.task.samples) if item.task else 1
+            if size >= full:
                 yield items
-                items, samples = [], 0
+                items, size = [], 0
     except EndoRewardError:
         if items:
             yield items
@@ -142,9 +140,7 @@ def score_items(
         monitor.on_row(item.record.where, item.first_problem)
 
     try:
-        for position, result in (
-            scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **options) if samples else ()
-        ):
+        for position, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **options) if samples else ():
             item, i = owners[position]
             item.results[i] = result
             if strict and item.problem(i):
@@ -162,9 +158,7 @@ def scored_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
     if item.task is None:
         return _with_columns(item, {"score": None}, None, per_token)
     layout = item.task.layout
-    return _with_columns(
-        item, {"score": arrange(layout, lambda i: _number(item.score(i)))}, layout, per_token
-    )
+    return _with_columns(item, {"score": arrange(layout, lambda i: _number(item.score(i)))}, layout, per_token)
 
 
 def ranked_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
@@ -205,6 +199,5 @@ def _token_table(result: RowScore) -> dict[str, list[Any]] | None:
         return None
     columns = {name: list(values) for name, values in vars(result.tokens).items()}
     return {
-        name: [compact(float(v), 6) if isinstance(v, float) else v for v in values]
-        for name, values in columns.items()
+        name: [compact(float(v), 6) if isinstance(v, float) else v for v in values] for name, values in columns.items()
     }

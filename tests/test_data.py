@@ -161,9 +161,9 @@ def test_unreadable_files_say_why_in_one_line(name, data, message, tmp_path):
 
 
 def test_no_such_file_and_a_folder(tmp_path):
-    with pytest.raises(EndoRewardError, match="no such file: .*nowhere.jsonl"):
+    with pytest.raises(EndoRewardError, match=r"no such file: .*nowhere\.jsonl"):
         open_source(str(tmp_path / "nowhere.jsonl"))
-    with pytest.raises(EndoRewardError, match="cannot read .*: Is a directory"):
+    with pytest.raises(EndoRewardError, match=r"cannot read .*: Is a directory"):
         open_source(str(tmp_path))
 
 
@@ -288,8 +288,7 @@ def test_arrange_gives_scores_the_rows_shape():
 
 @pytest.mark.skipif(not RM_BENCH.exists(), reason="RM-Bench's files are not at ../shared/data/rm-bench")
 @pytest.mark.parametrize(
-    ("name", "count"),
-    [("chat", 129), ("code", 228), ("safety-refuse", 284), ("safety-response", 157)],
+    ("name", "count"), [("chat", 129), ("code", 228), ("safety-refuse", 284), ("safety-response", 157)]
 )
 def test_rm_bench_files_as_they_come(name, count):
     records = read(RM_BENCH / f"{name}_filtered.json")
