@@ -1,0 +1,185 @@
+"""Gradients of the vocabulary statistics, from logits recomputed tile by tile in a bounded workspace.
+
+With x = z / alpha, p = exp(x - lse), H the entropy, and one upstream gradient per row and statistic:
+
+    dz_j = p_j (g_lse - g_entropy (log p_j + H)) / alpha + g_target [j = target] + g_mean / V
+    dy   = dz (1 - (z / softcap)^2)                                  only with a softcap
+    dhidden = logit_scale dy @ weight    dweight = logit_scale dy^T @ hidden    dbias = logit_scale sum_rows dy
+
+A row that is all -inf has p = 0. Sums over the vocabulary and over rows accumulate in float32.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .chunked_tiles import (
+    FLOAT_MIN,
+    LOW_PRECISION,
+    Buffer,
+    LinearTile,
+    length,
+    limits_for,
+    linear_tiles,
+    logits_tiles,
+    spans,
+)
+from .types import NO_TARGET
+
+
+@torch.no_grad()
+def logits_backward(
+    logits: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor | None, g_lse: Tensor, g_target: Tensor,
+    g_entropy: Tensor | None, g_mean: Tensor | None, *, alpha: float,
+) -> Tensor:  # fmt: skip
+    """dlogits (N, V), contiguous, in the logits' dtype."""
+    num_rows, vocab = logits.shape
+    tiles = logits_tiles(num_rows, vocab, logits.device)
+    upstream = _Upstream.of(targets, lse, entropy, g_lse, g_target, g_entropy, g_mean, vocab, alpha)
+    z_buffer, scratch = (Buffer(tiles.rows * tiles.vocab, logits.device) for _ in range(2))
+    dlogits = torch.empty(num_rows, vocab, device=logits.device, dtype=logits.dtype)
+    for rows in spans(0, num_rows, tiles.rows):
+        row_upstream = upstream.rows(rows)
+        for columns in spans(0, vocab, tiles.vocab):
+            shape = (length(rows), length(columns))
+            z = z_buffer.view(*shape).copy_(logits[rows, columns])
+            dlogits[rows, columns] = row_upstream.dz(z, columns, scratch.view(*shape))
+    return dlogits
+
+
+@torch.no_grad()
+def linear_backward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor | None, g_lse: Tensor,
+    g_target: Tensor, g_entropy: Tensor | None, g_mean: Tensor | None, *, bias: Tensor | None,
+    logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False.
+
+    dweight is finished chunk by chunk of the vocabulary, dhidden row by row, so one sweep does both only if
+    dhidden's float32 accumulator is the output itself or fits the workspace. Else dhidden takes sweeps of its own,
+    over blocks of rows that do fit: four matmuls instead of three, for a bounded workspace.
+    """
+    vocab, dim = weight.shape
+    upstream = _Upstream.of(targets, lse, entropy, g_lse, g_target, g_entropy, g_mean, vocab, alpha)
+    dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
+    dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs[2] else None
+    sweep = _Sweep(hidden, weight, bias, logit_scale, softcap, upstream)
+
+    rows_that_fit = max(1, limits_for(hidden.device).copy // dim)
+    everything = slice(0, hidden.shape[0])
+    if dhidden is None or hidden.dtype == torch.float32 or hidden.shape[0] <= rows_that_fit:
+        sweep.run(everything, dhidden, dweight, dbias)
+    else:
+        for rows in spans(0, hidden.shape[0], rows_that_fit):
+            sweep.run(rows, dhidden, None, None)
+        if dweight is not None or dbias is not None:
+            sweep.run(everything, None, dweight, dbias)
+    return dhidden, dweight, dbias
+
+
+@dataclass(frozen=True)
+class _Upstream:
+    """Factors of dz, each (N, 1): dz = p (constant + slope log p) + each_column + at_target [j = target]."""
+
+    lse: Tensor  # +inf for a row that is all -inf, which makes its p zero
+    constant: Tensor
+    slope: Tensor | None
+    each_column: Tensor | None
+    at_target: Tensor
+    targets: Tensor
+    alpha: float
+
+    @classmethod
+    def of(cls, targets, lse, entropy, g_lse, g_target, g_entropy, g_mean, vocab, alpha) -> "_Upstream":
+        constant, slope = g_lse, None
+        if g_entropy is not None:
+            constant, slope = g_lse - g_entropy * entropy, -g_entropy / alpha
+        lse = torch.where(lse == -torch.inf, torch.inf, lse)
+        each_column = None if g_mean is None else g_mean / vocab
+        at_target = torch.where(targets == NO_TARGET, 0.0, g_target)
+        per_row = (lse, constant / alpha, slope, each_column, at_target, targets)
+        return cls(*(None if t is None else t.unsqueeze(1) for t in per_row), alpha)
+
+    def rows(self, rows: slice) -> "_Upstream":
+        per_row = (self.lse, self.constant, self.slope, self.each_column, self.at_target, self.targets)
+        return _Upstream(*(None if t is None else t[rows] for t in per_row), self.alpha)
+
+    def dz(self, z: Tensor, columns: slice, scratch: Tensor) -> Tensor:
+        """The gradient of z (rows, columns), in one of the two buffers; both are overwritten."""
+        log_p = (z if self.alpha == 1.0 else z.div_(self.alpha)).sub_(self.lse)
+        if self.slope is None:
+            dz = log_p.exp_().mul_(self.constant)
+        else:
+            log_p.clamp_(min=FLOAT_MIN)  # so that 0 * log 0 is 0
+            p = torch.exp(log_p, out=scratch)
+            dz = torch.addcmul(self.constant, log_p, self.slope, out=log_p).mul_(p)
+        if self.each_column is not None:
+            dz.add_(self.each_column)
+        index = self.targets - columns.start
+        here = (index >= 0) & (index < length(columns))
+        dz.scatter_add_(1, torch.where(here, index, 0), torch.where(here, self.at_target, 0.0))
+        return dz
+
+
+class _Sweep:
+    """One pass over the vocabulary that recomputes the logits of some rows and adds up their gradients."""
+
+    def __init__(self, hidden, weight, bias, logit_scale: float, softcap: float | None, upstream: _Upstream):
+        self._tiles = tiles = linear_tiles(hidden, weight)
+        self._tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
+        self._hidden, self._weight = hidden, weight
+        self._scale, self._softcap, self._upstream = logit_scale, softcap, upstream
+        count = 2 if softcap is None else 3
+        self._buffers = [Buffer(tiles.rows * tiles.vocab, hidden.device) for _ in range(count)]
+
+    def run(self, rows: slice, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None) -> None:
+        """Write rows `rows` of dhidden, and the whole of dweight and dbias as far as these rows go."""
+        into_hidden = None if dhidden is None else _accumulator(dhidden[rows])
+        for columns in spans(0, self._weight.shape[0], self._tiles.vocab):
+            self._tile.load_weight(columns)
+            into_weight = None if dweight is None else _accumulator(dweight[columns])
+            into_bias = None if dbias is None else dbias.new_zeros(length(columns), dtype=torch.float32)
+            for tile_rows in spans(rows.start, rows.stop, self._tiles.rows):
+                self._tile.load_hidden(tile_rows)
+                dy = self._dy(tile_rows, columns)
+                if into_bias is not None:
+                    into_bias.add_(dy.sum(0), alpha=self._scale)
+                if into_weight is not None:
+                    _add_product(into_weight, dy.T, self._tile.hidden, self._scale)
+                if into_hidden is not None:
+                    in_sweep = slice(tile_rows.start - rows.start, tile_rows.stop - rows.start)
+                    _add_product(into_hidden[in_sweep], dy, self._tile.weight, self._scale)
+            _store(into_weight, dweight, columns)
+            _store(into_bias, dbias, columns)
+        _store(into_hidden, dhidden, rows)
+
+    def _dy(self, rows: slice, columns: slice) -> Tensor:
+        """Gradient of the logits before scale and softcap, but for the scale."""
+        z, scratch, *slopes = (buffer.view(length(rows), length(columns)) for buffer in self._buffers)
+        self._tile.logits(z)
+        if self._softcap is not None:
+            torch.mul(z, z, out=slopes[0]).mul_(-1 / self._softcap**2).add_(1.0)
+        dy = self._upstream.rows(rows).dz(z, columns, scratch)
+        return dy.mul_(slopes[0]) if slopes else dy
+
+
+def _accumulator(out: Tensor) -> Tensor:
+    """Float32 zeros of out's shape: `out` itself where it is float32."""
+    return out.zero_() if out.dtype == torch.float32 else torch.zeros_like(out, dtype=torch.float32)
+
+
+def _store(accumulated: Tensor | None, out: Tensor | None, where: slice) -> None:
+    if out is not None and accumulated.data_ptr() != out[where].data_ptr():
+        out[where] = accumulated
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """into += scale * left @ right, in float32. left is float32; right is too, or low precision."""
+    if right.dtype not in LOW_PRECISION:
+        into.addmm_(left, right, alpha=scale)
+    elif right.device.type == "cpu":
+        into.addmm_(left, right.float(), alpha=scale)
+    else:
+        into.add_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32), alpha=scale)

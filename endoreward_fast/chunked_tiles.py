@@ -1,0 +1,167 @@
+"""What the chunked forward and backward share: tile shapes, reused buffers, and one tile of final logits.
+
+A tile is (rows, vocab) float32. Its buffers fit the cores' caches, so that only the reads of `weight` (or of stored
+logits) go to main memory. Sizes were chosen by measurement: bench/results/NOTES.md has the figures.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIB = 1 << 20
+FLOAT_MIN = torch.finfo(torch.float32).min
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much one device may hold at a time, in elements of float32 (4 bytes)."""
+
+    tile: int  # one (rows, vocab) buffer; forward holds two, backward three
+    rows: int  # rows of a tile
+    copy: int  # one upcast copy: a chunk of weight, a tile of hidden, an accumulator of a gradient
+    rows_per_sweep: int  # rows that share one sweep over the vocabulary: bounds the per-chunk partials
+
+
+# On the CPU all of it together stays under 64 MiB whatever N is, on a GPU under 256 MiB.
+CPU_LIMITS = Limits(tile=MIB // 2, rows=512, copy=2 * MIB, rows_per_sweep=2048)
+GPU_LIMITS = Limits(tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
+LOGITS_CHUNK = 8192  # columns of stored logits that are reduced together
+LINEAR_CHUNK = 8192  # most columns of a linear tile, when it has few rows
+
+
+def limits_for(device: torch.device) -> Limits:
+    return CPU_LIMITS if device.type == "cpu" else GPU_LIMITS
+
+
+@dataclass(frozen=True)
+class Tiles:
+    rows: int
+    vocab: int  # columns of a tile
+    chunk: int  # columns that are reduced together; a tile holds a whole number of chunks side by side
+
+
+def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
+    """Tile shape of the logits path. Few rows: more chunks side by side, so that every core has work."""
+    limits = limits_for(device)
+    chunk = min(LOGITS_CHUNK, vocab)
+    rows = even_share(num_rows, max(1, limits.tile // chunk))
+    return Tiles(rows, chunk * max(1, limits.tile // (rows * chunk)), chunk)
+
+
+def linear_tiles(hidden: Tensor, weight: Tensor) -> Tiles:
+    """Tile shape of the linear path: as wide as the tile's budget, and the upcast copies', allow."""
+    limits = limits_for(hidden.device)
+    num_rows, dim = hidden.shape
+    most_rows, most_vocab = limits.rows, min(LINEAR_CHUNK, weight.shape[0])
+    if hidden.dtype != torch.float32 or weight.dtype != torch.float32:
+        most_rows = min(most_rows, max(1, limits.copy // dim))
+        most_vocab = min(most_vocab, max(1, limits.copy // dim))
+    rows = even_share(num_rows, most_rows)
+    vocab = min(most_vocab, max(1, limits.tile // rows))
+    return Tiles(rows, vocab, vocab)
+
+
+def even_share(total: int, most: int) -> int:
+    """The largest piece when `total` is cut into the fewest even pieces of at most `most`."""
+    pieces = max(1, -(-total // most))
+    return max(1, -(-total // pieces))
+
+
+def spans(start: int, stop: int, step: int) -> Iterator[slice]:
+    """Consecutive slices of at most `step` that cover [start, stop)."""
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
+
+
+def length(span: slice) -> int:
+    return span.stop - span.start
+
+
+class Buffer:
+    """Memory that is taken once and handed out again as a contiguous (rows, columns) view."""
+
+    def __init__(self, size: int, device: torch.device, dtype: torch.dtype = torch.float32):
+        self._flat = torch.empty(size, device=device, dtype=dtype)
+
+    def view(self, rows: int, columns: int) -> Tensor:
+        return self._flat[: rows * columns].view(rows, columns)
+
+
+def uses_native_matmul(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether low-precision inputs go to the device's own matmul, rather than being upcast to float32 first.
+
+    GPU: always (tensor cores accumulate, and return, float32). CPU: bfloat16 where the chip has units for it (AMX or
+    AVX512-BF16), and anywhere for a handful of rows, where reading `weight` is what takes the time. The CPU's
+    native product is rounded to bfloat16 (+-0.125 at |z| >= 32), which upcasting avoids. float16 is upcast.
+    """
+    if hidden.dtype != weight.dtype or hidden.dtype not in LOW_PRECISION:
+        return False
+    if hidden.device.type != "cpu":
+        return True
+    if hidden.dtype != torch.bfloat16:
+        return False
+    return has_bf16_units() or hidden.shape[0] <= 2
+
+
+def has_bf16_units() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+class LinearTile:
+    """Makes tiles of z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), float32.
+
+    `load_weight` then `load_hidden` choose the tile's sides; `logits` fills a (rows, vocab) buffer.
+    Both sides are views where the inputs are float32, else copies in reused buffers.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias, logit_scale: float, softcap, tiles: Tiles):
+        self._inputs = (hidden, weight, bias)
+        self._scale, self._softcap = logit_scale, softcap
+        self._native = uses_native_matmul(hidden, weight)
+        self._on_cpu = hidden.device.type == "cpu"
+        dim, device = hidden.shape[1], hidden.device
+        self._weight_copy = None if self._keeps(weight) else Buffer(tiles.vocab * dim, device)
+        self._hidden_copy = None if self._keeps(hidden) else Buffer(tiles.rows * dim, device)
+        rounded = self._native and self._on_cpu
+        self._rounded = Buffer(tiles.rows * tiles.vocab, device, hidden.dtype) if rounded else None
+        self.weight = self.hidden = self._bias = None
+
+    def _keeps(self, operand: Tensor) -> bool:
+        return self._native or operand.dtype == torch.float32
+
+    def load_weight(self, columns: slice) -> None:
+        _, weight, bias = self._inputs
+        self.weight = _loaded(weight[columns], self._weight_copy)
+        self._bias = None if bias is None else bias[columns]
+
+    def load_hidden(self, rows: slice) -> None:
+        self.hidden = _loaded(self._inputs[0][rows], self._hidden_copy)
+
+    def logits(self, out: Tensor) -> Tensor:
+        """out (rows, vocab) <- the final logits of the loaded rows and columns."""
+        scale = self._scale if self._softcap is None else self._scale / self._softcap
+        if self._native:
+            self._native_product(out)
+            if self._bias is not None:
+                out.add_(self._bias)
+            if scale != 1.0:
+                out.mul_(scale)
+        elif self._bias is not None:
+            out.copy_(self._bias.expand_as(out))
+            out.addmm_(self.hidden, self.weight.T, beta=scale, alpha=scale)
+        else:
+            out.addmm_(self.hidden, self.weight.T, beta=0, alpha=scale)
+        return out if self._softcap is None else out.tanh_().mul_(self._softcap)
+
+    def _native_product(self, out: Tensor) -> None:
+        if self._on_cpu:  # no float32 output from a bfloat16 matmul there
+            out.copy_(torch.mm(self.hidden, self.weight.T, out=self._rounded.view(*out.shape)))
+        else:
+            torch.mm(self.hidden, self.weight.T, out_dtype=torch.float32, out=out)
+
+
+def _loaded(operand: Tensor, copy: Buffer | None) -> Tensor:
+    return operand if copy is None else copy.view(*operand.shape).copy_(operand)
