@@ -34,7 +34,7 @@ def show(flags: ModelFlags) -> None:
         [s for p in quiz for s in _problem_samples(p, form)],
         [s for pair in pairs for s in _steered_samples(pair, form)],
     ]
-    with Monitor(quiet=flags.quiet) as monitor:
+    with Monitor(sum(map(len, parts)), quiet=flags.quiet) as monitor:
         scores = _scores(scorer, [s for part in parts for s in part], flags, monitor)
     ends = [len(parts[0]), len(parts[0]) + len(parts[1])]
     print(f"Model: {flags.model}.  Score: {flags.reduction} of token rewards, alpha {flags.alpha:g}.")
@@ -55,6 +55,7 @@ def _scores(
         if result.score is None:
             raise EndoRewardError(f"the demonstration's text {i + 1} could not be scored: {result.error}")
         scores[i] = result.score
+        monitor.advance(1)
         monitor.on_row(str(i), None)
     return scores
 

@@ -96,6 +96,7 @@ class Monitor:
     def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True) -> None:
         self.quiet = quiet
         self.rows = self.tokens = self.failed = 0
+        self._done = 0
         self._started = time.perf_counter()
         self._progress: Any = None
         if bar and not quiet and sys.stderr.isatty():
@@ -129,18 +130,22 @@ class Monitor:
         self.tokens += count
         self._show()
 
+    def advance(self, rows: int) -> None:
+        """The model is done with `rows` more, though an earlier row may still hold them back."""
+        self._done += rows
+        self._show()
+
     def on_row(self, where: str, error: str | None) -> None:
-        """One more row is finished; an error is named at once."""
+        """One more row is written; an error is named at once."""
         self.rows += 1
         if error:
             self.failed += 1
             if self.failed <= ERRORS_SHOWN:
                 self.say(f"{where}: {error}")
-        self._show()
 
     def _show(self) -> None:
         if self._progress:
-            self._progress.update(self._bar, completed=self.rows, rate=f"{self.rate:,.0f} tokens/s")
+            self._progress.update(self._bar, completed=self._done, rate=f"{self.rate:,.0f} tokens/s")
 
     def note(self, text: str) -> None:
         """Say `text`, unless quiet."""

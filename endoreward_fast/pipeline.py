@@ -134,6 +134,7 @@ def score_items(
     owners = [(item, i) for item in items if item.task for i in range(len(item.task.samples))]
     samples = [sample for item in items if item.task for sample in item.task.samples]
     waiting = deque(items)
+    monitor.advance(sum(item.done for item in items))
 
     def hand_on(item: Item) -> None:
         write(item)
@@ -143,6 +144,7 @@ def score_items(
         for position, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **options) if samples else ():
             item, i = owners[position]
             item.results[i] = result
+            monitor.advance(item.done)
             if strict and item.problem(i):
                 raise EndoRewardError(f"{item.record.where}: {item.problem(i)} (--strict: stopped here)")
             while waiting and waiting[0].done:

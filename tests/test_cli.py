@@ -128,6 +128,11 @@ def test_a_column_of_the_same_name_is_kept_beside_the_new_one(scorer, tmp_path):
     assert (out["input_score"], out["score"]) == ("mine", -3.0)
 
 
+def test_half_a_surrogate_pair_in_another_column_survives(scorer, tmp_path):
+    out = run("score", put(tmp_path, {**PAIR, "note": "\ud83d"})).stdout
+    assert json.loads(out)["note"] == "\ud83d"
+
+
 def test_rank_gives_positions_best_first(scorer, tmp_path):
     path = put(
         tmp_path,
@@ -248,6 +253,7 @@ def test_many_errors_are_counted_not_all_shown(scorer, tmp_path):
         (["rank", "in.jsonl"], "columns wanted: prompt and completions; or prompt, chosen and rejected; found: id"),
         (["eval", "in.jsonl"], "columns wanted: prompt, chosen and rejected; found: id, prompt, completion"),
         (["score", "in.jsonl", "--output", "no/such/folder"], "cannot write no/such/folder: No such file or dir"),
+        (["score", "nowhere.jsonl", "--output", "new.jsonl"], "no such file: nowhere.jsonl"),
         (["score", "in.jsonl", "--output", "."], "cannot write .: Is a directory"),
         (["eval", "in.jsonl", "--output", "."], "cannot write .: Is a directory"),
         (["score", "in.jsonl", "--output", "in.jsonl"], "--output in.jsonl is the input"),

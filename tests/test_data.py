@@ -99,6 +99,11 @@ def test_malformed_lines_are_named_and_spoil_nothing_else(tmp_path):
     assert all(e.startswith("not valid JSON") for e in errors[3:])
 
 
+def test_lines_are_counted_from_the_top_of_the_file(tmp_path):
+    records = read(put(tmp_path, "a.jsonl", b"\n \n" + LINES + b"\n{oops\n"))
+    assert [r.where for r in records] == ["line 3", "line 4", "line 6"]
+
+
 def test_a_bad_first_line_is_one_bad_line_too(tmp_path):
     for name in ("a.jsonl", "a.json", "a.txt"):
         records = read(put(tmp_path, name, b"{oops\n" + LINES))
@@ -215,6 +220,11 @@ OTHER = {"role": "assistant", "content": "b"}
         (  # the implicit prompt of chats
             {"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]},
             [([USER], [ASSISTANT]), ([USER], [OTHER])],
+            {"chosen": 0, "rejected": 1},
+        ),
+        (  # the same conversation twice still has something to score
+            {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]},
+            [([USER], [ASSISTANT]), ([USER], [ASSISTANT])],
             {"chosen": 0, "rejected": 1},
         ),
         (  # the implicit prompt of texts, cut at a word's start
