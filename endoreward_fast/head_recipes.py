@@ -38,7 +38,7 @@ class Rule:
 
     def read(self, config: Any) -> HeadRecipe:
         def number(name: str | None) -> float | None:
-            value = None if name is None else getattr(config, name)
+            value = None if name is None else getattr(config, name, None)  # paligemma on gemma 1 has no cap
             return None if value is None else float(value)
 
         multiply, divide, rows = number(self.multiply), number(self.divide), number(self.vocab_size)

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from .errors import EndoRewardError
@@ -24,18 +25,22 @@ __all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for", "without_cac
 class Seen:
     """What one forward pass fed the head while it was being captured."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.calls: list[Tensor] = []
+        self.device = device
 
     @property
     def hidden(self) -> Tensor:
-        """The head's input (B, T, D), with its autograd graph. EndoRewardError unless the head ran once."""
+        """The head's input (B, T, D), with its autograd graph, on the device of the head's weight.
+
+        EndoRewardError unless the head ran exactly once.
+        """
         if len(self.calls) != 1:
             raise EndoRewardError(
-                f"the output head ran {len(self.calls)} times in one forward pass, not once; a model that "
-                "torch.compile has seen before hides its head"
+                f"the output head ran {len(self.calls)} times in one forward pass, not once; a model "
+                "that was compiled as a whole hides its head"
             )
-        return self.calls[0]
+        return self.calls[0].to(self.device)
 
 
 class Head:
@@ -95,7 +100,7 @@ class Head:
         whatever happens. One capture per model at a time: the hook sees every forward pass, those of other
         threads too.
         """
-        seen = Seen()
+        seen = Seen(self.weight.device)
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = args[0]

@@ -1,0 +1,374 @@
+"""Heads: every rule of the table on a tiny random model, capture without logits, and what is refused by name."""
+
+import copy
+import math
+import runpy
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+from endoreward_fast.errors import EndoRewardError
+from endoreward_fast.head_check import refuse_bad_weights, why_not_plain
+from endoreward_fast.heads import Head, HeadRecipe, logits_of, recipe_for, without_cache
+
+transformers.logging.set_verbosity_error()
+FAMILIES = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "tools" / "families.py")))
+TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250 + 5
+PLAIN = HeadRecipe()
+
+# model type -> (its recipe, a recipe that someone might take for it). The configs hold logit_scale 0.3,
+# logits_scaling 3, multipliers 0.3, every softcap 5, 300 of 320 words: see tools/families.py.
+RULES = {
+    "llama": (PLAIN, HeadRecipe(softcap=30.0)),
+    "beam": (HeadRecipe(softcap=5.0), PLAIN),
+    "gemma2": (HeadRecipe(softcap=5.0), PLAIN),
+    "gemma3_text": (HeadRecipe(softcap=5.0), PLAIN),
+    "gemma3n_text": (HeadRecipe(softcap=5.0), PLAIN),
+    "gemma4": (HeadRecipe(softcap=5.0), PLAIN),
+    "gemma4_text": (HeadRecipe(softcap=5.0), PLAIN),
+    "gemma4_unified": (HeadRecipe(softcap=5.0), PLAIN),
+    "vaultgemma": (HeadRecipe(softcap=5.0), PLAIN),
+    "nanochat": (HeadRecipe(softcap=5.0), PLAIN),
+    "paligemma": (HeadRecipe(softcap=5.0), PLAIN),
+    "recurrent_gemma": (HeadRecipe(softcap=5.0), PLAIN),
+    "xlstm": (HeadRecipe(softcap=5.0), PLAIN),
+    "cohere": (HeadRecipe(0.3), PLAIN),
+    "cohere2": (HeadRecipe(0.3), HeadRecipe(1 / 0.3)),
+    "cohere2_moe": (HeadRecipe(0.3), PLAIN),
+    "cohere_compass": (HeadRecipe(0.3), PLAIN),
+    "granite": (HeadRecipe(1 / 3), HeadRecipe(3.0)),
+    "granitemoe": (HeadRecipe(1 / 3), PLAIN),
+    "granitemoehybrid": (HeadRecipe(1 / 3), PLAIN),
+    "granite4_vision": (HeadRecipe(1 / 3), PLAIN),
+    "granite_docling": (HeadRecipe(1 / 3), PLAIN),
+    "hyperclovax": (HeadRecipe(3.0), HeadRecipe(1 / 3)),
+    "hyperclovax_vision_v2": (HeadRecipe(3.0), HeadRecipe(1 / 3)),
+    "falcon_h1": (HeadRecipe(0.3), PLAIN),
+    "muse_glimmer": (HeadRecipe(0.3, 5.0), HeadRecipe(0.3)),
+    "muse_spark": (HeadRecipe(0.3, 5.0), HeadRecipe(softcap=5.0)),
+    "inkling_text": (HeadRecipe(vocab_size=300), PLAIN),
+    "inkling2": (HeadRecipe(softcap=5.0, vocab_size=300), HeadRecipe(vocab_size=300)),
+    "inkling2_text": (HeadRecipe(softcap=5.0, vocab_size=300), HeadRecipe(softcap=5.0)),
+    # a field that looks like a rule, and is not one
+    "minicpm3": (PLAIN, HeadRecipe(1 / 3)),  # divides before the head
+    "mpt": (PLAIN, HeadRecipe(0.3)),  # logit_scale: never read
+    "gemma3": (PLAIN, HeadRecipe(softcap=5.0)),  # final_logit_softcapping: read by gemma3_text only
+    "cohere2_vision": (PLAIN, HeadRecipe(0.3)),  # its text model would scale
+    "granite_speech": (PLAIN, HeadRecipe(1 / 3)),  # so would this one's
+}
+BIASED = ["bert", "codegen", "ctrl", "gptj", "phi", "roberta", "xlm"]
+
+
+def build(model_type):
+    """A tiny model in evaluation mode with fields that show; composite models that are no causal class included."""
+    if model_type in FAMILIES.CLASSES:
+        return FAMILIES.tiny_model(model_type)
+    torch.manual_seed(0)
+    auto = AutoModelForMultimodalLM if model_type == "granite_speech" else AutoModelForImageTextToText
+    model = auto.from_config(FAMILIES.tiny_config(CONFIG_MAPPING[model_type]))
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model, tokens=TOKENS):
+    return logits_of(model(input_ids=tokens, **without_cache(model)))
+
+
+@torch.no_grad()
+def captured(model, head, tokens=TOKENS):
+    with head.capture() as seen:
+        model(input_ids=tokens, **without_cache(model))
+    return seen.hidden
+
+
+def formula(hidden, weight, bias, scale, softcap):
+    """Section 2's z, in float64 and on its own."""
+    z = hidden.double() @ weight.double().T
+    z = z if bias is None else z + bias.double()
+    z = scale * z
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def quiet_head(model, **kwargs):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return Head(model, **kwargs)
+
+
+@pytest.fixture
+def llama():
+    return FAMILIES.tiny_model("llama")
+
+
+@pytest.mark.parametrize("model_type", RULES)
+def test_rule(model_type):
+    recipe, mistaken = RULES[model_type]
+    model = build(model_type)
+    head = quiet_head(model)
+    assert head.linear
+    assert head.recipe == recipe == recipe_for(model)
+
+    expected = logits(model)
+    hidden = captured(model, head)
+    z = formula(hidden, head.weight, head.bias, head.logit_scale, head.softcap)
+    spread = expected.std()
+    torch.testing.assert_close(z.float(), expected, atol=1e-5 * spread.item(), rtol=1e-5)
+    rows = model.get_output_embeddings().weight[: mistaken.vocab_size]
+    wrong = formula(hidden, rows, head.bias, mistaken.logit_scale, mistaken.softcap)
+    assert wrong.shape != expected.shape or (wrong - expected).abs().max() > 0.01 * spread
+
+    # The check at load notices the mistake, also on logits too small for any softcap to show.
+    for shrink in (1.0, 1e-4):
+        with torch.no_grad():
+            model.get_output_embeddings().weight.mul_(shrink)
+        assert quiet_head(model).linear
+        with pytest.warns(UserWarning, match=f"model type '{model_type}'"):
+            assert not Head(model, recipe=mistaken).linear
+
+
+@pytest.mark.parametrize("model_type", BIASED)
+def test_bias_of_the_head(model_type):
+    model = build(model_type)
+    head = quiet_head(model)
+    assert head.linear and head.bias is not None
+    expected, hidden = logits(model), captured(model, head)
+    z = formula(hidden, head.weight, head.bias, 1.0, None)
+    torch.testing.assert_close(z.float(), expected, atol=1e-5 * expected.std().item(), rtol=1e-5)
+    assert (formula(hidden, head.weight, None, 1.0, None) - expected).abs().max() > 0.1 * expected.std()
+
+
+def test_a_fresh_default_config_is_caught_without_its_softcap():
+    """Untouched initialisation: logits of size 0.1, a softcap of 30 changes them by 1e-7."""
+    config = FAMILIES.tiny_config(CONFIG_MAPPING["gemma2"], final_logit_softcapping=30.0)
+    model = transformers.Gemma2ForCausalLM(config)
+    assert quiet_head(model).softcap == 30.0
+    with pytest.warns(UserWarning, match="gemma2"):
+        assert not Head(model, recipe=PLAIN).linear
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "granite", "muse_spark", "mixtral", "qwen3_moe", "bert"])
+def test_half_precision(model_type, dtype):
+    model = build(model_type).to(dtype)
+    head = quiet_head(model)
+    assert head.linear and head.weight.dtype == dtype and captured(model, head).dtype == dtype
+    mistaken = PLAIN if head.recipe != PLAIN else HeadRecipe(softcap=30.0)
+    with pytest.warns(UserWarning, match=model_type):
+        assert not Head(model, recipe=mistaken).linear
+
+
+def test_capture_makes_no_logits_and_leaves_nothing_behind(llama):
+    before = logits(llama)
+    made = []
+    watch = llama.lm_head.register_forward_hook(lambda module, args, y: made.append(y.numel()))
+    head = quiet_head(llama)
+    made.clear()
+    hidden = captured(llama, head)
+    assert hidden.shape == (2, 12, 32) and made == [0]
+    with pytest.raises(ZeroDivisionError), head.capture():
+        raise ZeroDivisionError
+    watch.remove()
+    assert not llama.lm_head._forward_pre_hooks and not llama.lm_head._forward_hooks
+    assert "forward" not in vars(llama.lm_head)
+    assert torch.equal(logits(llama), before)
+
+
+def test_capture_keeps_the_graph(llama):
+    head = quiet_head(llama)
+    llama(input_ids=TOKENS).logits.square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    llama.zero_grad()
+    with head.capture() as seen:
+        llama(input_ids=TOKENS)
+    (seen.hidden @ head.weight.T).square().mean().backward()
+    for name, parameter in llama.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name])
+
+
+def test_capture_honours_logits_to_keep(llama):
+    head = quiet_head(llama)
+    with torch.no_grad(), head.capture() as seen:
+        llama(input_ids=TOKENS, logits_to_keep=3)
+    torch.testing.assert_close(seen.hidden, captured(llama, head)[:, -3:])
+
+
+def test_hidden_needs_exactly_one_call_of_the_head(llama):
+    head = quiet_head(llama)
+    with head.capture() as seen:
+        pass
+    with pytest.raises(EndoRewardError, match="ran 0 times"):
+        _ = seen.hidden
+
+
+def test_the_check_leaves_mode_and_random_state(llama):
+    model = FAMILIES.tiny_model("gpt2").train()  # dropout 0.1
+    model.transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    assert quiet_head(model).linear
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes and any(modes) and not all(modes)
+    assert quiet_head(FAMILIES.tiny_model("reformer")).linear  # draws random hashes: two passes draw the same
+
+
+def test_weight_is_live_and_tied():
+    model = FAMILIES.tiny_model("gemma2")
+    head = quiet_head(model)
+    embedding = model.get_input_embeddings().weight
+    assert head.weight.data_ptr() == embedding.data_ptr()
+    with torch.no_grad():
+        embedding.add_(1.0)
+    hidden, expected = captured(model, head), logits(model)
+    torch.testing.assert_close(formula(hidden, head.weight, None, 1.0, 5.0).float(), expected)
+    twin, twin_head = copy.deepcopy((model, head))
+    assert twin_head.weight.data_ptr() == twin.lm_head.weight.data_ptr() != head.weight.data_ptr()
+
+
+def test_padded_vocabulary_keeps_the_rows_the_model_keeps(llama):
+    llama.resize_token_embeddings(330, pad_to_multiple_of=64)
+    head = quiet_head(llama)
+    assert head.linear and head.weight.shape == (384, 32) == (logits(llama).shape[-1], 32)
+
+
+@pytest.mark.parametrize(
+    "model_type, words", [("prophetnet", "is fed (2, 2, 8, 32)"), ("chameleon", "what it does to its head's output")]
+)
+def test_models_no_recipe_fits_fall_back_by_name(model_type, words):
+    model = build(model_type)
+    with pytest.warns(UserWarning) as caught:
+        head = Head(model)
+    assert not head.linear and words in head.reason
+    assert f"model type '{model_type}'" in str(caught[0].message)
+
+
+class Int8Linear(nn.Linear):
+    """A quantised head as most libraries make them: a Linear by type, its weight not what is multiplied."""
+
+    def forward(self, x):
+        return x @ (self.weight.float() * self.scale).T
+
+
+def test_quantised_heads_fall_back(llama):
+    plain = llama.lm_head
+    llama.lm_head = Int8Linear(1, 1, bias=False)
+    llama.lm_head.scale = plain.weight.detach().abs().max() / 127
+    int8 = (plain.weight / llama.lm_head.scale).round().to(torch.int8)
+    llama.lm_head.weight = nn.Parameter(int8, requires_grad=False)
+    with pytest.warns(UserWarning, match="Int8Linear, not a plain torch.nn.Linear"):
+        assert not Head(llama).linear
+    bare = nn.Linear(2, 2, bias=False)
+    bare.weight = nn.Parameter(torch.zeros(2, 2, dtype=torch.float8_e4m3fn), requires_grad=False)
+    assert "quantised (torch.float8_e4m3fn)" in why_not_plain(bare)
+    llama.lm_head = plain
+    assert quiet_head(llama).linear
+
+
+def test_other_heads_that_are_not_what_they_seem(llama):
+    assert "offloaded" in why_not_plain(nn.Linear(2, 2, device="meta"))
+    assert "sharded away" in why_not_plain(nn.Linear(0, 2))  # what ZeRO-3 leaves between forward passes
+    llama.lm_head.forward = lambda x: nn.functional.linear(x, llama.lm_head.weight)
+    with pytest.warns(UserWarning, match="the forward of its output head was replaced"):
+        assert not Head(llama).linear
+
+
+def test_a_reparametrised_head_stays_linear(llama):
+    nn.utils.parametrizations.weight_norm(llama.lm_head)
+    head = quiet_head(llama)
+    hidden, expected = captured(llama, head), logits(llama)
+    torch.testing.assert_close(formula(hidden, head.weight, None, 1.0, None).float(), expected)
+
+
+def test_sharded_heads_fall_back(llama):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    expected = logits(llama)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(llama, mesh=dist.init_device_mesh("cpu", (1,)))
+        with pytest.warns(UserWarning, match="is a DTensor, not a plain tensor"):
+            assert not Head(llama).linear
+        torch.testing.assert_close(logits(llama), expected)
+        with pytest.warns(UserWarning, match="its weights come and go"):  # gathered by the pass before
+            assert not Head(llama).linear
+        llama.reshard()
+        with torch.no_grad():
+            llama.model.norm.weight.to_local()[3] = math.nan
+        with pytest.raises(EndoRewardError, match=r"'model\.norm\.weight' has NaN"):
+            Head(llama)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_compiled_models(llama):
+    llama.model.compile(backend="eager")
+    head = quiet_head(llama)
+    hidden, expected = captured(llama, head), logits(llama)
+    torch.testing.assert_close(formula(hidden, head.weight, None, 1.0, None).float(), expected, rtol=1e-4, atol=1e-5)
+    llama.compile(backend="eager")
+    with pytest.warns(UserWarning, match="compiled as a whole"):
+        assert not Head(llama).linear
+    check_sized = TOKENS[:, :8]  # the check's own shape: were its hooks compiled in, this would show them
+    torch.testing.assert_close(logits(llama, check_sized), expected[:, :8], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_bad_weights_are_named(llama, name, value):
+    with torch.no_grad():
+        llama.get_parameter(name).view(-1)[7] = value
+    with pytest.raises(EndoRewardError, match=f"model type 'llama'.*parameter '{name}' has NaN or infinite"):
+        Head(llama)
+
+
+def test_large_weights_are_not_bad_weights(llama):
+    with torch.no_grad():
+        llama.lm_head.weight.fill_(3e38)  # finite, though no sum of two of them is
+    refuse_bad_weights(llama)
+
+
+def test_weights_that_were_never_loaded():
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(FAMILIES.tiny_config(transformers.LlamaConfig))
+    with pytest.raises(EndoRewardError, match=r"'model\.embed_tokens\.weight' was never loaded"):
+        Head(model)
+
+
+@pytest.mark.parametrize(
+    "cls, config, words",
+    [
+        ("T5ForConditionalGeneration", "t5", "is an encoder-decoder"),
+        ("LlamaForSequenceClassification", "llama", "has no output embedding"),
+        ("LlamaModel", "llama", "has no output embedding"),
+        ("BertForMaskedLM", "bert", "is not causal"),
+        ("BertLMHeadModel", "bert", "is not causal"),
+        ("XLNetLMHeadModel", "xlnet", "is not causal"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_models_that_are_not_causal(cls, config, words, dtype):
+    torch.manual_seed(0)
+    config = FAMILIES.tiny_config(CONFIG_MAPPING[config], is_decoder=False, initializer_range=0.3)
+    model = getattr(transformers, cls)(config).to(dtype)
+    with pytest.raises(EndoRewardError, match=words) as caught:
+        Head(model)
+    assert cls in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_models_that_cannot_be_scored(llama):
+    with pytest.raises(EndoRewardError, match="Linear has no output embedding"):
+        Head(nn.Linear(2, 2))
+    with pytest.raises(EndoRewardError, match="has 4 output heads"):
+        Head(FAMILIES.tiny_model("musicgen"))
+    llama.model.layers[0].mlp = nn.Linear(3, 3)
+    with pytest.raises(EndoRewardError, match="does not run on token ids alone: RuntimeError"):
+        Head(llama)
+    assert not llama.lm_head._forward_pre_hooks and not llama.lm_head._forward_hooks
