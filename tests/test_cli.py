@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from endoreward_fast.cli import app
 from endoreward_fast.output import ERRORS_SHOWN
 
 ROOT = Path(__file__).resolve().parents[1]
-RM_BENCH = ROOT.parent / "shared" / "data" / "rm-bench"
 
 
 @dataclass(frozen=True)
@@ -375,22 +372,7 @@ def test_eval_interrupted_reports_what_it_has(scorer, tmp_path):
     assert found["complete"] is False and found["files"][0]["scored"] == 2
 
 
-# --- the process
-
-
-def start(*args, **kw):
-    env = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-m", "endoreward_fast", *map(str, args)],
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": env, **kw},
-    )
-
-
-def finish(process, code=0, **kw):
-    out, err = process.communicate(timeout=120, **kw)
-    assert process.returncode == code, (process.returncode, out, err)
-    assert "Traceback" not in err
-    return out, err
+# --- the command itself
 
 
 def test_help_and_version_need_no_torch():
