@@ -69,7 +69,8 @@ def plan(row: Mapping[str, Any], command: str = "score") -> Task:
         if "messages" in row:
             return Task(({"messages": _dialogue(row["messages"], "messages")},), 0)
         if "prompt_ids" in row and "completion_ids" in row:
-            return Task(({key: _ids(row[key], key) for key in ("prompt_ids", "completion_ids")},), 0)
+            sample = {key: _ids(row[key], key) for key in ("prompt_ids", "completion_ids")}
+            return Task(({**sample, "terminal": row.get("terminal", True)},), 0)
     found = ", ".join(map(str, row)) or "none"
     raise MissingColumns(f"columns wanted: {WANTED[command]}; found: {found}")
 
@@ -124,8 +125,7 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
             f"found {kind_of(chosen)} and {kind_of(rejected)}"
         )
     shared = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
-        min(len(chosen), len(rejected)),
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
     )
     if isinstance(chosen, list):
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
@@ -169,9 +169,7 @@ def _text(value: Any, name: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise EndoRewardError(
-            f"{name}: character {error.start + 1} is half of a surrogate pair, no text"
-        ) from None
+        raise EndoRewardError(f"{name}: character {error.start + 1} is half of a surrogate pair, no text") from None
     return value
 
 
@@ -180,9 +178,7 @@ def _messages(value: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
         if not isinstance(message["role"], str):
             raise EndoRewardError(f"{name}[{i}].role: wanted text, found {kind_of(message['role'])}")
         if not isinstance(message.get("content"), str):
-            raise EndoRewardError(
-                f"{name}[{i}].content: wanted text, found {kind_of(message.get('content'))}"
-            )
+            raise EndoRewardError(f"{name}[{i}].content: wanted text, found {kind_of(message.get('content'))}")
         _text(message["content"], f"{name}[{i}].content")
     return value
 
@@ -190,14 +186,10 @@ def _messages(value: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 def _dialogue(value: Any, name: str) -> list[dict[str, Any]]:
     """Messages that end in what is scored."""
     if not is_messages(value):
-        raise EndoRewardError(
-            f'{name}: wanted an array of {{"role", "content"}} objects, found {kind_of(value)}'
-        )
+        raise EndoRewardError(f'{name}: wanted an array of {{"role", "content"}} objects, found {kind_of(value)}')
     messages = _messages(value, name)
     if messages[-1]["role"] != "assistant":
-        raise EndoRewardError(
-            f"{name}: the last turn must be the assistant's, found {messages[-1]['role']!r}"
-        )
+        raise EndoRewardError(f"{name}: the last turn must be the assistant's, found {messages[-1]['role']!r}")
     return messages
 
 

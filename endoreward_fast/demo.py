@@ -47,9 +47,7 @@ def show(flags: ModelFlags) -> None:
         print(f"The same with a real model:\n\n  endoreward demo --model {REAL_MODEL}")
 
 
-def _scores(
-    scorer: pipeline.Scorer, samples: list[Sample], flags: ModelFlags, monitor: Monitor
-) -> list[float]:
+def _scores(scorer: pipeline.Scorer, samples: list[Sample], flags: ModelFlags, monitor: Monitor) -> list[float]:
     scores = [0.0] * len(samples)
     for i, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **flags.scoring()):
         if result.score is None:
@@ -66,18 +64,23 @@ def _rows(scores: list[float], width: int) -> list[list[float]]:
 
 def _passage_samples(passage: Passage, number: int) -> list[Sample]:
     spoiled = [corrupted(passage.completion, seed=number, kind=kind) for kind in CORRUPTIONS]
-    return [{"prompt": passage.prompt, "completion": text} for text in (passage.completion, *spoiled)]
+    texts = (passage.completion, *spoiled)
+    return [{"prompt": passage.prompt, "completion": text, "chat": False} for text in texts]
 
 
 def _problem_samples(problem: Problem, form: str) -> list[Sample]:
     prompt = problem.prompt(form)
-    return [{"prompt": prompt, "completion": text} for text in problem.completions(form)]
+    return [{"prompt": prompt, "completion": text, "chat": form == "chat"} for text in problem.completions(form)]
 
 
 def _steered_samples(pair: tuple[Problem, Problem], form: str) -> list[Sample]:
     """Either instruction with either answer: (a's, a's), (a's, b's), (b's, a's), (b's, b's)."""
     answers = [problem.completions(form)[0] for problem in pair]
-    return [{"prompt": problem.prompt(form), "completion": answer} for problem in pair for answer in answers]
+    return [
+        {"prompt": problem.prompt(form), "completion": answer, "chat": form == "chat"}
+        for problem in pair
+        for answer in answers
+    ]
 
 
 def _show_passages(texts: Sequence[Passage], scores: Sequence[Sequence[float]]) -> None:
@@ -112,9 +115,7 @@ def _show_steered(pairs: Sequence[tuple[Problem, Problem]], scores: Sequence[Seq
     print(f"\n  {first[0].question}")
     print(f"    {'':<28}" + "".join(f"{problem.answer!r:>22}" for problem in first))
     for k, problem in enumerate(first):
-        print(
-            f"    {problem.system or '':<28}" + "".join(f"{s:>22.2f}" for s in scores[0][2 * k : 2 * k + 2])
-        )
+        print(f"    {problem.system or '':<28}" + "".join(f"{s:>22.2f}" for s in scores[0][2 * k : 2 * k + 2]))
     print()
     _measured("asked-for form on top", [hit for r in scores for hit in (r[0] > r[1], r[3] > r[2])], 1 / 2)
 
@@ -126,9 +127,7 @@ def _title(text: str) -> None:
 def _measured(what: str, hits: Sequence[bool], chance: float) -> None:
     a: Accuracy = wilson(sum(hits) / len(hits), len(hits))
     interval = f"[{100 * a.low:.0f}, {100 * a.high:.0f}]"
-    print(
-        f"  {what:<28}{100 * a.value:5.1f}% {interval:>11}   chance {100 * chance:.0f}%  {len(hits)} trials"
-    )
+    print(f"  {what:<28}{100 * a.value:5.1f}% {interval:>11}   chance {100 * chance:.0f}%  {len(hits)} trials")
 
 
 def _clip(text: str, width: int = 58) -> str:

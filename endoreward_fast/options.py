@@ -25,30 +25,24 @@ Switch = Optional[bool]  # noqa: UP045
 class ModelFlags:
     """Which model, and how its rewards become a score."""
 
-    model: Annotated[
-        str, typer.Option(help="Name or folder of a causal language model; pocket is built in.")
-    ] = "pocket"
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
-    device: Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = (
-        None
+    model: Annotated[str, typer.Option(help="Name or folder of a causal language model; pocket is built in.")] = (
+        "pocket"
     )
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
     alpha: Annotated[float, typer.Option(help="Soft-RL temperature.")] = 1.0
     reduction: Annotated[str, typer.Option(help="Token rewards to a score: sum or mean.")] = "sum"
     gamma: Annotated[float, typer.Option(help="Discount per token.")] = 1.0
     floor: Annotated[float, typer.Option(help="Least weight that the discount leaves a token.")] = 0.0
-    system: Annotated[
-        Text, typer.Option(help="System prompt put before every row: it steers the reward.")
-    ] = None
+    system: Annotated[Text, typer.Option(help="System prompt put before every row: it steers the reward.")] = None
     max_tokens_per_batch: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 8192
     chat: Annotated[
         Switch,
         typer.Option(
-            "--chat/--no-chat", help="Use the chat template, or never; default: where rows are chats."
+            "--chat/--no-chat", help="Insist on the chat template, or never use it; default: if there is one."
         ),
     ] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; errors only.")] = (
-        False
-    )
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; errors only.")] = False
 
     def check(self) -> None:
         """Raise EndoRewardError naming the flag whose value cannot work."""
@@ -72,17 +66,13 @@ class ModelFlags:
 class RowFlags(ModelFlags):
     """And how files are read and results written."""
 
-    max_length: Annotated[
-        Count, typer.Option(help="Most tokens of prompt and completion; default: the model's.")
-    ] = None
+    max_length: Annotated[Count, typer.Option(help="Most tokens of prompt and completion; default: the model's.")] = (
+        None
+    )
     truncate: Annotated[Text, typer.Option(help="Cut over-long rows at the prompt or the completion.")] = None
     limit: Annotated[Count, typer.Option(help="Only the first so many rows of each file.")] = None
-    output: Annotated[
-        Text, typer.Option("--output", "-o", help="Write results here, not to standard output.")
-    ] = None
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be scored.")] = (
-        False
-    )
+    output: Annotated[Text, typer.Option("--output", "-o", help="Write results here, not to standard output.")] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be scored.")] = False
 
     def check(self) -> None:
         super().check()

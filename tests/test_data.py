@@ -243,8 +243,10 @@ def test_columns_become_samples(row, samples, layout):
 
 
 def test_messages_and_token_ids_go_through_as_they_are():
-    for row in ({"messages": [USER, ASSISTANT]}, {"prompt_ids": [1, 2], "completion_ids": []}):
+    ids = {"prompt_ids": [1, 2], "completion_ids": []}
+    for row in ({"messages": [USER, ASSISTANT]}, {**ids, "terminal": False}):
         assert plan({**row, "id": 3}).samples == (row,)
+    assert plan(ids).samples == ({**ids, "terminal": True},)
 
 
 @pytest.mark.parametrize(
