@@ -1,0 +1,101 @@
+"""Where a prompt ends and its completion begins, in tokens: exact, although tokenizers merge across the seam.
+
+    prompt_ids + completion_ids      every character of the completion in completion_ids, none of the prompt's
+
+prompt_ids are what the prompt alone gives, which is what a model that generates is shown. If they begin the tokens of
+the whole text, the rest is the completion (so "un" + "able" stays [un, ##able], and a SentencePiece model adds no
+second space). If the tokenizer merges across the seam ("a " + "b" -> "a", " b"), the completion is tokenized behind
+some other text with which it does not merge.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+# Short contexts by the kind of character they end in; each tokenizer merges a completion with few of them.
+LETTERS = ("a", "x", "Q", "0", "the", "é", "中")
+SPACES = ("\n", " ", "\t", ".\n", "a ")
+MARKS = (".", ")", "|", '"', "¶")
+TAILS = (1, 2, 3, 5, 8)
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of `text`, with no special tokens added around it. Special tokens spelled out in it are honoured."""
+    ids: list[int] = _tokenize(tokenizer, text)[0]
+    return ids
+
+
+def split_ids(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """(prompt_ids, completion_ids); neither has special tokens added. completion_ids of "" is []."""
+    before = tokenize(tokenizer, prompt)
+    if not completion:
+        return before, []
+    whole = tokenize(tokenizer, prompt + completion)
+    after = _rest(tokenizer, prompt, completion)
+    if after is not None:
+        return before, after
+
+    # What the pieces have to spell: the whole text as this tokenizer keeps it (lower case, NFC, ...).
+    text = decode(tokenizer, whole)
+    candidates = []
+    for context in _contexts(prompt):
+        after = _rest(tokenizer, context, completion)
+        if after is not None:
+            if decode(tokenizer, before + after) == text:
+                return before, after
+            candidates.append(after)
+    # A tokenizer that loses characters may spell the text with none; behind some context beats on its own.
+    return before, next(iter(candidates[1:] + candidates), tokenize(tokenizer, completion))
+
+
+def decode(tokenizer: Any, ids: list[int]) -> str:
+    """Text of token ids, special tokens included, spaces untouched."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def token_texts(tokenizer: Any, ids: list[int], start: int) -> tuple[str, ...]:
+    """What each of ids[start:] adds to the text: joined, they are the text of ids[start:] as it reads after the rest.
+
+    A token that ends inside a character adds "", and the one that completes it the whole character.
+    """
+    texts = []
+    prefix, read = max(0, start - 4), start  # a few tokens of context: SentencePiece drops the first one's space
+    for i in range(start, len(ids)):
+        known = decode(tokenizer, ids[prefix:read])
+        text = decode(tokenizer, ids[prefix : i + 1])
+        whole_characters = not text.endswith("\N{REPLACEMENT CHARACTER}") or i + 1 == len(ids)
+        texts.append(text[len(known) :] if whole_characters else "")
+        if whole_characters:
+            prefix, read = max(prefix, read - 4), i + 1
+    return tuple(texts)
+
+
+def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
+    out = tokenizer(
+        text, add_special_tokens=False, truncation=False, return_offsets_mapping=tokenizer.is_fast, verbose=False
+    )
+    return out["input_ids"], out.get("offset_mapping")
+
+
+def _rest(tokenizer: Any, context: str, completion: str) -> list[int] | None:
+    """Tokens of `completion` behind `context`; None if they merge, or leave it without a token of its own."""
+    before = tokenize(tokenizer, context)
+    ids, offsets = _tokenize(tokenizer, context + completion)
+    n = len(before)
+    if ids[:n] != before or len(ids) == n:
+        return None
+    # Equal ids may still reach across the seam: an unknown character is one token with its unknown neighbours.
+    if offsets is not None and max((end for _, end in offsets[:n]), default=0) > len(context):
+        return None
+    return ids[n:]
+
+
+def _contexts(prompt: str) -> Iterator[str]:
+    """Texts to put before a completion that merges with its prompt: nothing, ends of the prompt, single characters."""
+    yield ""
+    yield from (prompt[-n:] for n in TAILS if n < len(prompt))
+    last = prompt[-1:]
+    kinds = (LETTERS, MARKS, SPACES) if last.isalnum() else (SPACES, MARKS, LETTERS)
+    kinds = kinds if last.isalnum() or last.isspace() else (MARKS, LETTERS, SPACES)
+    for kind in kinds:
+        yield from kind

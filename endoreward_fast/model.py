@@ -1,0 +1,230 @@
+"""`EndoRewardModel`: the reward inside a loaded causal language model, of tokens or of text.
+
+    scorer = EndoRewardModel.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+    scorer.rank("What is 2 + 3?", ["5", "6"])[0].completion
+
+Hidden states go from the model straight to `linear_token_rewards`: logits never exist. Only a model whose head does
+something unknown is read through its own logits (`Head` warns when it is loaded).
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .encoding import Row
+from .errors import EndoRewardError
+from .functional import Impl, linear_token_rewards, token_rewards
+from .heads import Head, logits_of
+from .layout import LayoutCheck, lay_out
+from .loading import load, pocket_path
+from .scoring import Ranked, RowScore, ScoreOptions, TokenTable, score_rows
+from .types import TokenRewards
+
+__all__ = ["EndoRewardModel", "Ranked", "RowScore", "ScoreOptions", "TokenTable", "pocket_path"]
+
+
+class EndoRewardModel(nn.Module):
+    """Endogenous rewards r(s, a) = Q(s, a) - V(s') of the tokens that a causal language model reads.
+
+    `model` is one of transformers, or anything with its interface; it is used as it is, on its own device and in its
+    own dtype, and trains through `forward`. `tokenizer` is needed only for text.
+
+    Raises EndoRewardError: a model that is not causal or has NaN weights (see `Head`), a tokenizer with more words
+    than the model has.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.head = Head(model)
+        self.layouts = LayoutCheck(model, self._states)
+        if tokenizer is not None:
+            _refuse_larger_vocabulary(tokenizer, self.vocab_size)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
+        **options: Any,
+    ) -> "EndoRewardModel":  # fmt: skip
+        """Load a model and its tokenizer by folder or Hugging Face name; "pocket" is the embedded demonstration model.
+
+        dtype     None or "auto": the checkpoint's; or a torch dtype or its name
+        device    None or "auto": a CUDA device if there is one; with device_map among the options, that decides
+        options   what AutoModelForCausalLM.from_pretrained takes: revision, trust_remote_code, attn_implementation,
+                  device_map, quantization_config, ...
+
+        Raises EndoRewardError, in one line: no such model, not a causal one, a checkpoint without its output head (a
+        classifier's, say), an unknown dtype or device.
+        """
+        model, tokenizer, reason = load(name_or_path, dtype=dtype, device=device, options=options)
+        if reason is not None:
+            warnings.warn(f"{name_or_path!r} has no usable tokenizer, so only token ids: {reason}", stacklevel=2)
+        return cls(model, tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model can both read and predict."""
+        embedding = getattr(self.model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        sizes = [w.shape[0] for w in (embedding, getattr(self.head.module, "weight", None)) if w is not None]
+        rows = self.head.recipe.vocab_size
+        return min([*sizes, *([] if rows is None else [rows])])
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most tokens that the model has positions for; None: its config names no limit."""
+        return getattr(self._text_config(), "max_position_embeddings", None)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Every token that ends the model's generation."""
+        ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ids = getattr(self._text_config(), "eos_token_id", None) if ids is None else ids
+        return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        embedding = getattr(self.model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
+        found = embedding if embedding is not None else next(self.model.parameters())
+        return found.device
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, completion_mask: Tensor | None = None, *,
+        terminal: Tensor | None = None, position_ids: Tensor | None = None, alpha: float = 1.0,
+        entropy: bool = False, impl: Impl = "auto",
+    ) -> TokenRewards:  # fmt: skip
+        """Rewards of tokens (B, T); differentiable in the model's parameters.
+
+        attention_mask   (B, T), 1 for real tokens, padding on either side. Default: all are real
+        completion_mask  (B, T) bool: tokens to score. Default: all. Padding, the first token of each sequence, and a
+                         token behind padding are never scored
+        terminal         (B, T) bool: tokens after which the episode ends (V(s') = 0). Default: the last of each
+                         unbroken run of scored tokens; all False bootstraps; see `terminal_at`
+        position_ids     (B, T) or (1, T). Default: counted from the first real token. Where they do not go on by one,
+                         the next of several packed sequences begins, and attention is kept apart
+        alpha, entropy, impl   as in `linear_token_rewards`
+
+        Returns TokenRewards, float32 (B, T), 0 where nothing is scored.
+        Raises ValueError for shapes; EndoRewardError for a model that does not keep packed sequences apart, or that
+        needs its padding on the right.
+        """
+        _check_shapes(input_ids, attention_mask, completion_mask, terminal)
+        if position_ids is not None:
+            position_ids = _broadcast_positions(position_ids, input_ids)
+        layout = lay_out(input_ids, attention_mask, position_ids)
+        if position_ids is not None:
+            self.layouts.ask("packed", len(input_ids))
+        if attention_mask is not None:
+            self.layouts.ask("left-padded", len(input_ids))
+        self.layouts.refuse_if_known_wrong(layout.kind, len(input_ids))
+        scored = layout.scorable
+        if completion_mask is not None:
+            scored = scored & completion_mask.bool()
+        return self._rewards(self.layouts.arguments(layout), scored, terminal, alpha, entropy, impl)
+
+    def rewards_of_padded(
+        self, input_ids: Tensor, attended: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0
+    ) -> TokenRewards:
+        """`forward` of rows known to be padded on the right and masked rightly: nothing is asked of the device."""
+        arguments = {"input_ids": input_ids, "attention_mask": attended.long()}
+        arguments = {name: value for name, value in arguments.items() if name in self.layouts.accepted}
+        return self._rewards(arguments, scored, terminal, alpha, False, "auto")
+
+    def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
+        """Scores of rows, in their order. `encoding` has the table of rows, `ScoreOptions` the options:
+
+        alpha, reduction, gamma, floor, system, chat, max_length, truncate, append_eos, max_tokens_per_batch, per_token
+
+        A row that cannot be scored gets an `error` and stops no other. Runs in evaluation mode and without autograd,
+        in batches of like length; a row's score does not depend on its companions, up to float noise.
+        """
+        results = dict(self.iter_scores(rows, **options))
+        return [results[i] for i in range(len(results))]
+
+    def iter_scores(
+        self, rows: Sequence[Row], *, on_tokens: Callable[[int], None] | None = None, **options: Any
+    ) -> Iterator[tuple[int, RowScore]]:
+        """(position in rows, score) as batches finish, in any order; options as in `score`.
+
+        `on_tokens` is called with the number of tokens of each finished batch.
+        """
+        return score_rows(self, rows, ScoreOptions(**options), on_tokens)
+
+    def rank(self, prompt: Any, completions: Sequence[Any], **options: Any) -> list[Ranked]:
+        """Completions of one prompt, best first; ties in their order. Options as in `score`.
+
+        Raises EndoRewardError if one of them cannot be scored, naming it by its index.
+        """
+        scores = self.score([{"prompt": prompt, "completion": completion} for completion in completions], **options)
+        ranked = []
+        for index, (completion, result) in enumerate(zip(completions, scores, strict=True)):
+            if result.score is None:
+                raise EndoRewardError(f"completion {index}: {result.error}")
+            ranked.append(Ranked(index, completion, result.score))
+        return sorted(ranked, key=lambda r: -r.score)
+
+    def _rewards(
+        self, arguments: dict[str, Tensor], scored: Tensor, terminal: Tensor | None, alpha: float, entropy: bool,
+        impl: Impl,
+    ) -> TokenRewards:  # fmt: skip
+        states = self._states(arguments)
+        tokens, scored = arguments["input_ids"].to(states.device), scored.to(states.device)
+        terminal = None if terminal is None else terminal.to(states.device, torch.bool)
+        if not self.head.linear:
+            return token_rewards(
+                states, tokens, mask=scored, terminal=terminal, alpha=alpha, entropy=entropy, impl=impl
+            )
+        return linear_token_rewards(
+            states, self.head.weight, tokens, mask=scored, terminal=terminal, bias=self.head.bias,
+            logit_scale=self.head.logit_scale, softcap=self.head.softcap, alpha=alpha, entropy=entropy, impl=impl,
+        )  # fmt: skip
+
+    def _states(self, arguments: dict[str, Tensor]) -> Tensor:
+        """(B, T, D) hidden states fed to the head; (B, T, V) final logits where the head is not linear."""
+        # A cache would be of no use, and keeps Hugging Face models from telling packed sequences apart.
+        cache: dict[str, Any] = {"use_cache": False} if "use_cache" in self.layouts.accepted else {}
+        if not self.head.linear:
+            return logits_of(self.model(**arguments, **cache))
+        with self.head.capture() as seen:
+            self.model(**arguments, **cache)
+        return seen.hidden
+
+    def _text_config(self) -> Any:
+        config: Any = getattr(self.model, "config", None)
+        return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _check_shapes(
+    input_ids: Tensor, attention_mask: Tensor | None, completion_mask: Tensor | None, terminal: Tensor | None
+) -> None:
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids {tuple(input_ids.shape)}: expected (B, T)")
+    masks = {"attention_mask": attention_mask, "completion_mask": completion_mask, "terminal": terminal}
+    for name, mask in masks.items():
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(f"{name} {tuple(mask.shape)}: expected input_ids' shape {tuple(input_ids.shape)}")
+
+
+def _broadcast_positions(position_ids: Tensor, input_ids: Tensor) -> Tensor:
+    if position_ids.ndim != 2 or position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
+        raise ValueError(f"position_ids {tuple(position_ids.shape)}: expected {tuple(input_ids.shape)}, or one row")
+    return position_ids.expand_as(input_ids)
+
+
+def _refuse_larger_vocabulary(tokenizer: Any, rows: int) -> None:
+    """EndoRewardError if text can give token ids that the model lacks.
+
+    Special tokens beyond the head are let pass (Gemma 3's text models come with an image token): text does not give
+    them, and a row that spells one out is refused by itself.
+    """
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    beyond = [i for i in tokenizer.get_vocab().values() if i >= rows] if len(tokenizer) > rows else []
+    if any(i not in known or not known[i].special for i in beyond):
+        raise EndoRewardError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's output head only {rows}: "
+            "they do not belong together, or the model's embeddings were not resized"
+        )

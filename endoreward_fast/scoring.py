@@ -1,0 +1,205 @@
+"""Rows -> scores: encode, batch by length, run, reduce. What `EndoRewardModel.score` and the command line stand on."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .batching import batches
+from .boundary import token_texts
+from .encoding import Encoded, Encoder, Row, Truncate
+from .errors import EndoRewardError
+from .functional import sequence_score
+from .types import TokenRewards
+
+if TYPE_CHECKING:
+    from .model import EndoRewardModel
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The scored tokens of one row; every field has one entry per token."""
+
+    ids: tuple[int, ...]
+    texts: tuple[str, ...]
+    """what each token adds to the text; "" for each without a tokenizer"""
+    rewards: tuple[float, ...]
+    logprobs: tuple[float, ...]
+    """nats"""
+    values: tuple[float, ...]
+    """V(s) of the state in which the token was chosen"""
+
+
+@dataclass(frozen=True)
+class RowScore:
+    """The score of one row, or why it has none."""
+
+    score: float | None
+    num_tokens: int
+    """scored tokens"""
+    logprob: float | None
+    """their summed log-probability, nats"""
+    flags: tuple[str, ...] = ()
+    """what is worth knowing about the row: keys of `encoding.FLAGS`"""
+    error: str | None = None
+    """why the row has no score, in one line"""
+    tokens: TokenTable | None = None
+    """with per_token"""
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One completion of a ranking."""
+
+    index: int
+    """its place among the completions given"""
+    completion: Any
+    score: float
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How rows are encoded, batched and reduced. Raises EndoRewardError, naming the option, for what cannot work."""
+
+    alpha: float = 1.0
+    """soft-RL temperature, > 0"""
+    reduction: Literal["sum", "mean"] = "sum"
+    """of token rewards to a score"""
+    gamma: float = 1.0
+    """discount per token, in (0, 1]"""
+    floor: float = 0.0
+    """the least weight that the discount leaves a token"""
+    system: str | None = None
+    """a system prompt; a row's own follows it"""
+    chat: bool | None = None
+    """None: the chat template where there is one; False: plain text; True: insist on it"""
+    max_length: int | None = None
+    """most tokens of prompt and completion; never more than the model has positions for"""
+    truncate: Truncate = None
+    """beyond that: None, an error for the row; "prompt" or "completion", cut there (see `encode_row`)"""
+    append_eos: bool = True
+    """end completions of text with an end-of-sequence or end-of-turn token"""
+    max_tokens_per_batch: int = 8192
+    """padding included; a longer row runs alone"""
+    per_token: bool = False
+    """fill RowScore.tokens"""
+
+    def __post_init__(self) -> None:
+        for name, fine, wanted in (
+            ("alpha", self.alpha > 0 and math.isfinite(self.alpha), "a number above 0"),
+            ("reduction", self.reduction in ("sum", "mean"), "'sum' or 'mean'"),
+            ("gamma", 0 < self.gamma <= 1, "a number above 0, at most 1"),
+            ("floor", self.floor >= 0 and math.isfinite(self.floor), "a number, 0 or more"),
+            ("truncate", self.truncate in (None, "prompt", "completion"), "None, 'prompt' or 'completion'"),
+            ("max_length", self.max_length is None or self.max_length >= 1, "1 or more, or None"),
+            ("max_tokens_per_batch", self.max_tokens_per_batch >= 1, "1 or more"),
+        ):
+            if not fine:
+                raise EndoRewardError(f"{name}={getattr(self, name)!r}: expected {wanted}")
+
+
+def score_rows(
+    scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOptions, on_tokens: Callable[[int], None] | None
+) -> Iterator[tuple[int, RowScore]]:
+    """(position in rows, score) as batches finish. Rows that need no model come first, then the longest."""
+    encoder = encoder_for(scorer, options)
+    ready: list[tuple[int, Encoded]] = []
+    for position, row in enumerate(rows):
+        result = _encode(encoder, row, scorer.vocab_size)
+        if isinstance(result, Encoded):
+            ready.append((position, result))
+        else:
+            yield position, result
+    for batch in batches([len(encoded.input_ids) for _, encoded in ready], options.max_tokens_per_batch):
+        members = [ready[i] for i in batch]
+        scores = _score_batch(scorer, [encoded for _, encoded in members], options)
+        if on_tokens is not None:
+            on_tokens(sum(len(encoded.input_ids) for _, encoded in members))
+        for (position, _), score in zip(members, scores, strict=True):
+            yield position, score
+
+
+def encoder_for(scorer: "EndoRewardModel", options: ScoreOptions) -> Encoder:
+    """Options and the model's own limits -> how rows are encoded."""
+    limits = [limit for limit in (options.max_length, scorer.max_positions) if limit is not None]
+    return Encoder(
+        scorer.tokenizer, system=options.system, chat=options.chat, max_length=min(limits, default=None),
+        truncate=options.truncate, append_eos=options.append_eos, eos_ids=scorer.eos_ids,
+    )  # fmt: skip
+
+
+def _encode(encoder: Encoder, row: Row, vocab_size: int) -> Encoded | RowScore:
+    """Tokens of a row, or its score where no model is needed for it."""
+    try:
+        encoded = encoder.encode(row)
+        odd = next((i for i in encoded.input_ids if not 0 <= i < vocab_size), None)
+        if odd is not None:
+            raise EndoRewardError(f"token id {odd} is not in the model's vocabulary of {vocab_size}")
+    except EndoRewardError as error:
+        return RowScore(None, 0, None, error=str(error))
+    if encoded.prompt_length == len(encoded.input_ids):
+        return RowScore(0.0, 0, 0.0, encoded.flags, tokens=TokenTable((), (), (), (), ()))
+    return encoded
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside: evaluation mode, and no autograd. Each module's own mode is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
+    with evaluating(scorer):  # not around a yield: the caller's code would run in it
+        input_ids, attended, scored, terminal = (t.to(scorer.device) for t in _pad(batch))
+        rewards = scorer.rewards_of_padded(input_ids, attended, scored, terminal, alpha=options.alpha)
+        mask = scored.to(rewards.reward.device)
+        totals = sequence_score(
+            rewards.reward, mask, reduction=options.reduction, gamma=options.gamma, floor=options.floor
+        )
+        summed = torch.stack([totals.double(), rewards.logprob.double().sum(1)]).tolist()
+        tables = _tables(scorer, batch, rewards) if options.per_token else [None] * len(batch)
+    results = []
+    for encoded, score, logprob, table in zip(batch, *summed, tables, strict=True):
+        count = len(encoded.input_ids) - encoded.prompt_length
+        result = RowScore(score, count, logprob, encoded.flags, tokens=table)
+        if math.isnan(score):
+            result = replace(result, score=None, logprob=None, error="the model gave NaN for this row", tokens=None)
+        results.append(result)
+    return results
+
+
+def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(B, T), padded on the right: ids, and bool which are real, which are scored, after which the episode ends."""
+    width = max(len(encoded.input_ids) for encoded in batch)
+    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
+    for row, encoded in zip(input_ids, batch, strict=True):
+        row[: len(encoded.input_ids)] = torch.tensor(encoded.input_ids)
+    place = torch.arange(width)
+    lengths = torch.tensor([[len(encoded.input_ids)] for encoded in batch])
+    attended = place < lengths
+    scored = attended & (place >= torch.tensor([[encoded.prompt_length] for encoded in batch]))
+    terminal = (place == lengths - 1) & torch.tensor([[encoded.terminal] for encoded in batch])
+    return input_ids, attended, scored, terminal
+
+
+def _tables(scorer: "EndoRewardModel", batch: list[Encoded], rewards: TokenRewards) -> list[TokenTable]:
+    fields = torch.stack([rewards.reward, rewards.logprob, rewards.value]).tolist()
+    tables = []
+    for i, encoded in enumerate(batch):
+        start, stop = encoded.prompt_length, len(encoded.input_ids)
+        ids = encoded.input_ids[start:]
+        known = scorer.tokenizer is not None
+        texts = token_texts(scorer.tokenizer, encoded.input_ids, start) if known else ("",) * len(ids)
+        tables.append(TokenTable(tuple(ids), texts, *(tuple(field[i][start:stop]) for field in fields)))
+    return tables
