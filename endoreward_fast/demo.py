@@ -12,7 +12,7 @@ from .evaluation import Accuracy, wilson
 from .options import ModelFlags
 from .output import Monitor
 
-PASSAGES, PROBLEMS, STEERED = 24, 120, 60
+PASSAGES, PROBLEMS, STEERED = 40, 220, 60
 SHOWN = 3  # examples printed of each kind
 REAL_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 

@@ -13,7 +13,7 @@ import typer
 from .errors import EndoRewardError
 
 REDUCTIONS = ("sum", "mean")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 TRUNCATE = ("prompt", "completion")
 
 Text = Optional[str]  # noqa: UP045  typer reads these at run time, in Python 3.10 too
@@ -28,11 +28,11 @@ class ModelFlags:
     model: Annotated[str, typer.Option(help="Name or folder of a causal language model; pocket is built in.")] = (
         "pocket"
     )
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16 or float64.")] = "auto"
     device: Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
     alpha: Annotated[float, typer.Option(help="Soft-RL temperature.")] = 1.0
     reduction: Annotated[str, typer.Option(help="Token rewards to a score: sum or mean.")] = "sum"
-    gamma: Annotated[float, typer.Option(help="Discount per token.")] = 1.0
+    gamma: Annotated[float, typer.Option(help="Discount per token, at most 1.")] = 1.0
     floor: Annotated[float, typer.Option(help="Least weight that the discount leaves a token.")] = 0.0
     system: Annotated[Text, typer.Option(help="System prompt put before every row: it steers the reward.")] = None
     max_tokens_per_batch: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 8192
@@ -50,8 +50,8 @@ class ModelFlags:
         _one_of("--dtype", self.dtype, DTYPES)
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise EndoRewardError(f"--alpha must be above 0, got {self.alpha}")
-        if not (self.gamma > 0 and math.isfinite(self.gamma)):
-            raise EndoRewardError(f"--gamma must be above 0, got {self.gamma}")
+        if not 0 < self.gamma <= 1:
+            raise EndoRewardError(f"--gamma must be above 0 and at most 1, got {self.gamma}")
         if not (self.floor >= 0 and math.isfinite(self.floor)):
             raise EndoRewardError(f"--floor must be 0 or more, got {self.floor}")
         _at_least_one("--max-tokens-per-batch", self.max_tokens_per_batch)
@@ -93,7 +93,7 @@ class RowFlags(ModelFlags):
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise EndoRewardError(f"{flag} must be {' or '.join(allowed)}, got {value!r}")
+        raise EndoRewardError(f"{flag} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
 
 
 def _at_least_one(flag: str, value: int) -> None:

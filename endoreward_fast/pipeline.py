@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,11 +34,12 @@ def load_scorer(flags: ModelFlags) -> Scorer:
     """The model that `flags` name. Imports torch and transformers: call it after the cheap checks."""
     from .model import EndoRewardModel
 
-    if flags.quiet:
+    if flags.quiet or not sys.stderr.isatty():
         from transformers.utils import logging
 
-        logging.set_verbosity_error()
         logging.disable_progress_bar()
+    if flags.quiet:
+        logging.set_verbosity_error()
     return EndoRewardModel.from_pretrained(flags.model, dtype=flags.dtype, device=flags.device)
 
 

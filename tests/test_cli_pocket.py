@@ -120,7 +120,7 @@ def no_config(folder):
     [
         (nan_weights, "NaN"),
         (not_causal, "causal"),
-        (more_tokens_than_the_head, "vocabulary"),
+        (more_tokens_than_the_head, "tokenizer has 3024 tokens but the model's output head only 1024"),
         (no_config, "config.json"),
     ],
 )
