@@ -1,6 +1,6 @@
 """Gradients of the vocabulary statistics, from logits recomputed tile by tile in a bounded workspace.
 
-With x = z / alpha, p = exp(x - lse), H the entropy, and one upstream gradient per row and statistic:
+With p = exp((z - shift) / alpha - log_total), H the entropy, and one upstream gradient per row and statistic:
 
     dz_j = p_j (g_lse - g_entropy (log p_j + H)) / alpha + g_target [j = target] + g_mean / V
     dy   = dz (1 - (z / softcap)^2)                                  only with a softcap
@@ -9,49 +9,52 @@ With x = z / alpha, p = exp(x - lse), H the entropy, and one upstream gradient p
 A row that is all -inf has p = 0. Sums over the vocabulary and over rows accumulate in float32.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from .chunked_tiles import (
-    FLOAT_MIN,
+    EXP_IS_ZERO,
     LOW_PRECISION,
     Buffer,
     LinearTile,
+    LogitRows,
     length,
     limits_for,
     linear_tiles,
     logits_tiles,
     spans,
 )
+from .rows import RowGrads, RowStats
 from .types import NO_TARGET
 
 
 @torch.no_grad()
 def logits_backward(
-    logits: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor | None, g_lse: Tensor, g_target: Tensor,
-    g_entropy: Tensor | None, g_mean: Tensor | None, *, alpha: float,
-) -> Tensor:  # fmt: skip
-    """dlogits (N, V), contiguous, in the logits' dtype."""
-    num_rows, vocab = logits.shape
-    tiles = logits_tiles(num_rows, vocab, logits.device)
-    upstream = _Upstream.of(targets, lse, entropy, g_lse, g_target, g_entropy, g_mean, vocab, alpha)
+    logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None, alpha: float
+) -> Tensor:
+    """dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
+    vocab = logits.shape[-1]
+    source = LogitRows(logits, mask)
+    tiles = logits_tiles(len(source), vocab, logits.device)
+    upstream = _Upstream.of(targets, stats, grads, vocab, alpha).kept(source.keep)
     z_buffer, scratch = (Buffer(tiles.rows * tiles.vocab, logits.device) for _ in range(2))
-    dlogits = torch.empty(num_rows, vocab, device=logits.device, dtype=logits.dtype)
-    for rows in spans(0, num_rows, tiles.rows):
-        row_upstream = upstream.rows(rows)
+    make = torch.empty_like if mask is None else torch.zeros_like
+    dlogits = make(logits, memory_format=torch.contiguous_format)
+    for rows in spans(0, len(source), tiles.rows):
+        row_upstream = upstream.kept(lambda field, rows=rows: field[rows])
         for columns in spans(0, vocab, tiles.vocab):
             shape = (length(rows), length(columns))
-            z = z_buffer.view(*shape).copy_(logits[rows, columns])
-            dlogits[rows, columns] = row_upstream.dz(z, columns, scratch.view(*shape))
+            z = z_buffer.view(*shape).copy_(source.load(rows, columns))
+            source.store(dlogits.view(-1, vocab), rows, columns, row_upstream.dz(z, columns, scratch.view(*shape)))
     return dlogits
 
 
 @torch.no_grad()
 def linear_backward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, entropy: Tensor | None, g_lse: Tensor,
-    g_target: Tensor, g_entropy: Tensor | None, g_mean: Tensor | None, *, bias: Tensor | None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, bias: Tensor | None,
     logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False.
@@ -61,7 +64,7 @@ def linear_backward(
     over blocks of rows that do fit: four matmuls instead of three, for a bounded workspace.
     """
     vocab, dim = weight.shape
-    upstream = _Upstream.of(targets, lse, entropy, g_lse, g_target, g_entropy, g_mean, vocab, alpha)
+    upstream = _Upstream.of(targets, stats, grads, vocab, alpha)
     dhidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
     dbias = torch.empty_like(bias, memory_format=torch.contiguous_format) if needs[2] else None
@@ -81,9 +84,14 @@ def linear_backward(
 
 @dataclass(frozen=True)
 class _Upstream:
-    """Factors of dz, each (N, 1): dz = p (constant + slope log p) + each_column + at_target [j = target]."""
+    """Factors of dz, each (N, 1): with y = (z - shift) / alpha, the logits from the top of their row,
 
-    lse: Tensor  # +inf for a row that is all -inf, which makes its p zero
+    dz = exp(y) (constant + slope y) + each_column + at_target [j = target].
+
+    The row's total is in the factors: taking its logarithm from every y would round the largest p the most.
+    """
+
+    shift: Tensor
     constant: Tensor
     slope: Tensor | None
     each_column: Tensor | None
@@ -92,29 +100,34 @@ class _Upstream:
     alpha: float
 
     @classmethod
-    def of(cls, targets, lse, entropy, g_lse, g_target, g_entropy, g_mean, vocab, alpha) -> "_Upstream":
-        constant, slope = g_lse, None
-        if g_entropy is not None:
-            constant, slope = g_lse - g_entropy * entropy, -g_entropy / alpha
-        lse = torch.where(lse == -torch.inf, torch.inf, lse)
-        each_column = None if g_mean is None else g_mean / vocab
-        at_target = torch.where(targets == NO_TARGET, 0.0, g_target)
-        per_row = (lse, constant / alpha, slope, each_column, at_target, targets)
+    def of(cls, targets: Tensor, stats: RowStats, grads: RowGrads, vocab: int, alpha: float) -> "_Upstream":
+        dead = stats.log_total == -torch.inf  # all -inf: p is 0
+        shift, log_total = stats.shift.masked_fill(dead, 0.0), stats.log_total.masked_fill(dead, 0.0)
+        share = torch.exp(-log_total).masked_fill(dead, 0.0) / alpha
+        constant, slope = grads.lse, None
+        if grads.entropy is not None:  # log p + H = y - log_total + H
+            constant, slope = grads.lse + grads.entropy * (log_total - stats.entropy), -grads.entropy * share
+        each_column = None if grads.logit_mean is None else grads.logit_mean / vocab
+        at_target = torch.where(targets == NO_TARGET, 0.0, grads.target_logit)
+        per_row = (shift, constant * share, slope, each_column, at_target, targets)
         return cls(*(None if t is None else t.unsqueeze(1) for t in per_row), alpha)
 
-    def rows(self, rows: slice) -> "_Upstream":
-        per_row = (self.lse, self.constant, self.slope, self.each_column, self.at_target, self.targets)
-        return _Upstream(*(None if t is None else t[rows] for t in per_row), self.alpha)
+    def kept(self, select: Callable[[Tensor], Tensor]) -> "_Upstream":
+        """These factors for the rows that `select` picks of a field."""
+        per_row = (getattr(self, f.name) for f in fields(self) if f.name != "alpha")
+        return _Upstream(*(None if t is None else select(t) for t in per_row), self.alpha)
 
     def dz(self, z: Tensor, columns: slice, scratch: Tensor) -> Tensor:
         """The gradient of z (rows, columns), in one of the two buffers; both are overwritten."""
-        log_p = (z if self.alpha == 1.0 else z.div_(self.alpha)).sub_(self.lse)
+        y = z.sub_(self.shift)
+        if self.alpha != 1.0:
+            y.div_(self.alpha)
         if self.slope is None:
-            dz = log_p.exp_().mul_(self.constant)
+            dz = y.exp_().mul_(self.constant)
         else:
-            log_p.clamp_(min=FLOAT_MIN)  # so that 0 * log 0 is 0
-            p = torch.exp(log_p, out=scratch)
-            dz = torch.addcmul(self.constant, log_p, self.slope, out=log_p).mul_(p)
+            y.clamp_(min=EXP_IS_ZERO)  # so that 0 * (slope * -inf) is 0
+            weight = torch.exp(y, out=scratch)
+            dz = torch.addcmul(self.constant, y, self.slope, out=y).mul_(weight)
         if self.each_column is not None:
             dz.add_(self.each_column)
         index = self.targets - columns.start
@@ -161,7 +174,7 @@ class _Sweep:
         self._tile.logits(z)
         if self._softcap is not None:
             torch.mul(z, z, out=slopes[0]).mul_(-1 / self._softcap**2).add_(1.0)
-        dy = self._upstream.rows(rows).dz(z, columns, scratch)
+        dy = self._upstream.kept(lambda field: field[rows]).dz(z, columns, scratch)
         return dy.mul_(slopes[0]) if slopes else dy
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 MIB = 1 << 20
-FLOAT_MIN = torch.finfo(torch.float32).min
+EXP_IS_ZERO = -200.0  # exp of it is 0 in float32
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -19,16 +19,18 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 class Limits:
     """How much one device may hold at a time, in elements of float32 (4 bytes)."""
 
-    tile: int  # one (rows, vocab) buffer; forward holds two, backward three
-    rows: int  # rows of a tile
+    tile: int  # one (rows, vocab) buffer of the linear path; forward holds two, backward three
+    stored_tile: int  # the same for stored logits
+    rows: int  # rows of a linear tile
     copy: int  # one upcast copy: a chunk of weight, a tile of hidden, an accumulator of a gradient
     rows_per_sweep: int  # rows that share one sweep over the vocabulary: bounds the per-chunk partials
 
 
 # On the CPU all of it together stays under 64 MiB whatever N is, on a GPU under 256 MiB.
-CPU_LIMITS = Limits(tile=MIB // 2, rows=512, copy=2 * MIB, rows_per_sweep=2048)
-GPU_LIMITS = Limits(tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
+CPU_LIMITS = Limits(tile=MIB // 2, stored_tile=MIB, rows=512, copy=2 * MIB, rows_per_sweep=2048)
+GPU_LIMITS = Limits(tile=16 * MIB, stored_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
 LOGITS_CHUNK = 8192  # columns of stored logits that are reduced together
+FEW_ROWS = 16  # up to here a native bfloat16 matmul wins on any CPU: reading `weight` is what takes the time
 LINEAR_CHUNK = 8192  # most columns of a linear tile, when it has few rows
 
 
@@ -47,8 +49,8 @@ def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     """Tile shape of the logits path. Few rows: more chunks side by side, so that every core has work."""
     limits = limits_for(device)
     chunk = min(LOGITS_CHUNK, vocab)
-    rows = even_share(num_rows, max(1, limits.tile // chunk))
-    return Tiles(rows, chunk * max(1, limits.tile // (rows * chunk)), chunk)
+    rows = even_share(num_rows, max(1, limits.stored_tile // chunk))
+    return Tiles(rows, chunk * max(1, limits.stored_tile // (rows * chunk)), chunk)
 
 
 def linear_tiles(hidden: Tensor, weight: Tensor) -> Tiles:
@@ -90,11 +92,49 @@ class Buffer:
         return self._flat[: rows * columns].view(rows, columns)
 
 
+class LogitRows:
+    """The rows of stored logits (B, T, V), any strides, that a mask (B T,) keeps: read by tiles, never copied whole."""
+
+    def __init__(self, logits: Tensor, mask: Tensor | None):
+        self._logits, self._count = logits, logits.shape[0] * logits.shape[1]
+        pitch, inner = logits.stride(0), logits.shape[1] * logits.stride(1)
+        one_pitch = logits.shape[0] == 1 or pitch == inner  # a slice [:, :-1] has gaps between its sequences
+        self._flat = logits.view(self._count, logits.shape[2]) if one_pitch else None
+        self._index = None if mask is None else mask.nonzero().squeeze(1)
+        if self._index is None and self._flat is None:
+            self._index = torch.arange(self._count, device=logits.device)
+
+    def __len__(self) -> int:
+        return self._count if self._index is None else len(self._index)
+
+    def load(self, rows: slice, columns: slice) -> Tensor:
+        """(rows, columns) in the logits' dtype: a view, or a copy of the tile's size."""
+        if self._index is None:
+            return self._flat[rows, columns]
+        index = self._index[rows]
+        if self._flat is not None:
+            return self._flat[index, columns]
+        length = self._logits.shape[1]
+        return self._logits[index // length, index % length, columns]
+
+    def keep(self, field: Tensor) -> Tensor:
+        """The kept rows of a field (B T,)."""
+        return field if self._index is None else field[self._index]
+
+    def spread(self, field: Tensor) -> Tensor:
+        """A field of the kept rows as (B T,), 0 elsewhere."""
+        return field if self._index is None else field.new_zeros(self._count).index_copy_(0, self._index, field)
+
+    def store(self, out: Tensor, rows: slice, columns: slice, tile: Tensor) -> None:
+        """out (B T, V), of this class's row numbers <- tile."""
+        out[rows if self._index is None else self._index[rows], columns] = tile.to(out.dtype)
+
+
 def uses_native_matmul(hidden: Tensor, weight: Tensor) -> bool:
     """Whether low-precision inputs go to the device's own matmul, rather than being upcast to float32 first.
 
     GPU: always (tensor cores accumulate, and return, float32). CPU: bfloat16 where the chip has units for it (AMX or
-    AVX512-BF16), and anywhere for a handful of rows, where reading `weight` is what takes the time. The CPU's
+    AVX512-BF16), and anywhere for FEW_ROWS; else upcasting is 2 to 4 times as fast. The CPU's
     native product is rounded to bfloat16 (+-0.125 at |z| >= 32), which upcasting avoids. float16 is upcast.
     """
     if hidden.dtype != weight.dtype or hidden.dtype not in LOW_PRECISION:
@@ -103,7 +143,7 @@ def uses_native_matmul(hidden: Tensor, weight: Tensor) -> bool:
         return True
     if hidden.dtype != torch.bfloat16:
         return False
-    return has_bf16_units() or hidden.shape[0] <= 2
+    return has_bf16_units() or hidden.shape[0] <= FEW_ROWS
 
 
 def has_bf16_units() -> bool:

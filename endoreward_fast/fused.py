@@ -9,7 +9,7 @@ import os
 import torch
 from torch import Tensor
 
-from . import chunked_rows
+from . import chunked
 from .rows import RowGrads, RowRewards, RowStats
 
 
@@ -24,9 +24,16 @@ def logits_forward(
     from .kernels.combine import combine
     from .kernels.vocab_stats import logits_partials
 
+    targets, mask, successor = _dense(targets, mask, successor)
     with _on_device_of(logits):
         partials = logits_partials(
-            logits, targets, needed=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, config=_logits_config()
+            logits,
+            targets,
+            needed=mask,
+            alpha=alpha,
+            entropy=entropy,
+            logit_mean=logit_mean,
+            config=_logits_config(logits.shape[-1]),
         )
         stats, rewards = combine(
             partials, targets, vocab=logits.shape[-1], alpha=alpha, needed=mask, successor=successor
@@ -37,10 +44,11 @@ def logits_forward(
 def logits_backward(logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask, alpha: float) -> Tensor:
     from .kernels.vocab_stats import logits_backward as launch
 
+    targets, mask, *grads = _dense(targets, mask, *grads)
     with _on_device_of(logits):
         return launch(
             logits, targets, stats.shift, stats.log_total, stats.entropy, *grads,
-            needed=mask, alpha=alpha, config=_logits_config(),
+            needed=mask, alpha=alpha, config=_logits_config(logits.shape[-1]),
         )  # fmt: skip
 
 
@@ -52,6 +60,7 @@ def linear_forward(
     from .kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays
     from .kernels.linear_vocab_stats import linear_partials
 
+    bias, targets, successor = _dense(bias, targets, successor)
     arch = _arch(hidden.device)
     config = INTERPRETER_CONFIG if arch is None else linear_config(arch, hidden.element_size())
     tma = arch is not None and tma_pays(arch, hidden.element_size())
@@ -65,7 +74,12 @@ def linear_forward(
 
 
 # The logits are gone, so the backward makes them again; chunk by chunk is how, whatever made them the first time.
-linear_backward = chunked_rows.linear_backward
+linear_backward = chunked.linear_backward
+
+
+def _dense(*rows: Tensor | None) -> list[Tensor | None]:
+    """Per-row tensors at stride 1, as the kernels read them; the gradient of a sum, say, arrives at stride 0."""
+    return [None if x is None else x.contiguous() for x in rows]
 
 
 def _arch(device: torch.device) -> int | str | None:
@@ -75,10 +89,10 @@ def _arch(device: torch.device) -> int | str | None:
     return "hip" if torch.version.hip else torch.cuda.get_device_capability(device)[0]
 
 
-def _logits_config():
-    from .kernels.config import INTERPRETER_LOGITS_CONFIG, LogitsConfig
+def _logits_config(vocab: int):
+    from .kernels.config import LogitsConfig, interpreter_logits_config
 
-    return INTERPRETER_LOGITS_CONFIG if interpreted() else LogitsConfig()
+    return interpreter_logits_config(vocab) if interpreted() else LogitsConfig()
 
 
 def _on_device_of(x: Tensor):

@@ -9,8 +9,8 @@ Rows are flattened as rows.py says. Outputs that were not asked for are empty: a
 import torch
 from torch import Tensor
 
+from .reference import outside_vocabulary
 from .rows import RowGrads, RowRewards, RowStats, stats_grads
-from .types import NO_TARGET
 
 _op = torch.library.custom_op
 STATS = ("lse", "target_logit", "entropy", "logit_mean", "shift", "log_total")
@@ -20,7 +20,7 @@ def _backend(impl: str):
     if impl == "fused":
         from . import fused as backend
     else:
-        from . import chunked_rows as backend
+        from . import chunked as backend
     return backend
 
 
@@ -33,7 +33,7 @@ def logits_stats(
     alpha: float, entropy: bool, logit_mean: bool, impl: str,
 ) -> list[Tensor]:  # fmt: skip
     """logits (B, T, V), targets, mask and successor (B T,) -> the six of RowStats, then the three of RowRewards."""
-    _check_targets(targets, mask, logits.shape[-1])
+    outside_vocabulary(targets, mask, logits.shape[-1])
     stats, rewards = _backend(impl).logits_forward(
         logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, successor=successor
     )
@@ -84,7 +84,7 @@ def linear_stats(
     logit_mean: bool, impl: str,
 ) -> list[Tensor]:  # fmt: skip
     """As `logits_stats`, from hidden (N, D) and weight (V, D). Rows off the mask are taken out before the matmul."""
-    _check_targets(targets, mask, weight.shape[0])
+    outside_vocabulary(targets, mask, weight.shape[0])
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     want = {"alpha": alpha, "entropy": entropy, "logit_mean": logit_mean}
     forward = _backend(impl).linear_forward
@@ -159,18 +159,6 @@ linear_stats.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
 # ---------------------------------------------------------------------------------------------------- shared parts
-
-
-def _check_targets(targets: Tensor, mask: Tensor | None, vocab: int) -> None:
-    """On the CPU a target outside the vocabulary raises; on a device the check would stall, and the row is NaN."""
-    if targets.device.type != "cpu":
-        return
-    bad = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
-    if mask is not None:
-        bad &= mask
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise IndexError(f"target {int(targets[row])} at row {row} is outside the vocabulary [0, {vocab})")
 
 
 def _outputs(stats: RowStats, rewards: RowRewards | None) -> list[Tensor]:

@@ -22,7 +22,8 @@ from .types import NO_TARGET, TokenRewards, VocabStats
 
 def final_logits(hidden, weight, *, bias=None, logit_scale=1.0, softcap=None, dtype=torch.float32) -> Tensor:
     """z (..., V) in `dtype`: the head's matmul, then bias, scale and softcap, each only where it is given."""
-    z = hidden.to(dtype) @ weight.to(dtype).T
+    with torch.autocast(hidden.device.type, enabled=False):  # it would take the matmul back to low precision
+        z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
     if logit_scale != 1.0:
@@ -48,7 +49,8 @@ def vocab_stats(
     lse = torch.where(alive, torch.log(safe_total) + top.squeeze(-1), -torch.inf)
 
     has_target = targets != NO_TARGET
-    index = torch.where(has_target, targets, 0)
+    lost = outside_vocabulary(targets, mask, z.shape[-1])
+    index = targets.clamp(0, z.shape[-1] - 1)  # a lost row, or one off the mask, may read anything
     target_logit = torch.where(has_target, z.gather(-1, index.unsqueeze(-1)).squeeze(-1), 0.0)
 
     h = mean = None
@@ -59,7 +61,8 @@ def vocab_stats(
         h = torch.where(alive, h, 0.0)
     if logit_mean:
         mean = z.mean(-1)
-    return _masked(VocabStats(lse, target_logit, h, mean), mask)
+    stats = VocabStats(*(None if f is None else torch.where(lost, torch.nan, f) for f in (lse, target_logit, h, mean)))
+    return _masked(stats, mask)
 
 
 def linear_vocab_stats(
@@ -115,6 +118,18 @@ def scored_terminal_needed(tokens, mask, terminal, cu_seqlens) -> tuple[Tensor, 
     scored = ~starts if mask is None else mask & ~starts
     ends = (scored & ~shift_left(scored)) if terminal is None else terminal
     return scored, ends, shift_left(scored) | (scored & ~ends)
+
+
+def outside_vocabulary(targets: Tensor, mask: Tensor | None, vocab: int) -> Tensor:
+    """Bool (...): rows whose target is no vocabulary entry; their statistics are NaN. On the CPU an IndexError says so
+    at once; on a device a check would stall the stream."""
+    lost = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
+    if mask is not None:
+        lost = lost & mask
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and lost.any():
+        row = lost.nonzero()[0].tolist()
+        raise IndexError(f"target {int(targets[tuple(row)])} at row {row} is outside the vocabulary [0, {vocab})")
+    return lost
 
 
 def sequence_starts(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:

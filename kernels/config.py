@@ -44,8 +44,12 @@ LINEAR_CONFIGS = {
     ("hip", 4): LinearConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=2),
 }
 # The interpreter simulates one program after another: small tiles, so that tests see many of them.
-INTERPRETER_LOGITS_CONFIG = LogitsConfig(block_v=64, num_warps=1)
 INTERPRETER_CONFIG = LinearConfig(block_n=16, block_v=32, block_d=16, num_warps=1, num_stages=1, group=2, split=64)
+
+
+def interpreter_logits_config(vocab: int) -> LogitsConfig:
+    """Many pieces of small vocabularies; of real ones as many as a device would make."""
+    return LogitsConfig(block_v=64 if vocab < 2048 else LogitsConfig().block_v, num_warps=1)
 
 
 def linear_config(arch: int | str, itemsize: int) -> LinearConfig:

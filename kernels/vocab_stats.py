@@ -14,15 +14,14 @@ import triton.language as tl
 
 from .combine import Partials
 from .config import LogitsConfig
-from .primitives import LN2, NEG_INF, apply_head, exp2_scale, finite_or_zero, weight_and_exponent
+from .primitives import LN2, NEG_INF, exp2_scale, finite_or_zero, weight_and_exponent
 
 
 @triton.jit(do_not_specialize=["n_rows", "n_inner", "stride_outer"])
 def logits_partials_kernel(
-    logits, targets, needed, bias, p_m, p_s, p_t, p_u, p_target,
-    n_rows, n_inner, vocab, stride_outer, stride_inner, stride_vocab, logit_scale, softcap, c,
-    HAS_NEEDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits, targets, needed, p_m, p_s, p_t, p_u, p_target,
+    n_rows, n_inner, vocab, stride_outer, stride_inner, stride_vocab, c,
+    HAS_NEEDED: tl.constexpr, ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     splits = tl.cdiv(vocab, BLOCK_V)
     row = (tl.program_id(0) // splits).to(tl.int64)
@@ -34,11 +33,7 @@ def logits_partials_kernel(
     m_col = col < vocab
     o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
     z = tl.load(logits + o_row + col.to(tl.int64) * stride_vocab, mask=m_col, other=NEG_INF)
-    b_bias = 0.0
-    if HAS_BIAS:
-        b_bias = tl.load(bias + col, mask=m_col, other=0.0).to(tl.float32)
-    z = apply_head(z.to(tl.float32), b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
-    z = tl.where(m_col, z, NEG_INF)  # again: softcap has made -softcap of the -inf outside
+    z = z.to(tl.float32)
 
     m = tl.max(z, 0)
     e, d = weight_and_exponent(z, finite_or_zero(m), c)
@@ -90,13 +85,10 @@ def logits_backward_kernel(
 
 
 def logits_partials(
-    logits, targets, *, alpha: float, entropy: bool, logit_mean: bool, needed=None, bias=None,
-    logit_scale: float = 1.0, softcap: float | None = None, config: LogitsConfig | None = None,
-) -> Partials:  # fmt: skip
+    logits, targets, *, alpha: float, entropy: bool, logit_mean: bool, needed=None, config: LogitsConfig | None = None
+) -> Partials:
     """logits (B, T, V) of any strides, targets (N = B T,) int64, needed (N,) bool or None
     -> partials (ceil(V / BLOCK_V), N).
-
-    The head's bias, scale and softcap are for raw products hidden @ weight.T that have not been through them.
     """
     outer, inner, vocab = logits.shape
     rows = outer * inner
@@ -105,11 +97,9 @@ def logits_partials(
     partials = Partials.empty(splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean)
     if rows:
         logits_partials_kernel[(rows * splits,)](
-            logits, targets, needed, bias, *partials,
-            rows, inner, vocab, *logits.stride(), logit_scale, softcap or 0.0, exp2_scale(alpha),
-            HAS_NEEDED=needed is not None, HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1.0,
-            HAS_SOFTCAP=softcap is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean,
-            BLOCK_V=config.block_v, num_warps=config.num_warps,
+            logits, targets, needed, *partials,
+            rows, inner, vocab, *logits.stride(), exp2_scale(alpha),
+            HAS_NEEDED=needed is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean, BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
     return partials
 

@@ -1,0 +1,100 @@
+"""A deliberately broken kernel must fail: each mutation is applied to a copy, where one named test must notice."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HARD, MAIN = "tests/test_hard_cases.py", "tests/test_functional.py"
+# name: (file, what stands there, what replaces it, the test that must fail)
+MUTATIONS = {
+    "columns outside count as exp(0)": (
+        "kernels/linear_vocab_stats.py",
+        "if o_v + BLOCK_V > vocab:",
+        "if o_v + BLOCK_V > vocab + BLOCK_V:",
+        f"{HARD}::test_softcap_with_a_ragged_vocabulary[fused-1.0-129]",
+    ),
+    "no rescaling when the maximum moves": (
+        "kernels/primitives.py",
+        "s = s_a * w_a + s_b * w_b",
+        "s = s_a + s_b * w_b",
+        f"{MAIN}::test_linear_statistics[fused-plain-ragged]",
+    ),
+    "-inf minus -inf": (
+        "kernels/primitives.py",
+        "return tl.where(m == NEG_INF, 0.0, m)",
+        "return m",
+        f"{HARD}::test_a_whole_tile_of_minus_infinity_and_single_ones[fused]",
+    ),
+    "the target of the next tile": (
+        "kernels/linear_vocab_stats.py",
+        "tl.where(col[None, :] == target[:, None], z, 0.0)",
+        "tl.where(col[None, :] == target[:, None] + 1, z, 0.0)",
+        f"{MAIN}::test_linear_statistics[fused-plain-ragged]",
+    ),
+    "alpha forgotten in the value": (
+        "kernels/combine.py",
+        "m_n + alpha * log_total_of(s_n)",
+        "m_n + log_total_of(s_n)",
+        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
+    ),
+    "the value of a terminal state": (
+        "kernels/combine.py",
+        "value_after = tl.where(s_n == 0.0, 0.0,",
+        "value_after = tl.where(s_n != s_n, 0.0,",
+        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
+    ),
+    "one upstream gradient for every row": (
+        "kernels/vocab_stats.py",
+        "g = tl.load(g_lse + row)",
+        "g = tl.load(g_lse)",
+        f"{MAIN}::test_gradients[False-logits-fused]",
+    ),
+    "the bias added twice": (
+        "kernels/primitives.py",
+        "z += b_bias",
+        "z += 2 * b_bias",
+        f"{HARD}::test_a_bias_is_counted_once_whatever_the_vocabulary_is_split_into[fused]",
+    ),
+    "a batch-dependent order of sums": (
+        "kernels/combine.py",
+        "for _ in range(1, n_splits):\n        o += n_rows\n        b_m",
+        "for _ in range(1, n_splits - (n_rows > 8)):\n        o += n_rows\n        b_m",
+        f"{HARD}::test_a_row_alone_is_bitwise_the_same_row_in_a_batch_and_from_run_to_run[linear]",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
+    folder = tmp_path_factory.mktemp("mutations")
+
+    def run(item):
+        number, (file, old, new, test) = item
+        copy = folder / str(number)
+        ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "kernels")
+        shutil.copytree(ROOT / "endoreward_fast", copy / "endoreward_fast", ignore=ignore)
+        shutil.copytree(ROOT / "kernels", copy / "endoreward_fast" / "kernels")
+        shutil.copytree(ROOT / "tests", copy / "tests", ignore=ignore)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        target = copy / "endoreward_fast" / file
+        text = target.read_text()
+        assert text.count(old) == 1, f"{file} no longer holds {old!r} once"
+        target.write_text(text.replace(old, new))
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(MUTATIONS, pool.map(run, enumerate(MUTATIONS.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_kernel_fails(name, outcomes):
+    done = outcomes[name]
+    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
