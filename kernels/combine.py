@@ -132,8 +132,8 @@ def combine(
 ) -> tuple[tuple, tuple | None]:
     """(lse, target_logit, entropy, logit_mean, shift, log_total), each (N,) float32, None where not asked for.
 
-    lse = shift / alpha + log_total with shift = max_a z_a and log_total = ln sum_a exp((z_a - shift) / alpha): kept apart
-    as well, because under a large common offset their sum cannot hold the small part, which the backward needs.
+    lse = shift / alpha + log_total, with shift = max_a z_a and log_total = ln sum_a exp((z_a - shift) / alpha): kept
+    apart as well, because under a large common offset the sum cannot hold the small part, which the backward needs.
     Rows off `needed` (N,) bool come back 0, and their partials are never read.
 
     With `successor` (N,) int64, the row of the state that each target leads to (-1: terminal), the second is

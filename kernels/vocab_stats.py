@@ -99,7 +99,8 @@ def logits_partials(
         logits_partials_kernel[(rows * splits,)](
             logits, targets, needed, *partials,
             rows, inner, vocab, *logits.stride(), exp2_scale(alpha),
-            HAS_NEEDED=needed is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean, BLOCK_V=config.block_v, num_warps=config.num_warps,
+            HAS_NEEDED=needed is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean,
+            BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
     return partials
 

@@ -11,7 +11,7 @@ F64 = {"dtype": torch.float64}
 
 
 def test_rewards_of_two_tokens_by_hand():
-    # Two tokens {0, 1}. Logits after the prompt: (ln 3, 0); after token 0: (0, ln 2), where the episode ends at token 1.
+    # Two actions. Logits after the prompt: (ln 3, 0); after token 0: (0, ln 2), where the episode ends at token 1.
     logits = torch.tensor([[[math.log(3), 0.0], [0.0, math.log(2)], [9.0, 9.0]]], dtype=torch.float64)
     tokens = torch.tensor([[1, 0, 1]])  # the first is the prompt
     out = reference.token_rewards(logits, tokens, entropy=True, **F64)
@@ -66,7 +66,7 @@ def test_terminal_tokens_lead_nowhere_and_truncated_ones_are_bootstrapped():
 def test_a_mask_with_a_gap_has_two_episodes():
     logits, tokens = torch.randn(1, 6, 6, **F64), torch.randint(0, 6, (1, 6))
     mask = torch.tensor([[False, True, True, False, True, True]])
-    scored, ends, needed = reference.scored_terminal_needed(tokens, mask, None, None)
+    _, ends, needed = reference.scored_terminal_needed(tokens, mask, None, None)
     assert ends.tolist() == [[False, False, True, False, False, True]]
     assert needed.tolist() == [[True, True, False, True, True, False]]
     whole = reference.token_rewards(logits, tokens, mask=mask, **F64)
