@@ -16,6 +16,7 @@ LETTERS = ("a", "x", "Q", "0", "the", "é", "中")
 SPACES = ("\n", " ", "\t", ".\n", "a ")
 MARKS = (".", ")", "|", '"', "¶")
 TAILS = (1, 2, 3, 5, 8)
+BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of a part of a character
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
@@ -58,15 +59,20 @@ def token_texts(tokenizer: Any, ids: list[int], start: int) -> tuple[str, ...]:
 
     A token that ends inside a character adds "", and the one that completes it the whole character.
     """
+    if start == len(ids):
+        return ()
+    # A few tokens of context, since SentencePiece drops the first one's space; but whole characters, of up to 4 bytes.
+    froms = [max(0, start - n) for n in (4, 5, 6, 7)]
+    whole = [i for i in froms if not decode(tokenizer, ids[i:start]).startswith(BROKEN)]
+    ends = [whole[0] if whole else start, start]  # between whole characters
     texts = []
-    prefix, read = max(0, start - 4), start  # a few tokens of context: SentencePiece drops the first one's space
     for i in range(start, len(ids)):
-        known = decode(tokenizer, ids[prefix:read])
-        text = decode(tokenizer, ids[prefix : i + 1])
-        whole_characters = not text.endswith("\N{REPLACEMENT CHARACTER}") or i + 1 == len(ids)
-        texts.append(text[len(known) :] if whole_characters else "")
-        if whole_characters:
-            prefix, read = max(prefix, read - 4), i + 1
+        context = ends[-min(4, len(ends))]
+        known, text = decode(tokenizer, ids[context : ends[-1]]), decode(tokenizer, ids[context : i + 1])
+        complete = not text.endswith(BROKEN) or i + 1 == len(ids)
+        texts.append(text[len(known) :] if complete else "")
+        if complete:
+            ends.append(i + 1)
     return tuple(texts)
 
 

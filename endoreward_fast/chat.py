@@ -62,7 +62,7 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
     """`messages` led by the system prompt: `system`, then what a system message of their own says."""
     if not system:
         return list(messages)
-    if messages and messages[0].get("role") == "system":
+    if messages and messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
         return [{**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
     return [{"role": "system", "content": system}, *messages]
 
@@ -81,8 +81,10 @@ def _system_text(messages: Sequence[Message]) -> str:
 
 def _system_in_user(messages: Sequence[Message]) -> list[Message]:
     system, *rest = messages
-    if not rest or rest[0].get("role") != "user":
-        raise EndoRewardError("the chat template has no place for a system prompt, and no user turn comes first")
+    if not rest or rest[0].get("role") != "user" or not isinstance(rest[0].get("content"), str):
+        raise EndoRewardError(
+            "the chat template has no place for a system prompt, and no user turn of text comes first"
+        )
     return [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 

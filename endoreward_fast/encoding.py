@@ -179,8 +179,11 @@ def encode_row(
     Raises EndoRewardError, in one line: keys or types that do not fit, text without a tokenizer, messages without a
     chat template or refused by it, a row beyond the limit.
     """
-    options = {"system": system, "chat": chat, "max_length": max_length, "truncate": truncate}
-    return Encoder(tokenizer, **options, append_eos=append_eos, eos_ids=eos_ids).encode(row)
+    encoder = Encoder(
+        tokenizer, system=system, chat=chat, max_length=max_length, truncate=truncate, append_eos=append_eos,
+        eos_ids=eos_ids,
+    )  # fmt: skip
+    return encoder.encode(row)
 
 
 def _leading_ids(tokenizer: Any) -> tuple[int, ...]:

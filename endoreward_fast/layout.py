@@ -48,7 +48,7 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tens
         inputs["attention_mask"] = attention_mask
     if position_ids is not None:
         follows = position_ids == position_ids.roll(1, 1) + 1
-        if bool((scorable & ~follows).any()):
+        if bool(((scorable & ~follows) | _restarts(attended, position_ids)).any()):
             # At the highest position no padding token is followed by its successor.
             highest = torch.where(attended, position_ids, 0).amax()
             inputs = {"input_ids": input_ids, "position_ids": torch.where(attended, position_ids, highest)}
@@ -63,6 +63,14 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tens
 def _before(flags: Tensor) -> Tensor:
     """flags[:, t - 1] at place t; False at the start."""
     return torch.cat([torch.zeros_like(flags[:, :1]), flags[:, :-1]], 1)
+
+
+def _restarts(attended: Tensor, position_ids: Tensor) -> Tensor:
+    """(B, T) bool: real tokens at a position no later than that of the last real one before them, over padding too."""
+    place = torch.arange(attended.shape[1], device=attended.device)
+    last = torch.where(attended, place, -1).cummax(1).values.roll(1, 1)
+    last[:, :1] = -1
+    return attended & (last >= 0) & (position_ids <= position_ids.gather(1, last.clamp(min=0)))
 
 
 def _padding(attended: Tensor) -> str:

@@ -1,6 +1,7 @@
 """A model's name -> the loaded model and its tokenizer, with one clear line for whatever can be wrong with the name."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import nn
 from .errors import EndoRewardError
 
 POCKET = "pocket"
+OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+SHARED = ("revision", "trust_remote_code", "token", "cache_dir")  # options that the tokenizer takes as well
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 
 
@@ -21,16 +24,19 @@ def load(
     name_or_path: str, *, dtype: torch.dtype | str | None, device: torch.device | str | None, options: dict[str, Any]
 ) -> tuple[nn.Module, Any, str | None]:
     """(model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     place = str(pocket_path()) if name_or_path == POCKET else str(name_or_path)
-    shared = {k: options[k] for k in ("revision", "trust_remote_code", "token", "cache_dir") if k in options}
+    shared = {k: v for k, v in options.items() if k in SHARED}
     target = None if "device_map" in options else _device(device)
     wanted = _dtype(dtype)
     _refuse_unless_causal(place, name_or_path, shared)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, output_loading_info=True, **options)
+        model, info = loaded
+        model = model if target is None else model.to(target)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
         raise EndoRewardError(f"model {name_or_path!r} cannot be loaded: {_one_line(error)}") from error
     absent = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if absent:
@@ -40,7 +46,7 @@ def load(
         )
     tokenizer, reason = _tokenizer(place, shared)
     model.eval()
-    return (model if target is None else model.to(target)), tokenizer, reason
+    return model, tokenizer, reason
 
 
 def _refuse_unless_causal(place: str, name: str, shared: dict[str, Any]) -> None:
@@ -53,6 +59,9 @@ def _refuse_unless_causal(place: str, name: str, shared: dict[str, Any]) -> None
         config = AutoConfig.from_pretrained(place, **shared)
     except (OSError, ValueError) as error:
         raise EndoRewardError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+    for architecture in getattr(config, "architectures", None) or ():
+        if architecture.endswith(OTHER_TASKS):
+            raise EndoRewardError(f"model {name!r} is a {architecture}, which is not a causal language model")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise EndoRewardError(f"model {name!r} is of type {config.model_type!r}, which is not a causal language model")
