@@ -53,7 +53,7 @@ def interpreter_logits_config(vocab: int) -> LogitsConfig:
 
 
 def linear_config(arch: int | str, itemsize: int) -> LinearConfig:
-    """The config for a compute capability's major number (or "hip") and an element size; the newest, for newer chips."""
+    """The config for a compute capability's major number (or "hip") and an element size; newer chips: the newest."""
     if isinstance(arch, int):
         arch = min(max(arch, 8), 10)
     return LINEAR_CONFIGS[arch, itemsize]
