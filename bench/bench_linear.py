@@ -1,0 +1,28 @@
+"""hidden states -> statistics: against the bare matmul, and everything that gives the same numbers."""
+
+import pytest
+
+from bench.harness import Case
+
+SAVE_TIME = ("torch.compile",)
+CASES = [
+    Case("linear", "qwen3-0.6b", 512, rounds=15, memory=True),
+    Case("linear", "qwen3-0.6b", 512, "bf16", rounds=15, memory=True),
+    Case("linear", "qwen3-0.6b", 512, "bf16", rounds=7, isa="AVX2", upcast=True, without=SAVE_TIME),
+    Case("linear", "qwen3-0.6b", 1, "bf16", rounds=15, without=SAVE_TIME),
+    Case("linear", "qwen3-0.6b", 4096, rounds=3, memory=True, without=SAVE_TIME),
+    Case("linear", "qwen2.5-0.5b", 512, without=SAVE_TIME),
+    Case("linear", "qwen2.5-1.5b", 256, without=SAVE_TIME),
+    Case("linear", "qwen2.5-7b", 128, without=SAVE_TIME),
+    Case("linear", "qwen3-4b", 128, without=SAVE_TIME),
+    Case("linear", "qwen3-8b", 128, without=SAVE_TIME),
+    Case("linear", "llama3.2-1b", 256, without=SAVE_TIME),
+    Case("linear", "llama3-8b", 128, without=SAVE_TIME),
+    Case("linear", "gemma2-2b", 128, without=SAVE_TIME),
+    Case("linear", "gemma3-1b", 256, without=SAVE_TIME),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_linear(case, run_and_keep):
+    run_and_keep("cpu-linear", case)

@@ -1,0 +1,117 @@
+"""What the fast paths are compared with: one adapter each, all giving (lse, target_logit) or what they can of it.
+
+A peer that this installation lacks is named with the reason, never left out in silence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.shapes import Shape
+from endoreward_fast import linear_vocab_stats, vocab_stats
+
+OURS = "endoreward_fast"
+BARE_MATMUL = "bare matmul"
+LOGSUMEXP = "logsumexp + gather"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden (N, D) and weight (V, D), or logits (N, V); targets (N,)."""
+
+    shape: Shape
+    targets: Tensor
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`run` gives `gives` of: lse - target_logit ("nll"), both ("stats"), or neither ("nothing")."""
+
+    run: Callable[[Inputs], object]
+    gives: str = "stats"
+    missing: str | None = None  # why it cannot run here
+
+
+def make_inputs(subject: str, shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    """Random inputs whose logits have a standard deviation of about 3, as a trained model's do."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.randint(0, shape.vocab, (rows,), generator=generator)
+    if subject == "logits":
+        logits = torch.randn(rows, shape.vocab, generator=generator).mul_(3.0).to(dtype)
+        return Inputs(shape, targets, logits=logits)
+    hidden = torch.randn(rows, shape.hidden, generator=generator).to(dtype)
+    weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype)
+    for part in weight.split(16384):  # in parts: a float32 copy of the whole would double the memory
+        part.copy_(torch.randn(part.shape, generator=generator).mul_(3.0 / shape.hidden**0.5))
+    return Inputs(shape, targets, hidden=hidden, weight=weight)
+
+
+def peers(subject: str) -> dict[str, Peer]:
+    """Every peer of a subject; the first is what ratios are taken to, the last is ours."""
+    if subject == "linear":
+        return {
+            BARE_MATMUL: Peer(lambda i: i.hidden @ i.weight.T, gives="nothing"),
+            "eager": Peer(_eager_linear),
+            "torch.compile": _compiled(_linear_stats, lambda i: (i.hidden, i.weight, i.targets, i.shape.softcap)),
+            "F.linear_cross_entropy": _linear_cross_entropy(),
+            OURS: Peer(_ours_linear),
+        }
+    return {
+        LOGSUMEXP: Peer(lambda i: _stats(i.logits, i.targets)),
+        "log_softmax + gather": Peer(_log_softmax, gives="nll"),
+        "torch.compile": _compiled(_stats, lambda i: (i.logits, i.targets)),
+        OURS: Peer(_ours_logits),
+    }
+
+
+def unsuited(name: str, inputs: Inputs) -> str | None:
+    """Why a peer that is installed cannot do these inputs."""
+    if name == "F.linear_cross_entropy" and inputs.shape.softcap is not None:
+        return "has no softcap"
+    return None
+
+
+def _ours_linear(i: Inputs):
+    stats = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, impl="chunked")
+    return stats.lse, stats.target_logit
+
+
+def _ours_logits(i: Inputs):
+    stats = vocab_stats(i.logits, i.targets, impl="chunked")
+    return stats.lse, stats.target_logit
+
+
+def _stats(logits: Tensor, targets: Tensor):
+    return torch.logsumexp(logits, -1), logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def _linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None):
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return _stats(logits, targets)
+
+
+def _eager_linear(i: Inputs):
+    return _linear_stats(i.hidden, i.weight, i.targets, i.shape.softcap)
+
+
+def _log_softmax(i: Inputs):
+    return -torch.log_softmax(i.logits, -1).gather(1, i.targets.unsqueeze(1)).squeeze(1)
+
+
+def _compiled(function: Callable, arguments: Callable[[Inputs], tuple]) -> Peer:
+    compiled = torch.compile(function, dynamic=False)
+    return Peer(lambda i: compiled(*arguments(i)))
+
+
+def _linear_cross_entropy() -> Peer:
+    if not hasattr(F, "linear_cross_entropy"):
+        return Peer(lambda i: None, missing=f"torch {torch.__version__} has no F.linear_cross_entropy")
+    return Peer(lambda i: F.linear_cross_entropy(i.hidden, i.weight, i.targets, reduction="none"), gives="nll")

@@ -1,0 +1,48 @@
+"""Named real shapes: one registry for benches, tests and tuning. Sizes as in each model's config.json."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The head of one model: logits = softcap * tanh(hidden @ weight.T / softcap), weight (vocab, hidden)."""
+
+    name: str
+    hidden: int
+    vocab: int
+    softcap: float | None = None
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape("qwen2.5-0.5b", 896, 151936),
+        Shape("qwen2.5-1.5b", 1536, 151936),
+        Shape("qwen2.5-7b", 3584, 152064),
+        Shape("qwen3-0.6b", 1024, 151936),
+        Shape("qwen3-4b", 2560, 151936),
+        Shape("qwen3-8b", 4096, 151936),
+        Shape("llama3.2-1b", 2048, 128256),
+        Shape("llama3-8b", 4096, 128256),
+        Shape("gemma2-2b", 2304, 256000, softcap=30.0),
+        Shape("gemma2-9b", 3584, 256000, softcap=30.0),
+        Shape("gemma3-1b", 1152, 262144),
+        Shape("gemma3-4b", 2560, 262208),
+    )
+}
+HEADLINE = SHAPES["qwen3-0.6b"]
+
+
+def linear_flops(rows: int, shape: Shape) -> int:
+    """Of hidden @ weight.T: a multiplication and an addition per (row, hidden, vocab)."""
+    return 2 * rows * shape.hidden * shape.vocab
+
+
+def linear_bytes(rows: int, shape: Shape, element_size: int) -> int:
+    """Least traffic of the linear path: hidden and weight read once, no logits."""
+    return element_size * shape.hidden * (shape.vocab + rows)
+
+
+def logits_bytes(rows: int, shape: Shape, element_size: int) -> int:
+    """Least traffic of the logits path: the logits read once."""
+    return element_size * rows * shape.vocab
