@@ -3,6 +3,7 @@
 A peer that this installation lacks is named with the reason, never left out in silence.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -107,8 +108,12 @@ def _log_softmax(i: Inputs):
 
 
 def _compiled(function: Callable, arguments: Callable[[Inputs], tuple]) -> Peer:
-    compiled = torch.compile(function, dynamic=False)
-    return Peer(lambda i: compiled(*arguments(i)))
+    return Peer(lambda i: _compile(function)(*arguments(i)))
+
+
+@functools.cache  # at its first use: the compiler takes seconds to load
+def _compile(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
 
 
 def _linear_cross_entropy() -> Peer:

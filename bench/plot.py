@@ -1,0 +1,71 @@
+"""`python -m bench.plot`: bench/results/cpu.svg, the README's figure, from the JSON beside it. Nothing is typed in."""
+
+import json
+
+import matplotlib
+
+from bench.harness import RESULTS
+from bench.peers import OURS
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+OURS_COLOUR, PEER_COLOUR, INK, MUTED = "#d1495b", "#b9c2cc", "#22272e", "#6b7480"
+LINEAR, LOGITS = "linear qwen3-0.6b N=512 fp32", "logits qwen3-0.6b N=512 fp32"
+
+
+def case_of(file_name: str, name: str) -> tuple[dict, dict]:
+    """(environment, case) from bench/results/<file_name>.json."""
+    record = json.loads((RESULTS / f"{file_name}.json").read_text())
+    return record["environment"], next(case for case in record["cases"] if case["name"] == name)
+
+
+def bars(axis, title: str, values: dict[str, float], text: dict[str, str], limit: float) -> None:
+    """Horizontal bars, best last as in the JSON, each with its value at its end."""
+    names = list(values)
+    shown = [min(value, limit) for value in values.values()]
+    colours = [OURS_COLOUR if name == OURS else PEER_COLOUR for name in names]
+    axis.barh(names, shown, color=colours, height=0.62)
+    for row, (name, value) in enumerate(zip(names, shown, strict=True)):
+        weight = "bold" if name == OURS else "normal"
+        axis.text(value + limit * 0.02, row, text[name], va="center", fontsize=9.5, color=INK, weight=weight)
+    axis.set_title(title, loc="left", fontsize=10.5, color=INK, pad=8)
+    axis.set_xlim(0, limit * 1.22)
+    axis.invert_yaxis()
+    axis.xaxis.set_visible(False)
+    axis.tick_params(left=False, labelcolor=INK, labelsize=9.5)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def ratios(axis, title: str, case: dict) -> None:
+    values = {name: peer["ratio"] for name, peer in case["peers"].items()}
+    bars(axis, title, values, {name: f"{value:.2f}x" for name, value in values.items()}, max(values.values()))
+
+
+def memory(axis, title: str, case: dict) -> None:
+    values = {name: peer["extra_mib"] for name, peer in case["peers"].items()}
+    bars(axis, title, values, {name: f"{value:.0f} MiB" for name, value in values.items()}, max(values.values()))
+
+
+def draw() -> None:
+    record, linear = case_of("cpu-linear", LINEAR)
+    _, logits = case_of("cpu-logits", LOGITS)
+    figure, axes = plt.subplots(1, 3, figsize=(12.6, 2.9), width_ratios=(1, 1, 1))
+    rows, vocab = linear["rows"], linear["vocab"]
+    ratios(axes[0], "from hidden states: time / bare matmul", linear)
+    memory(axes[1], "from hidden states: extra memory", linear)
+    axes[1].set_yticks([])
+    ratios(axes[2], f"from logits: time / {logits['baseline']}", logits)
+    threads = f"{record['cpu']}, {record['threads']} threads, torch {record['torch'].split('+')[0]}"
+    shape = f"{rows} tokens, Qwen3-0.6B head (hidden {linear['hidden']}, vocabulary {vocab}), fp32"
+    note = f"{shape}. {threads}, {record['date'][:10]}. Medians of ratios within rounds; less is better."
+    figure.text(0.01, 0.02, note, fontsize=8.5, color=MUTED)
+    figure.tight_layout(rect=(0, 0.08, 1, 1), w_pad=2.0)
+    plt.rcParams["svg.hashsalt"] = "endoreward_fast"  # the same figures give the same file
+    figure.savefig(RESULTS / "cpu.svg", metadata={"Date": None})
+    figure.savefig(RESULTS / "cpu.png", dpi=150)
+
+
+if __name__ == "__main__":
+    draw()
