@@ -79,7 +79,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": dict(
         indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=2,
     ),
-    "reformer": dict(axial_pos_embds=False),
+    "reformer": dict(axial_pos_embds=False, lsh_attn_chunk_length=4, local_attn_chunk_length=4),
     "xmod": dict(default_language="en_XX"),
     "zamba": dict(layers_block_type=["mamba", "hybrid"] * 2, num_hidden_layers=4),
     "zamba2": dict(layers_block_type=["mamba", "hybrid"] * 2, num_hidden_layers=4, n_mamba_heads=8),
