@@ -260,11 +260,11 @@ def write(name: str, record: dict, cases: list[dict]) -> Path:
 
 def table(result: dict) -> str:
     """One case as text: time, ratio to the baseline with its quartiles, extra memory."""
-    lines = [result["name"], f"  {'':24}{'median':>10}  {'/ ' + result['baseline']:>20}  {'quartiles':>13}  extra MiB"]
+    lines = [result["name"], f"  {'':32}{'median':>10}  {'/ ' + result['baseline']:>20}  {'quartiles':>13}  extra MiB"]
     for name, p in result["peers"].items():
         memory = "" if p["extra_mib"] is None else f"{p['extra_mib']:.1f}"
         quartiles = f"{p['ratio_low']:.2f}-{p['ratio_high']:.2f}"
         time_ms = f"{p['median_s'] * 1e3:.1f} ms"
-        lines.append(f"  {name:24}{time_ms:>10}  {p['ratio']:>20.2f}  {quartiles:>13}  {memory:>9}")
-    lines += [f"  {name:24}skipped: {reason}" for name, reason in result["skipped"].items()]
+        lines.append(f"  {name:32}{time_ms:>10}  {p['ratio']:>20.2f}  {quartiles:>13}  {memory:>9}")
+    lines += [f"  {name:32}skipped: {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(lines)

@@ -60,7 +60,8 @@ def peers(subject: str) -> dict[str, Peer]:
             BARE_MATMUL: Peer(lambda i: i.hidden @ i.weight.T, gives="nothing"),
             "eager": Peer(_eager_linear),
             "torch.compile": _compiled(_linear_stats, lambda i: (i.hidden, i.weight, i.targets, i.shape.softcap)),
-            "F.linear_cross_entropy": _linear_cross_entropy(),
+            "F.linear_cross_entropy": _linear_cross_entropy(chunked=False),
+            "F.linear_cross_entropy, chunked": _linear_cross_entropy(chunked=True),
             OURS: Peer(_ours_linear),
         }
     return {
@@ -73,7 +74,7 @@ def peers(subject: str) -> dict[str, Peer]:
 
 def unsuited(name: str, inputs: Inputs) -> str | None:
     """Why a peer that is installed cannot do these inputs."""
-    if name == "F.linear_cross_entropy" and inputs.shape.softcap is not None:
+    if name.startswith("F.linear_cross_entropy") and inputs.shape.softcap is not None:
         return "has no softcap"
     return None
 
@@ -116,7 +117,10 @@ def _compile(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
-def _linear_cross_entropy() -> Peer:
-    if not hasattr(F, "linear_cross_entropy"):
-        return Peer(lambda i: None, missing=f"torch {torch.__version__} has no F.linear_cross_entropy")
-    return Peer(lambda i: F.linear_cross_entropy(i.hidden, i.weight, i.targets, reduction="none"), gives="nll")
+def _linear_cross_entropy(chunked: bool) -> Peer:
+    """torch's own, which gives the negative log-likelihood only; by default it stores the logits."""
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if not hasattr(F, "linear_cross_entropy") or (chunked and options is None):
+        return Peer(lambda i: None, missing=f"torch {torch.__version__} does not have it")
+    how = {"reduction": "none"} | ({"options": options()} if chunked else {})
+    return Peer(lambda i: F.linear_cross_entropy(i.hidden, i.weight, i.targets, **how), gives="nll")
