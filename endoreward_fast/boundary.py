@@ -101,7 +101,7 @@ def _contexts(prompt: str) -> Iterator[str]:
     yield ""
     yield from (prompt[-n:] for n in TAILS if n < len(prompt))
     last = prompt[-1:]
-    kinds = (LETTERS, MARKS, SPACES) if last.isalnum() else (SPACES, MARKS, LETTERS)
-    kinds = kinds if last.isalnum() or last.isspace() else (MARKS, LETTERS, SPACES)
+    first = LETTERS if last.isalnum() else SPACES if last.isspace() else MARKS
+    kinds = sorted((SPACES, MARKS, LETTERS), key=lambda kind: kind is not first)
     for kind in kinds:
         yield from kind

@@ -125,11 +125,14 @@ class LayoutCheck:
             alone = self.states(self.arguments(lay_out(real, None, None)))[0]
             among = self.states(self.arguments(layout))[:, -count:]
         error = (among - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
-        return bool(error.median() <= max(4e-3, 8 * torch.finfo(alone.dtype).eps))
+        # A leak is from 1e-3 (tiny random models) to 1; rounding is of the order of eps. Experts may flip: the median.
+        tf32 = alone.is_cuda and torch.get_float32_matmul_precision() != "highest"
+        return bool(error.median() <= max(4e-3 if tf32 else 1e-4, 4 * torch.finfo(alone.dtype).eps))
 
 
 def accepted_arguments(model: nn.Module) -> set[str]:
     """Names of the arguments of a model's forward, seen through PEFT's wrapper."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model
+    inner = base.get_base_model() if hasattr(base, "get_base_model") else base
     names = set(inspect.signature(inner.forward).parameters)
     return names if "input_ids" in names else names | {"input_ids", "attention_mask", "position_ids"}

@@ -127,12 +127,13 @@ class EndoRewardModel(nn.Module):
         return self._rewards(self.layouts.arguments(layout), scored, terminal, alpha, entropy, impl)
 
     def rewards_of_padded(
-        self, input_ids: Tensor, attended: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0
     ) -> TokenRewards:
-        """`forward` of rows known to be padded on the right and masked rightly: nothing is asked of the device."""
-        arguments = {"input_ids": input_ids, "attention_mask": attended.long()}
-        arguments = {name: value for name, value in arguments.items() if name in self.layouts.accepted}
-        return self._rewards(arguments, scored, terminal, alpha, False, "auto")
+        """`forward` of rows that are padded on the right and masked rightly.
+
+        No attention_mask: a causal model's tokens do not see what is behind them, and attention is faster without one.
+        """
+        return self._rewards({"input_ids": input_ids}, scored, terminal, alpha, False, "auto")
 
     def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
         """Scores of rows, in their order. `encoding` has the table of rows, `ScoreOptions` the options:

@@ -161,8 +161,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
     with evaluating(scorer):  # not around a yield: the caller's code would run in it
-        input_ids, attended, scored, terminal = (t.to(scorer.device) for t in _pad(batch))
-        rewards = scorer.rewards_of_padded(input_ids, attended, scored, terminal, alpha=options.alpha)
+        input_ids, scored, terminal = (t.to(scorer.device) for t in _pad(batch))
+        rewards = scorer.rewards_of_padded(input_ids, scored, terminal, alpha=options.alpha)
         mask = scored.to(rewards.reward.device)
         totals = sequence_score(
             rewards.reward, mask, reduction=options.reduction, gamma=options.gamma, floor=options.floor
@@ -179,18 +179,19 @@ def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: Score
     return results
 
 
-def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(B, T), padded on the right: ids, and bool which are real, which are scored, after which the episode ends."""
+def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T), padded on the right: ids, and bool which are scored, after which the episode ends.
+
+    Rows are padded with their own first token: any id in the vocabulary would do, but some models warn of their
+    padding token where no attention mask comes with it.
+    """
     width = max(len(encoded.input_ids) for encoded in batch)
-    input_ids = torch.zeros(len(batch), width, dtype=torch.long)
-    for row, encoded in zip(input_ids, batch, strict=True):
-        row[: len(encoded.input_ids)] = torch.tensor(encoded.input_ids)
+    rows = [encoded.input_ids + encoded.input_ids[:1] * (width - len(encoded.input_ids)) for encoded in batch]
     place = torch.arange(width)
     lengths = torch.tensor([[len(encoded.input_ids)] for encoded in batch])
-    attended = place < lengths
-    scored = attended & (place >= torch.tensor([[encoded.prompt_length] for encoded in batch]))
+    scored = (place < lengths) & (place >= torch.tensor([[encoded.prompt_length] for encoded in batch]))
     terminal = (place == lengths - 1) & torch.tensor([[encoded.terminal] for encoded in batch])
-    return input_ids, attended, scored, terminal
+    return torch.tensor(rows), scored, terminal
 
 
 def _tables(scorer: "EndoRewardModel", batch: list[Encoded], rewards: TokenRewards) -> list[TokenTable]:
