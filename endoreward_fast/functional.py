@@ -15,6 +15,7 @@ import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
@@ -73,12 +74,12 @@ def vocab_stats(
     """
     check_logits(logits)
     check_rows(targets, mask, logits, "logits", alpha)
-    impl = choose_impl(impl, logits.device, logits.dtype)
-    if impl == "reference":
+    chosen = choose_impl(impl, logits.device, logits.dtype)
+    if chosen == "reference":
         return reference.vocab_stats(logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean)
     from .ops import logits_stats
 
-    out = logits_stats(_as_3d(logits), _flat(targets), _flat(mask), None, float(alpha), entropy, logit_mean, impl)
+    out = logits_stats(_as_3d(logits), _flat(targets), _flat(mask), None, float(alpha), entropy, logit_mean, chosen)
     return _vocab_stats(out, targets.shape, entropy, logit_mean)
 
 
@@ -100,9 +101,9 @@ def linear_vocab_stats(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_linear(hidden, weight, bias, softcap)
     check_rows(targets, mask, hidden, "hidden", alpha)
-    impl = choose_impl(impl, hidden.device, hidden.dtype)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype)
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
-    if impl == "reference":
+    if chosen == "reference":
         return reference.linear_vocab_stats(
             hidden, weight, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, **head
         )
@@ -110,7 +111,7 @@ def linear_vocab_stats(
 
     out = linear_stats(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(targets), _flat(mask), None,
-        float(logit_scale), softcap, float(alpha), entropy, logit_mean, impl,
+        float(logit_scale), softcap, float(alpha), entropy, logit_mean, chosen,
     )  # fmt: skip
     return _vocab_stats(out, targets.shape, entropy, logit_mean)
 
@@ -138,8 +139,8 @@ def token_rewards(
     """
     check_logits(logits)
     check_rewards(tokens, mask, terminal, cu_seqlens, logits, "logits", alpha)
-    impl = choose_impl(impl, logits.device, logits.dtype)
-    if impl == "reference":
+    chosen = choose_impl(impl, logits.device, logits.dtype)
+    if chosen == "reference":
         return reference.token_rewards(
             logits, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, alpha=alpha, entropy=entropy
         )
@@ -147,7 +148,7 @@ def token_rewards(
     from .rows import plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens)
-    out = logits_stats(logits, plan.targets, plan.needed, plan.successor, float(alpha), entropy, False, impl)
+    out = logits_stats(logits, plan.targets, plan.needed, plan.successor, float(alpha), entropy, False, chosen)
     return _token_rewards(out, tokens, plan.targets, entropy)
 
 
@@ -164,8 +165,8 @@ def linear_token_rewards(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_linear(hidden, weight, bias, softcap)
     check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
-    impl = choose_impl(impl, hidden.device, hidden.dtype)
-    if impl == "reference":
+    chosen = choose_impl(impl, hidden.device, hidden.dtype)
+    if chosen == "reference":
         return reference.linear_token_rewards(
             hidden, weight, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, bias=bias,
             logit_scale=logit_scale, softcap=softcap, alpha=alpha, entropy=entropy,
@@ -176,7 +177,7 @@ def linear_token_rewards(
     plan = plan_rows(tokens, mask, terminal, cu_seqlens)
     out = linear_stats(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan.targets, plan.needed, plan.successor,
-        float(logit_scale), softcap, float(alpha), entropy, False, impl,
+        float(logit_scale), softcap, float(alpha), entropy, False, chosen,
     )  # fmt: skip
     return _token_rewards(out, tokens, plan.targets, entropy)
 
@@ -209,14 +210,16 @@ def rewards_to_go(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor
     reward and mask (B, T) -> float32 (B, T), 0 off the mask; tokens off the mask are passed over, not discounted.
     """
     _check_reward_and_mask(reward, mask, gamma)
-    reward = torch.where(mask, reward.float(), 0.0)
-    if gamma == 1.0:
-        return torch.where(mask, reward.flip(-1).cumsum(-1).flip(-1), 0.0)
-    to_go, columns = torch.zeros_like(reward[:, 0]) if reward.shape[1] else None, []
-    for t in range(reward.shape[1] - 1, -1, -1):
-        to_go = torch.where(mask[:, t], reward[:, t] + gamma * to_go, to_go)
-        columns.append(to_go)
-    return torch.where(mask, torch.stack(columns[::-1], 1), 0.0) if columns else reward
+    # G_t = r_t + c_t G_{t+1}, c = gamma on the mask and 1 off it: a linear recurrence, by doubling windows in
+    # log2(T) steps. `decay` is the product of c over a token's window.
+    to_go = torch.where(mask, reward.float(), 0.0)
+    decay = torch.where(mask, gamma, 1.0)
+    window = 1
+    while window < reward.shape[1]:
+        to_go = to_go + decay * F.pad(to_go[:, window:], (0, window))
+        decay = decay * F.pad(decay[:, window:], (0, window))
+        window *= 2
+    return torch.where(mask, to_go, 0.0)
 
 
 def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> Tensor:
@@ -263,10 +266,11 @@ def _vocab_stats(out: list[Tensor], shape: torch.Size, entropy: bool, logit_mean
 
 def _token_rewards(out: list[Tensor], tokens: Tensor, targets: Tensor, entropy: bool) -> TokenRewards:
     """Rows (state in which the token was chosen) -> tokens: one place to the right; the first has none."""
-    h = torch.where(targets != NO_TARGET, out[2], 0.0) if entropy else None
+    reward, logprob, value = out[6:9]
 
-    def at_token(field):
+    def at_token(field: Tensor) -> Tensor:
         rows = field.view(tokens.shape)
         return torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1)
 
-    return TokenRewards(*(at_token(f) for f in out[6:9]), None if h is None else at_token(h))
+    h = at_token(torch.where(targets != NO_TARGET, out[2], 0.0)) if entropy else None
+    return TokenRewards(at_token(reward), at_token(logprob), at_token(value), h)

@@ -257,6 +257,12 @@ def test_rewards_to_go():
     assert er.rewards_to_go(reward, mask).tolist() == [[0, 7, 6, 0, 4]]
     assert er.rewards_to_go(reward, mask, gamma=0.5).tolist() == [[0, 1 + 0.5 * 4, 4, 0, 4]]
     assert er.rewards_to_go(torch.where(mask, reward, torch.nan), mask, gamma=0.5).tolist() == [[0, 3, 4, 0, 4]]
+    long, some = torch.randn(3, 37), torch.rand(3, 37) > 0.3
+    expected, to_go = torch.zeros(3, 37), torch.zeros(3)
+    for t in reversed(range(37)):
+        to_go = torch.where(some[:, t], long[:, t] + 0.9 * to_go, to_go)
+        expected[:, t] = torch.where(some[:, t], to_go, 0.0)
+    torch.testing.assert_close(er.rewards_to_go(long, some, gamma=0.9), expected)
     assert er.rewards_to_go(torch.zeros(2, 0), torch.zeros(2, 0, dtype=torch.bool), gamma=0.9).shape == (2, 0)
 
 
