@@ -21,8 +21,8 @@ $(READY): setup.py pyproject.toml constraints.txt
 demo: $(READY) ## score real and corrupted text, rank right and wrong answers (no network)
 	$(BIN)/endoreward demo
 
-test: $(READY) ## every test but the families sweep
-	$(BIN)/python -m pytest
+test: $(READY) ## every test but the families sweep, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 families: $(READY) ## every causal model type of transformers (minutes); writes docs/families.md
 	$(BIN)/python -m pytest -m families
@@ -33,7 +33,8 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(READY) ## CPU benchmarks against every alternative, in one run; JSON to bench/results
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench/bench_linear.py bench/bench_logits.py
+	$(BIN)/python -m bench.plot
 
 kernel-report: $(READY) ## registers, spills, shared memory of every kernel on every architecture
 	$(BIN)/python -m bench.kernel_report

@@ -7,8 +7,8 @@ Nats throughout; alpha is the soft-RL temperature, z the model's final logits, x
     V(s)     = alpha * lse(s)                        logprob = x_target - lse
     r(s, a)  = z(s)[a] - V(s')                       V(s') = 0 after a terminal token
 
-A state whose logits are all -inf allows no action, so nothing can follow it: its lse is -inf, its entropy 0, its
-gradient 0, a token chosen there has logprob and reward -inf, and reaching it counts as terminal (V(s') = 0).
+A state whose logits are all -inf allows no action, so nothing can follow it: its lse is -inf, its entropy 0, neither
+has a gradient, a token chosen there has logprob and reward -inf, and reaching it counts as terminal (V(s') = 0).
 
 `dtype` is the dtype computed and returned in: float32 for impl="reference", float64 when the tests need an oracle.
 Source of the reward: Li et al., "Generalist Reward Models: Found Inside Large Language Models", arXiv 2506.23235.

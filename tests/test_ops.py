@@ -120,6 +120,20 @@ def test_importing_the_package_imports_neither_triton_nor_transformers_nor_trl()
     assert done.returncode == 0, done.stderr
 
 
+def test_usable_where_triton_is_missing():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, endoreward_fast as er\n"
+        "hidden, weight, tokens = torch.randn(1, 3, 4), torch.randn(9, 4), torch.zeros(1, 3, dtype=torch.long)\n"
+        "assert er.linear_token_rewards(hidden, weight, tokens).reward.isfinite().all()\n"
+        "try: er.linear_token_rewards(hidden, weight, tokens, impl='fused')\n"
+        "except ValueError as error: sys.exit(0 if 'triton is not installed' in str(error) else 1)\n"
+        "sys.exit(1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_kernels_folder_does_not_shadow_the_hub_package_of_that_name():
     import endoreward_fast.kernels.combine as ours
 
