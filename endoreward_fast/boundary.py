@@ -21,7 +21,7 @@ BROKEN = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of a part of a char
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
     """Token ids of `text`, with no special tokens added around it. Special tokens spelled out in it are honoured."""
-    ids: list[int] = _tokenize(tokenizer, text)[0]
+    ids: list[int] = _encode(tokenizer, text)["input_ids"]
     return ids
 
 
@@ -30,16 +30,15 @@ def split_ids(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], 
     before = tokenize(tokenizer, prompt)
     if not completion:
         return before, []
-    whole = tokenize(tokenizer, prompt + completion)
-    after = _rest(tokenizer, prompt, completion)
+    after = _rest(tokenizer, prompt, before, completion)
     if after is not None:
         return before, after
 
     # What the pieces have to spell: the whole text as this tokenizer keeps it (lower case, NFC, ...).
-    text = decode(tokenizer, whole)
+    text = decode(tokenizer, tokenize(tokenizer, prompt + completion))
     candidates = []
     for context in _contexts(prompt):
-        after = _rest(tokenizer, context, completion)
+        after = _rest(tokenizer, context, tokenize(tokenizer, context), completion)
         if after is not None:
             if decode(tokenizer, before + after) == text:
                 return before, after
@@ -76,24 +75,20 @@ def token_texts(tokenizer: Any, ids: list[int], start: int) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]] | None]:
-    out = tokenizer(
-        text, add_special_tokens=False, truncation=False, return_offsets_mapping=tokenizer.is_fast, verbose=False
-    )
-    return out["input_ids"], out.get("offset_mapping")
+def _encode(tokenizer: Any, text: str) -> Any:
+    return tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)
 
 
-def _rest(tokenizer: Any, context: str, completion: str) -> list[int] | None:
-    """Tokens of `completion` behind `context`; None if they merge, or leave it without a token of its own."""
-    before = tokenize(tokenizer, context)
-    ids, offsets = _tokenize(tokenizer, context + completion)
+def _rest(tokenizer: Any, context: str, before: list[int], completion: str) -> list[int] | None:
+    """Tokens of `completion` behind `context`, whose own are `before`; None if they merge, or none would be left."""
+    encoding = _encode(tokenizer, context + completion)
+    ids: list[int] = encoding["input_ids"]
     n = len(before)
     if ids[:n] != before or len(ids) == n:
         return None
     # Equal ids may still reach across the seam: an unknown character is one token with its unknown neighbours.
-    if offsets is not None and max((end for _, end in offsets[:n]), default=0) > len(context):
-        return None
-    return ids[n:]
+    span = encoding.token_to_chars(n - 1) if n and tokenizer.is_fast else None
+    return None if span is not None and span.end > len(context) else ids[n:]
 
 
 def _contexts(prompt: str) -> Iterator[str]:
