@@ -76,7 +76,8 @@ class EndoRewardModel(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """Most tokens that the model has positions for; None: its config names no limit."""
-        return getattr(self._text_config(), "max_position_embeddings", None)
+        limit = getattr(self._text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None  # XLNet says -1
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
