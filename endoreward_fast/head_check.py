@@ -111,8 +111,8 @@ def _why_not_captured(model: nn.Module) -> str | None:
 def self_check(model: nn.Module, head: "Head") -> str | None:
     """Why head's recipe cannot be used, or None. EndoRewardError if the model cannot be scored at all."""
     odd = why_not_plain(head.module) or _why_not_captured(model)
-    tokens = _check_tokens(model)
-    with _left_as_it_was(model):
+    tokens = check_tokens(model)
+    with left_as_it_was(model):
         seen, logits, known = _run_with_known_values(model, head.module, tokens)
         _refuse_unless_causal(model, logits, tokens)
         if odd is not None:
@@ -135,7 +135,7 @@ def without_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 
-def _check_tokens(model: nn.Module) -> Tensor:
+def check_tokens(model: nn.Module) -> Tensor:
     """Token ids (2, 8): the first half shared, the second not; none of them special (padding, image, ...)."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
@@ -162,7 +162,7 @@ def _special_ids(config: dict[str, Any]) -> set[int]:
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Inside: evaluation mode, and compiled modules run eagerly; afterwards each module has its own mode again.
 
     Code compiled before would not call the check's hooks, and compiling it again for 8 tokens takes seconds.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EndoRewardError
-from .head_check import _check_tokens, _left_as_it_was, describe
+from .head_check import check_tokens, describe, left_as_it_was
 
 States = Callable[[dict[str, Tensor]], Tensor]
 
@@ -109,8 +109,8 @@ class LayoutCheck:
 
     @torch.no_grad()
     def _same_states(self, kind: str, rows: int) -> bool:
-        with _left_as_it_was(self.model):
-            one, two = _check_tokens(self.model)[:, 4:]
+        with left_as_it_was(self.model):
+            one, two = check_tokens(self.model)[:, 4:]
             real = torch.cat([one, two])[None]
             count = real.shape[1]
             before = two.flip(0)[None]

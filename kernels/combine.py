@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import LN2, NEG_INF, NO_TARGET, exp2_scale, merge
+from .primitives import LN2, NEG_INF, NO_TARGET, exp2_scale, finite_or_zero, merge
 
 ROWS_PER_PROGRAM = 128
 
@@ -117,7 +117,7 @@ def combine_kernel(
         after = tl.load(successor + row, mask=m_row, other=-1)
         m_n, s_n, _ = merge_splits(p_m, p_s, p_t, after, m_row & (after >= 0), n_rows, n_splits, c, False)
         value_after = tl.where(s_n == 0.0, 0.0, m_n + alpha * log_total_of(s_n))
-        logprob = tl.where(dead, NEG_INF, (q - m) / alpha - log_total)
+        logprob = tl.where(dead, NEG_INF, (q - finite_or_zero(m)) / alpha - log_total)
         # Rounding alone could lift a certain token above 0; NaN passes.
         logprob = tl.where(logprob > 0.0, 0.0, logprob)
         reward = tl.where(dead, NEG_INF, q - value_after)

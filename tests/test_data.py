@@ -42,8 +42,8 @@ FORMATS = {
     "bom.jsonl": b"\xef\xbb\xbf" + LINES,
     "blank.jsonl": b"\n\n" + LINES.replace(b"\n", b"\n\n"),
     "no-newline-at-end.jsonl": LINES.rstrip(b"\n"),
-    "packed.jsonl.gz": gzip.compress(LINES),
-    "packed-without-saying-so.jsonl": gzip.compress(LINES),
+    "packed.jsonl.gz": gzip.compress(LINES, mtime=0),
+    "packed-without-saying-so.jsonl": gzip.compress(LINES, mtime=0),
     "array.json": json.dumps(ROWS, indent=2),
     "array.jsonl": json.dumps(ROWS),
     "array": json.dumps(ROWS),
@@ -63,7 +63,7 @@ def test_every_format_gives_the_same_rows(name, tmp_path):
     assert rows(put(tmp_path, name, FORMATS[name])) == ROWS
 
 
-@pytest.mark.parametrize("data", [LINES, gzip.compress(LINES), json.dumps(ROWS).encode()])
+@pytest.mark.parametrize("data", [LINES, gzip.compress(LINES, mtime=0), json.dumps(ROWS).encode()])
 def test_standard_input(data, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
     source = open_source("-")
@@ -154,7 +154,7 @@ def test_csv_cells_that_spell_out_lists(tmp_path):
         ("a.json", b"3", "wanted an array or an object, found a number"),
         ("a.json", json.dumps({"prompt": ["a"], "completion": []}), "differ in length: {'prompt': 1, 'completion': 0}"),
         ("a.jsonl", LINES.decode().encode("utf-16"), "is UTF-16: save it as UTF-8"),
-        ("a.jsonl.gz", gzip.compress(LINES)[:-12], "cannot read"),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "cannot read"),
         ("a.jsonl.gz", b"\x1f\x8bnothing", "cannot read"),
     ],
 )
