@@ -231,18 +231,14 @@ def _csv(lines: Iterable[bytes], skipped: int, name: str) -> Iterator[Record]:
     limit = csv.field_size_limit(sys.maxsize)  # the default refuses a completion of 128 KiB
     number, line_number = 0, 1
     try:
-        delimiter = max(
-            ",;\t", key=lambda d: len(COLUMNS & set(next(csv.reader([header_line], delimiter=d))))
-        )
+        delimiter = max(",;\t", key=lambda d: len(COLUMNS & set(next(csv.reader([header_line], delimiter=d)))))
         reader = csv.reader(itertools.chain([header_line], text), delimiter=delimiter)
         header = [column.strip() for column in next(reader)]
         for number, fields in enumerate((f for f in reader if f), start=1):
             line_number = reader.line_num
             yield _csv_record(f"row {number} (ends on line {line_number + skipped})", header, fields)
     except csv.Error as error:
-        raise EndoRewardError(
-            f"{name} is not valid CSV (after line {line_number + skipped}: {error})"
-        ) from None
+        raise EndoRewardError(f"{name} is not valid CSV (after line {line_number + skipped}: {error})") from None
     finally:
         csv.field_size_limit(limit)
     if not number:
@@ -274,9 +270,7 @@ def _cell(column: str, text: str) -> Any:
 
 def _parquet(stream: BinaryIO, name: str) -> Iterator[Record]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise EndoRewardError(
-            f"{name} is Parquet: `pip install pyarrow` to read it, or save it as JSON Lines"
-        )
+        raise EndoRewardError(f"{name} is Parquet: `pip install pyarrow` to read it, or save it as JSON Lines")
     from pyarrow import parquet
 
     data: Any = stream if stream.seekable() else io.BytesIO(stream.read())

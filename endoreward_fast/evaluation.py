@@ -135,11 +135,7 @@ def _level(keep: Callable[[int, int], bool]) -> Callable[[Judged], float]:
     return lambda row: sum(row.wins[i][j] for i, j in cells) / len(cells)
 
 
-LEVELS = {
-    "easy": _level(lambda i, j: i > j),
-    "normal": _level(lambda i, j: i == j),
-    "hard": _level(lambda i, j: i < j),
-}
+LEVELS = {"easy": _level(lambda i, j: i > j), "normal": _level(lambda i, j: i == j), "hard": _level(lambda i, j: i < j)}
 
 
 @dataclass
@@ -208,15 +204,11 @@ class RmBench:
 def rm_bench(rows: Iterable[Judged]) -> RmBench | None:
     """RM-Bench over rows of its shape whose domain is known; None if there are none."""
     styled = [row for row in rows if row.styled]
-    domains = {
-        name: block(g) for name, g in by(styled, lambda r: r.domain and r.domain.split("-")[0]).items()
-    }
+    domains = {name: block(g) for name, g in by(styled, lambda r: r.domain and r.domain.split("-")[0]).items()}
     if not domains:
         return None
     parts = by(styled, lambda r: r.domain if r.domain and "-" in r.domain else None)
-    overall = {
-        n: mean_of([getattr(b, n) for b in domains.values()]) for n in ("easy", "normal", "hard", "average")
-    }
+    overall = {n: mean_of([getattr(b, n) for b in domains.values()]) for n in ("easy", "normal", "hard", "average")}
     absent = [name for name in RM_BENCH_DOMAINS if name not in domains]
     return RmBench(domains, {name: block(group) for name, group in parts.items()}, overall, absent)
 

@@ -31,9 +31,7 @@ class FileResult:
         }
         if self.judged:
             found |= over_rows(self.judged, lambda r: r.accuracy).to_json() | {"rows": self.rows}
-            found["subsets"] = {
-                n: over_rows(g, lambda r: r.accuracy).to_json() for n, g in self.subsets.items()
-            }
+            found["subsets"] = {n: over_rows(g, lambda r: r.accuracy).to_json() for n, g in self.subsets.items()}
         if self.styled:
             found["rm_bench"] = block(self.judged).to_json()
         return found
@@ -59,8 +57,7 @@ def to_json(files: Sequence[FileResult], about: dict[str, Any]) -> dict[str, Any
         "rm_bench": bench.to_json() if bench else None,
         "reward_bench": {name: a.to_json() for name, a in rewards.items()} if rewards else None,
         "scores": [
-            {"file": r.file, "id": r.id, "subset": r.subset, "chosen": r.chosen, "rejected": r.rejected}
-            for r in judged
+            {"file": r.file, "id": r.id, "subset": r.subset, "chosen": r.chosen, "rejected": r.rejected} for r in judged
         ],
     }
 
@@ -74,11 +71,7 @@ def to_text(files: Sequence[FileResult]) -> str:
     if (bench := rm_bench(judged)) and len(files) > 1:
         lines += [*_rm_bench_lines(bench), ""]
     if rewards := reward_bench(judged):
-        lines += [
-            "RewardBench sections",
-            *(f"  {name:<26}{_with_interval(a)}" for name, a in rewards.items()),
-            "",
-        ]
+        lines += ["RewardBench sections", *(f"  {name:<26}{_with_interval(a)}" for name, a in rewards.items()), ""]
     lines.append("Intervals: 95%, Wilson, a row being one trial. Ties count as lost. Chance is 50%.")
     return "\n".join(lines) + "\n"
 
@@ -121,24 +114,18 @@ def _matrix_lines(b: Block) -> list[str]:
 
 def _rm_bench_lines(bench: RmBench) -> list[str]:
     lines = [
-        f"RM-Bench{'':<12}"
-        + "".join(f"{name:>9}" for name in ("easy", "normal", "hard", "average"))
-        + "     rows"
+        f"RM-Bench{'':<12}" + "".join(f"{name:>9}" for name in ("easy", "normal", "hard", "average")) + "     rows"
     ]
     for name, b in bench.domains.items():
         lines.append(f"  {name:<18}" + _levels(vars(b)) + f"{b.average.rows:9d}")
         for part, p in bench.parts.items():
             if part.startswith(name):
                 lines.append(f"    {part:<16}" + _levels(vars(p)) + f"{p.average.rows:9d}")
-    lines.append(
-        f"  {'mean of domains':<18}" + _levels(bench.overall) + f"{bench.overall['average'].rows:9d}"
-    )
+    lines.append(f"  {'mean of domains':<18}" + _levels(bench.overall) + f"{bench.overall['average'].rows:9d}")
     average = bench.overall["average"]
     lines.append(f"  average's interval: [{_percent(average.low)}, {_percent(average.high)}]")
     if bench.absent:
-        lines.append(
-            f"  not in these files: {', '.join(bench.absent)} (the benchmark's own mean is over four domains)"
-        )
+        lines.append(f"  not in these files: {', '.join(bench.absent)} (the benchmark's own mean is over four domains)")
     return lines
 
 
