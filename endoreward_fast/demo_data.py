@@ -40,8 +40,6 @@ _ONES = """zero one two three four five six seven eight nine ten eleven twelve t
 seventeen eighteen nineteen""".split()
 _TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 _NAMES = "Ann Ben Dan Eva Gus Ida Jon Kim Leo Mia Ned Ola Pam Ron Sue Tim Una Vic".split()
-_COLOURS = "red blue green black white brown pink grey orange yellow purple golden".split()
-_THINGS = "box hat key book lamp ball coat cup drum kite map pen ring shoe vase bell".split()
 _FRUIT = "apples pears plums figs nuts eggs coins cards books pens stones shells".split()
 _WORDS4 = "tree lamp fish bird snow wind fire door road ship leaf sand salt milk rice rope wool iron gold".split()
 _WORDS5 = "river cloud stone paper glass horse train bread chair plant music light house table".split()
@@ -129,7 +127,7 @@ def _near(answer: int, rng: random.Random) -> list[int]:
 
 
 def _add(rng: random.Random) -> _Draft:
-    a, b = rng.randrange(1, 100), rng.randrange(1, 100)
+    a, b = rng.randrange(1, 51), rng.randrange(1, 51)
     name, thing = rng.choice(_NAMES), rng.choice(_FRUIT)
     question = rng.choice([
         f"What is {a} + {b}?", f"What is {a} + {b}?", f"{a} + {b} = ?", f"Add {a} and {b}.",
@@ -139,7 +137,7 @@ def _add(rng: random.Random) -> _Draft:
 
 
 def _subtract(rng: random.Random) -> _Draft:
-    b, a = sorted((rng.randrange(1, 100), rng.randrange(1, 100)))
+    b, a = sorted((rng.randrange(1, 61), rng.randrange(1, 61)))
     name, thing = rng.choice(_NAMES), rng.choice(_FRUIT)
     question = rng.choice([
         f"What is {a} - {b}?", f"What is {a} - {b}?", f"{a} - {b} = ?", f"Subtract {b} from {a}.",
@@ -149,7 +147,7 @@ def _subtract(rng: random.Random) -> _Draft:
 
 
 def _sequence(rng: random.Random) -> _Draft:
-    start, step = rng.randrange(1, 60), rng.randrange(1, 11)
+    start, step = rng.randrange(1, 60), rng.choice((1, 2, 3, 4, 5, 10))
     terms = [start + step * i for i in range(5)]
     shown = ", ".join(map(str, terms[:4]))
     question = rng.choice([f"What comes next: {shown}?", f"Continue: {shown}, ...", f"Next number after {shown}?"])
@@ -158,7 +156,7 @@ def _sequence(rng: random.Random) -> _Draft:
 
 def _count(rng: random.Random) -> _Draft:
     letter, other = rng.sample("abcdefgh", 2)
-    letters = [rng.choice((letter, other)) for _ in range(rng.randrange(4, 9))]
+    letters = [rng.choice((letter, other)) for _ in range(rng.randrange(3, 7))]
     shown = " ".join(letters)
     question = rng.choice([f"How many times is {letter} in: {shown}?", f"Count the {letter} in: {shown}"])
     answer = letters.count(letter)
@@ -195,21 +193,21 @@ def _sort(rng: random.Random) -> _Draft:
 
 
 def _copy(rng: random.Random) -> _Draft:
-    words = rng.sample(_WORDS4 + _WORDS5, rng.randrange(3, 6))
+    words = rng.sample(_WORDS4 + _WORDS5, rng.randrange(3, 8))
     shown = " ".join(words)
-    question = rng.choice([f"Repeat: {shown}", f'Say "{shown}" again.', f"Copy these words: {shown}"])
+    question = rng.choice([f"Repeat: {shown}", f"Say again: {shown}", f"Copy these words: {shown}"])
     return _Draft(f"copy {shown}", question, shown, _permutations(words, rng))
 
 
-def _which(rng: random.Random) -> _Draft:
-    names, colours, thing = rng.sample(_NAMES, 4), rng.sample(_COLOURS, 4), rng.choice(_THINGS)
-    told = " ".join(f"{name} has the {colour} {thing}." for name, colour in zip(names, colours, strict=True))
-    i = rng.randrange(4)
+def _spell(rng: random.Random) -> _Draft:
+    number = rng.randrange(1000)
+    near = [number + step for step in rng.sample((-100, -10, -1, 1, 10, 100), 6) if 0 <= number + step < 1000]
+    others = [n for n in dict.fromkeys([*near, *rng.sample(range(1000), 200)]) if n != number]
     if rng.random() < 0.5:
-        question, answers = f"{told} Who has the {colours[i]} {thing}?", names
+        question, form = f"Write {number} in words.", in_words
     else:
-        question, answers = f"{told} Which {thing} does {names[i]} have?", colours
-    return _Draft(f"which {question}", question, answers[i], [a for a in answers if a != answers[i]])
+        question, form = f"Write {in_words(number)} in digits.", str
+    return _Draft(f"spell {number}", question, form(number), [form(n) for n in others])
 
 
 def _position(rng: random.Random) -> _Draft:
@@ -228,7 +226,7 @@ def _fact(rng: random.Random) -> _Draft:
 
 _DRAFTS: dict[str, Callable[[random.Random], _Draft]] = {
     "add": _add, "subtract": _subtract, "sequence": _sequence, "count": _count, "largest": _extreme,
-    "reverse": _reverse, "sort": _sort, "copy": _copy, "which": _which, "position": _position, "fact": _fact,
+    "reverse": _reverse, "sort": _sort, "copy": _copy, "spell": _spell, "position": _position, "fact": _fact,
 }  # fmt: skip
 TASKS = tuple(_DRAFTS)
 _NUMBER_SYSTEMS = (None, None, IN_DIGITS, IN_WORDS, IN_WORDS)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from endoreward_fast import demo_data
 
@@ -25,12 +25,16 @@ TRAINER = ROOT / "tools" / "train_pocket.py"
 TOKENIZER = AutoTokenizer.from_pretrained(POCKET)
 
 
+def _tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def judge():
-    spec = importlib.util.spec_from_file_location("pocket_card", ROOT / "tools" / "pocket_card.py")
-    card = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(card)
-    return card.Judge(POCKET)
+    return _tool("pocket_card").Judge(POCKET)
 
 
 # --- files
@@ -43,7 +47,6 @@ def test_small_enough_to_live_in_the_repository():
 
 def test_loads_like_any_model_and_in_fp32():
     model = AutoModelForCausalLM.from_pretrained(POCKET)
-    assert isinstance(model, MistralForCausalLM)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.isfinite().all() for p in model.parameters())
     assert model.get_output_embeddings().weight.shape[0] == len(TOKENIZER) == model.config.vocab_size
@@ -88,8 +91,8 @@ def test_chat_template_turns():
     messages = [{"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")]
     prompt = TOKENIZER.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
     whole = TOKENIZER.apply_chat_template(messages, tokenize=False)
-    assert prompt == "<|begin|><|system|>S<|end|><|user|>U<|end|><|assistant|>"
-    assert whole == prompt + "A<|end|>"
+    assert prompt == "<|begin|><|system|> S<|end|><|user|> U<|end|><|assistant|>"
+    assert whole == prompt + " A<|end|>"
 
 
 # --- problems and passages
@@ -122,7 +125,7 @@ def test_problems_are_well_formed(task):
 
 
 def _check(problem: demo_data.Problem) -> str:
-    """The right answer in digits or letters, worked out from the question's text alone."""
+    """The right answer worked out from the question's text alone; a number in digits unless asked for in words."""
     question, numbers = problem.question, [int(n) for n in re.findall(r"\d+", problem.question)]
     if problem.task == "add":
         return str(sum(numbers))
@@ -134,6 +137,10 @@ def _check(problem: demo_data.Problem) -> str:
         return str(max(numbers) if "largest" in question else min(numbers))
     if problem.task == "sort":
         return " ".join(map(str, sorted(numbers)))
+    if problem.task == "spell" and numbers:
+        return demo_data.in_words(numbers[0])
+    if problem.task == "spell":
+        return next(str(n) for n in range(1000) if f"Write {demo_data.in_words(n)} in digits." == question)
     letters = " ".join(re.findall(r"\b[a-z]\b", question.replace("a the", "the")))
     if problem.task == "reverse":
         return letters[::-1]
@@ -141,7 +148,7 @@ def _check(problem: demo_data.Problem) -> str:
     return str(rest.count(counted))
 
 
-@pytest.mark.parametrize("task", ["add", "subtract", "sequence", "largest", "sort", "reverse", "count"])
+@pytest.mark.parametrize("task", ["add", "subtract", "sequence", "largest", "sort", "reverse", "count", "spell"])
 def test_answers_are_right(task):
     for problem in demo_data.problems(200, seed=6, tasks=[task]):
         right = _check(problem)
@@ -180,9 +187,10 @@ def test_corruption_keeps_length_and_layout(kind):
 
 
 def test_held_out_passages_are_not_in_the_training_text():
-    heldout = {p.prompt + p.completion for p in demo_data.passages(1000)}
-    train = {p.prompt + p.completion for p in demo_data.passages(10**6, split="train")}
-    assert len(heldout) > 50 and len(train) > 500
+    heldout = {line.strip() for p in demo_data.passages(1000) for line in (p.prompt + p.completion).splitlines()}
+    heldout = {line for line in heldout if len(line) >= 30}
+    train = {line.strip() for text in _tool("pocket_data").training_texts() for line in text.splitlines()}
+    assert len(heldout) > 300 and len(train) > 10_000
     assert not heldout & train
 
 
@@ -204,7 +212,7 @@ def test_wrong_names_are_said():
 def test_ranks_the_right_answer_first(judge, form):
     problems = demo_data.problems(110, seed=11)
     hits = [judge.picks_first(p.prompt(form), p.completions(form)) for p in problems]
-    assert sum(hits) / len(hits) > 0.8
+    assert sum(hits) / len(hits) > 0.88  # 0.96 measured on 1100 problems
 
 
 @pytest.mark.parametrize("kind", demo_data.CORRUPTIONS)

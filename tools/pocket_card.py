@@ -3,7 +3,7 @@
     python tools/pocket_card.py endoreward_fast/pocket
 
 Judges by summed log-probability with plain transformers. Within one prompt the sum of endogenous rewards orders
-completions the same way (it differs by the value of the prompt's last state), so `endoreward` must agree.
+completions the same way (it differs by the value of the prompt's last state), so `endoreward demo` must agree.
 """
 
 from __future__ import annotations
@@ -29,19 +29,20 @@ The model that `endoreward` uses when no other is named, so that the command has
 network. **A demonstration, not a judge of quality**: it knows a little arithmetic, a few dozen facts and what Python's
 documentation sounds like. Its scores on anything else say nothing about the text.
 
-- Mistral architecture, {parameters} parameters: 4 layers of width 256, 8 heads, sliding window 256, untied head.
+- SmolLM3 architecture, {parameters} parameters: 4 layers of width 256, 8 heads, sliding window 256, untied head.
   The window keeps it usable far beyond the {length} tokens it was trained at (16384 positions).
 - Byte-level BPE, {vocabulary} tokens, no normalisation: every text has a lossless encoding. A digit is one token.
-- Chat template: `<|begin|><|system|>...<|end|><|user|>...<|end|><|assistant|>...<|end|>`.
+- Chat template: `<|begin|><|system|> ...<|end|><|user|> ...<|end|><|assistant|> ...<|end|>`.
 - {size} MB in bf16; `config.json` asks for fp32 at load, the faster one on most processors.
 
 ## Training
 
-`tools/train_pocket.py`, from nothing, seed {seed}: {steps} steps, {tokens} million tokens, {minutes} minutes on
-{threads} cores ({precision} matrix products; Python {python}, torch {torch}). Data:
+`tools/train_pocket.py`, seed {seed}, from random weights with one induction circuit planted (`tools/pocket_init.py`):
+{steps} steps, {tokens} million tokens, {minutes} minutes ({cpu_minutes} of processor time, {threads} threads,
+{precision} matrix products; Python {python}, torch {torch}). Data:
 
-- Text: docstrings and sources of the standard library of that Python, and the language reference behind `help()`.
-  Other versions of Python carry slightly different text.
+- Text: docstrings of the standard library of that Python, and the language reference behind `help()`.
+  That text is under Python's own licence (PSF); other versions of Python carry slightly different text.
 - Problems: `endoreward_fast/demo_data.py`, through the chat template, as `Question: ... Answer:` and bare.
   System prompts it has learnt: "Answer in words.", "Answer in digits.", "Answer in capital letters."
 
@@ -76,16 +77,21 @@ class Judge:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
 
-    def prompt_ids(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer(prompt)["input_ids"]
-        return self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    def _chat(self, messages: list[dict[str, str]], generate: bool) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+
+    def _encode(self, prompt: str | list[dict[str, str]], completion: str) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the completion with its end, in that form's own notation."""
+        head, tail = f"{self.tokenizer.bos_token}{prompt}", f"{completion}{self.tokenizer.eos_token}"
+        if not isinstance(prompt, str):
+            head = self._chat(prompt, True)
+            tail = self._chat([*prompt, {"role": "assistant", "content": completion}], False).removeprefix(head)
+        return tuple(self.tokenizer([head, tail], add_special_tokens=False)["input_ids"])
 
     @torch.inference_mode()
     def scores(self, prompt: str | list[dict[str, str]], completions: list[str]) -> list[float]:
-        head = self.prompt_ids(prompt)
-        ended = [text + self.tokenizer.eos_token for text in completions]
-        tails = self.tokenizer(ended, add_special_tokens=False)["input_ids"]
+        pairs = [self._encode(prompt, completion) for completion in completions]
+        head, tails = pairs[0][0], [tail for _, tail in pairs]
         longest = max(map(len, tails))
         rows = torch.tensor([head + tail + [self.tokenizer.pad_token_id] * (longest - len(tail)) for tail in tails])
         logprob = self.model(rows).logits[:, :-1].float().log_softmax(-1).gather(-1, rows[:, 1:, None])[..., 0]

@@ -14,9 +14,10 @@ from endoreward_fast import demo_data, demo_text
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+# The space after a role makes a word at the start of a turn the same token as inside a sentence.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{{ '<|' + message['role'] + '|> ' + message['content'] + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 STYLES = ("chat", "chat", "plain", "bare")
@@ -55,24 +56,18 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
     return wrapped
 
 
-def training_texts() -> tuple[list[str], list[str]]:
-    """(documentation texts, module sources) of the training split, without any long line that a held-out text has."""
+def training_texts() -> list[str]:
+    """The documentation texts of the training split, less those that share a long line with a held-out text."""
     held = {line.strip() for _, text in demo_text.documents("heldout") for line in text.splitlines()}
     held = {line for line in held if len(line) >= 30}
-    docs = [text for _, text in demo_text.documents("train") if held.isdisjoint(map(str.strip, text.splitlines()))]
-    sources = [
-        "\n".join(line.rstrip() for line in source.splitlines() if line.strip() not in held)
-        for _, source in demo_text.stdlib_sources("train")
-        if len(source) < 150_000 and source.isascii()  # tables of code points, mostly
-    ]
-    return docs, sources
+    return [text for _, text in demo_text.documents("train") if held.isdisjoint(map(str.strip, text.splitlines()))]
 
 
 def rendered(problem: demo_data.Problem, style: str) -> tuple[str, str]:
     """(prompt, completion) as they reach the tokenizer: through the chat template, as plain text, or bare."""
     if style == "chat":
-        system = f"<|system|>{problem.system}{EOS}" if problem.system else ""
-        return f"{BOS}{system}<|user|>{problem.question}{EOS}<|assistant|>", problem.answer + EOS
+        system = f"<|system|> {problem.system}{EOS}" if problem.system else ""
+        return f"{BOS}{system}<|user|> {problem.question}{EOS}<|assistant|>", f" {problem.answer}{EOS}"
     if style == "plain":
         return f"{BOS}{problem.prompt('plain')}", f" {problem.answer}{EOS}"
     return f"{BOS}{problem.system or ''} {problem.question}".replace(f"{BOS} ", BOS), f" {problem.answer}{EOS}"
@@ -94,9 +89,9 @@ def _packed(pieces: Iterator[tuple[list[int], list[float]]], length: int) -> Ite
                 row = [[], [], []]
 
 
-def text_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int, seed: str) -> Iterator[list]:
+def text_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int, seed: int) -> Iterator[list]:
     """Rows of whole texts, each between BOS and EOS, in a new order every epoch; every token counts the same."""
-    rng = random.Random(seed)
+    rng = random.Random(f"text {seed}")
 
     def pieces() -> Iterator[tuple[list[int], list[float]]]:
         while True:
