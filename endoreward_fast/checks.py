@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+FLOATS = (*LOW_PRECISION, torch.float32, torch.float64)
 
 
 def _say(name: str, x: Tensor, expected: str) -> ValueError:
@@ -20,11 +21,13 @@ def check_logits(logits: Tensor) -> None:
 def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
         raise _say("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
-    dim, like = hidden.shape[-1], f"{hidden.dtype} on {hidden.device}, as hidden"
+    dim = hidden.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != dim or weight.shape[0] == 0:
         raise _say("weight", weight, f"(V, {dim}), D as in hidden {tuple(hidden.shape)}")
-    if (weight.dtype, weight.device) != (hidden.dtype, hidden.device):
-        raise _say("weight", weight, like)
+    widened = hidden.dtype == torch.float32 and weight.dtype in LOW_PRECISION
+    if weight.device != hidden.device or not (weight.dtype == hidden.dtype or widened):
+        also = " (or bfloat16, float16)" if hidden.dtype == torch.float32 else ""
+        raise _say("weight", weight, f"{hidden.dtype}{also} on {hidden.device}, as hidden")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
         raise _say("bias", bias, f"({weight.shape[0]},), one per row of weight, on {hidden.device}")
     if bias is not None and bias.dtype not in FLOATS:

@@ -26,32 +26,33 @@ Impl = Literal["auto", "fused", "chunked", "reference"]
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def choose_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> str:
+def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
     """The rule behind impl="auto", and the refusal of an impl that cannot run.
 
-    auto: "fused" on CUDA and ROCm devices where Triton is installed and the dtype is bf16, fp16 or fp32; "chunked"
-    otherwise. On the CPU it is chunked even under TRITON_INTERPRET=1: the interpreter is for tests.
+    auto: "fused" on CUDA and ROCm devices where Triton is installed and the dtypes are one of bf16, fp16 and fp32;
+    "chunked" otherwise. On the CPU it is chunked even under TRITON_INTERPRET=1: the interpreter is for tests.
     """
     if impl not in ("auto", "fused", "chunked", "reference"):
         raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked' or 'reference'")
     if impl in ("chunked", "reference"):
         return impl
-    obstacle = _why_not_fused(device, dtype)
+    obstacle = _why_not_fused(device, dtypes)
     if impl == "fused" and obstacle:
         raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would take 'chunked'")
     on_gpu = device.type == "cuda"
     return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
 
 
-def _why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_fused(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
     from .fused import interpreted
 
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"its tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
-    if dtype not in KERNEL_DTYPES:
-        return f"the kernels take bfloat16, float16 and float32, not {dtype}"
+    if dtypes[0] not in KERNEL_DTYPES or len(set(dtypes)) > 1:
+        found = " with ".join(map(str, dtypes))
+        return f"the kernels take one of bfloat16, float16 and float32, not {found}"
     return None
 
 
@@ -92,16 +93,18 @@ def linear_vocab_stats(
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
 
-    hidden   (..., D)       weight  (V, D), same dtype       bias     (V,) or None
+    hidden   (..., D)       weight  (V, D)                   bias     (V,) or None
     targets  (...) int64    mask    (...) bool               softcap  None: no cap
 
+    hidden and weight have one dtype; float32 hidden also goes with a bf16 or fp16 weight, which is then upcast chunk
+    by chunk ("chunked"): exact float32 logits with no float32 copy of the weight.
     Under autocast, hidden, weight and bias are cast to its dtype first, as a linear layer would.
     Returns and raises as `vocab_stats`. Rows off the mask cost nothing.
     """
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_linear(hidden, weight, bias, softcap)
     check_rows(targets, mask, hidden, "hidden", alpha)
-    chosen = choose_impl(impl, hidden.device, hidden.dtype)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     if chosen == "reference":
         return reference.linear_vocab_stats(
@@ -165,7 +168,7 @@ def linear_token_rewards(
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_linear(hidden, weight, bias, softcap)
     check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
-    chosen = choose_impl(impl, hidden.device, hidden.dtype)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
     if chosen == "reference":
         return reference.linear_token_rewards(
             hidden, weight, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, bias=bias,

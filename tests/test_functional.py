@@ -89,6 +89,28 @@ def test_low_precision_inputs(impl, dtype, device, assert_within_budget):
         assert error <= (1.5 * eager_error[name] if rounds else 1e-4), (name, error, eager_error[name])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_hidden_with_a_low_precision_weight_gives_exact_logits(dtype, device, assert_within_budget):
+    hidden, weight, tokens, mask, _ = _case("ragged", torch.float32, device, {})
+    weight = weight.to(dtype)
+
+    def run(module, precision=torch.float32, **kwargs):
+        h, w = hidden.to(precision).requires_grad_(), weight.to(precision if kwargs else dtype).requires_grad_()
+        out = module.linear_token_rewards(h, w, tokens, mask=mask, entropy=True, **kwargs)
+        return out, torch.autograd.grad(out.reward.sum() + out.entropy.sum(), (h, w))
+
+    ours, gradients = run(er)
+    eager, eager_gradients = run(reference)
+    oracle, oracle_gradients = run(reference, F64, dtype=F64)
+    for name, field in _fields(ours).items():
+        assert_within_budget(field, getattr(eager, name), getattr(oracle, name), scale=10.0, name=name)
+    assert [g.dtype for g in gradients] == [torch.float32, dtype]
+    assert_within_budget(gradients[0], eager_gradients[0], oracle_gradients[0], scale=10.0, name="dhidden")
+    assert_within_budget(gradients[1], eager_gradients[1], oracle_gradients[1], scale=10.0, name="dweight")
+    with pytest.raises(ValueError, match=f"the kernels take one of .*, not torch.float32 with {dtype}"):
+        er.linear_token_rewards(hidden, weight, tokens, impl="fused")
+
+
 def _chunked_is_exact(hidden, weight):
     from endoreward_fast.chunked_tiles import uses_native_matmul
 
@@ -274,7 +296,7 @@ def test_terminal_at():
 
 REFUSALS = {
     "weight": (lambda h, w, t: er.linear_vocab_stats(h, w[:, :-1], t), r"weight is \(50, 7\).*\(V, 8\)"),
-    "weight dtype": (lambda h, w, t: er.linear_vocab_stats(h, w.half(), t), r"weight is .*float16.*float32"),
+    "weight dtype": (lambda h, w, t: er.linear_vocab_stats(h.half(), w, t), r"weight is .*float32.*float16"),
     "bias": (lambda h, w, t: er.linear_vocab_stats(h, w, t, bias=w[:3, 0]), r"bias is \(3,\).*\(50,\)"),
     "softcap": (lambda h, w, t: er.linear_vocab_stats(h, w, t, softcap=0.0), "softcap=0.0"),
     "targets": (lambda h, w, t: er.vocab_stats(h, t[:, 1:]), r"targets is \(2, 3\).*\(2, 4\)"),
