@@ -584,7 +584,9 @@ class TestPocket:
         score, logprob = expected_score(pocket, ids, len(before))
         assert math.isclose(result.score, score, rel_tol=1e-4, abs_tol=1e-3)
         assert math.isclose(result.logprob, logprob, rel_tol=1e-4, abs_tol=1e-3)
-        assert "".join(result.tokens.texts) == "5" + pocket.tokenizer.eos_token
+        assert (
+            "".join(result.tokens.texts) == " 5" + pocket.tokenizer.eos_token
+        )  # the template opens a turn with a space
 
     def test_a_system_prompt_changes_the_score(self, pocket):
         row = {"prompt": "What is 2 + 3?", "completion": "5"}
