@@ -140,7 +140,7 @@ class _Sweep:
     """One pass over the vocabulary that recomputes the logits of some rows and adds up their gradients."""
 
     def __init__(self, hidden, weight, bias, logit_scale: float, softcap: float | None, upstream: _Upstream):
-        self._tiles = tiles = linear_tiles(hidden, weight)
+        self._tiles = tiles = linear_tiles(hidden, weight, backward=True)
         self._tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
         self._hidden, self._weight = hidden, weight
         self._scale, self._softcap, self._upstream = logit_scale, softcap, upstream

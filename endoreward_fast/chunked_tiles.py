@@ -20,6 +20,7 @@ class Limits:
     """How much one device may hold at a time, in elements of float32 (4 bytes)."""
 
     tile: int  # one (rows, vocab) buffer of the linear path; forward holds two, backward three
+    native_tile: int  # the same for the forward of a native low-precision matmul, which likes wider ones
     stored_tile: int  # the same for stored logits
     rows: int  # rows of a linear tile
     copy: int  # one upcast copy: a chunk of weight, a tile of hidden, an accumulator of a gradient
@@ -27,8 +28,8 @@ class Limits:
 
 
 # On the CPU all of it together stays under 64 MiB whatever N is, on a GPU under 256 MiB.
-CPU_LIMITS = Limits(tile=MIB // 2, stored_tile=MIB, rows=512, copy=2 * MIB, rows_per_sweep=2048)
-GPU_LIMITS = Limits(tile=16 * MIB, stored_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
+CPU_LIMITS = Limits(tile=MIB // 2, native_tile=4 * MIB, stored_tile=MIB, rows=512, copy=2 * MIB, rows_per_sweep=2048)
+GPU_LIMITS = Limits(tile=16 * MIB, native_tile=16 * MIB, stored_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
 LOGITS_CHUNK = 8192  # columns of stored logits that are reduced together
 FEW_ROWS = 16  # up to here a native bfloat16 matmul wins on any CPU: reading `weight` is what takes the time
 LINEAR_CHUNK = 8192  # most columns of a linear tile, when it has few rows
@@ -53,16 +54,19 @@ def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     return Tiles(rows, chunk * max(1, limits.stored_tile // (rows * chunk)), chunk)
 
 
-def linear_tiles(hidden: Tensor, weight: Tensor) -> Tiles:
-    """Tile shape of the linear path: as wide as the tile's budget, and the upcast copies', allow."""
+def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False) -> Tiles:
+    """Tile shape of the linear path: as wide as the tile's budget, and that of its operands' float32 copies, allow."""
     limits = limits_for(hidden.device)
     num_rows, dim = hidden.shape
-    most_rows, most_vocab = limits.rows, min(LINEAR_CHUNK, weight.shape[0])
-    if hidden.dtype != torch.float32 or weight.dtype != torch.float32:
+    most_rows, most_vocab, tile = limits.rows, min(LINEAR_CHUNK, weight.shape[0]), limits.tile
+    in_float32 = hidden.dtype == weight.dtype == torch.float32
+    if uses_native_matmul(hidden, weight) and not backward:
+        tile = limits.native_tile
+    elif not in_float32:  # upcast, or in the backward accumulated
         most_rows = min(most_rows, max(1, limits.copy // dim))
         most_vocab = min(most_vocab, max(1, limits.copy // dim))
     rows = even_share(num_rows, most_rows)
-    vocab = min(most_vocab, max(1, limits.tile // rows))
+    vocab = min(most_vocab, max(1, tile // rows))
     return Tiles(rows, vocab, vocab)
 
 
