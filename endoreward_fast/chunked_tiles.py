@@ -29,7 +29,9 @@ class Limits:
 
 # On the CPU all of it together stays under 64 MiB whatever N is, on a GPU under 256 MiB.
 CPU_LIMITS = Limits(tile=MIB // 2, native_tile=4 * MIB, stored_tile=MIB, rows=512, copy=2 * MIB, rows_per_sweep=2048)
-GPU_LIMITS = Limits(tile=16 * MIB, native_tile=16 * MIB, stored_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
+GPU_LIMITS = Limits(
+    tile=16 * MIB, native_tile=16 * MIB, stored_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384
+)
 LOGITS_CHUNK = 8192  # columns of stored logits that are reduced together
 FEW_ROWS = 16  # up to here a native bfloat16 matmul wins on any CPU: reading `weight` is what takes the time
 LINEAR_CHUNK = 8192  # most columns of a linear tile, when it has few rows

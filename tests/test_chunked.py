@@ -297,7 +297,9 @@ def test_bf16_gradients_by_separate_sweeps_equal_those_of_one(monkeypatch):
 
     monkeypatch.setattr(chunked_tiles, "has_bf16_units", lambda: False)
     together = run()
-    small = chunked_tiles.Limits(tile=4096, native_tile=4096, stored_tile=4096, rows=16, copy=20 * 64, rows_per_sweep=32)
+    small = chunked_tiles.Limits(
+        tile=4096, native_tile=4096, stored_tile=4096, rows=16, copy=20 * 64, rows_per_sweep=32
+    )
     monkeypatch.setattr(chunked_tiles, "CPU_LIMITS", small)
     for one, blocks in zip(together, run(), strict=True):
         torch.testing.assert_close(one, blocks, rtol=2**-7, atol=1e-4)
