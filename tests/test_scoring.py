@@ -1,0 +1,209 @@
+"""Rows in, results out: EndoRewardModel.score and rank on tiny random models."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+from endoreward_fast import EndoRewardError, EndoRewardModel
+from tiny_models import EOS, MODELS, ROWS, TOKENIZER, VOCAB, build, byte_tokenizer, expected_score, random_rows
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def scorer(request):
+    return EndoRewardModel(MODELS[request.param](), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return EndoRewardModel(MODELS["llama"](), TOKENIZER)
+
+
+def test_scores_are_sums_over_the_completion(scorer):
+    results = scorer.score(ROWS)
+    letters = [TOKENIZER.convert_tokens_to_ids(c) for c in "colour"]
+    for i, ids, start in (
+        (3, [1, 2, 3, 4, 5, EOS], 3),
+        (4, [TOKENIZER.bos_token_id, *letters, TOKENIZER.eos_token_id], 1),
+    ):
+        score, logprob = expected_score(scorer, ids, start)
+        assert math.isclose(results[i].score, score, rel_tol=1e-4, abs_tol=1e-4)
+        assert math.isclose(results[i].logprob, logprob, rel_tol=1e-4)
+        assert results[i].num_tokens == len(ids) - start
+    assert results[2].score == 0.0 and results[2].flags == ("empty",) and results[2].num_tokens == 0
+    assert results[1].num_tokens == 41  # with its end of sequence
+    assert all(result.error is None for result in results)
+
+
+def test_a_score_does_not_depend_on_its_companions(scorer):
+    apart = scorer.score(ROWS, max_tokens_per_batch=1)
+    for budget in (60, 8192):
+        for one, other in zip(apart, scorer.score(ROWS, max_tokens_per_batch=budget), strict=True):
+            assert math.isclose(one.score, other.score, rel_tol=1e-4, abs_tol=2e-4)
+
+
+def test_batches_keep_to_the_budget(llama, monkeypatch):
+    shapes, counted = [], []
+    inner = llama.rewards_of_padded
+
+    def watch(input_ids, *args, **options):
+        shapes.append(input_ids.numel())
+        return inner(input_ids, *args, **options)
+
+    monkeypatch.setattr(llama, "rewards_of_padded", watch)
+    positions = [i for i, _ in llama.iter_scores(ROWS, max_tokens_per_batch=40, on_tokens=counted.append)]
+    assert sorted(positions) == list(range(len(ROWS))) and positions[0] == 2  # the empty one needs no model
+    assert len(shapes) >= 3 and sum(shape > 40 for shape in shapes) == 1  # the 42-token row, alone
+    assert sum(counted) == sum(len(llama_ids) for llama_ids in ([0] * 17, [0] * 42, [0] * 6, [0] * 8, [0] * 32))
+
+
+@pytest.mark.parametrize(
+    "options", [{"reduction": "mean"}, {"gamma": 0.9}, {"gamma": 0.5, "floor": 0.2}, {"alpha": 2.0}]
+)
+def test_reductions_reach_the_score(llama, options):
+    (whole,) = llama.score(ROWS[1:2], per_token=True, alpha=options.get("alpha", 1.0))
+    rewards = torch.tensor(whole.tokens.rewards)
+    weights = options.get("gamma", 1.0) ** torch.arange(len(rewards))
+    expected = (rewards * weights.clamp(min=options.get("floor", 0.0))).sum()
+    expected = expected / len(rewards) if options.get("reduction") == "mean" else expected
+    assert math.isclose(llama.score(ROWS[1:2], **options)[0].score, expected, rel_tol=1e-4)
+
+
+def test_per_token_tables_hold_the_scored_tokens(llama):
+    for row, result in zip(ROWS, llama.score(ROWS, per_token=True), strict=True):
+        table = result.tokens
+        assert {len(column) for column in vars(table).values()} == {result.num_tokens}
+        assert math.isclose(sum(table.rewards), result.score, rel_tol=1e-4, abs_tol=1e-4)
+        assert math.isclose(sum(table.logprobs), result.logprob, rel_tol=1e-4, abs_tol=1e-4)
+        if "completion" in row:
+            assert "".join(table.texts) == (row["completion"] and row["completion"] + "</s>")
+    assert llama.score(ROWS)[0].tokens is None
+
+
+def test_rank_puts_the_best_first_and_ties_in_order(llama):
+    completions = ["one", "two", "three", "two", ""]
+    ranked = llama.rank("Count:", completions)
+    assert [r.score for r in ranked] == sorted((r.score for r in ranked), reverse=True)
+    assert all(r.completion == completions[r.index] for r in ranked)
+    twins = [r.index for r in ranked if r.completion == "two"]
+    assert twins == [1, 3]
+    with pytest.raises(EndoRewardError, match="completion 1: completion: wanted text"):
+        llama.rank("Count:", ["one", 2])
+
+
+def test_bad_rows_are_said_and_stop_no_other(llama):
+    rows = [
+        {"prompt": "x"},
+        ROWS[0],
+        {"prompt_ids": [1], "completion_ids": [VOCAB]},
+        {"prompt": "x" * 200, "completion": "y"},
+    ]
+    rows += [{"prompt_ids": [-1], "completion_ids": [3]}]
+    malformed, fine, unknown, long, negative = llama.score(rows)
+    assert fine.score == pytest.approx(llama.score(ROWS[:1])[0].score) and fine.error is None
+    assert malformed.score is None and "found prompt" in malformed.error
+    assert unknown.score is None and str(VOCAB) in unknown.error and "vocabulary" in unknown.error
+    assert long.score is None and "202 tokens, the limit is 128" in long.error
+    assert negative.score is None and "token id -1" in negative.error
+
+
+def test_truncation_is_reported_and_bootstraps(llama):
+    row = {"prompt_ids": list(range(20)), "completion_ids": list(range(30, 50))}
+    whole = llama.score([row])[0]
+    (cut,) = llama.score([row], max_length=30, truncate="completion")
+    ids = [*range(20), *range(30, 40)]
+    score, _ = expected_score(llama, ids, 20, terminal=torch.zeros(1, 30, dtype=torch.bool))
+    assert cut.flags == ("truncated", "bootstrapped") and cut.num_tokens == 10
+    assert math.isclose(cut.score, score, rel_tol=1e-4, abs_tol=1e-4)
+    (short,) = llama.score([row], max_length=30, truncate="prompt")
+    assert short.flags == ("truncated",) and short.num_tokens == 20 and short.score != whole.score
+    assert llama.score([row], max_length=10_000)[0] == whole  # the model's own limit still holds
+    assert "limit is 128" in llama.score([ROWS[0] | {"prompt": "x" * 200}], max_length=10_000)[0].error
+
+
+def test_scoring_leaves_modes_and_autograd_alone(llama):
+    llama.train()
+    llama.model.model.layers[0].eval()
+    try:
+        for _ in llama.iter_scores(ROWS[:2], max_tokens_per_batch=1):
+            assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+            assert llama.training and llama.model.lm_head.training and not llama.model.model.layers[0].training
+    finally:
+        llama.eval()
+    (ids,) = random_rows(5)
+    llama(ids[None]).reward.sum().backward()
+    assert llama.model.lm_head.weight.grad is not None
+    llama.zero_grad()
+
+
+def test_dropout_is_off_while_scoring():
+    config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5)
+    scorer = EndoRewardModel(AutoModelForCausalLM.from_config(config), TOKENIZER).train()
+    assert scorer.score(ROWS[:1])[0].score == scorer.score(ROWS[:1])[0].score
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"alpha": 0.0}, "alpha=0.0"),
+        ({"alpha": math.nan}, "alpha=nan"),
+        ({"gamma": 1.5}, "gamma=1.5"),
+        ({"floor": -1.0}, "floor=-1.0"),
+        ({"reduction": "max"}, "reduction='max'"),
+        ({"truncate": "left"}, "truncate='left'"),
+        ({"max_length": 0}, "max_length=0"),
+        ({"max_tokens_per_batch": 0}, "max_tokens_per_batch=0"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_any_row(llama, options, said):
+    with pytest.raises(EndoRewardError, match=said):
+        llama.iter_scores(ROWS, **options)
+
+
+def test_an_unknown_option_is_a_type_error(llama):
+    with pytest.raises(TypeError, match="temperature"):
+        llama.score(ROWS, temperature=1.0)
+
+
+def test_nan_is_no_score():
+    model = MODELS["gpt2"]()
+    scorer = EndoRewardModel(model, TOKENIZER)
+    with torch.no_grad():
+        model.transformer.wpe.weight[10:] = math.nan  # after the check at load: a model gone wrong in training
+    rows = [{"prompt_ids": [1], "completion_ids": [2, 3]}, {"prompt": "a" * 20, "completion": "b"}]
+    short, long = scorer.score(rows, max_tokens_per_batch=1)
+    assert short.error is None and math.isfinite(short.score)
+    assert long.score is None and "NaN" in long.error
+
+
+def test_text_needs_a_tokenizer():
+    scorer = EndoRewardModel(MODELS["llama"]())
+    assert "without one" in scorer.score(ROWS[:1])[0].error
+    (ids,) = scorer.score(ROWS[3:4], per_token=True)
+    assert ids.error is None and ids.tokens.texts == ("", "", "")
+
+
+def test_a_larger_vocabulary_is_refused_unless_special():
+    model = build(LlamaConfig, vocab_size=300)
+    tokenizer = byte_tokenizer()
+    assert len(tokenizer) < 300
+    EndoRewardModel(model, tokenizer)
+    tokenizer.add_tokens([f"<image{i}>" for i in range(50)], special_tokens=True)
+    assert len(tokenizer) == 309
+    scorer = EndoRewardModel(model, tokenizer)
+    assert "vocabulary of 300" in scorer.score([{"prompt": "a<image49>", "completion": "b"}])[0].error
+    tokenizer.add_tokens(["word"])
+    with pytest.raises(EndoRewardError, match="310 tokens but the model's output head only 300"):
+        EndoRewardModel(model, tokenizer)
+
+
+def test_end_tokens_of_generation_count(llama):
+    """A completion that ends its turn with any of the model's end tokens gets no second one."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<turn>"], special_tokens=True)
+    model = MODELS["llama"]()
+    model.generation_config.eos_token_id = [EOS, tokenizer.convert_tokens_to_ids("<turn>")]
+    scorer = EndoRewardModel(model, tokenizer)
+    counts = [r.num_tokens for r in scorer.score([{"prompt": "a", "completion": c} for c in ("b", "b<turn>", "b</s>")])]
+    assert counts == [2, 2, 2]
