@@ -87,8 +87,8 @@ class RowFlags(ModelFlags):
         return {**super().scoring(), "max_length": self.max_length, "truncate": self.truncate}
 
     def to_json(self) -> dict[str, Any]:
-        """For the record of a run."""
-        return asdict(self)
+        """What the numbers of a run depend on: how it spoke and where it wrote is left out."""
+        return {name: value for name, value in asdict(self).items() if name not in ("output", "quiet", "strict")}
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
