@@ -10,7 +10,6 @@ impl  "fused"      Triton kernels: a CUDA or ROCm device (or TRITON_INTERPRET=1,
 A named impl that cannot run raises; it never falls back.
 """
 
-import importlib.util
 import math
 from typing import Literal
 
@@ -23,7 +22,6 @@ from .checks import check_linear, check_logits, check_rewards, check_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
 
 Impl = Literal["auto", "fused", "chunked", "reference"]
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
@@ -36,24 +34,13 @@ def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
         raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked' or 'reference'")
     if impl in ("chunked", "reference"):
         return impl
-    obstacle = _why_not_fused(device, dtypes)
+    from .fused import obstacle_to_kernels
+
+    obstacle = obstacle_to_kernels(device, *dtypes)
     if impl == "fused" and obstacle:
         raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would take 'chunked'")
     on_gpu = device.type == "cuda"
     return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
-
-
-def _why_not_fused(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    from .fused import interpreted
-
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-        return f"its tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
-    if dtypes[0] not in KERNEL_DTYPES or len(set(dtypes)) > 1:
-        found = " with ".join(map(str, dtypes))
-        return f"the kernels take one of bfloat16, float16 and float32, not {found}"
-    return None
 
 
 def vocab_stats(

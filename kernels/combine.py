@@ -33,6 +33,11 @@ class Partials(NamedTuple):
         target_logit = torch.empty(rows, dtype=torch.float32, device=device)
         return cls(field(), field(), field() if entropy else None, field() if logit_mean else None, target_logit)
 
+    def part(self, splits: slice, rows: slice) -> "Partials":
+        """A view of some splits of some rows."""
+        fields = (None if field is None else field[splits, rows] for field in self[:4])
+        return Partials(*fields, self.target_logit[rows])
+
 
 @triton.jit
 def merge_splits(p_m, p_s, p_t, o_row, m_row, n_rows, n_splits, c, ENTROPY: tl.constexpr):

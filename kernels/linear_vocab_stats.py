@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .combine import Partials
 from .config import LinearConfig
-from .primitives import NEG_INF, apply_head, exp2_scale, finite_or_zero, merge, weight_and_exponent
+from .primitives import NEG_INF, PLAIN_HEAD, Head, apply_head, exp2_scale, finite_or_zero, merge, weight_and_exponent
 
 
 @triton.jit
@@ -116,7 +116,7 @@ def tma_usable(x: torch.Tensor) -> bool:
 
 def linear_partials(
     hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig,
-    bias=None, logit_scale: float = 1.0, softcap: float | None = None, tma: bool = False, interpreted: bool = False,
+    head: Head = PLAIN_HEAD, tma: bool = False, interpreted: bool = False,
 ) -> Partials:  # fmt: skip
     """hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 -> partials (ceil(V / split), N)."""
     (rows, dim), vocab = hidden.shape, weight.shape[0]
@@ -131,9 +131,8 @@ def linear_partials(
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d])
         weight = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
     linear_partials_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
-        hidden, weight, bias, targets, *partials,
-        rows, vocab, dim, *strides, logit_scale, softcap or 0.0, exp2_scale(alpha),
-        HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1.0, HAS_SOFTCAP=softcap is not None,
+        hidden, weight, head.bias, targets, *partials,
+        rows, vocab, dim, *strides, *head.numbers(), exp2_scale(alpha), **head.flags(),
         ENTROPY=entropy, LOGIT_MEAN=logit_mean, TMA=tma, UPCAST=interpreted, PRECISION="ieee",
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
         SPLIT=config.split, GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,

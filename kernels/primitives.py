@@ -13,7 +13,9 @@ Two pieces merge into one of the same form, and the whole row gives, in nats,
 """
 
 import math
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -22,6 +24,27 @@ NO_TARGET = tl.constexpr(-100)
 # 2^-256 is 0 in fp32: differences are cut off here before they multiply a weight, so that 0 * -inf never happens.
 UNDERFLOW = tl.constexpr(-256.0)
 NEG_INF = tl.constexpr(float("-inf"))
+
+
+class Head(NamedTuple):
+    """What follows the head's matmul: z = softcap * tanh(logit_scale * (product + bias) / softcap)."""
+
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def numbers(self) -> tuple[float, float]:
+        return self.logit_scale, self.softcap or 0.0
+
+    def flags(self) -> dict[str, bool]:
+        return {
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SCALE": self.logit_scale != 1.0,
+            "HAS_SOFTCAP": self.softcap is not None,
+        }
+
+
+PLAIN_HEAD = Head()
 
 
 def exp2_scale(alpha: float) -> float:
