@@ -31,7 +31,7 @@ from .chunked_tiles import (
     logits_tiles,
     spans,
 )
-from .rows import RowRewards, RowStats, rewards_of
+from .rows import RowRewards, RowStats, poisoned, rewards_of
 from .types import NO_TARGET
 
 __all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward"]
@@ -60,10 +60,8 @@ def logits_forward(
         partials.combine(vocab, rows, stats)
     stats = _with_lse(stats, alpha)
     stats = RowStats(*(None if f is None else source.spread(f) for f in stats))
-    if successor is None:
-        return stats, None
     targets = targets if mask is None else torch.where(mask, targets, NO_TARGET)
-    return stats, rewards_of(stats, targets, successor, alpha)
+    return _with_rewards(stats, targets, vocab, successor, alpha)
 
 
 @torch.no_grad()
@@ -92,7 +90,7 @@ def linear_forward(
                 partials.reduce(z, buffers[1], slice(chunk, chunk + 1), in_sweep)
         partials.combine(vocab, sweep, stats)
     stats = _with_lse(stats, alpha)
-    return stats, None if successor is None else rewards_of(stats, targets, successor, alpha)
+    return _with_rewards(stats, targets, vocab, successor, alpha)
 
 
 class _Partials:
@@ -100,7 +98,7 @@ class _Partials:
 
     def __init__(self, chunks: int, rows: int, device: torch.device, alpha: float, entropy: bool, logit_mean: bool):
         self._alpha = alpha
-        self._peak = torch.empty(chunks, rows, device=device)
+        self._peak = torch.empty(chunks, rows, device=device, dtype=torch.float32)
         self._log_sum = torch.empty_like(self._peak)
         self._entropy = torch.empty_like(self._peak) if entropy else None
         self._sum = torch.empty_like(self._peak) if logit_mean else None
@@ -142,11 +140,25 @@ class _Partials:
 
 def _empty_stats(num_rows: int, device: torch.device, entropy: bool, logit_mean: bool) -> RowStats:
     wanted = (True, True, entropy, logit_mean, True, True)
-    return RowStats(*(torch.zeros(num_rows, device=device) if w else None for w in wanted))
+    return RowStats(*(torch.zeros(num_rows, device=device, dtype=torch.float32) if w else None for w in wanted))
 
 
 def _with_lse(stats: RowStats, alpha: float) -> RowStats:
     return stats._replace(lse=stats.shift / alpha + stats.log_total)
+
+
+def _with_rewards(
+    stats: RowStats, targets: Tensor, vocab: int, successor: Tensor | None, alpha: float
+) -> tuple[RowStats, RowRewards | None]:
+    """And NaN in rows whose target is no vocabulary entry. Not in the row before: its successor's value is right.
+
+    On the CPU such a target has been refused before any work.
+    """
+    rewards = None if successor is None else rewards_of(stats, targets, successor, alpha)
+    lost = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
+    if targets.device.type == "cpu" and not lost.any():
+        return stats, rewards
+    return poisoned(stats, lost), rewards and poisoned(rewards, lost)
 
 
 def _pick_targets(z: Tensor, targets: Tensor, columns: slice, out: Tensor) -> None:

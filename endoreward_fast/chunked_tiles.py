@@ -146,7 +146,7 @@ def uses_native_matmul(hidden: Tensor, weight: Tensor) -> bool:
     if hidden.dtype != weight.dtype or hidden.dtype not in LOW_PRECISION:
         return False
     if hidden.device.type != "cpu":
-        return True
+        return hidden.device.type in ("cuda", "xpu")  # elsewhere mm has no out_dtype
     if hidden.dtype != torch.bfloat16:
         return False
     return has_bf16_units() or hidden.shape[0] <= FEW_ROWS

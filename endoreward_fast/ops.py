@@ -16,6 +16,8 @@ from .reference import outside_vocabulary
 from .rows import RowGrads, RowRewards, RowStats, stats_grads
 
 _op = torch.library.custom_op
+# Which rows a mask picks is read back to the host, which stalls the stream and cannot be captured.
+NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 STATS = ("lse", "target_logit", "entropy", "logit_mean", "shift", "log_total")
 
 
@@ -90,7 +92,7 @@ logits_stats.register_autograd(_logits_backward, setup_context=_logits_setup)
 # ----------------------------------------------------------------------------------- hidden (N, D), weight (V, D)
 
 
-@_op("endoreward_fast::linear_stats", mutates_args=())
+@_op("endoreward_fast::linear_stats", mutates_args=(), tags=NO_CUDA_GRAPH)
 def linear_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None,
     successor: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, entropy: bool,
@@ -123,7 +125,7 @@ def _(hidden, weight, bias, targets, mask, successor, logit_scale, softcap, alph
     return _fake_outputs(targets, entropy, logit_mean, successor is not None)
 
 
-@_op("endoreward_fast::linear_stats_backward", mutates_args=())
+@_op("endoreward_fast::linear_stats_backward", mutates_args=(), tags=NO_CUDA_GRAPH)
 def linear_stats_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None, stats: list[Tensor],
     g_lse: Tensor, g_target: Tensor, g_entropy: Tensor | None, g_mean: Tensor | None,

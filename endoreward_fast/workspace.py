@@ -1,9 +1,13 @@
 """Vocabulary statistics from hidden states where there are kernels: the library's matmul fills a bounded workspace with
 float32 logits, and the row kernels read it, once. `chunked` on a GPU, and the backward of `fused`.
 
-Beside the matmul this moves 4 bytes per logit out and back (forward), and 4 out, 4 back and 2 more out (backward, 16-bit
-inputs). The forward's workspace is small enough to stay in the L2 cache of an A100 or H100; what a row leaves per
-piece, and so a row's statistics, do not depend on N, but the bits of its logits may, as far as the matmul's do.
+Beside the matmul this moves 4 bytes per logit out and back (forward), or 4 out, 4 back and 2 more out (backward, 16-bit
+inputs). The forward's workspace is small enough to stay in the L2 cache of an A100 or H100. How a row is cut into
+pieces does not depend on N, but the bits of its logits may, as far as the library's matmul does.
+
+The matmul obeys torch's settings: where TF32 is allowed, float32 inputs get it here, also in the backward of `fused`,
+whose forward is exact float32. A float16 backward holds the gradient of the logits in float16, which flushes what is
+under 6e-8: scale the loss, as for the model's own float16 backward.
 """
 
 import torch

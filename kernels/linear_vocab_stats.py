@@ -110,8 +110,13 @@ def linear_partials_kernel(
 
 
 def tma_usable(x: torch.Tensor) -> bool:
-    """The bulk copy engine wants unit stride in D, and base and row pitch on 16 bytes."""
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """The bulk copy engine wants unit stride in D, base and row pitch on 16 bytes, and rows that are apart."""
+    return (
+        x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+    )
 
 
 def linear_partials(

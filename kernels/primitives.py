@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 NO_TARGET = tl.constexpr(-100)
 # 2^-256 is 0 in fp32: differences are cut off here before they multiply a weight, so that 0 * -inf never happens.
 UNDERFLOW = tl.constexpr(-256.0)
@@ -62,9 +63,24 @@ def apply_head(
     if HAS_SCALE:
         z *= logit_scale
     if HAS_SOFTCAP:
-        # tanh(x) = 2 sigmoid(2 x) - 1: libdevice's tanh exists neither in the interpreter nor on every target.
-        z = softcap * (2.0 * tl.sigmoid(2.0 * (z / softcap)) - 1.0)
+        z = softcap * tanh(z / softcap)
     return z
+
+
+@triton.jit
+def tanh(x):
+    """To 2 units in the last place; libdevice's exists neither in the interpreter nor on every target.
+
+    1 - 2 / (e^2x + 1) loses digits near 0, where a polynomial takes over: that of tanhf in Cephes (S. Moshier).
+    """
+    y = x * x
+    near = -5.70498872745e-3
+    near = near * y + 2.06390887954e-2
+    near = near * y - 5.37397155531e-2
+    near = near * y + 1.33314422036e-1
+    near = near * y - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * y * near, far)
 
 
 @triton.jit

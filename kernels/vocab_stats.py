@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .combine import Partials
 from .config import LogitsConfig
-from .primitives import LN2, NEG_INF, PLAIN_HEAD, Head, apply_head, exp2_scale, finite_or_zero, weight_and_exponent
+from .primitives import LN2, LOG2E, NEG_INF, PLAIN_HEAD, Head, apply_head, exp2_scale, finite_or_zero, weight_and_exponent
 
 
 @triton.jit
@@ -90,17 +90,17 @@ def logits_backward_kernel(
         HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
     )  # fmt: skip
     b_log_total = tl.load(log_total + row)
-    _, d = weight_and_exponent(z, finite_or_zero(tl.load(shift + row)), c)
-    logp = d * LN2 - b_log_total  # of a row that is all -inf: +inf, put right below
-    p = tl.exp2(logp / LN2)
+    e, d = weight_and_exponent(z, finite_or_zero(tl.load(shift + row)), c)
+    # The row's total goes into a factor: taken from every exponent it would round the largest p the most.
+    share = tl.exp2(-b_log_total * LOG2E) / alpha
     g = tl.load(g_lse + row)
     if ENTROPY:
-        b_entropy = tl.load(entropy + row)
         b_g_entropy = tl.load(g_entropy + row)
-        dz = p * ((g - b_g_entropy * (logp + b_entropy)) / alpha)
+        constant = g + b_g_entropy * (b_log_total - tl.load(entropy + row))
+        dz = e * share * (constant - b_g_entropy * (d * LN2))
     else:
-        dz = p * (g / alpha)
-    dz = tl.where(b_log_total == NEG_INF, 0.0, dz)
+        dz = e * (g * share)
+    dz = tl.where(b_log_total == NEG_INF, 0.0, dz)  # a row that is all -inf
     dz += tl.where(col == tl.load(targets + row) - first, tl.load(g_target + row), 0.0)
     if LOGIT_MEAN:
         dz += tl.load(g_mean + row) / total_vocab

@@ -50,7 +50,28 @@ def test_softcap_with_a_ragged_vocabulary(vocab, softcap, impl, device, assert_w
         hidden.double(), weight.double(), targets, softcap=softcap, entropy=True, dtype=F64
     )
     for name in ("lse", "target_logit", "entropy"):
-        assert_within_budget(getattr(ours, name), getattr(eager, name), getattr(oracle, name), scale=softcap, name=name)
+        assert_within_budget(getattr(ours, name), getattr(eager, name), getattr(oracle, name), name=name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [30.0, 1e3, 1e6])
+def test_a_softcap_far_above_the_logits_costs_no_digits(softcap, impl, device, assert_within_budget):
+    """2 sigmoid(2 x) - 1 for tanh(x) loses them all at x = 1e-7: 0.08 off a logit under a cap of 1e6."""
+    hidden, weight = torch.randn(64, 32, device=device), torch.randn(70, 32, device=device) / 2
+    targets = torch.arange(64, device=device)
+    args, want = (hidden, weight, targets), {"softcap": softcap}
+    ours, eager = er.linear_vocab_stats(*args, impl=impl, **want), reference.linear_vocab_stats(*args, **want)
+    oracle = reference.linear_vocab_stats(hidden.double(), weight.double(), targets, dtype=F64, **want)
+    assert_within_budget(ours.target_logit, eager.target_logit, oracle.target_logit, scale=4.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("vocab", [1, 5, 4999, 151669])
+def test_entropy_of_equal_logits_is_at_most_ln_v(vocab, impl, device):
+    out = er.vocab_stats(
+        torch.zeros(1, vocab, device=device), torch.zeros(1, dtype=torch.long, device=device), entropy=True, impl=impl
+    )
+    assert 0 <= out.entropy.item() <= torch.tensor(math.log(vocab)).item()
 
 
 @pytest.mark.parametrize("offset", [-2e4, 1e4, 1e6])
