@@ -26,6 +26,8 @@ def obstacle_to_kernels(device: torch.device, *dtypes: torch.dtype) -> str | Non
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"its tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if dtypes[0] not in KERNEL_DTYPES or len(set(dtypes)) > 1:
         found = " with ".join(map(str, dtypes))
         return f"the kernels take one of bfloat16, float16 and float32, not {found}"
@@ -64,13 +66,14 @@ def linear_forward(
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     from .kernels.combine import combine
     from .kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays
-    from .kernels.linear_vocab_stats import linear_partials
+    from .kernels.linear_vocab_stats import linear_partials, tma_usable
     from .kernels.primitives import Head
 
     bias, targets, successor = _dense(bias, targets, successor)
     arch = _arch(hidden.device)
-    config = INTERPRETER_CONFIG if arch is None else linear_config(arch, hidden.element_size())
-    tma = arch is not None and tma_pays(arch, hidden.element_size())
+    size = hidden.element_size()
+    tma = arch is not None and tma_pays(arch, size) and tma_usable(weight)
+    config = INTERPRETER_CONFIG if arch is None else linear_config(arch, size, tma)
     partials = linear_partials(
         hidden, weight, targets, head=Head(bias, logit_scale, softcap), alpha=alpha, entropy=entropy,
         logit_mean=logit_mean, config=config, tma=tma, interpreted=arch is None,

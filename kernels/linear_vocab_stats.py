@@ -54,7 +54,7 @@ def logits_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "vocab"])  # one binary whatever V is, and on sm_90 no spill
 def linear_partials_kernel(
     hidden, weight, bias, targets, p_m, p_s, p_t, p_u, p_target,
     n_rows, vocab, dim, stride_hidden, stride_weight, logit_scale, softcap, c,
@@ -123,14 +123,19 @@ def linear_partials(
     hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig,
     head: Head = PLAIN_HEAD, tma: bool = False, interpreted: bool = False,
 ) -> Partials:  # fmt: skip
-    """hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 -> partials (ceil(V / split), N)."""
+    """hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 -> partials (ceil(V / split), N).
+
+    `tma`, where `tma_usable(weight)`: hidden is copied if it is not usable as it lies, so that which kernel runs, and a
+    row's bits, do not depend on where a batch happens to begin.
+    """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     splits = triton.cdiv(vocab, config.split)
     partials = Partials.empty(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
     if not rows:
         return partials
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-    tma = tma and tma_usable(hidden) and tma_usable(weight)
+    if tma and not tma_usable(hidden):
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
     strides = hidden.stride(0), weight.stride(0)
     if tma:
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d])

@@ -63,7 +63,7 @@ def apply_head(
     if HAS_SCALE:
         z *= logit_scale
     if HAS_SOFTCAP:
-        z = softcap * tanh(z / softcap)
+        z = softcap * tanh(z * (1.0 / softcap))  # a division per program, not per logit
     return z
 
 

@@ -14,7 +14,17 @@ import triton.language as tl
 
 from .combine import Partials
 from .config import LogitsConfig
-from .primitives import LN2, LOG2E, NEG_INF, PLAIN_HEAD, Head, apply_head, exp2_scale, finite_or_zero, weight_and_exponent
+from .primitives import (
+    LN2,
+    LOG2E,
+    NEG_INF,
+    PLAIN_HEAD,
+    Head,
+    apply_head,
+    exp2_scale,
+    finite_or_zero,
+    weight_and_exponent,
+)
 
 
 @triton.jit
@@ -105,7 +115,7 @@ def logits_backward_kernel(
     if LOGIT_MEAN:
         dz += tl.load(g_mean + row) / total_vocab
     if HAS_SOFTCAP:  # back through the head: what was stored is the product, before bias, scale and softcap
-        y = z / softcap
+        y = z * (1.0 / softcap)
         dz *= 1.0 - y * y
     if HAS_SCALE:
         dz *= logit_scale

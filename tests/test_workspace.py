@@ -60,8 +60,8 @@ def test_statistics_and_gradients(head, dtype, tiles, device, assert_within_budg
     gradients = [g for g in gradients if g is not None]
     for ours, eager, oracle in zip(gradients, eager_gradients, oracle_gradients, strict=True):
         assert ours.dtype == dtype
-        if dtype == torch.float32:
-            assert_within_budget(ours, eager, oracle, scale=10.0)
+        if dtype == torch.float32:  # made from other tiles, logits differ from the forward's in the last bits: |z| < 60
+            assert_within_budget(ours, eager, oracle, scale=60.0)
         else:  # dy is held in this dtype, so its rounding is summed over: in units of the largest gradient
             unit = torch.finfo(dtype).eps * oracle.abs().max()
             assert (ours.double() - oracle).abs().max() <= 2 * unit
