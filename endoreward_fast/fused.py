@@ -77,6 +77,7 @@ def linear_forward(
     partials = linear_partials(
         hidden, weight, targets, head=Head(bias, logit_scale, softcap), alpha=alpha, entropy=entropy,
         logit_mean=logit_mean, config=config, tma=tma, interpreted=arch is None,
+        programs=config.persistent and config.persistent * _processors(hidden.device),
     )  # fmt: skip
     stats, rewards = combine(partials, targets, vocab=weight.shape[0], alpha=alpha, successor=successor)
     return RowStats(*stats), rewards and RowRewards(*rewards)
@@ -96,6 +97,10 @@ def _arch(device: torch.device) -> int | str | None:
     if interpreted():
         return None
     return "hip" if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _logits_config(vocab: int):

@@ -29,6 +29,7 @@ class LinearConfig:
     num_stages: int
     group: int = 8  # token tiles that sweep a split together, so that the weight is read from L2
     split: int = 1280
+    persistent: int = 0  # programs on each processor that share all the work; 0: a program for each piece
 
 
 # Chosen, as long as no device has had a say, by what the compiler shows (bench/results/kernel-report.md): the largest
@@ -37,7 +38,7 @@ class LinearConfig:
 WIDE = LinearConfig(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4)
 SQUARE = LinearConfig(block_n=128, block_v=128, block_d=64, num_warps=8, num_stages=4)
 NARROW = LinearConfig(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=4)
-EXACT = LinearConfig(block_n=64, block_v=64, block_d=16, num_warps=8, num_stages=3)  # fp32, on the plain cores
+EXACT = LinearConfig(block_n=64, block_v=64, block_d=16, num_warps=16, num_stages=3)  # fp32, on the plain cores
 LINEAR_CONFIGS = {
     # (compute capability's major number or "hip", bytes per element, loads through the bulk copy engine): config
     (8, 2, False): replace(NARROW, num_stages=3),
@@ -53,6 +54,17 @@ LINEAR_CONFIGS = {
     ("hip", 2, False): replace(NARROW, num_stages=2),
     ("hip", 4, False): LinearConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=2),
 }
+# What a device is to be asked beside the table's choice, on chips with wgmma: two programs on one processor, say, hide
+# one's epilogue under the other's matmul, if that is worth the smaller tiles. None of it has been timed.
+LINEAR_SEARCH = (
+    WIDE,
+    replace(WIDE, persistent=1),
+    replace(WIDE, num_stages=3),
+    replace(WIDE, group=16),
+    SQUARE,
+    replace(SQUARE, num_warps=4, num_stages=3),
+    replace(SQUARE, num_warps=4, num_stages=3, persistent=2),
+)
 # The interpreter simulates one program after another: small tiles, so that tests see many of them.
 INTERPRETER_CONFIG = LinearConfig(block_n=16, block_v=32, block_d=16, num_warps=1, num_stages=1, group=2, split=64)
 

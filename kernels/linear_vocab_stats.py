@@ -1,10 +1,10 @@
 """hidden (N, D), weight (V, D) -> partials of softmax statistics; the logits never leave the chip.
 
-One program owns a tile of tokens and one split of the vocabulary. For each vocabulary tile of the split it runs the
+A piece of work is a tile of tokens and one split of the vocabulary. For each vocabulary tile of the split it runs the
 matmul over D into an fp32 accumulator, applies the head's bias, scale and softcap there, and folds the tile into the
 running piece (m, s, t, u) of each token. 2 N V D flops; reads the weight once per group of token tiles.
 
-Programs are ordered so that `group` token tiles sweep a split together and share the weight in L2.
+Pieces are ordered so that `group` token tiles sweep a split together and share the weight in L2.
 """
 
 import torch
@@ -18,13 +18,12 @@ from .primitives import NEG_INF, PLAIN_HEAD, Head, apply_head, exp2_scale, finit
 
 
 @triton.jit
-def token_tile_and_split(n_rows, splits, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Program id -> (token tile, split), the token tiles of a group running fastest."""
+def token_tile_and_split(work, n_rows, splits, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Number of a piece of work -> (token tile, split), the token tiles of a group running fastest."""
     tiles = tl.cdiv(n_rows, BLOCK_N)
-    pid = tl.program_id(0)
-    first = pid // (GROUP * splits) * GROUP
+    first = work // (GROUP * splits) * GROUP
     size = tl.minimum(tiles - first, GROUP)
-    inner = pid % (GROUP * splits)
+    inner = work % (GROUP * splits)
     return first + inner % size, inner // size
 
 
@@ -63,50 +62,53 @@ def linear_partials_kernel(
     TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile, split = token_tile_and_split(n_rows, tl.cdiv(vocab, SPLIT), BLOCK_N, GROUP)
-    o_n = tile * BLOCK_N
-    row = o_n + tl.arange(0, BLOCK_N)
-    m_row = row < n_rows
-    target = tl.load(targets + row, mask=m_row, other=-1)
+    splits = tl.cdiv(vocab, SPLIT)
+    # Once around with a program for each piece of work; a persistent grid is smaller and goes on.
+    for work in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N) * splits, tl.num_programs(0)):
+        tile, split = token_tile_and_split(work, n_rows, splits, BLOCK_N, GROUP)
+        o_n = tile * BLOCK_N
+        row = o_n + tl.arange(0, BLOCK_N)
+        m_row = row < n_rows
+        target = tl.load(targets + row, mask=m_row, other=-1)
 
-    m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)
-    s = tl.zeros([BLOCK_N], dtype=tl.float32)
-    t = tl.zeros([BLOCK_N], dtype=tl.float32)
-    u = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for o_v in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, vocab), BLOCK_V):
-        z = logits_tile(
-            hidden, weight, o_n, o_v, n_rows, vocab, dim, stride_hidden, stride_weight,
-            TMA, UPCAST, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        col = o_v + tl.arange(0, BLOCK_V)
-        b_bias = 0.0
-        if HAS_BIAS:
-            b_bias = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32)[None, :]
-        z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
-        if LOGIT_MEAN:
-            u += tl.sum(tl.where((col < vocab)[None, :], z, 0.0), 1)
-        if o_v + BLOCK_V > vocab:  # only the last tile has columns outside
-            z = tl.where((col < vocab)[None, :], z, NEG_INF)
+        m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)
+        s = tl.zeros([BLOCK_N], dtype=tl.float32)
+        t = tl.zeros([BLOCK_N], dtype=tl.float32)
+        u = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for o_v in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, vocab), BLOCK_V):
+            z = logits_tile(
+                hidden, weight, o_n, o_v, n_rows, vocab, dim, stride_hidden, stride_weight,
+                TMA, UPCAST, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+            col = o_v + tl.arange(0, BLOCK_V)
+            b_bias = 0.0
+            if HAS_BIAS:
+                b_bias = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32)[None, :]
+            z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+            if LOGIT_MEAN:
+                u += tl.sum(tl.where((col < vocab)[None, :], z, 0.0), 1)
+            if o_v + BLOCK_V > vocab:  # only the last tile has columns outside
+                z = tl.where((col < vocab)[None, :], z, NEG_INF)
 
-        m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
-        if tl.max(m_hit.to(tl.int32), 0) > 0:  # few tiles hold a target: 1 in 5 at 128 tokens and V = 151936
-            b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
-            tl.store(p_target + row, b_target, mask=m_hit)
+            m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
+            if tl.max(m_hit.to(tl.int32), 0) > 0:  # few tiles hold a target: 1 in 5 at 128 tokens and V = 151936
+                b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
+                tl.store(p_target + row, b_target, mask=m_hit)
 
-        b_m = tl.max(z, 1)
-        e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
-        b_t = t
+            b_m = tl.max(z, 1)
+            e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
+            b_t = t
+            if ENTROPY:
+                b_t = tl.sum(e * d, 1)
+            m, s, t = merge(m, s, t, b_m, tl.sum(e, 1), b_t, c, ENTROPY)
+
+        o = split.to(tl.int64) * n_rows + row
+        tl.store(p_m + o, m, mask=m_row)
+        tl.store(p_s + o, s, mask=m_row)
         if ENTROPY:
-            b_t = tl.sum(e * d, 1)
-        m, s, t = merge(m, s, t, b_m, tl.sum(e, 1), b_t, c, ENTROPY)
-
-    o = split.to(tl.int64) * n_rows + row
-    tl.store(p_m + o, m, mask=m_row)
-    tl.store(p_s + o, s, mask=m_row)
-    if ENTROPY:
-        tl.store(p_t + o, t, mask=m_row)
-    if LOGIT_MEAN:
-        tl.store(p_u + o, u, mask=m_row)
+            tl.store(p_t + o, t, mask=m_row)
+        if LOGIT_MEAN:
+            tl.store(p_u + o, u, mask=m_row)
 
 
 def tma_usable(x: torch.Tensor) -> bool:
@@ -121,12 +123,12 @@ def tma_usable(x: torch.Tensor) -> bool:
 
 def linear_partials(
     hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig,
-    head: Head = PLAIN_HEAD, tma: bool = False, interpreted: bool = False,
+    head: Head = PLAIN_HEAD, tma: bool = False, interpreted: bool = False, programs: int | None = None,
 ) -> Partials:  # fmt: skip
     """hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 -> partials (ceil(V / split), N).
 
     `tma`, where `tma_usable(weight)`: hidden is copied if it is not usable as it lies, so that which kernel runs, and a
-    row's bits, do not depend on where a batch happens to begin.
+    row's bits, do not depend on where a batch happens to begin. `programs`: a persistent grid of so many.
     """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     splits = triton.cdiv(vocab, config.split)
@@ -140,7 +142,9 @@ def linear_partials(
     if tma:
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d])
         weight = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
-    linear_partials_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
+    work = triton.cdiv(rows, config.block_n) * splits
+    grid = min(work, programs) if programs else work
+    linear_partials_kernel[(grid,)](
         hidden, weight, head.bias, targets, *partials,
         rows, vocab, dim, *strides, *head.numbers(), exp2_scale(alpha), **head.flags(),
         ENTROPY=entropy, LOGIT_MEAN=logit_mean, TMA=tma, UPCAST=interpreted, PRECISION="ieee",

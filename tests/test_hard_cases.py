@@ -276,6 +276,22 @@ def test_backward_twice_gives_the_same_gradient(impl, device):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_a_persistent_grid_gives_the_same_bits(programs, device):
+    from endoreward_fast.fused import interpreted
+    from endoreward_fast.kernels.config import INTERPRETER_CONFIG
+    from endoreward_fast.kernels.linear_vocab_stats import linear_partials
+
+    hidden, weight = torch.randn(40, 24, device=device), torch.randn(300, 24, device=device)
+    targets = torch.randint(0, 300, (40,), device=device)
+    want = {"alpha": 1.0, "entropy": True, "logit_mean": True, "config": INTERPRETER_CONFIG}
+    plain, persistent = (
+        linear_partials(hidden, weight, targets, **want, interpreted=interpreted(), programs=n)
+        for n in (None, programs)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, persistent, strict=True))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="side streams, CUDA graphs and bf16 tensor cores need a GPU")
 def test_on_a_gpu_streams_and_graphs():
     hidden = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
