@@ -61,6 +61,36 @@ MUTATIONS = {
         "z += 2 * b_bias",
         f"{HARD}::test_a_bias_is_counted_once_whatever_the_vocabulary_is_split_into[fused]",
     ),
+    "tanh without its polynomial": (
+        "kernels/primitives.py",
+        "tl.where(tl.abs(x) < 0.625, x + x * y * near, far)",
+        "far",
+        f"{HARD}::test_a_softcap_far_above_the_logits_costs_no_digits[1000.0-fused]",
+    ),
+    "strides ignored": (
+        "kernels/vocab_stats.py",
+        "col.to(tl.int64) * stride_vocab",
+        "col.to(tl.int64)",
+        f"{HARD}::test_strides_are_honoured_and_inputs_left_alone[transposed-fused]",
+    ),
+    "entropy left out of the gradient": (
+        "kernels/vocab_stats.py",
+        "dz = e * share * (constant - b_g_entropy * (d * LN2))",
+        "dz = e * share * constant",
+        f"{MAIN}::test_gradients[False-logits-fused]",
+    ),
+    "the successor's row is one too far": (
+        "kernels/combine.py",
+        "p_m, p_s, p_t, after, m_row",
+        "p_m, p_s, p_t, after + 1, m_row",
+        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
+    ),
+    "the vocabulary's part forgotten": (
+        "kernels/vocab_stats.py",
+        "tl.load(targets + row) - first, tl.load(g_target + row)",
+        "tl.load(targets + row), tl.load(g_target + row)",
+        "tests/test_workspace.py::test_statistics_and_gradients[many tiles-dtype0-plain]",
+    ),
     "a batch-dependent order of sums": (
         "kernels/combine.py",
         "for _ in range(1, n_splits):\n        o += n_rows\n        b_m",
