@@ -39,17 +39,18 @@ class Peer:
     missing: str | None = None  # why it cannot run here
 
 
-def make_inputs(subject: str, shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0) -> Inputs:
+def make_inputs(subject: str, shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0, device="cpu") -> Inputs:
     """Random inputs whose logits have a standard deviation of about 3, as a trained model's do."""
-    generator = torch.Generator().manual_seed(seed)
-    targets = torch.randint(0, shape.vocab, (rows,), generator=generator)
+    generator = torch.Generator(device).manual_seed(seed)
+    on = {"generator": generator, "device": device}
+    targets = torch.randint(0, shape.vocab, (rows,), **on)
     if subject == "logits":
-        logits = torch.randn(rows, shape.vocab, generator=generator).mul_(3.0).to(dtype)
+        logits = torch.randn(rows, shape.vocab, **on).mul_(3.0).to(dtype)
         return Inputs(shape, targets, logits=logits)
-    hidden = torch.randn(rows, shape.hidden, generator=generator).to(dtype)
-    weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype)
+    hidden = torch.randn(rows, shape.hidden, **on).to(dtype)
+    weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype, device=device)
     for part in weight.split(16384):  # in parts: a float32 copy of the whole would double the memory
-        part.copy_(torch.randn(part.shape, generator=generator).mul_(3.0 / shape.hidden**0.5))
+        part.copy_(torch.randn(part.shape, **on).mul_(3.0 / shape.hidden**0.5))
     return Inputs(shape, targets, hidden=hidden, weight=weight)
 
 
@@ -59,15 +60,15 @@ def peers(subject: str) -> dict[str, Peer]:
         return {
             BARE_MATMUL: Peer(lambda i: i.hidden @ i.weight.T, gives="nothing"),
             "eager": Peer(_eager_linear),
-            "torch.compile": _compiled(_linear_stats, lambda i: (i.hidden, i.weight, i.targets, i.shape.softcap)),
+            "torch.compile": _compiled(linear_stats, lambda i: (i.hidden, i.weight, i.targets, i.shape.softcap)),
             "F.linear_cross_entropy": _linear_cross_entropy(chunked=False),
             "F.linear_cross_entropy, chunked": _linear_cross_entropy(chunked=True),
             OURS: Peer(_ours_linear),
         }
     return {
-        LOGSUMEXP: Peer(lambda i: _stats(i.logits, i.targets)),
+        LOGSUMEXP: Peer(lambda i: stats(i.logits, i.targets)),
         "log_softmax + gather": Peer(_log_softmax, gives="nll"),
-        "torch.compile": _compiled(_stats, lambda i: (i.logits, i.targets)),
+        "torch.compile": _compiled(stats, lambda i: (i.logits, i.targets)),
         OURS: Peer(_ours_logits),
     }
 
@@ -80,28 +81,28 @@ def unsuited(name: str, inputs: Inputs) -> str | None:
 
 
 def _ours_linear(i: Inputs):
-    stats = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, impl="chunked")
-    return stats.lse, stats.target_logit
+    out = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, impl="chunked")
+    return out.lse, out.target_logit
 
 
 def _ours_logits(i: Inputs):
-    stats = vocab_stats(i.logits, i.targets, impl="chunked")
-    return stats.lse, stats.target_logit
+    out = vocab_stats(i.logits, i.targets, impl="chunked")
+    return out.lse, out.target_logit
 
 
-def _stats(logits: Tensor, targets: Tensor):
+def stats(logits: Tensor, targets: Tensor):
     return torch.logsumexp(logits, -1), logits.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
-def _linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None):
+def linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None):
     logits = hidden @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return _stats(logits, targets)
+    return stats(logits, targets)
 
 
 def _eager_linear(i: Inputs):
-    return _linear_stats(i.hidden, i.weight, i.targets, i.shape.softcap)
+    return linear_stats(i.hidden, i.weight, i.targets, i.shape.softcap)
 
 
 def _log_softmax(i: Inputs):
@@ -109,11 +110,11 @@ def _log_softmax(i: Inputs):
 
 
 def _compiled(function: Callable, arguments: Callable[[Inputs], tuple]) -> Peer:
-    return Peer(lambda i: _compile(function)(*arguments(i)))
+    return Peer(lambda i: compiled(function)(*arguments(i)))
 
 
 @functools.cache  # at its first use: the compiler takes seconds to load
-def _compile(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
