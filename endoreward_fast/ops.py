@@ -1,7 +1,8 @@
 """The custom operators `torch.ops.endoreward_fast.*`: schemas, fakes, autograd. What torch.compile and opcheck see.
 
-One operator per pass over the vocabulary and one per gradient, for the backends "fused" and "chunked" alike (`impl`);
-a backend is imported when it is first executed. The reference needs no operator: eager torch differentiates it.
+One operator per pass over the vocabulary and one per gradient, for the backends "fused", "chunked" and "compiled"
+alike (`impl`); a backend is imported when it is first executed. The reference needs no operator: eager torch
+differentiates it.
 
 Rows are flattened as rows.py says. Outputs that were not asked for are empty: an operator cannot return None.
 """
@@ -19,6 +20,8 @@ STATS = ("lse", "target_logit", "entropy", "logit_mean", "shift", "log_total")
 def _backend(impl: str):
     if impl == "fused":
         from . import fused as backend
+    elif impl == "compiled":
+        from . import compiled as backend
     else:
         from . import chunked as backend
     return backend
