@@ -186,6 +186,13 @@ class LinearTile:
     def load_hidden(self, rows: slice) -> None:
         self.hidden = _loaded(self._inputs[0][rows], self._hidden_copy)
 
+    def native_logits(self) -> Tensor | None:
+        """`logits` in the inputs' own low precision, where the CPU's native product is all there is to them."""
+        if self._rounded is None or self._bias is not None or self._softcap is not None or self._scale != 1.0:
+            return None
+        out = self._rounded.view(self.hidden.shape[0], self.weight.shape[0])
+        return torch.mm(self.hidden, self.weight.T, out=out)
+
     def logits(self, out: Tensor) -> Tensor:
         """out (rows, vocab) <- the final logits of the loaded rows and columns."""
         scale = self._scale if self._softcap is None else self._scale / self._softcap

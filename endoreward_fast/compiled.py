@@ -79,7 +79,9 @@ def linear_forward(
         tile.load_weight(columns)
         for rows in spans(0, len(hidden), tiles.rows):
             tile.load_hidden(rows)
-            z = tile.logits(buffer.view(length(rows), length(columns)))
+            z = tile.native_logits()
+            if z is None:
+                z = tile.logits(buffer.view(length(rows), length(columns)))
             pass_.take(z.unsqueeze(0), targets, columns.start, rows)
     stats = pass_.finish(weight.shape[0])
     return stats, None if successor is None else rewards_of(stats, targets, successor, alpha)
