@@ -49,12 +49,11 @@ def logits_forward(
     tiles = logits_tiles(len(source), vocab, device)
     whole = vocab - vocab % tiles.chunk
     buffers = [Buffer(tiles.rows * tiles.vocab, device) for _ in range(2)]
-    kept_targets = source.keep(targets)
+    stats.target_logit.copy_(source.pick(source.keep(targets)))
     for rows in spans(0, len(source), tiles.rows):
         partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, alpha, entropy, logit_mean)
         for columns in [*spans(0, whole, tiles.vocab), *spans(whole, vocab, tiles.chunk)]:
             z = buffers[0].view(length(rows), length(columns)).copy_(source.load(rows, columns))
-            _pick_targets(z, kept_targets[rows], columns, stats.target_logit[rows])
             chunks = slice(columns.start // tiles.chunk, -(-columns.stop // tiles.chunk))
             partials.reduce(z, buffers[1], chunks, slice(0, length(rows)))
         partials.combine(vocab, rows, stats)

@@ -50,10 +50,11 @@ class Tiles:
 
 def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     """Tile shape of the logits path. Few rows: more chunks side by side, so that every core has work."""
-    limits = limits_for(device)
     chunk = min(LOGITS_CHUNK, vocab)
-    rows = even_share(num_rows, max(1, limits.stored_tile // chunk))
-    return Tiles(rows, chunk * max(1, limits.stored_tile // (rows * chunk)), chunk)
+    # At most half of it all: the smaller a call's buffers, the more of them is memory that the system still has at hand.
+    tile = min(limits_for(device).stored_tile, num_rows * vocab // 2)
+    rows = even_share(num_rows, max(1, tile // chunk))
+    return Tiles(rows, chunk * max(1, tile // (rows * chunk)), chunk)
 
 
 def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False) -> Tiles:
@@ -122,6 +123,18 @@ class LogitRows:
             return self._flat[index, columns]
         length = self._logits.shape[1]
         return self._logits[index // length, index % length, columns]
+
+    def pick(self, targets: Tensor) -> Tensor:
+        """z[i, targets[i]] of each kept row, 0 where that is no column."""
+        column = targets.clamp(0, self._logits.shape[2] - 1)
+        if self._index is None:
+            picked = self._flat.gather(1, column.unsqueeze(1)).squeeze(1)
+        elif self._flat is not None:
+            picked = self._flat[self._index, column]
+        else:
+            length = self._logits.shape[1]
+            picked = self._logits[self._index // length, self._index % length, column]
+        return torch.where(column == targets, picked.float(), 0.0)
 
     def keep(self, field: Tensor) -> Tensor:
         """The kept rows of a field (B T,)."""
