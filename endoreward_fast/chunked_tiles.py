@@ -51,7 +51,7 @@ class Tiles:
 def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     """Tile shape of the logits path. Few rows: more chunks side by side, so that every core has work."""
     chunk = min(LOGITS_CHUNK, vocab)
-    # At most half of it all: the smaller a call's buffers, the more of them is memory that the system still has at hand.
+    # At most half of it all: large buffers for little work are memory that the system has to clear first.
     tile = min(limits_for(device).stored_tile, num_rows * vocab // 2)
     rows = even_share(num_rows, max(1, tile // chunk))
     return Tiles(rows, chunk * max(1, tile // (rows * chunk)), chunk)
