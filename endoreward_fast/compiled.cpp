@@ -1,6 +1,6 @@
 // One read of logits on the CPU: running (max, sum exp, sum x exp, sum z) of each row, and its gradient.
 //
-// Plain C++17 with the vector extensions of GCC and Clang, and OpenMP; no header of torch's, so it compiles in a second.
+// Plain C++17 with the vector extensions of GCC and Clang, and OpenMP; no header of torch's, so it compiles in 3 s.
 // compiled.py builds it and says what the numbers mean. x = (z - shift) / alpha, shift the maximum so far.
 //
 // A row is cut into spans of SPAN columns, a span into blocks that stay in the first-level cache while they are read
