@@ -74,7 +74,7 @@ def prepare(case: Case) -> tuple[dict, dict[str, str]]:
 
 
 def _for_peer(case: Case, name: str, inputs):
-    if case.upcast and name == registry.OURS:
+    if case.upcast and name in (registry.OURS, registry.OURS_COMPILED):
         return registry.Inputs(inputs.shape, inputs.targets, inputs.hidden.float(), inputs.weight)
     return inputs
 

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from bench.shapes import Shape
 from endoreward_fast import linear_vocab_stats, vocab_stats
+from endoreward_fast.compiled import find_compiler
+from endoreward_fast.functional import Impl
 
 OURS = "endoreward_fast"
+OURS_COMPILED = "endoreward_fast, compiled"
 BARE_MATMUL = "bare matmul"
 LOGSUMEXP = "logsumexp + gather"
 
@@ -63,12 +66,14 @@ def peers(subject: str) -> dict[str, Peer]:
             "torch.compile": _compiled(linear_stats, lambda i: (i.hidden, i.weight, i.targets, i.shape.softcap)),
             "F.linear_cross_entropy": _linear_cross_entropy(chunked=False),
             "F.linear_cross_entropy, chunked": _linear_cross_entropy(chunked=True),
+            OURS_COMPILED: Peer(functools.partial(_ours_linear, impl="compiled"), missing=_no_compiler()),
             OURS: Peer(_ours_linear),
         }
     return {
         LOGSUMEXP: Peer(lambda i: stats(i.logits, i.targets)),
         "log_softmax + gather": Peer(_log_softmax, gives="nll"),
         "torch.compile": _compiled(stats, lambda i: (i.logits, i.targets)),
+        OURS_COMPILED: Peer(functools.partial(_ours_logits, impl="compiled"), missing=_no_compiler()),
         OURS: Peer(_ours_logits),
     }
 
@@ -80,13 +85,17 @@ def unsuited(name: str, inputs: Inputs) -> str | None:
     return None
 
 
-def _ours_linear(i: Inputs):
-    out = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, impl="chunked")
+def _no_compiler() -> str | None:
+    return None if find_compiler() else "needs a C++ compiler, and there is none"
+
+
+def _ours_linear(i: Inputs, impl: Impl = "chunked"):
+    out = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, impl=impl)
     return out.lse, out.target_logit
 
 
-def _ours_logits(i: Inputs):
-    out = vocab_stats(i.logits, i.targets, impl="chunked")
+def _ours_logits(i: Inputs, impl: Impl = "chunked"):
+    out = vocab_stats(i.logits, i.targets, impl=impl)
     return out.lse, out.target_logit
 
 
