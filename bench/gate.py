@@ -22,6 +22,7 @@ class Gate:
         on = torch.arange(len(inputs.targets)) if inputs.mask is None else inputs.mask.nonzero().squeeze(1).cpu()
         self._rows = on[:GATE_ROWS].to(inputs.targets.device)
         self._targets = inputs.targets[self._rows]
+        self._at = torch.arange(len(self._rows), device=self._rows.device), self._targets
         self._logits = _logits(inputs, self._rows)
         self._oracle = reference.vocab_stats(self._logits, self._targets, entropy=True, dtype=torch.float64)
         dtype = inputs.logits.dtype if inputs.hidden is None else inputs.hidden.dtype
@@ -58,14 +59,13 @@ class Gate:
     def _dlogits(self) -> Tensor:
         """Of upstream * (lse - target logit), (rows, V)."""
         p = torch.softmax(self._logits, -1)
-        p[torch.arange(len(p)), self._targets] -= 1.0
+        p[self._at] -= 1.0
         return p * self._inputs.upstream[self._rows].double().unsqueeze(1)
 
     def _logits_gradient(self, name: str, got: Tensor) -> None:
         want = self._dlogits()
         _refuse(name, _relative(got, want), self._relative)
-        at = torch.arange(len(want)), self._targets
-        got[at] = want[at] = 0.0
+        got[self._at] = want[self._at] = 0.0
         _refuse(name, _relative(got, want), self._relative_elsewhere)
 
     def _linear_gradients(self, name: str, dhidden: Tensor, dweight: Tensor) -> None:

@@ -156,13 +156,11 @@ def _nll(peer: Peer, i: Inputs) -> Tensor:
 
 
 def _masked() -> dict[str, Peer]:
-    return {
-        **{f"{name}, every row": Peer(functools.partial(_ours_linear, impl)) for name, impl in IMPLS.items()},
-        **{
-            f"{name}, a fifth of them": Peer(lambda i, impl=impl: _ours_linear(impl, i, i.mask))
-            for name, impl in IMPLS.items()
-        },
-    }
+    calls = {}
+    for name, impl in reversed(IMPLS.items()):
+        calls[f"{name}, every row"] = Peer(functools.partial(_ours_linear, impl))
+        calls[f"{name}, a fifth"] = Peer(lambda i, impl=impl: _ours_linear(impl, i, i.mask))
+    return calls
 
 
 # ------------------------------------------------------------------------------------------------ from logits
