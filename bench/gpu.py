@@ -1,270 +1,184 @@
-"""`python -m bench.gpu --output DIR`: every path on a GPU, against the ceiling measured in the same rounds.
+"""`python -m bench.gpu --out FOLDER`: every test on the GPU, then every GPU benchmark, within a number of seconds.
 
-The ceiling is what the work cannot do without: torch.mm for hidden states, a device copy for stored logits. Each sample
-starts with a cold L2 cache and is timed by device events; peers take turns, and a ratio is taken within its round. No
-peer is timed before its numbers have been held against fp64 (harness.Gate).
+Each group of benchmarks runs in a process of its own, so that one that breaks the device's context, or hangs, leaves
+the others; its JSON is written after every case. Pictures follow from the JSON. No network is needed. Exit code: 2
+without a GPU, 1 where a test or one of our benchmarks failed or tests did not finish, else 0.
 """
 
 import argparse
-import json
-import statistics
+import importlib.util
+import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-import endoreward_fast as er
-from bench import harness, peers, peers_gpu, shapes
-
-MIB = 1 << 20
-L2_FLUSH = 256 * MIB  # larger than any L2 cache
-
-
-@dataclass(frozen=True)
-class Case:
-    subject: str  # a key of SUBJECTS
-    shape: str
-    rows: int
-    rounds: int = 9
-
-    @property
-    def name(self) -> str:
-        return f"{self.subject}, {self.shape}, N={self.rows}"
+ROOT = Path(__file__).parent.parent
+SECONDS = 500  # of `make gpu` altogether
+TESTS_SHARE = 0.5  # of the seconds, at most
+# Benchmarks by file, with the share of the time that is left for it and those below.
+SHARES = {"gpu-linear": 0.45, "gpu-training": 0.4, "gpu-logits": 0.4, "gpu-overheads": 0.4, "gpu-sweep": 0.9}
+EXPENSIVE = ("torch.compile",)  # compiled anew for each shape
+STARTUP, LEAST = 8.0, 10.0  # seconds: to import torch and start the device; for a group however late it is
 
 
-ROWS, HEADS = (8192, 32768, 512, 64), ("qwen3-0.6b", "llama3.2-1b", "qwen3-8b")  # D = 1024, 2048, 4096
-CASES = [
-    *(Case("linear", shape, rows) for rows in ROWS for shape in HEADS),
-    *(Case(subject, "qwen3-8b", 8192) for subject in ("logits", "logits, entropy", "logits backward")),
-    Case("linear backward", "qwen3-8b", 8192, rounds=5),
-    Case("token rewards over statistics", "qwen3-8b", 8192),
-    Case("80% of the batch masked", "qwen3-8b", 8192),
-]
+def cases(group: str):
+    from bench.cases import Case
+
+    def case(subject, shape, rows, rounds=20, without=EXPENSIVE, memory=False):
+        return Case(subject, shape, rows, "bf16", rounds, without, memory, gpu=True)
+
+    models = ("qwen3-8b", "qwen3-1.7b", "qwen3-0.6b")  # hidden size 4096, 2048, 1024
+    if group == "gpu-linear":
+        return [
+            case("linear", model, rows, 10 if rows > 8192 else 20, () if rows == 8192 else EXPENSIVE, memory=True)
+            for rows in (8192, 512, 64, 32768)
+            for model in models
+        ]
+    if group == "gpu-training":
+        return [case("linear forward+backward", models[0], 8192, 10, without=(), memory=True)]
+    if group == "gpu-logits":
+        subjects = ("logits", "logits entropy", "logits backward")
+        return [case(subject, models[2], 8192, without=(), memory=True) for subject in subjects]
+    if group == "gpu-overheads":
+        linear = [case(subject, models[0], 8192, 30) for subject in ("linear masked", "linear rewards")]
+        return [*linear, case("logits rewards", models[2], 8192, 30)]
+    slow = (*EXPENSIVE, "liger-kernel", "quack-kernels", "F.linear_cross_entropy", "F.linear_cross_entropy, chunked")
+    vocabularies = (16384, 32768, 65536, 131072, 262144)
+    return [
+        *(case("linear", f"D2048-V{v}", 8192, 7, slow, memory=True) for v in vocabularies),
+        *(case("logits", f"D2048-V{v}", 4096, 7, EXPENSIVE, memory=True) for v in vocabularies),
+        *(case("logits", models[2], rows, 7, EXPENSIVE, memory=True) for rows in (64, 512, 2048)),
+    ]
 
 
-class Timer:
-    """Milliseconds of one call, between device events, from a cold L2 cache."""
-
-    def __init__(self, device: torch.device):
-        self._flush = torch.empty(L2_FLUSH, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Callable) -> float:
-        self._flush.zero_()
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        result = call()
-        stop.record()
-        torch.cuda.synchronize()
-        del result
-        return start.elapsed_time(stop)
+def tiny(case):
+    """The same case where nothing is fast: for a dry run in Triton's interpreter."""
+    return replace(case, shape="D32-V300", rows=20, rounds=1, memory=False)
 
 
-def extra_mib(call: Callable) -> float:
-    """Peak device memory during a call, its outputs included, over that before it."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    return (torch.cuda.max_memory_allocated() - before) / MIB
+# ------------------------------------------------------------------------------------------------ one group, in here
 
 
-# --------------------------------------------------------------------------------------------------------- subjects
-# Each gives ({name: call}, {name: reason for leaving it out}); the first call is the ceiling.
+def run_group(group: str, seconds: float, out: Path, dry: bool) -> int:
+    """Its cases in this process; the number that failed."""
+    import torch
 
+    from bench import harness
+    from bench.clock import Device, Host
 
-def linear(inputs: peers.Inputs) -> tuple[dict, dict]:
-    calls = {"torch.mm": lambda: torch.mm(inputs.hidden, inputs.weight.T)}
-    return _gated(calls, peers_gpu.linear_peers(), inputs)
-
-
-def logits(inputs: peers.Inputs, entropy: bool = False) -> tuple[dict, dict]:
-    copy = torch.empty_like(inputs.logits)
-    return _gated({"device copy": lambda: copy.copy_(inputs.logits)}, peers_gpu.logits_peers(entropy), inputs)
-
-
-def logits_backward(inputs: peers.Inputs) -> tuple[dict, dict]:
-    z, copy = inputs.logits.requires_grad_(), torch.empty_like(inputs.logits)
-    source = inputs.logits.detach()
-    upstream = torch.randn(len(z), device=z.device)
-    ours = er.vocab_stats(z, inputs.targets, impl="fused").lse
-    eager = torch.logsumexp(z, -1)
-    calls = {"device copy": lambda: copy.copy_(source)}
-    calls["logsumexp"] = lambda: torch.autograd.grad(eager, z, upstream.to(z.dtype), retain_graph=True)
-    calls[peers_gpu.FUSED] = lambda: torch.autograd.grad(ours, z, upstream, retain_graph=True)
-    return calls, {}
-
-
-def linear_backward(inputs: peers.Inputs) -> tuple[dict, dict]:
-    """Forward and backward; the ceiling is the four matmuls of a path that recomputes its logits."""
-    h, w = inputs.hidden, inputs.weight
-    z = torch.randn(len(h), 8192, device=h.device, dtype=h.dtype)
-
-    def four_matmuls():
-        for part in w.split(8192):
-            torch.mm(h, part.T)
-            torch.mm(h, part.T)
-            torch.mm(z[:, : len(part)], part)
-            torch.mm(z[:, : len(part)].T, h)
-
-    calls, skipped = _gated({"four matmuls": four_matmuls}, peers_gpu.linear_peers(), inputs)
-    h.requires_grad_(), w.requires_grad_()
-
-    def with_gradient(call):
-        def run():
-            out = call()
-            nll = out if torch.is_tensor(out) else out[0] - out[1]
-            return torch.autograd.grad(nll.float().mean(), (h, w))
-
-        return run
-
-    first, *rest = calls
-    return {first: calls[first]} | {name: with_gradient(calls[name]) for name in rest}, skipped
-
-
-def token_rewards_over_statistics(inputs: peers.Inputs) -> tuple[dict, dict]:
-    hidden, tokens = inputs.hidden[None], inputs.targets[None]
-    return {
-        "statistics": lambda: er.linear_vocab_stats(hidden, inputs.weight, tokens, impl="fused"),
-        "token rewards": lambda: er.linear_token_rewards(hidden, inputs.weight, tokens, impl="fused"),
-    }, {}
-
-
-def masked(inputs: peers.Inputs) -> tuple[dict, dict]:
-    hidden, tokens = inputs.hidden.view(8, -1, inputs.shape.hidden), inputs.targets.view(8, -1)
-    mask = torch.zeros_like(tokens, dtype=torch.bool)
-    mask[:, int(0.8 * tokens.shape[1]) :] = True
-    return {
-        "all": lambda: er.linear_token_rewards(hidden, inputs.weight, tokens, impl="fused"),
-        "a fifth": lambda: er.linear_token_rewards(hidden, inputs.weight, tokens, mask=mask, impl="fused"),
-    }, {}
-
-
-SUBJECTS = {
-    "linear": linear,
-    "logits": logits,
-    "logits, entropy": lambda inputs: logits(inputs, entropy=True),
-    "logits backward": logits_backward,
-    "linear backward": linear_backward,
-    "token rewards over statistics": token_rewards_over_statistics,
-    "80% of the batch masked": masked,
-}
-
-
-def _gated(calls: dict, candidates: dict[str, peers.Peer], inputs: peers.Inputs) -> tuple[dict, dict]:
-    gate, skipped = harness.Gate(inputs), {}
-    for name, peer in candidates.items():
-        reason = peer.missing or peers.unsuited(name, inputs) or _too_large(name, inputs)
-        if reason is None:
-            reason = _why_it_fails(gate, name, peer, inputs)
-        if reason:
-            skipped[name] = reason
+    clock = Host() if dry else Device()
+    todo = list(dict.fromkeys(tiny(case) for case in cases(group))) if dry else cases(group)
+    budget = harness.Budget(seconds, len(todo))
+    record, done, failed = harness.environment(gpu=True), [], 0
+    for case in todo:
+        if budget.left() <= 0:
+            result = {"name": case.name, "failed": "not measured: the time budget was spent"}
         else:
-            calls[name] = lambda peer=peer: peer.run(inputs)
-    return calls, skipped
+            try:
+                result = harness.run_case(case, clock, budget.next_case())
+            except Exception as error:
+                failed += 1
+                result = {"name": case.name, "failed": f"failed: {type(error).__name__}: {str(error)[:2000]}"}
+        done.append(result)
+        harness.write(group, record, done, out)
+        print(harness.table(result), flush=True)
+        torch._dynamo.reset()  # else each new shape counts against torch.compile's limit of recompilations
+    return failed
 
 
-def _too_large(name: str, inputs: peers.Inputs) -> str | None:
-    if inputs.targets.device.type != "cuda":
-        return None
-    needed, free = peers_gpu.materialised_bytes(name, inputs), torch.cuda.mem_get_info()[0]
-    return f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free" if needed > free else None
+# ------------------------------------------------------------------------------------------------ all of it
 
 
-def _why_it_fails(gate: harness.Gate, name: str, peer: peers.Peer, inputs: peers.Inputs) -> str | None:
-    """A peer of other people's that fails here is said and left out; ours must not."""
-    try:
-        gate.check(name, "nothing" if peer.gives == "sum of nll" else peer.gives, peer.run(inputs))
-    except Exception as error:
-        if name.startswith("endoreward_fast"):
-            raise
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+def why_no_gpu() -> str | None:
+    """One line for people, or None where there is one."""
+    if importlib.util.find_spec("torch") is None:
+        return f"{sys.executable} has no torch; name a Python that has it, with CUDA: make gpu GPU_PYTHON=..."
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"a CUDA or ROCm GPU is needed, and torch {torch.__version__} sees none"
     return None
 
 
-# ------------------------------------------------------------------------------------------------------ measurement
+def run_limited(command: list[str], seconds: float, output=None) -> int | None:
+    """The command's exit code; None where it was stopped, with all it had started, for want of time."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
-def run_case(case: Case, device: torch.device, timer: Callable, memory: Callable, deadline: float) -> dict:
-    shape = shapes.SHAPES[case.shape]
-    subject = "logits" if case.subject.startswith("logits") else "linear"
-    inputs = peers.make_inputs(subject, shape, case.rows, torch.bfloat16, device=device)
-    calls, skipped = SUBJECTS[case.subject](inputs)
-    for call in calls.values():  # compiled, and warm
-        call()
-    times = {name: [] for name in calls}
-    names = list(calls)
-    for turn in range(case.rounds):
-        if turn >= 3 and time.monotonic() > deadline:
-            break
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            times[name].append(timer(calls[name]))
-    extra = {name: memory(call) for name, call in calls.items()}
-    return {
-        "name": case.name,
-        **asdict(case),
-        "hidden": shape.hidden,
-        "vocab": shape.vocab,
-        "rounds_done": len(times[names[0]]),
-        "ceiling": names[0],
-        "peers": {name: summary(case, shape, name, t, times[names[0]], extra[name]) for name, t in times.items()},
-        "skipped": skipped,
-    }
+def run_tests(seconds: float, out: Path) -> bool:
+    """Whether the whole suite passed on the device in the time given."""
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={out / 'tests.xml'}"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    log, start = out / "tests.txt", time.monotonic()
+    with log.open("w") as output:
+        code = run_limited(command, seconds, output)
+    print("\n".join(log.read_text().splitlines()[-12:]))
+    said = (
+        f"did not finish in {seconds:.0f} s"
+        if code is None
+        else "passed"
+        if code == 0
+        else f"failed (exit code {code})"
+    )
+    print(f"tests: {said}, {time.monotonic() - start:.0f} s; {log}", flush=True)
+    return code == 0
 
 
-def summary(case: Case, shape: shapes.Shape, name: str, times: list[float], ceiling: list[float], extra: float) -> dict:
-    """Medians; `tflops` and `gbps` by formula, of the work that the ceiling does too."""
-    ratios = sorted(t / c for t, c in zip(times, ceiling, strict=True))
-    seconds = statistics.median(times) / 1e3
-    out = {
-        "median_ms": statistics.median(times), "ratio": statistics.median(ratios),
-        "ratio_low": ratios[len(ratios) // 4], "ratio_high": ratios[-1 - len(ratios) // 4], "extra_mib": extra,
-    }  # fmt: skip
-    if case.subject.startswith("logits"):
-        passes = 2 if case.subject == "logits backward" or name == "device copy" else 1  # a copy reads and writes
-        out["gbps"] = passes * shapes.logits_bytes(case.rows, shape, 2) / seconds / 1e9
-    else:
-        matmuls = 4 if case.subject == "linear backward" else 1
-        out["tflops"] = matmuls * shapes.linear_flops(case.rows, shape) / seconds / 1e12
-    return out
+def run_all(seconds: float, out: Path, dry: bool, tests: bool) -> int:
+    end = time.monotonic() + seconds
+    out.mkdir(parents=True, exist_ok=True)
+    good = run_tests(seconds * TESTS_SHARE, out) if tests else True
+    for group, share in SHARES.items():
+        mine = max((end - time.monotonic()) * share - STARTUP, LEAST)
+        command = [sys.executable, "-m", "bench.gpu", "--group", group, "--seconds", f"{mine:.0f}", "--out", str(out)]
+        code = run_limited(command + ["--dry-run"] * dry, 1.3 * mine + 2 * STARTUP)
+        if code != 0:
+            print(
+                f"{group}: {'stopped, it took too long' if code is None else f'failed (exit code {code})'}", flush=True
+            )
+            good = False
+    draw(out)
+    print(f"{'all good' if good else 'NOT all good'}, {seconds - (end - time.monotonic()):.0f} s; results in {out}")
+    return 0 if good else 1
 
 
-def table(result: dict) -> str:
-    lines = [f"{result['name']} ({result['rounds_done']} rounds)"]
-    for name, p in result["peers"].items():
-        rate = f"{p['gbps']:8.0f} GB/s" if "gbps" in p else f"{p['tflops']:6.0f} TFLOP/s"
-        spread = f"{p['ratio']:6.2f} of {result['ceiling']} ({p['ratio_low']:.2f}-{p['ratio_high']:.2f})"
-        lines.append(f"  {name:28}{p['median_ms']:9.3f} ms {rate}  {spread}  {p['extra_mib']:9.1f} MiB")
-    lines += [f"  {name:28}skipped: {reason}" for name, reason in result["skipped"].items()]
-    return "\n".join(lines)
+def draw(out: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed (python -m bench.charts FOLDER makes them from the JSON)")
+        return
+    from bench import charts
+
+    charts.draw(out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=harness.RESULTS / "gpu", help="folder for gpu.json, gpu.png")
-    parser.add_argument("--budget", type=float, default=300.0, help="seconds; cases after it get 3 rounds each")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench.gpu: no CUDA or ROCm device here, and it times nothing else", file=sys.stderr)
-        sys.exit(2)
-    import triton
-
-    device = torch.device("cuda")
-    args.output.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + args.budget
-    about = {"device": torch.cuda.get_device_name(), "triton": triton.__version__} | harness.environment()
-    results, timer = [], Timer(device)
-    for case in CASES:
-        results.append(run_case(case, device, timer, extra_mib, deadline))
-        print(table(results[-1]), flush=True)
-        (args.output / "gpu.json").write_text(json.dumps({"environment": about, "cases": results}, indent=1) + "\n")
-        torch.cuda.empty_cache()
-    from bench import plot_gpu
-
-    plot_gpu.draw(args.output)
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/gpu", help="folder for JSON and pictures")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
+    parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
+    parser.add_argument("--group", choices=SHARES, help="only this one, in this process")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter, on the CPU")
+    args = parser.parse_args(arguments)
+    if args.dry_run:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+    elif obstacle := why_no_gpu():
+        print(obstacle, file=sys.stderr)
+        return 2
+    out = args.out.resolve()
+    if args.group:
+        return 1 if run_group(args.group, args.seconds, out, args.dry_run) else 0
+    return run_all(args.seconds, out, args.dry_run, tests=not (args.no_tests or args.dry_run))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

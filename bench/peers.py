@@ -5,7 +5,7 @@ A peer that this installation lacks is named with the reason, never left out in 
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,45 +20,79 @@ OURS = "endoreward_fast"
 OURS_COMPILED = "endoreward_fast, compiled"
 BARE_MATMUL = "bare matmul"
 LOGSUMEXP = "logsumexp + gather"
+THREE_MATMULS = "three bare matmuls"
+DEVICE_COPY = "device copy"
+SUBJECTS = ("linear", "logits")
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """hidden (N, D) and weight (V, D), or logits (N, V); targets (N,)."""
+    """hidden (N, D) and weight (V, D), or logits (N, V); targets (N,).
+
+    upstream (N,) is the gradient that arrives at each row's negative log-likelihood. mask (N,) bool: rows to compute.
+    """
 
     shape: Shape
     targets: Tensor
+    upstream: Tensor
     hidden: Tensor | None = None
     weight: Tensor | None = None
     logits: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Peer:
-    """`run` gives `gives` of: lse - target_logit ("nll"), both ("stats"), or neither ("nothing")."""
+    """`run` gives `gives`:
+
+    "nothing"                                   "stats"   lse, target_logit and, if there is a third, entropy
+    "nll"      lse - target_logit               "rewards" nll, reward
+    "gradients" nll, of hidden, of weight       "logits gradient"
+    """
 
     run: Callable[[Inputs], object]
     gives: str = "stats"
     missing: str | None = None  # why it cannot run here
+    bytes_per_logit: float = 0.0  # device memory it takes at its peak: what does not fit is left out by name
+    in_two_steps: bool = False  # run gives the call to time; what run itself does (a forward, say) is not timed
+
+    def prepare(self, inputs: Inputs) -> Callable[[], object]:
+        return self.run(inputs) if self.in_two_steps else functools.partial(self.run, inputs)
 
 
-def make_inputs(subject: str, shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0, device="cpu") -> Inputs:
+def make_inputs(
+    subject: str, shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> Inputs:
     """Random inputs whose logits have a standard deviation of about 3, as a trained model's do."""
     generator = torch.Generator(device).manual_seed(seed)
     on = {"generator": generator, "device": device}
     targets = torch.randint(0, shape.vocab, (rows,), **on)
-    if subject == "logits":
-        logits = torch.randn(rows, shape.vocab, **on).mul_(3.0).to(dtype)
-        return Inputs(shape, targets, logits=logits)
+    inputs = Inputs(shape, targets, upstream=torch.rand(rows, **on) + 0.5)
+    if subject.startswith("logits"):
+        logits = torch.empty(rows, shape.vocab, dtype=dtype, device=device)
+        for part in logits.split(1024):
+            part.copy_(torch.randn(part.shape, **on).mul_(3.0))
+        return replace(inputs, logits=logits)
     hidden = torch.randn(rows, shape.hidden, **on).to(dtype)
     weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype, device=device)
     for part in weight.split(16384):  # in parts: a float32 copy of the whole would double the memory
         part.copy_(torch.randn(part.shape, **on).mul_(3.0 / shape.hidden**0.5))
-    return Inputs(shape, targets, hidden=hidden, weight=weight)
+    mask = completion_mask(rows).to(device) if subject == "linear masked" else None
+    return replace(inputs, hidden=hidden, weight=weight, mask=mask)
 
 
-def peers(subject: str) -> dict[str, Peer]:
+def completion_mask(rows: int) -> Tensor:
+    """(N,) bool: the last fifth of each sequence of at most 2048 tokens; the prompt before it is off."""
+    length = min(rows, 2048)
+    return torch.arange(rows) % length >= length - length // 5
+
+
+def peers(subject: str, gpu: bool = False) -> dict[str, Peer]:
     """Every peer of a subject; the first is what ratios are taken to, the last is ours."""
+    if gpu:
+        from bench import peers_gpu
+
+        return peers_gpu.peers(subject)
     if subject == "linear":
         return {
             BARE_MATMUL: Peer(lambda i: i.hidden @ i.weight.T, gives="nothing"),
