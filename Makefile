@@ -1,14 +1,14 @@
 # Each target works on a fresh machine: it builds .venv from constraints.txt first, once.
 PYTHON ?= python3
+# Where there is a GPU: a Python that already has torch with CUDA, pytest and this package's dependencies. Nothing is fetched.
+GPU_PYTHON ?= python3
+OUT ?= bench/results/gpu
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-GPU_PYTHON ?= python3
-OUT ?= bench/results/gpu
-SMALL := tests/test_functional.py tests/test_workspace.py -k "(fused or workspace) and not long"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint bench gpu gpu-sanitize kernel-report clean
+.PHONY: help demo test families lint bench sweep gpu gpu-sanitize kernel-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -39,16 +39,14 @@ bench: $(READY) ## CPU benchmarks against every alternative, in one run; JSON to
 	$(BIN)/python -m pytest bench/bench_linear.py bench/bench_logits.py
 	$(BIN)/python -m bench.plot
 
-gpu: ## every test on the device, then every GPU benchmark; JSON and PNG to OUT. Uses $(GPU_PYTHON)'s own torch
-	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else 2)' || \
-		{ echo "make gpu: $(GPU_PYTHON) sees no CUDA or ROCm device" >&2; exit 2; }
-	$(GPU_PYTHON) -m pytest -q
-	$(GPU_PYTHON) -m bench.gpu --output $(OUT)
+sweep: $(READY) ## CPU times against N and V, three minutes; JSON and pictures to bench/results
+	OMP_NUM_THREADS=2 $(BIN)/python -m bench.sweep
 
-gpu-sanitize: ## the small kernel tests under compute-sanitizer (minutes)
-	@command -v compute-sanitizer > /dev/null || { echo "make gpu-sanitize: compute-sanitizer is not on PATH" >&2; exit 2; }
-	compute-sanitizer --tool memcheck --error-exitcode 2 $(GPU_PYTHON) -m pytest -q $(SMALL)
-	compute-sanitizer --tool racecheck --error-exitcode 2 $(GPU_PYTHON) -m pytest -q $(SMALL)
+gpu: ## every test on the GPU, then every GPU benchmark, under 9 minutes; JSON and pictures to OUT=
+	@$(GPU_PYTHON) -m bench.gpu --out $(OUT)
+
+gpu-sanitize: ## tests of small shapes on the GPU under compute-sanitizer, memcheck and racecheck, 9 minutes at most
+	@$(GPU_PYTHON) -m bench.sanitize
 
 kernel-report: $(READY) ## registers, spills, shared memory of every kernel on every architecture
 	$(BIN)/python -m bench.kernel_report

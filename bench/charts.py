@@ -22,7 +22,19 @@ OURS_COLOURS = {
     f"{OURS}, chunked": "#edae49",
     f"{OURS}, compiled": "#8d1d2c",
 }
-PEER_COLOURS = ("#00798c", "#3d5a80", "#6a4c93", "#52796f", "#8a817c", "#457b9d", "#b08968", "#9a8c98", "#2a9d8f")
+PEER_COLOURS = (
+    "#00798c",
+    "#3d5a80",
+    "#6a4c93",
+    "#52796f",
+    "#8a817c",
+    "#457b9d",
+    "#b08968",
+    "#9a8c98",
+    "#2a9d8f",
+    "#606c38",
+    "#a5a58d",
+)
 CEILINGS = (BARE_MATMUL, DEVICE_COPY)
 MARKERS = "osD^vP"
 
@@ -39,6 +51,8 @@ def families(cases: list[dict], along: str) -> dict[str, list[dict]]:
     found: dict[str, list[dict]] = {}
     for case in cases:
         sizes = {"rows": f"N={case['rows']}", "vocab": f"V={case['vocab']}"}
+        if along == "vocab" and not case["shape"].startswith("D"):
+            continue  # a model's own vocabulary, with other peers: no point of a sweep
         hidden = f", D={case['hidden']}" if case["hidden"] else ""
         del sizes[along]
         title = f"{case['subject']}, {case['dtype']}{hidden}, {', '.join(sizes.values())}"
@@ -66,7 +80,8 @@ def panel(axis, title: str, group: list[dict], along: str, field: str, scale: fl
             continue
         ours, ceiling = name in OURS_COLOURS, name in CEILINGS
         style = {"color": colour[name], "lw": 2.2 if ours else 1.2, "zorder": 3 if ours else 2}
-        xs, ys = [x for x, _ in points], [max(peer[field] * scale, FLOOR) for _, peer in points]
+        xs = [x for x, _ in points]
+        ys = [max(peer[field] * scale, FLOOR if field == "extra_mib" else 0.0) for _, peer in points]
         axis.plot(xs, ys, "--" if ceiling else "-", marker="" if ceiling else "o", ms=3.5, label=name, **style)
         if field == "median_s":
             low, high = ([peer[q] * scale for _, peer in points] for q in ("low_s", "high_s"))
@@ -80,7 +95,7 @@ def panel(axis, title: str, group: list[dict], along: str, field: str, scale: fl
     quiet(axis)
 
 
-FLOOR = 0.01  # MiB: where a logarithmic axis puts "nothing"
+FLOOR = 0.1  # MiB: where a logarithmic axis puts "nothing"
 
 
 def quiet(axis) -> None:
