@@ -19,7 +19,10 @@ ROOT = Path(__file__).parent.parent
 SECONDS = 500  # of `make gpu` altogether
 TESTS_SHARE = 0.5  # of the seconds, at most
 # Benchmarks by file, with the share of the time that is left for it and those below.
-SHARES = {"gpu-linear": 0.45, "gpu-training": 0.4, "gpu-logits": 0.4, "gpu-overheads": 0.4, "gpu-sweep": 0.9}
+SHARES = {
+    "gpu-linear": 0.4, "gpu-training": 0.35, "gpu-logits": 0.35, "gpu-overheads": 0.35, "gpu-search": 0.4,
+    "gpu-sweep": 0.9,
+}  # fmt: skip
 EXPENSIVE = ("torch.compile",)  # compiled anew for each shape
 STARTUP, LEAST = 8.0, 10.0  # seconds: to import torch and start the device; for a group however late it is
 
@@ -45,6 +48,8 @@ def cases(group: str):
     if group == "gpu-overheads":
         linear = [case(subject, models[0], 8192, 30) for subject in ("linear masked", "linear rewards")]
         return [*linear, case("logits rewards", models[2], 8192, 30)]
+    if group == "gpu-search":
+        return [case("linear search", model, 8192, 10) for model in models]
     slow = (*EXPENSIVE, "liger-kernel", "quack-kernels", "F.linear_cross_entropy", "F.linear_cross_entropy, chunked")
     vocabularies = (16384, 32768, 65536, 131072, 262144)
     return [
