@@ -13,8 +13,11 @@ from torch import Tensor
 
 from bench.shapes import Shape
 from endoreward_fast import linear_vocab_stats, vocab_stats
+from endoreward_fast.compiled import find_compiler
+from endoreward_fast.functional import Impl
 
 OURS = "endoreward_fast"
+OURS_COMPILED = "endoreward_fast, compiled"
 BARE_MATMUL = "bare matmul"
 LOGSUMEXP = "logsumexp + gather"
 THREE_MATMULS = "three bare matmuls"
@@ -94,15 +97,17 @@ def peers(subject: str, gpu: bool = False) -> dict[str, Peer]:
         return {
             BARE_MATMUL: Peer(lambda i: i.hidden @ i.weight.T, gives="nothing"),
             "eager": Peer(_eager_linear),
-            "torch.compile": _compiled(_linear_stats, lambda i: (i.hidden, i.weight, i.targets, i.shape.softcap)),
+            "torch.compile": _compiled(linear_stats, lambda i: (i.hidden, i.weight, i.targets, i.shape.softcap)),
             "F.linear_cross_entropy": _linear_cross_entropy(chunked=False),
             "F.linear_cross_entropy, chunked": _linear_cross_entropy(chunked=True),
+            OURS_COMPILED: Peer(functools.partial(_ours_linear, impl="compiled"), missing=_no_compiler()),
             OURS: Peer(_ours_linear),
         }
     return {
-        LOGSUMEXP: Peer(lambda i: _stats(i.logits, i.targets)),
+        LOGSUMEXP: Peer(lambda i: stats(i.logits, i.targets)),
         "log_softmax + gather": Peer(_log_softmax, gives="nll"),
-        "torch.compile": _compiled(_stats, lambda i: (i.logits, i.targets)),
+        "torch.compile": _compiled(stats, lambda i: (i.logits, i.targets)),
+        OURS_COMPILED: Peer(functools.partial(_ours_logits, impl="compiled"), missing=_no_compiler()),
         OURS: Peer(_ours_logits),
     }
 
@@ -114,29 +119,33 @@ def unsuited(name: str, inputs: Inputs) -> str | None:
     return None
 
 
-def _ours_linear(i: Inputs):
-    stats = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, impl="chunked")
-    return stats.lse, stats.target_logit
+def _no_compiler() -> str | None:
+    return None if find_compiler() else "needs a C++ compiler, and there is none"
 
 
-def _ours_logits(i: Inputs):
-    stats = vocab_stats(i.logits, i.targets, impl="chunked")
-    return stats.lse, stats.target_logit
+def _ours_linear(i: Inputs, impl: Impl = "chunked"):
+    out = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, impl=impl)
+    return out.lse, out.target_logit
 
 
-def _stats(logits: Tensor, targets: Tensor):
+def _ours_logits(i: Inputs, impl: Impl = "chunked"):
+    out = vocab_stats(i.logits, i.targets, impl=impl)
+    return out.lse, out.target_logit
+
+
+def stats(logits: Tensor, targets: Tensor):
     return torch.logsumexp(logits, -1), logits.gather(1, targets.unsqueeze(1)).squeeze(1)
 
 
-def _linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None):
+def linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None):
     logits = hidden @ weight.T
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return _stats(logits, targets)
+    return stats(logits, targets)
 
 
 def _eager_linear(i: Inputs):
-    return _linear_stats(i.hidden, i.weight, i.targets, i.shape.softcap)
+    return linear_stats(i.hidden, i.weight, i.targets, i.shape.softcap)
 
 
 def _log_softmax(i: Inputs):

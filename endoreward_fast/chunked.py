@@ -34,7 +34,7 @@ from .chunked_tiles import (
 from .rows import RowRewards, RowStats, poisoned, rewards_of
 from .types import NO_TARGET
 
-__all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward"]
+__all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward", "with_rewards"]
 
 
 @torch.no_grad()
@@ -49,19 +49,18 @@ def logits_forward(
     tiles = logits_tiles(len(source), vocab, device)
     whole = vocab - vocab % tiles.chunk
     buffers = [Buffer(tiles.rows * tiles.vocab, device) for _ in range(2)]
-    kept_targets = source.keep(targets)
+    stats.target_logit.copy_(source.pick(source.keep(targets)))
     for rows in spans(0, len(source), tiles.rows):
         partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, alpha, entropy, logit_mean)
         for columns in [*spans(0, whole, tiles.vocab), *spans(whole, vocab, tiles.chunk)]:
             z = buffers[0].view(length(rows), length(columns)).copy_(source.load(rows, columns))
-            _pick_targets(z, kept_targets[rows], columns, stats.target_logit[rows])
             chunks = slice(columns.start // tiles.chunk, -(-columns.stop // tiles.chunk))
             partials.reduce(z, buffers[1], chunks, slice(0, length(rows)))
         partials.combine(vocab, rows, stats)
     stats = _with_lse(stats, alpha)
     stats = RowStats(*(None if f is None else source.spread(f) for f in stats))
     targets = targets if mask is None else torch.where(mask, targets, NO_TARGET)
-    return _with_rewards(stats, targets, vocab, successor, alpha)
+    return with_rewards(stats, targets, vocab, successor, alpha)
 
 
 @torch.no_grad()
@@ -90,7 +89,7 @@ def linear_forward(
                 partials.reduce(z, buffers[1], slice(chunk, chunk + 1), in_sweep)
         partials.combine(vocab, sweep, stats)
     stats = _with_lse(stats, alpha)
-    return _with_rewards(stats, targets, vocab, successor, alpha)
+    return with_rewards(stats, targets, vocab, successor, alpha)
 
 
 class _Partials:
@@ -147,7 +146,7 @@ def _with_lse(stats: RowStats, alpha: float) -> RowStats:
     return stats._replace(lse=stats.shift / alpha + stats.log_total)
 
 
-def _with_rewards(
+def with_rewards(
     stats: RowStats, targets: Tensor, vocab: int, successor: Tensor | None, alpha: float
 ) -> tuple[RowStats, RowRewards | None]:
     """And NaN in rows whose target is no vocabulary entry. Not in the row before: its successor's value is right.

@@ -38,7 +38,7 @@ def logits_backward(
     vocab = logits.shape[-1]
     source = LogitRows(logits, mask)
     tiles = logits_tiles(len(source), vocab, logits.device)
-    upstream = _Upstream.of(targets, stats, grads, vocab, alpha).kept(source.keep)
+    upstream = upstream_factors(targets, stats, grads, vocab, alpha).kept(source.keep)
     z_buffer, scratch = (Buffer(tiles.rows * tiles.vocab, logits.device) for _ in range(2))
     make = torch.empty_like if mask is None else torch.zeros_like
     dlogits = make(logits, memory_format=torch.contiguous_format)
@@ -57,7 +57,7 @@ def linear_backward(
     logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """(dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False."""
-    upstream = _Upstream.of(targets, stats, grads, weight.shape[0], alpha, logit_scale)
+    upstream = upstream_factors(targets, stats, grads, weight.shape[0], alpha, logit_scale)
     source = _TileGradients(hidden, weight, bias, logit_scale, softcap, upstream)
     return sweep_gradients(source, hidden, weight, bias, needs, most_rows=limits_for(hidden.device).copy)
 
@@ -126,22 +126,6 @@ class _Upstream:
     targets: Tensor
     alpha: float
 
-    @classmethod
-    def of(
-        cls, targets: Tensor, stats: RowStats, grads: RowGrads, vocab: int, alpha: float, scale: float = 1.0
-    ) -> "_Upstream":
-        """`scale` multiplies every dz."""
-        dead = stats.log_total == -torch.inf  # all -inf: p is 0
-        shift, log_total = stats.shift.masked_fill(dead, 0.0), stats.log_total.masked_fill(dead, 0.0)
-        share = torch.exp(-log_total).masked_fill(dead, 0.0) * (scale / alpha)
-        constant, slope = grads.lse, None
-        if grads.entropy is not None:  # log p + H = y - log_total + H
-            constant, slope = grads.lse + grads.entropy * (log_total - stats.entropy), -grads.entropy * share
-        each_column = None if grads.logit_mean is None else grads.logit_mean * (scale / vocab)
-        at_target = torch.where(targets == NO_TARGET, 0.0, grads.target_logit * scale)
-        per_row = (shift, constant * share, slope, each_column, at_target, targets)
-        return cls(*(None if t is None else t.unsqueeze(1) for t in per_row), alpha)
-
     def kept(self, select: Callable[[Tensor], Tensor]) -> "_Upstream":
         """These factors for the rows that `select` picks of a field."""
         per_row = (getattr(self, f.name) for f in fields(self) if f.name != "alpha")
@@ -164,6 +148,22 @@ class _Upstream:
         here = (index >= 0) & (index < length(columns))
         dz.scatter_add_(1, torch.where(here, index, 0), torch.where(here, self.at_target, 0.0))
         return dz
+
+
+def upstream_factors(
+    targets: Tensor, stats: RowStats, grads: RowGrads, vocab: int, alpha: float, scale: float = 1.0
+) -> _Upstream:
+    """The factors of dz, from what the forward kept and the gradients of what it gave; `scale` multiplies every dz."""
+    dead = stats.log_total == -torch.inf  # all -inf: p is 0
+    shift, log_total = stats.shift.masked_fill(dead, 0.0), stats.log_total.masked_fill(dead, 0.0)
+    share = torch.exp(-log_total).masked_fill(dead, 0.0) * (scale / alpha)
+    constant, slope = grads.lse, None
+    if grads.entropy is not None:  # log p + H = y - log_total + H
+        constant, slope = grads.lse + grads.entropy * (log_total - stats.entropy), -grads.entropy * share
+    each_column = None if grads.logit_mean is None else grads.logit_mean * (scale / vocab)
+    at_target = torch.where(targets == NO_TARGET, 0.0, grads.target_logit * scale)
+    per_row = (shift, constant * share, slope, each_column, at_target, targets)
+    return _Upstream(*(None if t is None else t.unsqueeze(1) for t in per_row), alpha)
 
 
 class _TileGradients:

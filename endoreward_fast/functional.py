@@ -5,6 +5,7 @@ through every field. `mask` picks the rows that are computed; the others come ba
 
 impl  "fused"      Triton kernels: a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests)
       "chunked"    bounded workspace, in torch: any device
+      "compiled"   C++, built once by the machine's compiler when first asked for, then kept: CPU
       "reference"  eager torch, everything materialised: the oracle
       "auto"       see `choose_impl`
 A named impl that cannot run raises; it never falls back.
@@ -21,17 +22,22 @@ from . import reference
 from .checks import check_linear, check_logits, check_rewards, check_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
 
-Impl = Literal["auto", "fused", "chunked", "reference"]
+Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
 
 def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
     """The rule behind impl="auto", and the refusal of an impl that cannot run.
 
     auto: "fused" on CUDA and ROCm devices where Triton is installed and the dtypes are one of bf16, fp16 and fp32;
-    "chunked" otherwise. On the CPU it is chunked even under TRITON_INTERPRET=1: the interpreter is for tests.
+    "chunked" otherwise. On the CPU it is chunked even under TRITON_INTERPRET=1: the interpreter is for tests; and never
+    "compiled", even where that has been built before: a default must not depend on what else ran on the machine.
     """
-    if impl not in ("auto", "fused", "chunked", "reference"):
-        raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked' or 'reference'")
+    if impl not in ("auto", "fused", "chunked", "compiled", "reference"):
+        raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked', 'compiled' or 'reference'")
+    if impl == "compiled":
+        if device.type != "cpu":
+            raise ValueError(f"impl='compiled' cannot run here: it is for the CPU, and its tensors on {device.type!r}")
+        return impl
     if impl in ("chunked", "reference"):
         return impl
     from .fused import obstacle_to_kernels

@@ -1,7 +1,8 @@
 """The custom operators `torch.ops.endoreward_fast.*`: schemas, fakes, autograd. What torch.compile and opcheck see.
 
-One operator per pass over the vocabulary and one per gradient, for the backends "fused" and "chunked" alike (`impl`);
-a backend is imported when it is first executed. The reference needs no operator: eager torch differentiates it.
+One operator per pass over the vocabulary and one per gradient, for the backends "fused", "chunked" and "compiled"
+alike (`impl`); a backend is imported when it is first executed. The reference needs no operator: eager torch
+differentiates it.
 
 Rows are flattened as rows.py says. Outputs that were not asked for are empty: an operator cannot return None.
 """
@@ -25,6 +26,8 @@ def _backend(impl: str, x: Tensor, linear: bool = False):
     """The module that runs `impl` for x, logits or hidden. Chunked reads its workspace with kernels where it can."""
     if impl == "fused":
         from . import fused as backend
+    elif impl == "compiled":
+        from . import compiled as backend
     elif linear and x.device.type == "cuda" and not obstacle_to_kernels(x.device, x.dtype):
         from . import workspace as backend
     else:

@@ -8,8 +8,12 @@ import torch
 
 import endoreward_fast as er
 from endoreward_fast import ops
+from endoreward_fast.compiled import find_compiler
 
-IMPLS = ("fused", "chunked")
+COMPILED = pytest.param(
+    "compiled", marks=pytest.mark.skipif(find_compiler() is None, reason="impl='compiled' needs a C++ compiler")
+)
+IMPLS = ("fused", "chunked", COMPILED)
 B, T, V, D = 2, 6, 70, 24
 
 

