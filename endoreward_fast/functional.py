@@ -128,7 +128,7 @@ def token_rewards(
         r_t = z_{t-1}[token_t] - V_t        V_t = alpha * logsumexp(z_t / alpha), 0 after a terminal token
 
     logits      (B, T, V): logits[:, t] is the state after tokens[:, : t + 1]; the shift is done here
-    tokens      (B, T) int64
+    tokens      (B, T) int64; -100: no token, zeros there
     mask        (B, T) bool: tokens to score (the completion). Default: all but the first of each sequence, which was
                 chosen in no known state and never has a reward
     terminal    (B, T) bool: tokens after which the episode ends. Default: the last of each unbroken run of the mask;

@@ -97,7 +97,8 @@ def token_rewards(
     in_dead_state = before(dead_end.to(dtype)) != 0
     reward = torch.where(in_dead_state, -torch.inf, q - value_after)
     fields = (reward, logprob, alpha * lse, before(states.entropy) if entropy else None)
-    return TokenRewards(*(None if f is None else torch.where(scored, f, 0.0) for f in fields))
+    chosen = scored & (tokens != NO_TARGET)  # -100 (padding, as labels have it) is no token
+    return TokenRewards(*(None if f is None else torch.where(chosen, f, 0.0) for f in fields))
 
 
 def linear_token_rewards(
