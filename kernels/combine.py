@@ -5,6 +5,7 @@ after the other in their order, whatever the number of rows: the result is bitwi
 batch. Reads 8 bytes (16 with entropy and mean) per row and split: 1/1000 of what the pass before it moved.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def store_row(out, row, b_value, m_value, m_out):
 def combine_kernel(
     p_m, p_s, p_t, p_u, p_target, targets, needed, successor,
     o_lse, o_target, o_entropy, o_mean, o_shift, o_log_total, o_reward, o_logprob, o_value,
-    n_rows, n_splits, vocab, c, alpha,
+    n_rows, n_splits, vocab, log_vocab, c, alpha,
     HAS_NEEDED: tl.constexpr, ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, REWARDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -100,8 +101,8 @@ def combine_kernel(
     store_row(o_log_total, row, log_total, m_row, m_out)
     if ENTROPY:
         h = log_total - t / tl.where(dead, 1.0, s) * LN2
-        # Rounding alone could leave [0, ln V]; min and max would swallow a NaN, so it is put back.
-        h = tl.minimum(tl.maximum(h, 0.0), tl.log2(vocab.to(tl.float32)) * LN2)
+        # Rounding alone could leave [0, ln V] (so could a bound from log2 here, by a unit); min and max would swallow a NaN, so it is put back.
+        h = tl.minimum(tl.maximum(h, 0.0), log_vocab)
         h = tl.where((s != s) | lost, nan, tl.where(dead, 0.0, h))
         store_row(o_entropy, row, h, m_row, m_out)
     if LOGIT_MEAN:
@@ -151,7 +152,7 @@ def combine(
         combine_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
             *partials, targets, needed, successor,
             *stats, *(out or (None, None, None)),
-            rows, splits, vocab, exp2_scale(alpha), alpha,
+            rows, splits, vocab, math.log(vocab), exp2_scale(alpha), alpha,
             HAS_NEEDED=needed is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean, REWARDS=rewards,
             BLOCK=ROWS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip

@@ -2,10 +2,12 @@
 -inf; and the definitions of the design, written once more, one token at a time, in Python floats.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from endoreward_fast import reference
@@ -27,6 +29,13 @@ LAYOUTS = {
 }
 
 
+def drawn(examples):
+    """As many examples as the profile says, or `examples` under the fixed one, which `make test` takes."""
+    fixed = settings().derandomize
+    count = examples if fixed else settings().max_examples
+    return settings(max_examples=count, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+
+
 def laid_out(x, layout):
     """x (B, T, V) in a layout of memory. An expanded one keeps only the first of what it repeats."""
     shape_of, view_of = LAYOUTS[layout]
@@ -37,6 +46,9 @@ def laid_out(x, layout):
     else:
         view.copy_(x)
     return view
+
+
+WHERE = ("tokens", "mask", "terminal", "cu_seqlens")
 
 
 class Case(NamedTuple):
@@ -54,6 +66,11 @@ class Case(NamedTuple):
     """the largest finite |z|, a common offset included"""
     spread: float
     """the largest difference of finite logits, / alpha: what entropies and log-probabilities are made of"""
+
+    def __repr__(self) -> str:
+        inputs = [f"{k} {tuple(x.shape)} {x.dtype} strides {x.stride()}" for k, x in self.tensors.items()]
+        lists = [f"{k} {None if x is None else x.tolist()}" for k, x in self._asdict().items() if k in WHERE]
+        return ", ".join([*inputs, *lists, f"{self.head}, alpha {self.alpha}, scale {self.scale:.3g}"])
 
     @property
     def rewards_want(self) -> dict:
@@ -148,7 +165,7 @@ def linear_cases(draw, dtypes=FLOATS):
     alpha = draw(ALPHAS)
     parts = {k: x.double() for k, x in tensors.items()}
     summed = parts["hidden"].abs() @ parts["weight"].abs().T + parts.get("bias", torch.zeros(1, device=DEVICE)).abs()
-    scale = max(1.0, summed.max().item())
+    scale = max(1.0, head["softcap"] or 0.0, summed.max().item())  # tanh is rounded in units of its bound
     return Case(tensors, head, *where, alpha, _upstream(generator, (b, t)), scale, 2 * scale / alpha)
 
 
@@ -184,7 +201,7 @@ def rewards_by_definition(z, tokens, mask, terminal, cu_seqlens, alpha) -> list[
     offsets cu_seqlens. A token that is not scored, or is -100, has zeros.
     """
     out = [(0.0, 0.0, 0.0, 0.0)] * len(tokens)
-    for first, end in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+    for first, end in itertools.pairwise(cu_seqlens):
         for i in range(first + 1, end):  # the first token was chosen in no state
             if not mask[i] or tokens[i] == -100:
                 continue

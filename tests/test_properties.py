@@ -6,14 +6,17 @@ The examples are the same in every run; HYPOTHESIS_PROFILE=long draws 1000 new o
 broken copy each of these fails is in test_mutations.py.
 """
 
-import contextlib
 from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
+
+import endoreward_fast as er
+from endoreward_fast import chunked_tiles, reference
 from property_cases import (
     F64,
+    drawn,
     final_logits,
     flat,
     linear_cases,
@@ -24,19 +27,9 @@ from property_cases import (
     stats_by_definition,
 )
 
-import endoreward_fast as er
-from endoreward_fast import chunked_tiles, reference
-
 EPS32 = torch.finfo(torch.float32).eps
 FAST = ("fused", "chunked")
 CASES = {"logits": logit_cases(), "linear": linear_cases()}
-
-
-def drawn(examples):
-    """As many examples as the profile says, or `examples` under the fixed one, which `make test` takes."""
-    fixed = settings().derandomize
-    count = examples if fixed else settings().max_examples
-    return settings(max_examples=count, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 
 
 def call(module, case, kind, leaves=None, **extra):
@@ -50,10 +43,9 @@ def call(module, case, kind, leaves=None, **extra):
     return getattr(module, f"linear_{name}")(leaves["hidden"], leaves["weight"], case.tokens, **head, **want, **extra)
 
 
-def exact_logits(impl):
-    """The chunked path as it upcasts bfloat16. With native units it rounds the logits: test_chunked.py has that."""
-    if impl != "chunked":
-        return contextlib.nullcontext()
+def exact_logits():
+    """bfloat16 upcast on any CPU. With native units the chunked path (which is every backward) rounds the logits it
+    makes: test_chunked.py has that."""
     return mock.patch.object(chunked_tiles, "uses_native_matmul", lambda hidden, weight: False)
 
 
@@ -77,7 +69,7 @@ def test_within_the_budget(impl, path, kind, assert_within_budget):
     @given(CASES[path])
     def check(case):
         before = [bits(x) for x in (*case.tensors.values(), case.tokens)]
-        with exact_logits(impl):
+        with exact_logits():
             ours = call(er, case, kind, impl=impl)
         eager = call(reference, case, kind)
         oracle = call(reference, case, kind, case.leaves(F64), dtype=F64)
@@ -106,9 +98,9 @@ def test_low_precision_logits_equal_the_same_numbers_in_float32(impl):
     check()
 
 
-def gradients(module, case, kind, dtype=None, **extra):
+def gradients(module, case, kind, leaf_dtype=None, **extra):
     """Gradients of every input, with a different upstream gradient for every row and field."""
-    leaves = {k: x.detach().requires_grad_() for k, x in case.leaves(dtype).items()}
+    leaves = {k: x.detach().requires_grad_() for k, x in case.leaves(leaf_dtype).items()}
     out = call(module, case, kind, leaves, **extra)
     upstream = [g.to(field.dtype) for g, field in zip(case.upstream, out, strict=True)]
     return torch.autograd.grad(list(out), list(leaves.values()), upstream, allow_unused=True)
@@ -121,9 +113,9 @@ def test_gradients_within_the_budget(impl, path, kind, assert_within_budget):
     @drawn(20)
     @given(CASES[path])
     def check(case):
-        with exact_logits(impl):
+        with exact_logits():
             ours = gradients(er, case, kind, impl=impl)
-        eager, oracle = gradients(reference, case, kind), gradients(reference, case, kind, F64, dtype=F64)
+        eager, oracle = gradients(reference, case, kind), gradients(reference, case, kind, leaf_dtype=F64, dtype=F64)
         others = {"hidden": "weight", "weight": "hidden"}  # what a gradient of the logits is multiplied by
         for name, a, b, c in zip(case.tensors, ours, eager, oracle, strict=True):
             assert a.isfinite().all() and a.dtype == case.tensors[name].dtype
@@ -156,7 +148,9 @@ def test_the_oracle_is_the_definition(path):
             )
         tokens, mask = flat(case.tokens, 0, count), flat(case.mask, True, count)
 
-        stats = [stats_by_definition(*row, case.alpha) if m else (0.0,) * 4 for *row, m in zip(z, tokens, mask)]
+        stats = [
+            stats_by_definition(*row, case.alpha) if m else (0.0,) * 4 for *row, m in zip(z, tokens, mask, strict=True)
+        ]
         oracle = call(reference, case, "stats", case.leaves(F64), dtype=F64)
         _assert_same(oracle, stats, case)
 
