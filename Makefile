@@ -1,11 +1,14 @@
 # Each target works on a fresh machine: it builds .venv from constraints.txt first, once.
 PYTHON ?= python3
+# Where there is a GPU: a Python that already has torch with CUDA, pytest and this package's dependencies. Nothing is fetched.
+GPU_PYTHON ?= python3
+OUT ?= bench/results/gpu
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint bench kernel-report clean
+.PHONY: help demo test families lint bench sweep gpu gpu-sanitize kernel-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,6 +38,15 @@ lint: $(READY) ## ruff and mypy
 bench: $(READY) ## CPU benchmarks against every alternative, in one run; JSON to bench/results
 	$(BIN)/python -m pytest bench/bench_linear.py bench/bench_logits.py
 	$(BIN)/python -m bench.plot
+
+sweep: $(READY) ## CPU times against N and V, three minutes; JSON and pictures to bench/results
+	OMP_NUM_THREADS=2 $(BIN)/python -m bench.sweep
+
+gpu: ## every test on the GPU, then every GPU benchmark, under 9 minutes; JSON and pictures to OUT=
+	@$(GPU_PYTHON) -m bench.gpu --out $(OUT)
+
+gpu-sanitize: ## tests of small shapes on the GPU under compute-sanitizer, memcheck and racecheck, 9 minutes at most
+	@$(GPU_PYTHON) -m bench.sanitize
 
 kernel-report: $(READY) ## registers, spills, shared memory of every kernel on every architecture
 	$(BIN)/python -m bench.kernel_report

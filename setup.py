@@ -11,7 +11,7 @@ setup(
     packages=["endoreward_fast", "endoreward_fast.integrations", "endoreward_fast.kernels", "endoreward_fast.pocket"],
     package_dir={"endoreward_fast.kernels": "kernels"},
     package_data={
-        "endoreward_fast": ["py.typed"],
+        "endoreward_fast": ["py.typed", "compiled.cpp"],
         "endoreward_fast.pocket": ["*.json", "*.jinja", "*.safetensors", "*.md", "*.txt"],
         "endoreward_fast.kernels": ["README.md"],
     },

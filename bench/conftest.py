@@ -37,8 +37,8 @@ def _run(benchmark, case: harness.Case) -> dict:
         for name, seconds in harness.interleave(calls, 1).items():
             times[name] += seconds
 
-    benchmark.pedantic(lambda: times[OURS].append(harness.seconds(ours)), setup=peers_first, rounds=case.rounds)
-    extra = harness.weigh(case, times) if case.memory else {}
+    benchmark.pedantic(lambda: times[OURS].append(harness.HOST.seconds(ours)), setup=peers_first, rounds=case.rounds)
+    extra = harness.HOST.weigh(case, times) if case.memory else {}
     return harness.summarise(case, times, skipped, extra)
 
 

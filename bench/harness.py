@@ -1,158 +1,135 @@
-"""Interleaved timing, peak memory, a correctness gate before either, and the record of where it was all measured.
+"""Interleaved timing, a correctness gate before it, and the record: one harness for CPU and GPU.
 
 On a shared machine only ratios within one run mean anything: each round times every peer once, in an order that
-rotates, and a ratio is the median over rounds of (peer / baseline) within the round.
+rotates, and a ratio is the median over rounds of (peer / baseline) within the round. How one call is timed and weighed
+is the clock's part (clock.py).
 """
 
-import datetime
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-
-import torch
 
 from bench import peers as registry
 from bench import shapes
-from endoreward_fast import reference
+from bench.cases import Case
+from bench.clock import Host
+from bench.environment import environment
+from bench.gate import Gate
+from bench.memory import in_a_process
+
+__all__ = ["Budget", "Case", "Gate", "environment", "interleave", "prepare", "run_case", "summarise", "table", "write"]
 
 RESULTS = Path(__file__).parent / "results"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-GATE_ROWS = 16
+HOST = Host()
+LEAST_ROUNDS = 3
 
 
-@dataclass(frozen=True)
-class Case:
-    """One line of a results table."""
+class Budget:
+    """Seconds that a run may take, shared among its cases as it goes: what one leaves over, the next ones have."""
 
-    subject: str  # "linear" or "logits"
-    shape: str  # a name in shapes.SHAPES
-    rows: int
-    dtype: str = "fp32"
-    rounds: int = 5
-    without: tuple[str, ...] = ()  # peers to leave out, to save time
-    memory: bool = False  # measure extra memory too, each peer in a process of its own
-    isa: str | None = None  # hold oneDNN to this instruction set (ONEDNN_MAX_CPU_ISA): stands in for an older chip
-    upcast: bool = False  # ours gets hidden as float32, so that it upcasts bfloat16 weights whatever the chip
+    def __init__(self, seconds: float, cases: int, now=time.monotonic):
+        self._now, self._end, self._cases = now, now() + seconds, cases
 
-    @property
-    def name(self) -> str:
-        held = f" {self.isa}" if self.isa else ""
-        return f"{self.subject} {self.shape} N={self.rows} {self.dtype}{held}"
+    def left(self) -> float:
+        return self._end - self._now()
+
+    def next_case(self):
+        """enough(rounds done): whether this case has had its share; at least LEAST_ROUNDS are done."""
+        end = self._now() + self.left() / max(self._cases, 1)
+        self._cases -= 1
+        return lambda rounds: rounds >= LEAST_ROUNDS and self._now() >= end
 
 
-def run_case(case: Case) -> dict:
-    """Gate, then time, then (if asked) weigh every peer of a case."""
+def run_case(case: Case, clock=HOST, enough=lambda rounds: False) -> dict:
+    """Gate, then time, then (if asked) weigh every peer of a case. `enough` (Budget.next_case) may end it early."""
     if case.isa and os.environ.get("ONEDNN_MAX_CPU_ISA") != case.isa:
-        return _in_a_process(case, env={"ONEDNN_MAX_CPU_ISA": case.isa})
-    calls, skipped = prepare(case)
-    times = interleave(calls, case.rounds)
-    return summarise(case, times, skipped, weigh(case, calls) if case.memory else {})
+        return in_a_process(case, env={"ONEDNN_MAX_CPU_ISA": case.isa})
+    calls, skipped = prepare(case, clock)
+    queue = {name: clock.queue_seconds(call) for name, call in calls.items()}
+    times = interleave(calls, case.rounds, clock, enough)
+    extra = clock.weigh(case, calls) if case.memory else {}
+    return summarise(case, times, skipped, extra, queue)
 
 
-def prepare(case: Case) -> tuple[dict, dict[str, str]]:
-    """({peer: call without arguments}, {peer: why it is left out}); every call has passed the gate."""
-    shape = shapes.SHAPES[case.shape]
-    inputs = registry.make_inputs(case.subject, shape, case.rows, DTYPES[case.dtype])
+def prepare(case: Case, clock=HOST) -> tuple[dict, dict[str, str]]:
+    """({peer: call without arguments}, {peer: why it is left out}); every call has passed the gate.
+
+    On a GPU a peer that fails is left out by name, with what it said; ours, and on the CPU any, stops the case.
+    """
+    shape = shapes.find(case.shape)
+    inputs = registry.make_inputs(case.subject, shape, case.rows, case.torch_dtype, device=clock.device)
     gate = Gate(inputs)
     calls, skipped = {}, {}
-    for name, peer in registry.peers(case.subject).items():
-        reason = peer.missing or registry.unsuited(name, inputs)
+    for name, peer in registry.peers(case.subject, case.gpu).items():
+        reason = peer.missing or registry.unsuited(name, inputs) or _too_large(peer, case, clock)
         if name in case.without:
             reason = "left out to save time"
         if reason:
             skipped[name] = reason
             continue
-        calls[name] = _call(peer, _for_peer(case, name, inputs))
-        gate.check(name, peer.gives, calls[name]())
+        try:
+            call = peer.prepare(case.for_peer(name, inputs))
+            gate.check(name, peer.gives, call())
+        except Exception as error:
+            if not case.gpu or name.startswith(registry.OURS):
+                raise
+            skipped[name] = f"failed: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
+            continue
+        calls[name] = call
     return calls, skipped
 
 
-def _for_peer(case: Case, name: str, inputs):
-    if case.upcast and name == registry.OURS:
-        return registry.Inputs(inputs.shape, inputs.targets, inputs.hidden.float(), inputs.weight)
-    return inputs
+def _too_large(peer: registry.Peer, case: Case, clock) -> str | None:
+    need = peer.bytes_per_logit * case.rows * shapes.find(case.shape).vocab
+    free = clock.free_bytes() if need else None
+    if free is None or need <= free:
+        return None
+    return f"needs about {need / 2**30:.0f} GiB, and {free / 2**30:.0f} GiB are free"
 
 
-def _call(peer, inputs):
-    return lambda: peer.run(inputs)
-
-
-class Gate:
-    """No timing without right numbers: lse and target logit of some rows, against fp64.
-
-    In float32 everyone must be within 1e-4; in bfloat16 within the rounding of a bfloat16 logit, but for `eager`,
-    whose error is what it is.
-    """
-
-    def __init__(self, inputs: registry.Inputs):
-        self._rows = slice(0, GATE_ROWS)
-        targets = inputs.targets[self._rows]
-        if inputs.logits is not None:
-            self._oracle = reference.vocab_stats(inputs.logits[self._rows], targets, dtype=torch.float64)
-            dtype = inputs.logits.dtype
-        else:
-            self._oracle = _linear_oracle(inputs, self._rows)
-            dtype = inputs.hidden.dtype
-        self._tolerance = 1e-4 if dtype == torch.float32 else 0.13  # half a unit of bfloat16 at 32 is 0.125
-
-    def check(self, name: str, gives: str, got) -> None:
-        if gives == "nothing":
-            return
-        lse, target = self._oracle.lse, self._oracle.target_logit
-        pairs = [(got, lse - target)] if gives == "nll" else [(got[0], lse), (got[1], target)]
-        for ours, oracle in pairs:
-            error = (ours[self._rows].double() - oracle).abs().max().item()
-            if not error <= self._tolerance:
-                raise AssertionError(f"{name} is off by {error:.2e} (allowed {self._tolerance}); it is not timed")
-
-
-def _linear_oracle(inputs: registry.Inputs, rows: slice):
-    """fp64 logits made in parts of the vocabulary, as a float64 weight may not fit."""
-    hidden = inputs.hidden[rows].double()
-    z = torch.cat([hidden @ part.double().T for part in inputs.weight.split(16384)], 1)
-    if inputs.shape.softcap is not None:
-        z = inputs.shape.softcap * torch.tanh(z / inputs.shape.softcap)
-    return reference.vocab_stats(z, inputs.targets[rows], dtype=torch.float64)
-
-
-def interleave(calls: dict, rounds: int) -> dict[str, list[float]]:
-    """{peer: seconds of each round}; the order rotates from round to round."""
+def interleave(calls: dict, rounds: int, clock=HOST, enough=lambda rounds: False) -> dict[str, list[float]]:
+    """{peer: seconds of each round}; the order rotates from round to round. Only whole rounds count."""
     names, times = list(calls), {name: [] for name in calls}
     for turn in range(rounds):
+        if enough(turn):
+            break
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(calls[name]))
+            times[name].append(clock.seconds(calls[name]))
     return times
 
 
-def seconds(call) -> float:
-    start = time.perf_counter()
-    result = call()
-    elapsed = time.perf_counter() - start
-    del result  # its release is no part of the measurement, and must not overlap the next one
-    return elapsed
-
-
-def summarise(case: Case, times: dict[str, list[float]], skipped: dict[str, str], extra: dict[str, float]) -> dict:
-    shape = shapes.SHAPES[case.shape]
-    size = DTYPES[case.dtype].itemsize
-    baseline = times[next(iter(times))]
-    linear = case.subject == "linear"
+def summarise(
+    case: Case, times: dict[str, list[float]], skipped: dict[str, str], extra: dict[str, float], queue=None
+) -> dict:
+    shape, first = shapes.find(case.shape), next(iter(times))
+    done = len(times[first])
+    flops, traffic, share = case.flops(), case.bytes(), case.share_of_ceiling(first)
+    peers = {}
+    for name, t in times.items():
+        peers[name] = spread = _spread(t, times[first])
+        is_ceiling = share is not None and name == first
+        own = 1 / share if is_ceiling else 1.0  # a copy moves more bytes than the least that the subject must
+        spread["gb_per_s"] = traffic and own * traffic / spread["median_s"] / 1e9
+        spread["tflops"] = flops and own * flops / spread["median_s"] / 1e12
+        spread["of_ceiling"] = share and (1.0 if is_ceiling else share / spread["ratio"])
+        spread["extra_mib"] = extra.get(name)
+        spread["queue_s"] = (queue or {}).get(name)
     return {
         "name": case.name,
         **asdict(case),
-        "hidden": shape.hidden if linear else None,
+        "rounds_done": done,
+        "stopped": f"time budget: {done} of {case.rounds} rounds" if done < case.rounds else None,
+        "hidden": shape.hidden if case.linear else None,
         "vocab": shape.vocab,
-        "flops": shapes.linear_flops(case.rows, shape) if linear else None,
-        "bytes": (shapes.linear_bytes if linear else shapes.logits_bytes)(case.rows, shape, size),
-        "baseline": next(iter(times)),
-        "peers": {name: _spread(t, baseline) | {"extra_mib": extra.get(name)} for name, t in times.items()},
+        "flops": flops,
+        "bytes": traffic,
+        "is_ceiling": share is not None,
+        "baseline": first,
+        "peers": peers,
         "skipped": skipped,
     }
 
@@ -161,6 +138,8 @@ def _spread(times: list[float], baseline: list[float]) -> dict:
     ratios = [t / b for t, b in zip(times, baseline, strict=True)]
     return {
         "median_s": statistics.median(times),
+        "low_s": _quantile(times, 0.25),
+        "high_s": _quantile(times, 0.75),
         "min_s": min(times),
         "max_s": max(times),
         "ratio": statistics.median(ratios),
@@ -178,93 +157,33 @@ def _quantile(values: list[float], q: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
 
 
-# ------------------------------------------------------------------------------------------------------ memory
-
-
-def weigh(case: Case, names) -> dict[str, float]:
-    return {name: _in_a_process(case, weigh=name)["extra_mib"] for name in names}
-
-
-def extra_mib(case: Case, name: str) -> float:
-    """Peak resident memory during one call, over that before it, with the inputs in place; MiB.
-
-    Counts all memory, the matmul library's and the outputs' included. Meant for a fresh process (`_in_a_process`), in
-    which the allocator returns what it frees; a call on a small shape first starts threads and loads code.
-    """
-    shape = shapes.SHAPES[case.shape]
-    peer = registry.peers(case.subject)[name]
-    small = registry.make_inputs(case.subject, shapes.Shape("small", 64, 4096, shape.softcap), 8, DTYPES[case.dtype])
-    peer.run(_for_peer(case, name, small))
-    inputs = _for_peer(case, name, registry.make_inputs(case.subject, shape, case.rows, DTYPES[case.dtype]))
-    if name == "torch.compile":  # the compiler's own memory is no part of a call's
-        peer.run(inputs)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
-    before = _status_kib("VmRSS")
-    peer.run(inputs)
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _in_a_process(case: Case, env: dict[str, str] | None = None, weigh: str | None = None) -> dict:
-    """The case in a fresh interpreter, which prints its result as the last line."""
-    settings = dict(os.environ) | (env or {})
-    if weigh:  # every block over 64 KiB straight from the system and straight back
-        settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-m", "bench.one", json.dumps(asdict(case)), *([weigh] if weigh else [])]
-    run = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
-    if run.returncode:
-        raise RuntimeError(f"{case.name}: {' '.join(command)} failed:\n{run.stderr}")
-    return json.loads(run.stdout.splitlines()[-1])
-
-
 # ------------------------------------------------------------------------------------------------- the record
 
 
-def environment() -> dict:
-    """Where and when: what a reader needs to judge, or to repeat, the figures."""
-    load = os.getloadavg()[0]
-    return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "bf16_units": torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported(),
-        "load_average_at_start": round(load, 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "system": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _cpu_model() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
-
-
-def write(name: str, record: dict, cases: list[dict]) -> Path:
-    """bench/results/<name>.json: {"environment": ..., "cases": [...]}"""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write(name: str, record: dict, cases: list[dict], folder: Path | None = None) -> Path:
+    """<folder, bench/results by default>/<name>.json: {"environment": ..., "cases": [...]}"""
+    path = (folder or RESULTS) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": record, "cases": cases}, indent=1) + "\n")
     return path
 
 
 def table(result: dict) -> str:
-    """One case as text: time, ratio to the baseline with its quartiles, extra memory."""
-    lines = [result["name"], f"  {'':32}{'median':>10}  {'/ ' + result['baseline']:>20}  {'quartiles':>13}  extra MiB"]
+    """One case as text: time, ratio to the baseline with its quartiles, rates by formula, extra memory."""
+    if result.get("failed"):
+        return f"{result['name']}\n  {result['failed']}"
+    stopped = f"  ({result['stopped']})" if result["stopped"] else ""
+    head = f"  {'':34}{'median':>11}  {'/ ' + result['baseline']:>20}  {'quartiles':>13}{'GB/s':>8}{'TFLOP/s':>9}"
+    lines = [result["name"] + stopped, head + f"{'of ceiling':>12}{'extra MiB':>11}"]
     for name, p in result["peers"].items():
-        memory = "" if p["extra_mib"] is None else f"{p['extra_mib']:.1f}"
+        time_ms = f"{p['median_s'] * 1e3:.3f} ms" if p["median_s"] < 0.1 else f"{p['median_s'] * 1e3:.1f} ms"
         quartiles = f"{p['ratio_low']:.2f}-{p['ratio_high']:.2f}"
-        time_ms = f"{p['median_s'] * 1e3:.1f} ms"
-        lines.append(f"  {name:32}{time_ms:>10}  {p['ratio']:>20.2f}  {quartiles:>13}  {memory:>9}")
-    lines += [f"  {name:32}skipped: {reason}" for name, reason in result["skipped"].items()]
+        rates = f"{_cell(p['gb_per_s'], '.0f'):>8}{_cell(p['tflops'], '.1f'):>9}{_cell(p['of_ceiling'], '.1%'):>12}"
+        memory = f"{_cell(p['extra_mib'], '.1f'):>11}"
+        lines.append(f"  {name:34}{time_ms:>11}  {p['ratio']:>20.3f}  {quartiles:>13}{rates}{memory}")
+    lines += [f"  {name:34}skipped: {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)

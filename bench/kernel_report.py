@@ -2,8 +2,8 @@
 
     python -m bench.kernel_report                 # table to bench/results/kernel-report.md and .json
 
-Triton's wheel carries ptxas and cuobjdump, so registers, spills, shared memory and the tensor-core instructions are
-read from the machine code itself. Nothing here is a time.
+Triton's wheel carries ptxas and cuobjdump, so registers, spills, shared memory and instructions are read from the
+machine code itself. Nothing here is a time.
 """
 
 import argparse
@@ -18,12 +18,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
-ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "gfx942": "gfx942"}
 DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Shared memory one program may take, KiB: CUDA C++ Programming Guide, table of technical specifications; CDNA3 ISA.
-SHARED_LIMIT_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-# The instruction that shows the matmul on the tensor cores.
-TENSOR_CORE = {"sm_80": r"\bHMMA", "sm_90": r"\bHGMMA", "sm_100": r"\btcgen05\.mma\b", "gfx942": r"\bv_mfma"}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What one processor of a chip holds. CUDA C++ Programming Guide, table of technical specifications; CDNA3 ISA."""
+
+    target: int | str
+    shared_kib: int  # that one program may take
+    shared_total_kib: int
+    warps: int
+    registers: int  # of 32 bits
+    tensor_core: str  # the instruction that shows the matmul there
+
+
+ARCHS = {
+    "sm_80": Arch(80, 163, 164, 64, 65536, r"\bHMMA"),
+    "sm_90": Arch(90, 227, 228, 64, 65536, r"\bHGMMA"),
+    "sm_100": Arch(100, 227, 228, 64, 65536, r"\btcgen05\.mma\b"),
+    "sm_120": Arch(120, 99, 100, 48, 65536, r"\bHMMA"),
+    "gfx942": Arch("gfx942", 64, 64, 32, 131072, r"\bv_mfma"),
+}
+# Static counts for one logit: the epilogue beside the matmul. Branches seldom taken (last tile, target) count too.
+INSTRUCTIONS = {
+    "exp": r"\bMUFU\.EX2|\bv_exp_f32",
+    "fp32": r"\bF(ADD|MUL|FMA|MNMX)\b|\bv_(add|sub|mul|fma|fmac|max|min|pk_\w+)_f32",
+    "select": r"\b(FSEL|SEL|FSETP|ISETP)\b|\bv_cndmask|\bv_cmp_",
+}
+# A width such as 70, or a sliced weight, leaves pitches unaligned: other code, more registers.
+ALIGNED = {True: ("dim", "stride", "vocab"), False: ()}
 
 
 @dataclass(frozen=True)
@@ -31,29 +55,36 @@ class Job:
     kernel: str
     arch: str
     dtype: str
-    entropy: bool
+    full: bool  # entropy and mean, with bias and softcap
     tma: bool = False
+    aligned: bool = True
 
 
 @dataclass(frozen=True)
 class Compiled(Job):
+    tile: str = ""
+    warps: int = 0
     registers: int = 0
     spill_bytes: int = 0
     shared_kib: float = 0.0
+    programs: int = 0  # resident on one processor
     tensor_core_ops: int = 0
-    warps: int = 0
+    exp: float = 0.0
+    fp32: float = 0.0
+    select: float = 0.0
 
 
 def jobs() -> list[Job]:
-    """Each kernel in its plain and its fullest form; the linear one also with bulk copies where the chip has them."""
+    """Each kernel, plain and full; the linear one with every alignment, and with bulk copies where they pay."""
     out = []
     for arch in ARCHS:
-        out += [Job("combine", arch, "fp32", entropy) for entropy in (False, True)]
+        out += [Job("combine", arch, "fp32", full) for full in (False, True)]
         for dtype in DTYPES:
-            for entropy in (False, True):
-                out += [Job(kernel, arch, dtype, entropy) for kernel in ("logits_forward", "logits_backward", "linear")]
+            for full in (False, True):
+                out += [Job(kernel, arch, dtype, full) for kernel in ("logits_forward", "logits_backward")]
+                out += [Job("linear", arch, dtype, full, aligned=aligned) for aligned in ALIGNED]
                 if arch in ("sm_90", "sm_100") and DTYPES[dtype] == 2:
-                    out.append(Job("linear", arch, dtype, entropy, tma=True))
+                    out.append(Job("linear", arch, dtype, full, tma=True))
     return out
 
 
@@ -61,67 +92,66 @@ def compile_job(job: Job) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    hip = job.arch == "gfx942"
-    target = GPUTarget("hip", "gfx942", 64) if hip else GPUTarget("cuda", ARCHS[job.arch], 32)
-    fn, constants, types, warps, stages = _specialise(job)
+    arch = ARCHS[job.arch]
+    hip = arch.target == "gfx942"
+    target = GPUTarget("hip", "gfx942", 64) if hip else GPUTarget("cuda", arch.target, 32)
+    fn, constants, types, tile, logits, warps, stages = _specialise(job)
     signature = {n: "constexpr" if n in constants else types.get(n, "fp32") for n in fn.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(fn.arg_names)
-        if signature[n].startswith("*") or n in ("dim", "stride_hidden", "stride_weight", "vocab", "stride_inner")
+        if signature[n].startswith("*") or (n.startswith(ALIGNED[job.aligned]) and n not in fn.do_not_specialize)
     }
     source = triton.compiler.ASTSource(fn, signature, constants, aligned)
     binary = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
     usage = _amd_usage(binary.asm["amdgcn"]) if hip else _nvidia_usage(binary.asm["cubin"])
-    # Blackwell's disassembly warns and differs between toolkits; its PTX names the instruction as well.
-    text = binary.asm["amdgcn" if hip else "ptx" if job.arch == "sm_100" else "sass"]
-    count = len(re.findall(TENSOR_CORE[job.arch], text))
+    text = binary.asm["amdgcn" if hip else "sass"]
+    # Blackwell's disassembly differs between toolkits; its PTX names the instruction as well.
+    matmuls = len(re.findall(arch.tensor_core, binary.asm["ptx"] if job.arch == "sm_100" else text))
+    lanes = 64 if hip else 32
+    a_logit = max(1, logits // (warps * lanes))
+    mix = {name: round(len(re.findall(pattern, text)) / a_logit, 1) for name, pattern in INSTRUCTIONS.items()}
+    shared = binary.metadata.shared / 1024
+    programs = _resident(arch, warps, usage["registers"], shared, lanes)
     return Compiled(
-        **asdict(job), **usage, shared_kib=binary.metadata.shared / 1024, tensor_core_ops=count, warps=warps
-    )
+        **asdict(job), **usage, **mix, tile=tile, warps=warps, shared_kib=shared, programs=programs,
+        tensor_core_ops=matmuls,
+    )  # fmt: skip
 
 
 def _specialise(job: Job):
-    """(jit function, constexprs, argument types, warps, stages) as the launchers would have them."""
+    """(jit function, constexprs, argument types, tile, logits of a tile, warps, stages) as the launchers have them."""
     from endoreward_fast.kernels import combine, config, linear_vocab_stats, vocab_stats
 
-    pointer = f"*{job.dtype}"
-    flags = {"HAS_NEEDED": True, "ENTROPY": job.entropy, "LOGIT_MEAN": job.entropy}
-    head = {"HAS_BIAS": job.entropy, "HAS_SCALE": False, "HAS_SOFTCAP": job.entropy}
-    types = {
-        n: "*fp32" for n in ("p_m p_s p_t p_u p_target shift log_total entropy g_lse g_target g_entropy g_mean").split()
-    }
-    types |= {
-        n: "*fp32" for n in "o_lse o_target o_entropy o_mean o_shift o_log_total o_reward o_logprob o_value".split()
-    }
-    types |= {
-        "targets": "*i64",
-        "successor": "*i64",
-        "needed": "*i1",
-        "bias": pointer,
-        "logits": pointer,
-        "grad": pointer,
-    }
-    types |= {n: "i32" for n in "n_rows n_inner n_splits vocab dim".split()}
+    flags = {"HAS_NEEDED": True, "ENTROPY": job.full, "LOGIT_MEAN": job.full}
+    head = {"HAS_BIAS": job.full, "HAS_SCALE": False, "HAS_SOFTCAP": job.full}
+    partials = "p_m p_s p_t p_u p_target shift log_total entropy g_lse g_target g_entropy g_mean"
+    outputs = "o_lse o_target o_entropy o_mean o_shift o_log_total o_reward o_logprob o_value"
+    types = {n: "*fp32" for n in f"{partials} {outputs}".split()}
+    types |= {n: f"*{job.dtype}" for n in ("bias", "logits", "grad", "hidden", "weight")}
+    types |= {"targets": "*i64", "successor": "*i64", "needed": "*i1"}
+    types |= {n: "i32" for n in "n_rows n_inner n_splits vocab total_vocab first dim".split()}
     types |= {n: "i64" for n in "stride_outer stride_inner stride_hidden stride_weight".split()}
-    unit_stride = {"stride_vocab": 1}
     if job.kernel == "combine":
-        return combine.combine_kernel, flags | {"REWARDS": True, "BLOCK": combine.ROWS_PER_PROGRAM}, types, 4, 1
+        block = combine.ROWS_PER_PROGRAM
+        return combine.combine_kernel, flags | {"REWARDS": True, "BLOCK": block}, types, str(block), block, 4, 1
     if job.kernel != "linear":
         tile = config.LogitsConfig()
         forward = job.kernel == "logits_forward"
         fn = vocab_stats.logits_partials_kernel if forward else vocab_stats.logits_backward_kernel
-        constants = flags | unit_stride | {"BLOCK_V": tile.block_v}
-        return fn, constants, types, tile.num_warps, 1
-    arch = "hip" if job.arch == "gfx942" else ARCHS[job.arch] // 10
-    tile = config.linear_config(arch, DTYPES[job.dtype])
+        constants = flags | head | {"stride_vocab": 1, "BLOCK_V": tile.block_v}
+        return fn, constants, types, str(tile.block_v), tile.block_v, tile.num_warps, 1
+    family = "hip" if job.arch == "gfx942" else ARCHS[job.arch].target // 10
+    tile = config.linear_config(family, DTYPES[job.dtype], job.tma)
     constants = {k: v for k, v in (flags | head).items() if k != "HAS_NEEDED"} | {
         "TMA": job.tma, "UPCAST": False, "PRECISION": "ieee", "BLOCK_N": tile.block_n, "BLOCK_V": tile.block_v,
         "BLOCK_D": tile.block_d, "SPLIT": tile.split, "GROUP": tile.group,
     }  # fmt: skip
-    for name, rows in (("hidden", tile.block_n), ("weight", tile.block_v)):
-        types[name] = f"tensordesc<{job.dtype}[{rows},{tile.block_d}]>" if job.tma else pointer
-    return linear_vocab_stats.linear_partials_kernel, constants, types, tile.num_warps, tile.num_stages
+    if job.tma:
+        for name, rows in (("hidden", tile.block_n), ("weight", tile.block_v)):
+            types[name] = f"tensordesc<{job.dtype}[{rows},{tile.block_d}]>"
+    name, logits = f"{tile.block_n}x{tile.block_v}x{tile.block_d}/{tile.num_stages}", tile.block_n * tile.block_v
+    return linear_vocab_stats.linear_partials_kernel, constants, types, name, logits, tile.num_warps, tile.num_stages
 
 
 def _nvidia_usage(cubin: bytes) -> dict:
@@ -143,6 +173,13 @@ def _amd_usage(assembly: str) -> dict:
     return {"registers": registers, "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])}
 
 
+def _resident(arch: Arch, warps: int, registers: int, shared_kib: float, lanes: int) -> int:
+    """Programs that one processor holds at a time; registers come in eights, shared memory with 1 KiB more."""
+    by_registers = arch.registers // (-(-registers // 8) * 8 * warps * lanes)
+    by_shared = int(arch.shared_total_kib / (shared_kib + 1)) if shared_kib else arch.warps
+    return min(by_registers, by_shared, arch.warps // warps)
+
+
 def compile_all(workers: int) -> list[Compiled]:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("TRITON_INTERPRET=1 is set: unset it, the interpreter compiles nothing")
@@ -155,14 +192,21 @@ def markdown(rows: list[Compiled]) -> str:
         "# What the compiler made of each kernel",
         "",
         "Compiled ahead of time, not run: no figure here is a time. Full = entropy and mean, with bias and softcap.",
+        "Aligned: whether D and pitches are multiples of 16. Programs: how many one processor (SM, CU) holds,",
+        "by registers, shared memory and warps. The last three: instructions of a kind in the code, per logit that a",
+        "thread holds; rare branches (last tile, target) included.",
         "",
-        "| kernel | arch | dtype | form | loads | warps | registers | spilled bytes | shared KiB | tensor-core ops |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| kernel | arch | dtype | form | loads | aligned | tile | warps | registers | spilled bytes | shared KiB | "
+        "programs | tensor-core ops | exp | fp32 | select |",
+        "|---" * 16 + "|",
     ]
     for r in rows:
-        form, loads = ("full" if r.entropy else "plain"), ("TMA" if r.tma else "pointer")
-        cells = (r.kernel, r.arch, r.dtype, form, loads, r.warps, r.registers, r.spill_bytes)
-        lines.append("| " + " | ".join(map(str, cells)) + f" | {r.shared_kib:.0f} | {r.tensor_core_ops} |")
+        form, loads = ("full" if r.full else "plain"), ("TMA" if r.tma else "pointer")
+        cells = (
+            r.kernel, r.arch, r.dtype, form, loads, "yes" if r.aligned else "no", r.tile, r.warps, r.registers,
+            r.spill_bytes, f"{r.shared_kib:.0f}", r.programs, r.tensor_core_ops, r.exp, r.fp32, r.select,
+        )  # fmt: skip
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
 

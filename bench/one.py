@@ -3,7 +3,9 @@
 import json
 import sys
 
-from bench.harness import Case, extra_mib, run_case
+from bench.cases import Case
+from bench.harness import run_case
+from bench.memory import extra_mib
 
 
 def main(arguments: list[str]) -> None:

@@ -5,7 +5,7 @@ import json
 import matplotlib
 
 from bench.harness import RESULTS
-from bench.peers import OURS
+from bench.peers import OURS, OURS_COMPILED
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -24,10 +24,10 @@ def bars(axis, title: str, values: dict[str, float], text: dict[str, str], limit
     """Horizontal bars in the JSON's order, ours last, each with its value at its end; cut off at `limit`."""
     names = list(values)
     shown = [min(value, limit) for value in values.values()]
-    colours = [OURS_COLOUR if name == OURS else PEER_COLOUR for name in names]
+    colours = [OURS_COLOUR if name in (OURS, OURS_COMPILED) else PEER_COLOUR for name in names]
     axis.barh(names, shown, color=colours, height=0.62)
     for row, (name, value) in enumerate(zip(names, shown, strict=True)):
-        weight = "bold" if name == OURS else "normal"
+        weight = "bold" if name in (OURS, OURS_COMPILED) else "normal"
         axis.text(value + limit * 0.02, row, text[name], va="center", fontsize=9.5, color=INK, weight=weight)
     axis.set_title(title, loc="left", fontsize=10, color=INK, pad=8)
     axis.set_xlim(0, limit * 1.22)

@@ -1,5 +1,6 @@
 """Named real shapes: one registry for benches, tests and tuning. Sizes as in each model's config.json."""
 
+import re
 from dataclasses import dataclass
 
 
@@ -20,6 +21,7 @@ SHAPES = {
         Shape("qwen2.5-1.5b", 1536, 151936),
         Shape("qwen2.5-7b", 3584, 152064),
         Shape("qwen3-0.6b", 1024, 151936),
+        Shape("qwen3-1.7b", 2048, 151936),
         Shape("qwen3-4b", 2560, 151936),
         Shape("qwen3-8b", 4096, 151936),
         Shape("llama3.2-1b", 2048, 128256),
@@ -31,6 +33,16 @@ SHAPES = {
     )
 }
 HEADLINE = SHAPES["qwen3-0.6b"]
+
+
+def find(name: str) -> Shape:
+    """A model's shape by its name, or "D1024-V32768" by its sizes, for sweeps."""
+    if name in SHAPES:
+        return SHAPES[name]
+    sizes = re.fullmatch(r"D(\d+)-V(\d+)", name)
+    if sizes is None:
+        raise KeyError(f"no shape {name!r}: expected one of {', '.join(SHAPES)}, or sizes as in D1024-V32768")
+    return Shape(name, int(sizes[1]), int(sizes[2]))
 
 
 def linear_flops(rows: int, shape: Shape) -> int:

@@ -14,11 +14,15 @@ def _say(name: str, x: Tensor, expected: str) -> ValueError:
 
 
 def check_logits(logits: Tensor) -> None:
+    _check_tensors(logits=logits)
     if logits.ndim < 1 or logits.dtype not in FLOATS or logits.shape[-1] == 0:
         raise _say("logits", logits, "a floating-point tensor (..., V) with V >= 1")
 
 
-def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+def check_linear(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
+) -> None:
+    _check_tensors(hidden=hidden, weight=weight, bias=bias)
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
         raise _say("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
     dim = hidden.shape[-1]
@@ -32,12 +36,15 @@ def check_linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: f
         raise _say("bias", bias, f"({weight.shape[0]},), one per row of weight, on {hidden.device}")
     if bias is not None and bias.dtype not in FLOATS:
         raise _say("bias", bias, "a floating-point tensor")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap}: expected a finite number > 0, or None")
+    if not -math.inf < logit_scale < math.inf:
+        raise ValueError(f"logit_scale={logit_scale}: expected a finite number")
 
 
 def check_rows(targets: Tensor, mask: Tensor | None, like: Tensor, name: str, alpha: float) -> None:
     """targets and mask of `vocab_stats`: the shape of `like` (logits or hidden) without its last axis."""
+    _check_tensors(targets=targets, mask=mask)
     _check_alpha(alpha)
     shape = like.shape[:-1]
     if targets.shape != shape or targets.dtype != torch.int64 or targets.device != like.device:
@@ -50,6 +57,7 @@ def check_rewards(
     name: str, alpha: float,
 ) -> None:  # fmt: skip
     """tokens, mask, terminal and cu_seqlens of `token_rewards`."""
+    _check_tensors(tokens=tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens)
     _check_alpha(alpha)
     if like.ndim != 3:
         raise _say(name, like, "(B, T, V)" if name == "logits" else "(B, T, D)")
@@ -74,8 +82,16 @@ def check_rewards(
 
 
 def _check_alpha(alpha: float) -> None:
-    if not (math.isfinite(alpha) and alpha > 0):
+    if isinstance(alpha, Tensor):
+        raise ValueError("alpha is a tensor: expected a number; no gradient flows into it")
+    if not 0 < alpha < math.inf:  # not math.isfinite: dynamo cannot trace it once alpha has had two values
         raise ValueError(f"alpha={alpha}: expected a finite temperature > 0")
+
+
+def _check_tensors(**arguments: Tensor | None) -> None:
+    for name, x in arguments.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor")
 
 
 def _check_bool(name: str, x: Tensor | None, shape: torch.Size, device: torch.device) -> None:

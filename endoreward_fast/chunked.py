@@ -31,10 +31,10 @@ from .chunked_tiles import (
     logits_tiles,
     spans,
 )
-from .rows import RowRewards, RowStats, rewards_of
+from .rows import RowRewards, RowStats, poisoned, rewards_of
 from .types import NO_TARGET
 
-__all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward"]
+__all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward", "with_rewards"]
 
 
 @torch.no_grad()
@@ -49,21 +49,18 @@ def logits_forward(
     tiles = logits_tiles(len(source), vocab, device)
     whole = vocab - vocab % tiles.chunk
     buffers = [Buffer(tiles.rows * tiles.vocab, device) for _ in range(2)]
-    kept_targets = source.keep(targets)
+    stats.target_logit.copy_(source.pick(source.keep(targets)))
     for rows in spans(0, len(source), tiles.rows):
         partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, alpha, entropy, logit_mean)
         for columns in [*spans(0, whole, tiles.vocab), *spans(whole, vocab, tiles.chunk)]:
             z = buffers[0].view(length(rows), length(columns)).copy_(source.load(rows, columns))
-            _pick_targets(z, kept_targets[rows], columns, stats.target_logit[rows])
             chunks = slice(columns.start // tiles.chunk, -(-columns.stop // tiles.chunk))
             partials.reduce(z, buffers[1], chunks, slice(0, length(rows)))
         partials.combine(vocab, rows, stats)
     stats = _with_lse(stats, alpha)
     stats = RowStats(*(None if f is None else source.spread(f) for f in stats))
-    if successor is None:
-        return stats, None
     targets = targets if mask is None else torch.where(mask, targets, NO_TARGET)
-    return stats, rewards_of(stats, targets, successor, alpha)
+    return with_rewards(stats, targets, vocab, successor, alpha)
 
 
 @torch.no_grad()
@@ -92,7 +89,7 @@ def linear_forward(
                 partials.reduce(z, buffers[1], slice(chunk, chunk + 1), in_sweep)
         partials.combine(vocab, sweep, stats)
     stats = _with_lse(stats, alpha)
-    return stats, None if successor is None else rewards_of(stats, targets, successor, alpha)
+    return with_rewards(stats, targets, vocab, successor, alpha)
 
 
 class _Partials:
@@ -100,7 +97,7 @@ class _Partials:
 
     def __init__(self, chunks: int, rows: int, device: torch.device, alpha: float, entropy: bool, logit_mean: bool):
         self._alpha = alpha
-        self._peak = torch.empty(chunks, rows, device=device)
+        self._peak = torch.empty(chunks, rows, device=device, dtype=torch.float32)
         self._log_sum = torch.empty_like(self._peak)
         self._entropy = torch.empty_like(self._peak) if entropy else None
         self._sum = torch.empty_like(self._peak) if logit_mean else None
@@ -142,11 +139,25 @@ class _Partials:
 
 def _empty_stats(num_rows: int, device: torch.device, entropy: bool, logit_mean: bool) -> RowStats:
     wanted = (True, True, entropy, logit_mean, True, True)
-    return RowStats(*(torch.zeros(num_rows, device=device) if w else None for w in wanted))
+    return RowStats(*(torch.zeros(num_rows, device=device, dtype=torch.float32) if w else None for w in wanted))
 
 
 def _with_lse(stats: RowStats, alpha: float) -> RowStats:
     return stats._replace(lse=stats.shift / alpha + stats.log_total)
+
+
+def with_rewards(
+    stats: RowStats, targets: Tensor, vocab: int, successor: Tensor | None, alpha: float
+) -> tuple[RowStats, RowRewards | None]:
+    """And NaN in rows whose target is no vocabulary entry. Not in the row before: its successor's value is right.
+
+    On the CPU such a target has been refused before any work.
+    """
+    rewards = None if successor is None else rewards_of(stats, targets, successor, alpha)
+    lost = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
+    if targets.device.type == "cpu" and not lost.any():
+        return stats, rewards
+    return poisoned(stats, lost), rewards and poisoned(rewards, lost)
 
 
 def _pick_targets(z: Tensor, targets: Tensor, columns: slice, out: Tensor) -> None:

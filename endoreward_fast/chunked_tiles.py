@@ -50,10 +50,11 @@ class Tiles:
 
 def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     """Tile shape of the logits path. Few rows: more chunks side by side, so that every core has work."""
-    limits = limits_for(device)
     chunk = min(LOGITS_CHUNK, vocab)
-    rows = even_share(num_rows, max(1, limits.stored_tile // chunk))
-    return Tiles(rows, chunk * max(1, limits.stored_tile // (rows * chunk)), chunk)
+    # At most half of it all: large buffers for little work are memory that the system has to clear first.
+    tile = min(limits_for(device).stored_tile, num_rows * vocab // 2)
+    rows = even_share(num_rows, max(1, tile // chunk))
+    return Tiles(rows, chunk * max(1, tile // (rows * chunk)), chunk)
 
 
 def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False) -> Tiles:
@@ -123,6 +124,18 @@ class LogitRows:
         length = self._logits.shape[1]
         return self._logits[index // length, index % length, columns]
 
+    def pick(self, targets: Tensor) -> Tensor:
+        """z[i, targets[i]] of each kept row, 0 where that is no column."""
+        column = targets.clamp(0, self._logits.shape[2] - 1)
+        if self._index is None:
+            picked = self._flat.gather(1, column.unsqueeze(1)).squeeze(1)
+        elif self._flat is not None:
+            picked = self._flat[self._index, column]
+        else:
+            length = self._logits.shape[1]
+            picked = self._logits[self._index // length, self._index % length, column]
+        return torch.where(column == targets, picked.float(), 0.0)
+
     def keep(self, field: Tensor) -> Tensor:
         """The kept rows of a field (B T,)."""
         return field if self._index is None else field[self._index]
@@ -146,7 +159,7 @@ def uses_native_matmul(hidden: Tensor, weight: Tensor) -> bool:
     if hidden.dtype != weight.dtype or hidden.dtype not in LOW_PRECISION:
         return False
     if hidden.device.type != "cpu":
-        return True
+        return hidden.device.type in ("cuda", "xpu")  # elsewhere mm has no out_dtype
     if hidden.dtype != torch.bfloat16:
         return False
     return has_bf16_units() or hidden.shape[0] <= FEW_ROWS
@@ -185,6 +198,13 @@ class LinearTile:
 
     def load_hidden(self, rows: slice) -> None:
         self.hidden = _loaded(self._inputs[0][rows], self._hidden_copy)
+
+    def native_logits(self) -> Tensor | None:
+        """`logits` in the inputs' own low precision, where the CPU's native product is all there is to them."""
+        if self._rounded is None or self._bias is not None or self._softcap is not None or self._scale != 1.0:
+            return None
+        out = self._rounded.view(self.hidden.shape[0], self.weight.shape[0])
+        return torch.mm(self.hidden, self.weight.T, out=out)
 
     def logits(self, out: Tensor) -> Tensor:
         """out (rows, vocab) <- the final logits of the loaded rows and columns."""

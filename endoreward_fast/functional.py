@@ -5,12 +5,12 @@ through every field. `mask` picks the rows that are computed; the others come ba
 
 impl  "fused"      Triton kernels: a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests)
       "chunked"    bounded workspace, in torch: any device
+      "compiled"   C++, built once by the machine's compiler when first asked for, then kept: CPU
       "reference"  eager torch, everything materialised: the oracle
       "auto"       see `choose_impl`
 A named impl that cannot run raises; it never falls back.
 """
 
-import importlib.util
 import math
 from typing import Literal
 
@@ -22,38 +22,31 @@ from . import reference
 from .checks import check_linear, check_logits, check_rewards, check_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
 
-Impl = Literal["auto", "fused", "chunked", "reference"]
-KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
 
 def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
     """The rule behind impl="auto", and the refusal of an impl that cannot run.
 
     auto: "fused" on CUDA and ROCm devices where Triton is installed and the dtypes are one of bf16, fp16 and fp32;
-    "chunked" otherwise. On the CPU it is chunked even under TRITON_INTERPRET=1: the interpreter is for tests.
+    "chunked" otherwise. On the CPU it is chunked even under TRITON_INTERPRET=1: the interpreter is for tests; and never
+    "compiled", even where that has been built before: a default must not depend on what else ran on the machine.
     """
-    if impl not in ("auto", "fused", "chunked", "reference"):
-        raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked' or 'reference'")
+    if impl not in ("auto", "fused", "chunked", "compiled", "reference"):
+        raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked', 'compiled' or 'reference'")
+    if impl == "compiled":
+        if device.type != "cpu":
+            raise ValueError(f"impl='compiled' cannot run here: it is for the CPU, and its tensors on {device.type!r}")
+        return impl
     if impl in ("chunked", "reference"):
         return impl
-    obstacle = _why_not_fused(device, dtypes)
+    from .fused import obstacle_to_kernels
+
+    obstacle = obstacle_to_kernels(device, *dtypes)
     if impl == "fused" and obstacle:
         raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would take 'chunked'")
     on_gpu = device.type == "cuda"
     return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
-
-
-def _why_not_fused(device: torch.device, dtypes: tuple[torch.dtype, ...]) -> str | None:
-    from .fused import interpreted
-
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-        return f"its tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
-    if dtypes[0] not in KERNEL_DTYPES or len(set(dtypes)) > 1:
-        found = " with ".join(map(str, dtypes))
-        return f"the kernels take one of bfloat16, float16 and float32, not {found}"
-    return None
 
 
 def vocab_stats(
@@ -101,8 +94,8 @@ def linear_vocab_stats(
     Under autocast, hidden, weight and bias are cast to its dtype first, as a linear layer would.
     Returns and raises as `vocab_stats`. Rows off the mask cost nothing.
     """
+    check_linear(hidden, weight, bias, logit_scale, softcap)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    check_linear(hidden, weight, bias, softcap)
     check_rows(targets, mask, hidden, "hidden", alpha)
     chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
@@ -128,7 +121,7 @@ def token_rewards(
         r_t = z_{t-1}[token_t] - V_t        V_t = alpha * logsumexp(z_t / alpha), 0 after a terminal token
 
     logits      (B, T, V): logits[:, t] is the state after tokens[:, : t + 1]; the shift is done here
-    tokens      (B, T) int64; -100: no token, zeros there
+    tokens      (B, T) int64; -100, as in labels: not scored, as if off the mask
     mask        (B, T) bool: tokens to score (the completion). Default: all but the first of each sequence, which was
                 chosen in no known state and never has a reward
     terminal    (B, T) bool: tokens after which the episode ends. Default: the last of each unbroken run of the mask;
@@ -165,8 +158,8 @@ def linear_token_rewards(
     The head is that of `linear_vocab_stats`, the rest as in `token_rewards`. States that no scored token touches
     (prompts, padding) cost nothing.
     """
+    check_linear(hidden, weight, bias, logit_scale, softcap)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    check_linear(hidden, weight, bias, softcap)
     check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
     chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
     if chosen == "reference":
@@ -196,13 +189,13 @@ def sequence_score(
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: expected 'sum' or 'mean'")
     _check_reward_and_mask(reward, mask, gamma)
-    if not (math.isfinite(floor) and floor >= 0):
+    if not 0 <= floor < math.inf:
         raise ValueError(f"floor={floor}: expected a finite number >= 0")
     weighted = reward.float()
-    if gamma != 1.0:
+    if gamma != 1.0 or floor > 1.0:
         steps = mask.cumsum(-1) - 1
         discount = torch.pow(torch.tensor(gamma, dtype=torch.float32, device=reward.device), steps.float())
-        weighted = weighted * discount.clamp(min=floor)
+        weighted = _discounted(discount.clamp(min=floor), weighted)
     total = torch.where(mask, weighted, 0.0).sum(-1)
     return total / mask.sum(-1).clamp(min=1) if reduction == "mean" else total
 
@@ -216,19 +209,27 @@ def rewards_to_go(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor
     # G_t = r_t + c_t G_{t+1}, c = gamma on the mask and 1 off it: a linear recurrence, by doubling windows in
     # log2(T) steps. `decay` is the product of c over a token's window.
     to_go = torch.where(mask, reward.float(), 0.0)
-    decay = torch.where(mask, gamma, 1.0)
+    decay = torch.full_like(to_go, gamma).masked_fill(~mask, 1.0)
     window = 1
     while window < reward.shape[1]:
-        to_go = to_go + decay * F.pad(to_go[:, window:], (0, window))
+        to_go = to_go + _discounted(decay, F.pad(to_go[:, window:], (0, window)))
         decay = decay * F.pad(decay[:, window:], (0, window))
         window *= 2
     return torch.where(mask, to_go, 0.0)
 
 
+def _discounted(discount: Tensor, reward: Tensor) -> Tensor:
+    """discount * reward, and 0 where the discount has underflowed: a reward of -inf is then too far to count."""
+    return torch.where(discount == 0, 0.0, discount * reward)
+
+
 def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> Tensor:
     """Bool (B, T): scored tokens that are a real end of sequence. The others are bootstrapped (cut off by a limit)."""
-    ids = torch.as_tensor([eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id))
-    return mask & torch.isin(tokens, ids.to(tokens.device))
+    if mask.shape != tokens.shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype}: expected {tuple(tokens.shape)} bool, as tokens")
+    if eos_token_id is None:
+        raise ValueError("eos_token_id is None: expected the id, or ids, that end a sequence")
+    return mask & torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device))
 
 
 def _check_reward_and_mask(reward: Tensor, mask: Tensor, gamma: float) -> None:
@@ -242,7 +243,9 @@ def _check_reward_and_mask(reward: Tensor, mask: Tensor, gamma: float) -> None:
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    if hidden.dtype == torch.float64:  # which autocast leaves alone
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

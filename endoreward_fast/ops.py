@@ -1,27 +1,43 @@
 """The custom operators `torch.ops.endoreward_fast.*`: schemas, fakes, autograd. What torch.compile and opcheck see.
 
-One operator per pass over the vocabulary and one per gradient, for the backends "fused" and "chunked" alike (`impl`);
-a backend is imported when it is first executed. The reference needs no operator: eager torch differentiates it.
+One operator per pass over the vocabulary and one per gradient, for the backends "fused", "chunked" and "compiled"
+alike (`impl`); a backend is imported when it is first executed. The reference needs no operator: eager torch
+differentiates it.
 
 Rows are flattened as rows.py says. Outputs that were not asked for are empty: an operator cannot return None.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 
+from .fused import obstacle_to_kernels
 from .reference import outside_vocabulary
 from .rows import RowGrads, RowRewards, RowStats, stats_grads
 
 _op = torch.library.custom_op
+# Which rows a mask picks is read back to the host, which stalls the stream and cannot be captured.
+NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 STATS = ("lse", "target_logit", "entropy", "logit_mean", "shift", "log_total")
 
 
-def _backend(impl: str):
+def _backend(impl: str, x: Tensor, linear: bool = False):
+    """The module that runs `impl` for x, logits or hidden. Chunked reads its workspace with kernels where it can."""
     if impl == "fused":
         from . import fused as backend
+    elif impl == "compiled":
+        from . import compiled as backend
+    elif linear and x.device.type == "cuda" and not obstacle_to_kernels(x.device, x.dtype):
+        from . import workspace as backend
     else:
         from . import chunked as backend
     return backend
+
+
+def _on_device_of(x: Tensor):
+    """Triton launches on the current device; make it the tensor's."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------------------------------------ logits (B, T, V)
@@ -34,9 +50,10 @@ def logits_stats(
 ) -> list[Tensor]:  # fmt: skip
     """logits (B, T, V), targets, mask and successor (B T,) -> the six of RowStats, then the three of RowRewards."""
     outside_vocabulary(targets, mask, logits.shape[-1])
-    stats, rewards = _backend(impl).logits_forward(
-        logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, successor=successor
-    )
+    with _on_device_of(logits):
+        stats, rewards = _backend(impl, logits).logits_forward(
+            logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, successor=successor
+        )
     return _outputs(stats, rewards)
 
 
@@ -51,7 +68,8 @@ def logits_stats_backward(
     g_entropy: Tensor | None, g_mean: Tensor | None, alpha: float, impl: str,
 ) -> Tensor:  # fmt: skip
     grads = RowGrads(g_lse, g_target, g_entropy, g_mean)
-    return _backend(impl).logits_backward(logits, targets, RowStats(*stats), grads, mask=mask, alpha=alpha)
+    with _on_device_of(logits):
+        return _backend(impl, logits).logits_backward(logits, targets, RowStats(*stats), grads, mask=mask, alpha=alpha)
 
 
 @logits_stats_backward.register_fake
@@ -77,7 +95,7 @@ logits_stats.register_autograd(_logits_backward, setup_context=_logits_setup)
 # ----------------------------------------------------------------------------------- hidden (N, D), weight (V, D)
 
 
-@_op("endoreward_fast::linear_stats", mutates_args=())
+@_op("endoreward_fast::linear_stats", mutates_args=(), tags=NO_CUDA_GRAPH)
 def linear_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None,
     successor: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, entropy: bool,
@@ -87,16 +105,21 @@ def linear_stats(
     outside_vocabulary(targets, mask, weight.shape[0])
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     want = {"alpha": alpha, "entropy": entropy, "logit_mean": logit_mean}
-    forward = _backend(impl).linear_forward
+    backend = _backend(impl, hidden, linear=True)
+
+    def forward(hidden, targets, successor):
+        with _on_device_of(hidden):
+            return backend.linear_forward(hidden, weight, targets, successor=successor, **head, **want)
+
     if mask is None:
-        return _outputs(*forward(hidden, weight, targets, successor=successor, **head, **want))
+        return _outputs(*forward(hidden, targets, successor))
     rows = mask.nonzero().squeeze(1)
     if successor is not None:
         # Row numbers change with the others gone; a successor is never one of those.
         place = mask.cumsum(0) - 1
         successor = successor[rows]
         successor = torch.where(successor >= 0, place[successor.clamp(min=0)], -1)
-    stats, rewards = forward(hidden[rows], weight, targets[rows], successor=successor, **head, **want)
+    stats, rewards = forward(hidden[rows], targets[rows], successor)
     return _outputs(_spread(stats, rows, len(targets)), rewards and _spread(rewards, rows, len(targets)))
 
 
@@ -105,7 +128,7 @@ def _(hidden, weight, bias, targets, mask, successor, logit_scale, softcap, alph
     return _fake_outputs(targets, entropy, logit_mean, successor is not None)
 
 
-@_op("endoreward_fast::linear_stats_backward", mutates_args=())
+@_op("endoreward_fast::linear_stats_backward", mutates_args=(), tags=NO_CUDA_GRAPH)
 def linear_stats_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None, stats: list[Tensor],
     g_lse: Tensor, g_target: Tensor, g_entropy: Tensor | None, g_mean: Tensor | None,
@@ -119,10 +142,11 @@ def linear_stats_backward(
         h, targets = hidden[rows], targets[rows]
         stats = [field[rows] if field.numel() else field for field in stats]
         grads = RowGrads(*(None if g is None else g[rows] for g in grads))
-    dhidden, dweight, dbias = _backend(impl).linear_backward(
-        h, weight, targets, RowStats(*stats), grads, bias=bias, logit_scale=logit_scale, softcap=softcap,
-        alpha=alpha, needs=tuple(needs),
-    )  # fmt: skip
+    with _on_device_of(h):
+        dhidden, dweight, dbias = _backend(impl, h, linear=True).linear_backward(
+            h, weight, targets, RowStats(*stats), grads, bias=bias, logit_scale=logit_scale, softcap=softcap,
+            alpha=alpha, needs=tuple(needs),
+        )  # fmt: skip
     if rows is not None and dhidden is not None:
         dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, rows, dhidden)
     return [hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]

@@ -83,6 +83,8 @@ def token_rewards(
     # state[:, t] is the state after tokens[:, :t + 1]; token t was chosen in state t - 1 and leads to state t.
     chosen_next = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], NO_TARGET)], 1)
     targets = torch.where(shift_left(scored), chosen_next, NO_TARGET)
+    lost = outside_vocabulary(targets, needed, logits.shape[-1])
+    targets = torch.where(lost, NO_TARGET, targets)
     states = vocab_stats(logits, targets, mask=needed, alpha=alpha, entropy=entropy, dtype=dtype)
 
     def before(field):  # the value of a field in the state in which the token was chosen
@@ -97,8 +99,8 @@ def token_rewards(
     in_dead_state = before(dead_end.to(dtype)) != 0
     reward = torch.where(in_dead_state, -torch.inf, q - value_after)
     fields = (reward, logprob, alpha * lse, before(states.entropy) if entropy else None)
-    chosen = scored & (tokens != NO_TARGET)  # -100 (padding, as labels have it) is no token
-    return TokenRewards(*(None if f is None else torch.where(chosen, f, 0.0) for f in fields))
+    fields = (None if f is None else torch.where(before(lost), torch.nan, f) for f in fields)
+    return TokenRewards(*(None if f is None else torch.where(scored, f, 0.0) for f in fields))
 
 
 def linear_token_rewards(
@@ -114,9 +116,14 @@ def linear_token_rewards(
 
 
 def scored_terminal_needed(tokens, mask, terminal, cu_seqlens) -> tuple[Tensor, Tensor, Tensor]:
-    """Bool (B, T) each: tokens that get a reward; tokens that end their episode; states whose statistics that takes."""
+    """Bool (B, T) each: tokens that get a reward; tokens that end their episode; states whose statistics that takes.
+
+    A token of -100 (labels, where nothing is to be learnt) gets none, whatever the mask says.
+    """
     starts = sequence_starts(tokens, cu_seqlens)
-    scored = ~starts if mask is None else mask & ~starts
+    scored = ~starts & (tokens != NO_TARGET)
+    if mask is not None:
+        scored = scored & mask
     ends = (scored & ~shift_left(scored)) if terminal is None else terminal
     return scored, ends, shift_left(scored) | (scored & ~ends)
 

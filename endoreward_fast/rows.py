@@ -84,6 +84,11 @@ def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float
     return RowRewards(*(torch.where(chosen, field, 0.0) for field in fields))
 
 
+def poisoned(fields, lost: Tensor):
+    """A RowStats or RowRewards with NaN in the rows that are `lost`."""
+    return type(fields)(*(None if f is None else torch.where(lost, torch.nan, f) for f in fields))
+
+
 def stats_grads(
     targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float, grads: RowRewards, g_entropy: Tensor | None
 ) -> RowGrads:

@@ -34,6 +34,11 @@ class Partials(NamedTuple):
         target_logit = torch.empty(rows, dtype=torch.float32, device=device)
         return cls(field(), field(), field() if entropy else None, field() if logit_mean else None, target_logit)
 
+    def part(self, splits: slice, rows: slice) -> "Partials":
+        """A view of some splits of some rows."""
+        fields = (None if field is None else field[splits, rows] for field in self[:4])
+        return Partials(*fields, self.target_logit[rows])
+
 
 @triton.jit
 def merge_splits(p_m, p_s, p_t, o_row, m_row, n_rows, n_splits, c, ENTROPY: tl.constexpr):
@@ -101,7 +106,7 @@ def combine_kernel(
     store_row(o_log_total, row, log_total, m_row, m_out)
     if ENTROPY:
         h = log_total - t / tl.where(dead, 1.0, s) * LN2
-        # Rounding alone could leave [0, ln V] (so could a bound from log2 here, by a unit); min and max would swallow a NaN, so it is put back.
+        # Rounding alone could leave [0, ln V]; min and max would swallow a NaN, so it is put back.
         h = tl.minimum(tl.maximum(h, 0.0), log_vocab)
         h = tl.where((s != s) | lost, nan, tl.where(dead, 0.0, h))
         store_row(o_entropy, row, h, m_row, m_out)

@@ -2,7 +2,7 @@
 starts at once and a row's bits never depend on what else ran.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,42 @@ class LinearConfig:
     num_stages: int
     group: int = 8  # token tiles that sweep a split together, so that the weight is read from L2
     split: int = 1280
+    persistent: int = 0  # programs on each processor that share all the work; 0: a program for each piece
 
 
-# Registers and shared memory of each are in bench/results/kernel-report.md; a test holds them to no spill.
+# Chosen, as long as no device has had a say, by what the compiler shows (bench/results/kernel-report.md): the largest
+# tile without a spill on that chip, whatever D's alignment. The pointer kernel needs registers for addresses: at
+# 128x256x64 it spilled 32 to 1016 bytes on sm_90. On sm_100 the 128x256 tile spilled up to 224 bytes.
+WIDE = LinearConfig(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4)
+SQUARE = LinearConfig(block_n=128, block_v=128, block_d=64, num_warps=8, num_stages=4)
+NARROW = LinearConfig(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=4)
+EXACT = LinearConfig(block_n=64, block_v=64, block_d=16, num_warps=16, num_stages=3)  # fp32, on the plain cores
 LINEAR_CONFIGS = {
-    # (compute capability's major number or "hip", bytes per element): config
-    (8, 2): LinearConfig(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=3),
-    (8, 4): LinearConfig(block_n=64, block_v=64, block_d=16, num_warps=8, num_stages=3),
-    (9, 2): LinearConfig(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4),
-    (9, 4): LinearConfig(block_n=64, block_v=64, block_d=16, num_warps=8, num_stages=3),
-    (10, 2): LinearConfig(block_n=128, block_v=256, block_d=64, num_warps=8, num_stages=4),
-    (10, 4): LinearConfig(block_n=64, block_v=64, block_d=16, num_warps=8, num_stages=3),
-    ("hip", 2): LinearConfig(block_n=128, block_v=128, block_d=32, num_warps=8, num_stages=2),
-    ("hip", 4): LinearConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=2),
+    # (compute capability's major number or "hip", bytes per element, loads through the bulk copy engine): config
+    (8, 2, False): replace(NARROW, num_stages=3),
+    (8, 4, False): EXACT,
+    (9, 2, False): NARROW,
+    (9, 2, True): WIDE,
+    (9, 4, False): EXACT,
+    (10, 2, False): NARROW,
+    (10, 2, True): SQUARE,
+    (10, 4, False): EXACT,
+    (12, 2, False): NARROW,  # 99 KiB of shared memory, and no wgmma or tcgen05 that would want wider tiles
+    (12, 4, False): EXACT,
+    ("hip", 2, False): replace(NARROW, num_stages=2),
+    ("hip", 4, False): LinearConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=2),
 }
+# What a device is to be asked beside the table's choice, on chips with wgmma: two programs on one processor, say, hide
+# one's epilogue under the other's matmul, if that is worth the smaller tiles. None of it has been timed.
+LINEAR_SEARCH = (
+    WIDE,
+    replace(WIDE, persistent=1),
+    replace(WIDE, num_stages=3),
+    replace(WIDE, group=16),
+    SQUARE,
+    replace(SQUARE, num_warps=4, num_stages=3),
+    replace(SQUARE, num_warps=4, num_stages=3, persistent=2),
+)
 # The interpreter simulates one program after another: small tiles, so that tests see many of them.
 INTERPRETER_CONFIG = LinearConfig(block_n=16, block_v=32, block_d=16, num_warps=1, num_stages=1, group=2, split=64)
 
@@ -52,14 +74,19 @@ def interpreter_logits_config(vocab: int) -> LogitsConfig:
     return LogitsConfig(block_v=64 if vocab < 2048 else LogitsConfig().block_v, num_warps=1)
 
 
-def linear_config(arch: int | str, itemsize: int) -> LinearConfig:
-    """The config for a compute capability's major number (or "hip") and an element size; newer chips: the newest."""
-    if isinstance(arch, int):
-        arch = min(max(arch, 8), 10)
-    return LINEAR_CONFIGS[arch, itemsize]
+def linear_config(arch: int | str, itemsize: int, tma: bool) -> LinearConfig:
+    """The config for a compute capability's major number (or "hip"), an element size and a way to load."""
+    return LINEAR_CONFIGS[_family(arch), itemsize, tma]
 
 
 def tma_pays(arch: int | str, itemsize: int) -> bool:
-    """Whether the linear kernel loads through the bulk copy engine: Hopper and later, 16-bit inputs. In fp32 the matmul
-    runs on the plain cores, and descriptors only cost it registers (it spilled 432 bytes with them)."""
-    return isinstance(arch, int) and arch >= 9 and itemsize == 2
+    """Whether the linear kernel loads through the bulk copy engine: Hopper and data-centre Blackwell, 16-bit inputs.
+
+    In fp32 the matmul runs on the plain cores, and descriptors only cost it registers (it spilled 432 bytes with them).
+    """
+    return (_family(arch), itemsize, True) in LINEAR_CONFIGS
+
+
+def _family(arch: int | str) -> int | str:
+    """The key of the table for a major number: 11 is a data-centre Blackwell's cousin, newer than 12 as 12."""
+    return arch if isinstance(arch, str) else {11: 10}.get(arch, min(arch, 12))

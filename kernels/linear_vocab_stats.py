@@ -1,10 +1,10 @@
 """hidden (N, D), weight (V, D) -> partials of softmax statistics; the logits never leave the chip.
 
-One program owns a tile of tokens and one split of the vocabulary. For each vocabulary tile of the split it runs the
+A piece of work is a tile of tokens and one split of the vocabulary. For each vocabulary tile of the split it runs the
 matmul over D into an fp32 accumulator, applies the head's bias, scale and softcap there, and folds the tile into the
 running piece (m, s, t, u) of each token. 2 N V D flops; reads the weight once per group of token tiles.
 
-Programs are ordered so that `group` token tiles sweep a split together and share the weight in L2.
+Pieces are ordered so that `group` token tiles sweep a split together and share the weight in L2.
 """
 
 import torch
@@ -14,17 +14,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .combine import Partials
 from .config import LinearConfig
-from .primitives import NEG_INF, apply_head, exp2_scale, finite_or_zero, merge, weight_and_exponent
+from .primitives import NEG_INF, PLAIN_HEAD, Head, apply_head, exp2_scale, finite_or_zero, merge, weight_and_exponent
 
 
 @triton.jit
-def token_tile_and_split(n_rows, splits, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Program id -> (token tile, split), the token tiles of a group running fastest."""
+def token_tile_and_split(work, n_rows, splits, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+    """Number of a piece of work -> (token tile, split), the token tiles of a group running fastest."""
     tiles = tl.cdiv(n_rows, BLOCK_N)
-    pid = tl.program_id(0)
-    first = pid // (GROUP * splits) * GROUP
+    first = work // (GROUP * splits) * GROUP
     size = tl.minimum(tiles - first, GROUP)
-    inner = pid % (GROUP * splits)
+    inner = work % (GROUP * splits)
     return first + inner % size, inner // size
 
 
@@ -54,7 +53,7 @@ def logits_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "vocab"])  # one binary whatever V is, and on sm_90 no spill
 def linear_partials_kernel(
     hidden, weight, bias, targets, p_m, p_s, p_t, p_u, p_target,
     n_rows, vocab, dim, stride_hidden, stride_weight, logit_scale, softcap, c,
@@ -63,77 +62,91 @@ def linear_partials_kernel(
     TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    tile, split = token_tile_and_split(n_rows, tl.cdiv(vocab, SPLIT), BLOCK_N, GROUP)
-    o_n = tile * BLOCK_N
-    row = o_n + tl.arange(0, BLOCK_N)
-    m_row = row < n_rows
-    target = tl.load(targets + row, mask=m_row, other=-1)
+    splits = tl.cdiv(vocab, SPLIT)
+    # Once around with a program for each piece of work; a persistent grid is smaller and goes on.
+    for work in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N) * splits, tl.num_programs(0)):
+        tile, split = token_tile_and_split(work, n_rows, splits, BLOCK_N, GROUP)
+        o_n = tile * BLOCK_N
+        row = o_n + tl.arange(0, BLOCK_N)
+        m_row = row < n_rows
+        target = tl.load(targets + row, mask=m_row, other=-1)
 
-    m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)
-    s = tl.zeros([BLOCK_N], dtype=tl.float32)
-    t = tl.zeros([BLOCK_N], dtype=tl.float32)
-    u = tl.zeros([BLOCK_N], dtype=tl.float32)
-    for o_v in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, vocab), BLOCK_V):
-        z = logits_tile(
-            hidden, weight, o_n, o_v, n_rows, vocab, dim, stride_hidden, stride_weight,
-            TMA, UPCAST, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
-        )  # fmt: skip
-        col = o_v + tl.arange(0, BLOCK_V)
-        b_bias = 0.0
-        if HAS_BIAS:
-            b_bias = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32)[None, :]
-        z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
-        if LOGIT_MEAN:
-            u += tl.sum(tl.where((col < vocab)[None, :], z, 0.0), 1)
-        if o_v + BLOCK_V > vocab:  # only the last tile has columns outside
-            z = tl.where((col < vocab)[None, :], z, NEG_INF)
+        m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)
+        s = tl.zeros([BLOCK_N], dtype=tl.float32)
+        t = tl.zeros([BLOCK_N], dtype=tl.float32)
+        u = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for o_v in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, vocab), BLOCK_V):
+            z = logits_tile(
+                hidden, weight, o_n, o_v, n_rows, vocab, dim, stride_hidden, stride_weight,
+                TMA, UPCAST, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+            col = o_v + tl.arange(0, BLOCK_V)
+            b_bias = 0.0
+            if HAS_BIAS:
+                b_bias = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32)[None, :]
+            z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+            if LOGIT_MEAN:
+                u += tl.sum(tl.where((col < vocab)[None, :], z, 0.0), 1)
+            if o_v + BLOCK_V > vocab:  # only the last tile has columns outside
+                z = tl.where((col < vocab)[None, :], z, NEG_INF)
 
-        m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
-        if tl.max(m_hit.to(tl.int32), 0) > 0:  # few tiles hold a target: 1 in 5 at 128 tokens and V = 151936
-            b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
-            tl.store(p_target + row, b_target, mask=m_hit)
+            m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
+            if tl.max(m_hit.to(tl.int32), 0) > 0:  # few tiles hold a target: 1 in 5 at 128 tokens and V = 151936
+                b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
+                tl.store(p_target + row, b_target, mask=m_hit)
 
-        b_m = tl.max(z, 1)
-        e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
-        b_t = t
+            b_m = tl.max(z, 1)
+            e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
+            b_t = t
+            if ENTROPY:
+                b_t = tl.sum(e * d, 1)
+            m, s, t = merge(m, s, t, b_m, tl.sum(e, 1), b_t, c, ENTROPY)
+
+        o = split.to(tl.int64) * n_rows + row
+        tl.store(p_m + o, m, mask=m_row)
+        tl.store(p_s + o, s, mask=m_row)
         if ENTROPY:
-            b_t = tl.sum(e * d, 1)
-        m, s, t = merge(m, s, t, b_m, tl.sum(e, 1), b_t, c, ENTROPY)
-
-    o = split.to(tl.int64) * n_rows + row
-    tl.store(p_m + o, m, mask=m_row)
-    tl.store(p_s + o, s, mask=m_row)
-    if ENTROPY:
-        tl.store(p_t + o, t, mask=m_row)
-    if LOGIT_MEAN:
-        tl.store(p_u + o, u, mask=m_row)
+            tl.store(p_t + o, t, mask=m_row)
+        if LOGIT_MEAN:
+            tl.store(p_u + o, u, mask=m_row)
 
 
 def tma_usable(x: torch.Tensor) -> bool:
-    """The bulk copy engine wants unit stride in D, and base and row pitch on 16 bytes."""
-    return x.stride(1) == 1 and x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
+    """The bulk copy engine wants unit stride in D, base and row pitch on 16 bytes, and rows that are apart."""
+    return (
+        x.stride(1) == 1
+        and x.stride(0) >= x.shape[1]
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+    )
 
 
 def linear_partials(
     hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig,
-    bias=None, logit_scale: float = 1.0, softcap: float | None = None, tma: bool = False, interpreted: bool = False,
+    head: Head = PLAIN_HEAD, tma: bool = False, interpreted: bool = False, programs: int | None = None,
 ) -> Partials:  # fmt: skip
-    """hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 -> partials (ceil(V / split), N)."""
+    """hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 -> partials (ceil(V / split), N).
+
+    `tma`, where `tma_usable(weight)`: hidden is copied if it is not usable as it lies, so that which kernel runs, and a
+    row's bits, do not depend on where a batch happens to begin. `programs`: a persistent grid of so many.
+    """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     splits = triton.cdiv(vocab, config.split)
     partials = Partials.empty(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
     if not rows:
         return partials
     hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-    tma = tma and tma_usable(hidden) and tma_usable(weight)
+    if tma and not tma_usable(hidden):
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
     strides = hidden.stride(0), weight.stride(0)
     if tma:
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d])
         weight = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
-    linear_partials_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
-        hidden, weight, bias, targets, *partials,
-        rows, vocab, dim, *strides, logit_scale, softcap or 0.0, exp2_scale(alpha),
-        HAS_BIAS=bias is not None, HAS_SCALE=logit_scale != 1.0, HAS_SOFTCAP=softcap is not None,
+    work = triton.cdiv(rows, config.block_n) * splits
+    grid = min(work, programs) if programs else work
+    linear_partials_kernel[(grid,)](
+        hidden, weight, head.bias, targets, *partials,
+        rows, vocab, dim, *strides, *head.numbers(), exp2_scale(alpha), **head.flags(),
         ENTROPY=entropy, LOGIT_MEAN=logit_mean, TMA=tma, UPCAST=interpreted, PRECISION="ieee",
         BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
         SPLIT=config.split, GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,

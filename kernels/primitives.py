@@ -13,15 +13,39 @@ Two pieces merge into one of the same form, and the whole row gives, in nats,
 """
 
 import math
+from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 NO_TARGET = tl.constexpr(-100)
 # 2^-256 is 0 in fp32: differences are cut off here before they multiply a weight, so that 0 * -inf never happens.
 UNDERFLOW = tl.constexpr(-256.0)
 NEG_INF = tl.constexpr(float("-inf"))
+
+
+class Head(NamedTuple):
+    """What follows the head's matmul: z = softcap * tanh(logit_scale * (product + bias) / softcap)."""
+
+    bias: torch.Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def numbers(self) -> tuple[float, float]:
+        return self.logit_scale, self.softcap or 0.0
+
+    def flags(self) -> dict[str, bool]:
+        return {
+            "HAS_BIAS": self.bias is not None,
+            "HAS_SCALE": self.logit_scale != 1.0,
+            "HAS_SOFTCAP": self.softcap is not None,
+        }
+
+
+PLAIN_HEAD = Head()
 
 
 def exp2_scale(alpha: float) -> float:
@@ -39,9 +63,24 @@ def apply_head(
     if HAS_SCALE:
         z *= logit_scale
     if HAS_SOFTCAP:
-        # tanh(x) = 2 sigmoid(2 x) - 1: libdevice's tanh exists neither in the interpreter nor on every target.
-        z = softcap * (2.0 * tl.sigmoid(2.0 * (z / softcap)) - 1.0)
+        z = softcap * tanh(z * (1.0 / softcap))  # a division per program, not per logit
     return z
+
+
+@triton.jit
+def tanh(x):
+    """To 2 units in the last place; libdevice's exists neither in the interpreter nor on every target.
+
+    1 - 2 / (e^2x + 1) loses digits near 0, where a polynomial takes over: that of tanhf in Cephes (S. Moshier).
+    """
+    y = x * x
+    near = -5.70498872745e-3
+    near = near * y + 2.06390887954e-2
+    near = near * y - 5.37397155531e-2
+    near = near * y + 1.33314422036e-1
+    near = near * y - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, x + x * y * near, far)
 
 
 @triton.jit

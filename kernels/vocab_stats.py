@@ -14,14 +14,43 @@ import triton.language as tl
 
 from .combine import Partials
 from .config import LogitsConfig
-from .primitives import LN2, NEG_INF, exp2_scale, finite_or_zero, weight_and_exponent
+from .primitives import (
+    LN2,
+    LOG2E,
+    NEG_INF,
+    PLAIN_HEAD,
+    Head,
+    apply_head,
+    exp2_scale,
+    finite_or_zero,
+    weight_and_exponent,
+)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "stride_outer"])
+@triton.jit
+def load_logits(
+    logits, bias, row, col, m_col, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Final logits (BLOCK_V,) of one row in fp32, from those that were stored before the head's last step; -inf off
+    m_col."""
+    o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
+    z = tl.load(logits + o_row + col.to(tl.int64) * stride_vocab, mask=m_col, other=NEG_INF).to(tl.float32)
+    b_bias = 0.0
+    if HAS_BIAS:
+        b_bias = tl.load(bias + col, mask=m_col, other=0.0).to(tl.float32)
+    z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
+    if HAS_SCALE or HAS_SOFTCAP:  # which make something else of -inf
+        z = tl.where(m_col, z, NEG_INF)
+    return z
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_inner", "stride_outer", "first"])
 def logits_partials_kernel(
-    logits, targets, needed, p_m, p_s, p_t, p_u, p_target,
-    n_rows, n_inner, vocab, stride_outer, stride_inner, stride_vocab, c,
-    HAS_NEEDED: tl.constexpr, ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits, targets, needed, bias, p_m, p_s, p_t, p_u, p_target,
+    n_rows, n_inner, vocab, first, stride_outer, stride_inner, stride_vocab, logit_scale, softcap, c,
+    HAS_NEEDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     splits = tl.cdiv(vocab, BLOCK_V)
     row = (tl.program_id(0) // splits).to(tl.int64)
@@ -31,9 +60,10 @@ def logits_partials_kernel(
             return
     col = split * BLOCK_V + tl.arange(0, BLOCK_V)
     m_col = col < vocab
-    o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
-    z = tl.load(logits + o_row + col.to(tl.int64) * stride_vocab, mask=m_col, other=NEG_INF)
-    z = z.to(tl.float32)
+    z = load_logits(
+        logits, bias, row, col, m_col, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
+        HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
+    )  # fmt: skip
 
     m = tl.max(z, 0)
     e, d = weight_and_exponent(z, finite_or_zero(m), c)
@@ -44,16 +74,17 @@ def logits_partials_kernel(
         tl.store(p_t + o, tl.sum(e * d, 0))
     if LOGIT_MEAN:
         tl.store(p_u + o, tl.sum(tl.where(m_col, z, 0.0), 0))
-    target = tl.load(targets + row)
+    target = tl.load(targets + row) - first
     if (target >= split * BLOCK_V) & (target < tl.minimum((split + 1) * BLOCK_V, vocab)):
         tl.store(p_target + row, tl.sum(tl.where(col == target, z, 0.0), 0))
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "stride_outer"])
+@triton.jit(do_not_specialize=["n_inner", "stride_outer", "first"])
 def logits_backward_kernel(
-    logits, targets, needed, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, grad,
-    n_rows, n_inner, vocab, stride_outer, stride_inner, stride_vocab, c, alpha,
-    HAS_NEEDED: tl.constexpr, ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
+    logits, targets, needed, bias, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, grad,
+    n_inner, vocab, first, total_vocab, stride_outer, stride_inner, stride_vocab, logit_scale, softcap, c, alpha,
+    HAS_NEEDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(vocab, BLOCK_V)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -64,63 +95,81 @@ def logits_backward_kernel(
         if tl.load(needed + row) == 0:
             tl.store(o_grad, tl.zeros([BLOCK_V], dtype=grad.dtype.element_ty), mask=m_col)
             return
-    o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
-    z = tl.load(logits + o_row + col.to(tl.int64) * stride_vocab, mask=m_col, other=0.0)
+    z = load_logits(
+        logits, bias, row, col, m_col, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
+        HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
+    )  # fmt: skip
     b_log_total = tl.load(log_total + row)
-    _, d = weight_and_exponent(z.to(tl.float32), finite_or_zero(tl.load(shift + row)), c)
-    logp = d * LN2 - b_log_total  # of a row that is all -inf: +inf, put right below
-    p = tl.exp2(logp / LN2)
+    e, d = weight_and_exponent(z, finite_or_zero(tl.load(shift + row)), c)
+    # The row's total goes into a factor: taken from every exponent it would round the largest p the most.
+    share = tl.exp2(-b_log_total * LOG2E) / alpha
     g = tl.load(g_lse + row)
     if ENTROPY:
-        b_entropy = tl.load(entropy + row)
         b_g_entropy = tl.load(g_entropy + row)
-        dz = p * ((g - b_g_entropy * (logp + b_entropy)) / alpha)
+        constant = g + b_g_entropy * (b_log_total - tl.load(entropy + row))
+        dz = e * share * (constant - b_g_entropy * (d * LN2))
     else:
-        dz = p * (g / alpha)
-    dz = tl.where(b_log_total == NEG_INF, 0.0, dz)
-    dz += tl.where(col == tl.load(targets + row), tl.load(g_target + row), 0.0)
+        dz = e * (g * share)
+    dz = tl.where(b_log_total == NEG_INF, 0.0, dz)  # a row that is all -inf
+    dz += tl.where(col == tl.load(targets + row) - first, tl.load(g_target + row), 0.0)
     if LOGIT_MEAN:
-        dz += tl.load(g_mean + row) / vocab
+        dz += tl.load(g_mean + row) / total_vocab
+    if HAS_SOFTCAP:  # back through the head: what was stored is the product, before bias, scale and softcap
+        y = z * (1.0 / softcap)
+        dz *= 1.0 - y * y
+    if HAS_SCALE:
+        dz *= logit_scale
     tl.store(o_grad, dz.to(grad.dtype.element_ty), mask=m_col)
 
 
 def logits_partials(
-    logits, targets, *, alpha: float, entropy: bool, logit_mean: bool, needed=None, config: LogitsConfig | None = None
-) -> Partials:
+    logits, targets, *, alpha: float, entropy: bool, logit_mean: bool, needed=None, config: LogitsConfig | None = None,
+    head: Head = PLAIN_HEAD, first: int = 0, out: Partials | None = None,
+) -> Partials:  # fmt: skip
     """logits (B, T, V) of any strides, targets (N = B T,) int64, needed (N,) bool or None
     -> partials (ceil(V / BLOCK_V), N).
+
+    A part of a larger vocabulary: `first` is its first entry, `head` what makes final logits of those stored (its bias
+    is the part's), and the partials go to `out`, whose rows may be a slice of more.
     """
     outer, inner, vocab = logits.shape
     rows = outer * inner
     config = config or LogitsConfig()
     splits = triton.cdiv(vocab, config.block_v)
-    partials = Partials.empty(splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean)
+    if out is None:
+        out = Partials.empty(splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean)
     if rows:
         logits_partials_kernel[(rows * splits,)](
-            logits, targets, needed, *partials,
-            rows, inner, vocab, *logits.stride(), exp2_scale(alpha),
-            HAS_NEEDED=needed is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean,
+            logits, targets, needed, head.bias, *out,
+            out.m.stride(0), inner, vocab, first, *logits.stride(), *head.numbers(), exp2_scale(alpha),
+            HAS_NEEDED=needed is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
             BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
-    return partials
+    return out
 
 
 def logits_backward(
     logits, targets, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, *, alpha: float, needed=None,
-    config: LogitsConfig | None = None,
+    config: LogitsConfig | None = None, head: Head = PLAIN_HEAD, first: int = 0, vocab: int | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Gradient (B, T, V) in the logits' dtype, from what the forward's `combine` returned and the upstream gradients
-    g_* (N,) float32; g_entropy (which needs entropy) and g_mean are None where nothing flows."""
-    outer, inner, vocab = logits.shape
+    g_* (N,) float32; g_entropy (which needs entropy) and g_mean are None where nothing flows.
+
+    A part of a larger vocabulary, of size `vocab`: as in `logits_partials`. The gradient is that of the stored logits,
+    before bias, scale and softcap, and goes to `out`, contiguous, of any dtype.
+    """
+    outer, inner, columns = logits.shape
     rows = outer * inner
     config = config or LogitsConfig()
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if rows:
-        logits_backward_kernel[(rows * triton.cdiv(vocab, config.block_v),)](
-            logits, targets, needed, shift, log_total, entropy,
-            g_lse, g_target, g_entropy, g_mean, grad,
-            rows, inner, vocab, *logits.stride(), exp2_scale(alpha), alpha,
-            HAS_NEEDED=needed is not None, ENTROPY=g_entropy is not None, LOGIT_MEAN=g_mean is not None,
-            BLOCK_V=config.block_v, num_warps=config.num_warps,
+        logits_backward_kernel[(rows * triton.cdiv(columns, config.block_v),)](
+            logits, targets, needed, head.bias, shift, log_total, entropy,
+            g_lse, g_target, g_entropy, g_mean, out,
+            inner, columns, first, vocab or columns, *logits.stride(), *head.numbers(), exp2_scale(alpha), alpha,
+            HAS_NEEDED=needed is not None, **head.flags(), ENTROPY=g_entropy is not None,
+            LOGIT_MEAN=g_mean is not None, BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
-    return grad
+    return out

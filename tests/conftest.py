@@ -66,4 +66,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
         where = f"on {torch.cuda.get_device_name()} (compiled), bf16 and fp16 included"
     else:
         where = "in Triton's interpreter on the CPU (bf16 upcast inside the dot); no GPU here, so nothing ran on one"
-    terminalreporter.write_line(f"kernels: {where}; machine code for sm_80, sm_90, sm_100, gfx942: test_compiled.py")
+    terminalreporter.write_line(
+        f"kernels: {where}; machine code for sm_80, sm_90, sm_100, sm_120, gfx942: test_compiled.py"
+    )

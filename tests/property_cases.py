@@ -86,7 +86,7 @@ class Case(NamedTuple):
         return self.tensors if dtype is None else {k: x.to(dtype).contiguous() for k, x in self.tensors.items()}
 
 
-ALPHAS = st.sampled_from([1.0, 1.0, 0.3, 0.75, 2.5])
+ALPHAS = st.sampled_from([1.0, 1.0, 0.1, 0.75, 2.5, 20.0])
 VOCABS = st.one_of(st.sampled_from([1, 2, 63, 64, 65, 128, 129]), st.integers(1, 150))
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -161,11 +161,14 @@ def linear_cases(draw, dtypes=FLOATS):
         tensors["bias"] = draw_layout(normal(1, 1, v) * 2)[0, 0]
         if draw(st.booleans()):
             tensors["bias"] = tensors["bias"].float()
-    head = {"logit_scale": draw(st.sampled_from([1.0, 0.3])), "softcap": draw(st.sampled_from([None, None, 1.0, 30.0]))}
+    head = {
+        "logit_scale": draw(st.sampled_from([1.0, 0.3, -2.0])),
+        "softcap": draw(st.sampled_from([None, None, 1.0, 30.0])),
+    }
     alpha = draw(ALPHAS)
     parts = {k: x.double() for k, x in tensors.items()}
     summed = parts["hidden"].abs() @ parts["weight"].abs().T + parts.get("bias", torch.zeros(1, device=DEVICE)).abs()
-    scale = max(1.0, head["softcap"] or 0.0, summed.max().item())  # tanh is rounded in units of its bound
+    scale = max(1.0, abs(head["logit_scale"]) * summed.max().item())
     return Case(tensors, head, *where, alpha, _upstream(generator, (b, t)), scale, 2 * scale / alpha)
 
 
@@ -206,7 +209,7 @@ def rewards_by_definition(z, tokens, mask, terminal, cu_seqlens, alpha) -> list[
             if not mask[i] or tokens[i] == -100:
                 continue
             lse, q, entropy, _ = stats_by_definition(z[i - 1], tokens[i], alpha)
-            last = i + 1 == end or not mask[i + 1]
+            last = i + 1 == end or not mask[i + 1] or tokens[i + 1] == -100
             ends = last if terminal is None else terminal[i]
             lse_after = stats_by_definition(z[i], -100, alpha)[0]
             value_after = 0.0 if ends or lse_after == -math.inf else alpha * lse_after

@@ -4,9 +4,17 @@ import pytest
 import torch
 
 import endoreward_fast as er
-from endoreward_fast import reference
+from endoreward_fast import ops, reference
+from endoreward_fast.compiled import find_compiler
 
-IMPLS = ("fused", "chunked", "reference")
+COMPILED = pytest.param(
+    "compiled",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() or find_compiler() is None,
+        reason="impl='compiled' needs CPU tensors and a C++ compiler",
+    ),
+)
+IMPLS = ("fused", "chunked", COMPILED, "reference")
 F64 = torch.float64
 HEADS = {
     "plain": {},
@@ -85,7 +93,7 @@ def test_low_precision_inputs(impl, dtype, device, assert_within_budget):
         {n: (f - getattr(oracle, n)).abs().max().item() for n, f in _fields(out).items()} for out in (ours, eager)
     )
     for name, error in ours_error.items():
-        rounds = impl == "chunked" and not _chunked_is_exact(hidden, weight)
+        rounds = impl in ("chunked", "compiled") and not _chunked_is_exact(hidden, weight)
         assert error <= (1.5 * eager_error[name] if rounds else 1e-4), (name, error, eager_error[name])
 
 
@@ -226,6 +234,86 @@ def test_a_target_outside_the_vocabulary(impl, bad, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [333, -1])
+def test_a_target_outside_the_vocabulary_where_nothing_can_raise(impl, bad, device, monkeypatch):
+    """As on a GPU, and under torch.compile: NaN at that token and nowhere else."""
+    lost = reference.outside_vocabulary
+
+    def quiet(targets, mask, vocab):
+        with monkeypatch.context() as inside:
+            inside.setattr(torch.compiler, "is_compiling", lambda: True)
+            return lost(targets, mask, vocab)
+
+    monkeypatch.setattr(reference, "outside_vocabulary", quiet)
+    monkeypatch.setattr(ops, "outside_vocabulary", quiet)
+    hidden, weight, tokens, _, _ = _case("ragged", torch.float32, device, {})
+    tokens[1, 2] = bad
+    for out in (
+        er.linear_vocab_stats(hidden, weight, tokens, entropy=True, logit_mean=True, impl=impl),
+        er.vocab_stats(hidden @ weight.T, tokens, entropy=True, logit_mean=True, impl=impl),
+        er.linear_token_rewards(hidden, weight, tokens, entropy=True, impl=impl),
+        er.token_rewards(hidden @ weight.T, tokens, entropy=True, impl=impl),
+    ):
+        for name, field in _fields(out).items():
+            assert field[1, 2].isnan() and field.isnan().sum() == 1, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_labels_of_minus_100_are_tokens_off_the_mask(impl, device):
+    hidden, weight, tokens, _, _ = _case("ragged", torch.float32, device, {})
+    labelled = tokens.clone()
+    labelled[0, :3] = labelled[1, 2] = -100
+    ours = er.linear_token_rewards(hidden, weight, labelled, entropy=True, impl=impl)
+    masked = er.linear_token_rewards(hidden, weight, tokens, mask=labelled != -100, entropy=True, impl=impl)
+    for name, field in _fields(ours).items():
+        assert torch.equal(field, getattr(masked, name)) and field[labelled == -100].eq(0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_of_torch_changes_nothing(impl, default, device):
+    hidden, weight, tokens, mask, _ = _case("ragged", torch.float32, device, {})
+
+    def run():
+        out = er.linear_token_rewards(hidden, weight, tokens, mask=mask, entropy=True, impl=impl)
+        returns = er.rewards_to_go(out.reward, mask, gamma=0.9)
+        return *out, *er.token_rewards(hidden @ weight.T, tokens, impl=impl)[:3], returns
+
+    expected = run()
+    torch.set_default_dtype(default)
+    try:
+        assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(run(), expected, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_reward_of_minus_infinity_behind_an_underflowed_discount():
+    reward, mask = torch.zeros(1, 2000), torch.ones(1, 2000, dtype=torch.bool)
+    reward[0, -1] = -torch.inf
+    assert er.sequence_score(reward, mask, gamma=0.9) == 0
+    to_go = er.rewards_to_go(reward, mask, gamma=0.9)
+    assert to_go[0, 0] == 0 and to_go[0, -1] == -torch.inf and not to_go.isnan().any()
+    assert er.sequence_score(reward, mask, gamma=0.9, floor=1e-3) == -torch.inf
+
+
+def test_a_floor_above_one_weighs_undiscounted_rewards_too():
+    ones = torch.ones(1, 3)
+    assert er.sequence_score(ones, ones > 0, floor=2.0) == 6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast_leaves_float64_and_devices_it_does_not_know_alone(impl):
+    hidden, weight, targets = torch.randn(3, 8).double(), torch.randn(50, 8).double(), torch.arange(3)
+    if impl != "fused":
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = er.linear_vocab_stats(hidden, weight, targets, impl=impl)
+        assert torch.equal(inside.lse, er.linear_vocab_stats(hidden, weight, targets, impl=impl).lse)
+    if impl == "chunked":
+        out = er.linear_vocab_stats(*(x.to("meta") for x in (hidden, weight, targets)), impl=impl)
+        assert out.lse.shape == (3,)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_no_target_leaves_the_other_statistics_right(impl, device):
     hidden, weight, tokens, _, _ = _case("ragged", torch.float32, device, {})
     with_targets = er.linear_vocab_stats(hidden, weight, tokens, entropy=True, impl=impl)
@@ -308,6 +396,11 @@ REFUSALS = {
     "integers": (lambda h, w, t: er.vocab_stats(t, t), "logits is .*floating-point"),
     "alpha": (lambda h, w, t: er.vocab_stats(h, t, alpha=0.0), "alpha=0.0"),
     "offsets": (lambda h, w, t: er.token_rewards(h, t, cu_seqlens=torch.tensor([0, 9])), "cu_seqlens=.*B \\* T = 8"),
+    "alpha tensor": (lambda h, w, t: er.vocab_stats(h, t, alpha=torch.ones(())), "alpha is a tensor"),
+    "list": (lambda h, w, t: er.vocab_stats(h, t.tolist()), "targets is a list: expected a tensor"),
+    "scale": (lambda h, w, t: er.linear_vocab_stats(h, w, t, logit_scale=float("nan")), "logit_scale=nan"),
+    "eos": (lambda h, w, t: er.terminal_at(t, t > 0, None), "eos_token_id is None"),
+    "ends": (lambda h, w, t: er.terminal_at(t, t, 3), "mask .2, 4. torch.int64: expected .2, 4. bool"),
     "impl": (lambda h, w, t: er.vocab_stats(h, t, impl="fast"), "impl='fast'.*'fused'"),
     "float64": (lambda h, w, t: er.vocab_stats(h.double(), t, impl="fused"), "impl='fused' cannot run"),
     "reduction": (lambda h, w, t: er.sequence_score(h[..., 0], t > 0, reduction="max"), "reduction='max'"),

@@ -7,9 +7,17 @@ import torch
 
 import endoreward_fast as er
 from endoreward_fast import reference
+from endoreward_fast.compiled import find_compiler
 
-IMPLS = ("fused", "chunked", "reference")
-FAST = ("fused", "chunked")
+COMPILED = pytest.param(
+    "compiled",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() or find_compiler() is None,
+        reason="impl='compiled' needs CPU tensors and a C++ compiler",
+    ),
+)
+FAST = ("fused", "chunked", COMPILED)
+IMPLS = (*FAST, "reference")
 F64 = torch.float64
 ODD_VOCABS = (50257, 32001, 151669, 129920)
 
@@ -50,7 +58,28 @@ def test_softcap_with_a_ragged_vocabulary(vocab, softcap, impl, device, assert_w
         hidden.double(), weight.double(), targets, softcap=softcap, entropy=True, dtype=F64
     )
     for name in ("lse", "target_logit", "entropy"):
-        assert_within_budget(getattr(ours, name), getattr(eager, name), getattr(oracle, name), scale=softcap, name=name)
+        assert_within_budget(getattr(ours, name), getattr(eager, name), getattr(oracle, name), name=name)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("softcap", [30.0, 1e3, 1e6])
+def test_a_softcap_far_above_the_logits_costs_no_digits(softcap, impl, device, assert_within_budget):
+    """2 sigmoid(2 x) - 1 for tanh(x) loses them all at x = 1e-7: 0.08 off a logit under a cap of 1e6."""
+    hidden, weight = torch.randn(64, 32, device=device), torch.randn(70, 32, device=device) / 2
+    targets = torch.arange(64, device=device)
+    args, want = (hidden, weight, targets), {"softcap": softcap}
+    ours, eager = er.linear_vocab_stats(*args, impl=impl, **want), reference.linear_vocab_stats(*args, **want)
+    oracle = reference.linear_vocab_stats(hidden.double(), weight.double(), targets, dtype=F64, **want)
+    assert_within_budget(ours.target_logit, eager.target_logit, oracle.target_logit, scale=4.0)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("vocab", [1, 5, 4999, 151669])
+def test_entropy_of_equal_logits_is_at_most_ln_v(vocab, impl, device):
+    out = er.vocab_stats(
+        torch.zeros(1, vocab, device=device), torch.zeros(1, dtype=torch.long, device=device), entropy=True, impl=impl
+    )
+    assert 0 <= out.entropy.item() <= torch.tensor(math.log(vocab)).item()
 
 
 @pytest.mark.parametrize("offset", [-2e4, 1e4, 1e6])
@@ -91,7 +120,7 @@ def test_logprobs_of_rewards_under_a_common_offset(offset, impl, device):
     tokens = torch.randint(0, 200, (2, 6), device=device)
     ours = er.token_rewards(logits, tokens, impl=impl)
     oracle = reference.token_rewards(logits, tokens, dtype=F64)
-    room = 1e-5 if impl in FAST else 1e-5 + offset * 2e-7  # eager torch subtracts a rounded lse
+    room = 1e-5 if impl != "reference" else 1e-5 + offset * 2e-7  # eager torch subtracts a rounded lse
     assert (ours.logprob - oracle.logprob).abs().max() < room
 
 
@@ -191,18 +220,22 @@ def test_any_width_and_strided_weights(impl, dim, device, assert_within_budget):
         assert_within_budget(getattr(ours, name), getattr(eager, name), getattr(oracle, name), scale=30.0, name=name)
 
 
-def test_rows_beyond_32_bit_offsets(device):
+@pytest.mark.parametrize("far", ["logits", "hidden", "weight"])
+def test_rows_beyond_32_bit_offsets(far, device):
     """A view whose last row starts 2^31 elements in. On the CPU the memory is virtual: only touched pages exist."""
-    vocab, rows = 64, 3
+    width, rows = 64, 3
     pitch = 2**31 // (rows - 1) + 64
-    storage = torch.empty(pitch * (rows - 1) + vocab, dtype=torch.bfloat16, device=device)
-    logits = storage.as_strided((rows, vocab), (pitch, 1))
-    logits.copy_(torch.randn(rows, vocab, device=device))
-    targets = torch.randint(0, vocab, (rows,), device=device)
-    fused = er.vocab_stats(logits, targets, entropy=True, impl="fused")
-    expected = er.vocab_stats(logits.clone(), targets, entropy=True, impl="reference")
+    storage = torch.empty(pitch * (rows - 1) + width, dtype=torch.bfloat16, device=device)
+    view = storage.as_strided((rows, width), (pitch, 1))
+    view.copy_(torch.randn(rows, width, device=device))
+    near = torch.randn(40, width, device=device).bfloat16()
+    targets = torch.randint(0, rows, (len(near) if far == "weight" else rows,), device=device)
+    fn = er.vocab_stats if far == "logits" else er.linear_vocab_stats
+    args = {"logits": (view,), "hidden": (view, near), "weight": (near, view)}[far]
+    fused = fn(*args, targets, entropy=True, impl="fused")
+    expected = fn(*(x.clone() for x in args), targets, entropy=True, impl="reference")
     for name in ("lse", "target_logit", "entropy"):
-        torch.testing.assert_close(getattr(fused, name), getattr(expected, name))
+        torch.testing.assert_close(getattr(fused, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", ["logits", "linear"])
@@ -253,6 +286,22 @@ def test_backward_twice_gives_the_same_gradient(impl, device):
     first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
     second = torch.autograd.grad(loss, (hidden, weight))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("programs", [1, 3, 1000])
+def test_a_persistent_grid_gives_the_same_bits(programs, device):
+    from endoreward_fast.fused import interpreted
+    from endoreward_fast.kernels.config import INTERPRETER_CONFIG
+    from endoreward_fast.kernels.linear_vocab_stats import linear_partials
+
+    hidden, weight = torch.randn(40, 24, device=device), torch.randn(300, 24, device=device)
+    targets = torch.randint(0, 300, (40,), device=device)
+    want = {"alpha": 1.0, "entropy": True, "logit_mean": True, "config": INTERPRETER_CONFIG}
+    plain, persistent = (
+        linear_partials(hidden, weight, targets, **want, interpreted=interpreted(), programs=n)
+        for n in (None, programs)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(plain, persistent, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="side streams, CUDA graphs and bf16 tensor cores need a GPU")

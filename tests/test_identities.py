@@ -12,10 +12,18 @@ from hypothesis import strategies as st
 
 import endoreward_fast as er
 from endoreward_fast import reference
+from endoreward_fast.compiled import find_compiler
 from property_cases import ALPHAS, DEVICE, F64, VOCABS, drawn
 
 EPS32 = torch.finfo(torch.float32).eps
-FAST = ("fused", "chunked")
+COMPILED = pytest.param(
+    "compiled",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() or find_compiler() is None,
+        reason="impl='compiled' needs CPU tensors and a C++ compiler",
+    ),
+)
+FAST = ("fused", "chunked", COMPILED)
 ON = pytest.mark.parametrize("impl", FAST)
 PATHS = pytest.mark.parametrize("path", ["logits", "linear"])
 # name: keyword arguments of the head
@@ -74,7 +82,7 @@ def assert_close(a, b, scale):
 @ON
 @PATHS
 def test_rewards_up_to_a_terminal_token_sum_to_the_logprobs_and_the_first_value(impl, path):
-    @drawn(15)
+    @drawn(10)
     @given(st.data())
     def check(data):
         batch = Batch(data)
@@ -94,7 +102,7 @@ def test_rewards_up_to_a_terminal_token_sum_to_the_logprobs_and_the_first_value(
 def test_a_constant_on_a_states_logits_moves_its_value_and_nothing_else(impl, path):
     """Exactly representable, so that the budget is the same as without the constant. Linear: one for all states."""
 
-    @drawn(15)
+    @drawn(10)
     @given(st.data())
     def check(data):
         batch = Batch(data, grid=True)
@@ -119,7 +127,7 @@ def test_a_constant_on_a_states_logits_moves_its_value_and_nothing_else(impl, pa
 @ON
 @PATHS
 def test_the_order_of_the_vocabulary_does_not_matter(impl, path):
-    @drawn(15)
+    @drawn(10)
     @given(st.data())
     def check(data):
         batch = Batch(data)
@@ -137,7 +145,7 @@ def test_the_order_of_the_vocabulary_does_not_matter(impl, path):
 @ON
 @PATHS
 def test_twice_the_logits_at_twice_the_temperature_is_the_same_policy(impl, path):
-    @drawn(15)
+    @drawn(10)
     @given(st.data())
     def check(data):
         batch = Batch(data)
@@ -158,7 +166,7 @@ BITWISE = pytest.mark.parametrize(("impl", "path"), [("fused", "logits"), ("fuse
 
 @BITWISE
 def test_batches_put_together_are_bitwise_the_batches_apart(impl, path):
-    @drawn(15)
+    @drawn(10)
     @given(st.data())
     def check(data):
         batch = Batch(data)
@@ -175,7 +183,7 @@ def test_batches_put_together_are_bitwise_the_batches_apart(impl, path):
 
 @BITWISE
 def test_packed_sequences_are_bitwise_the_sequences_apart(impl, path):
-    @drawn(15)
+    @drawn(10)
     @given(st.data())
     def check(data):
         batch = Batch(data)
@@ -198,7 +206,7 @@ def test_packed_sequences_are_bitwise_the_sequences_apart(impl, path):
 
 @BITWISE
 def test_fewer_scored_tokens_leave_the_others_as_they_were(impl, path):
-    @drawn(15)
+    @drawn(10)
     @given(st.data())
     def check(data):
         batch = Batch(data)
@@ -216,7 +224,7 @@ def test_fewer_scored_tokens_leave_the_others_as_they_were(impl, path):
 def test_gradients_are_slopes(impl, path):
     """In a random direction, against central differences of the fp64 oracle: no autograd on the other side."""
 
-    @drawn(12)
+    @drawn(8)
     @given(st.data())
     def check(data):
         batch = Batch(data)

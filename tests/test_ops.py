@@ -8,8 +8,16 @@ import torch
 
 import endoreward_fast as er
 from endoreward_fast import ops
+from endoreward_fast.compiled import find_compiler
 
-IMPLS = ("fused", "chunked")
+COMPILED = pytest.param(
+    "compiled",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() or find_compiler() is None,
+        reason="impl='compiled' needs CPU tensors and a C++ compiler",
+    ),
+)
+IMPLS = ("fused", "chunked", COMPILED)
 B, T, V, D = 2, 6, 70, 24
 
 
@@ -73,6 +81,25 @@ def test_compiles_whole_and_agrees_with_eager(case, impl):
         grads.append((value, h.grad, w.grad))
     for eager, compiled in zip(*grads, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-4)
+
+
+def test_a_schedule_of_alpha_softcap_and_floor_stays_one_graph(case):
+    """From its second value on, dynamo makes a float symbolic."""
+    hidden, weight, tokens, mask = case
+
+    def score(alpha, softcap, floor):
+        out = er.linear_token_rewards(hidden, weight, tokens, mask=mask, alpha=alpha, softcap=softcap)
+        return er.sequence_score(out.reward, mask, gamma=0.9, floor=floor)
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    for step in range(1, 5):
+        numbers = 0.5 * step, 3.0 * step, 0.01 * step
+        torch.testing.assert_close(compiled(*numbers), score(*numbers))
+
+
+def test_operators_that_read_a_mask_back_say_that_no_cuda_graph_holds_them():
+    for op in ("linear_stats", "linear_stats_backward"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.endoreward_fast, op).default.tags
 
 
 def test_many_lengths_compile_a_bounded_number_of_times(device):

@@ -14,6 +14,7 @@ from hypothesis import given
 
 import endoreward_fast as er
 from endoreward_fast import chunked_tiles, reference
+from endoreward_fast.compiled import find_compiler
 from property_cases import (
     F64,
     drawn,
@@ -28,7 +29,14 @@ from property_cases import (
 )
 
 EPS32 = torch.finfo(torch.float32).eps
-FAST = ("fused", "chunked")
+COMPILED = pytest.param(
+    "compiled",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() or find_compiler() is None,
+        reason="impl='compiled' needs CPU tensors and a C++ compiler",
+    ),
+)
+FAST = ("fused", "chunked", COMPILED)
 CASES = {"logits": logit_cases(), "linear": linear_cases()}
 
 
@@ -65,7 +73,7 @@ def bits(x):
 @pytest.mark.parametrize("path", CASES)
 @pytest.mark.parametrize("impl", FAST)
 def test_within_the_budget(impl, path, kind, assert_within_budget):
-    @drawn(30)
+    @drawn(20)
     @given(CASES[path])
     def check(case):
         before = [bits(x) for x in (*case.tensors.values(), case.tokens)]
@@ -110,7 +118,7 @@ def gradients(module, case, kind, leaf_dtype=None, **extra):
 @pytest.mark.parametrize("path", CASES)
 @pytest.mark.parametrize("impl", FAST)
 def test_gradients_within_the_budget(impl, path, kind, assert_within_budget):
-    @drawn(20)
+    @drawn(14)
     @given(CASES[path])
     def check(case):
         with exact_logits():
