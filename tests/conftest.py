@@ -7,9 +7,18 @@ import os
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which no test module does earlier
+
+# "fixed" draws the same examples every time and shows the first that fails; `HYPOTHESIS_PROFILE=long python -m pytest
+# tests/test_properties.py tests/test_identities.py` draws 1000 new ones a test, and makes those that fail small.
+settings.register_profile(
+    "fixed", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
+)
+settings.register_profile("long", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 EPS32 = torch.finfo(torch.float32).eps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,7 +8,11 @@ from endoreward_fast import ops, reference
 from endoreward_fast.compiled import find_compiler
 
 COMPILED = pytest.param(
-    "compiled", marks=pytest.mark.skipif(find_compiler() is None, reason="impl='compiled' needs a C++ compiler")
+    "compiled",
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() or find_compiler() is None,
+        reason="impl='compiled' needs CPU tensors and a C++ compiler",
+    ),
 )
 IMPLS = ("fused", "chunked", COMPILED, "reference")
 F64 = torch.float64
