@@ -81,17 +81,16 @@ class EndoGRPOMixin:
         return Scored.checked(reward.cpu(), value.cpu(), mask.cpu(), [None] * len(mask)), logprob
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        prompt_ids = self._tokenize_prompts(prompts)[0]
         if self.shares_forward:
-            scored = self._take_shared(prompt_ids, completion_ids_list)
+            scored = self._take_shared(prompts, completion_ids_list)
         else:
-            scored = self.endo_reward.score(prompt_ids, completion_ids_list, completions)
+            scored = self.endo_reward.score(self._tokenize_prompts(prompts)[0], completion_ids_list, completions)
         with self.endo_reward.given(scored):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._scored, self._rewards_per_func = scored, rewards
         return rewards
 
-    def _take_shared(self, prompts: Sequence[Ids], completions: Sequence[Ids]) -> Scored:
+    def _take_shared(self, prompts: Sequence[Any], completions: Sequence[Ids]) -> Scored:
         """What the reference model's forward has found about these completions."""
         if not self._from_reference:
             raise EndoRewardError(f"TRL {version('trl')} asks for rewards before it has run the reference model")
@@ -103,7 +102,8 @@ class EndoGRPOMixin:
         hidden = [i for i, on in enumerate(scored.mask.any(1).tolist()) if not on and scored.errors[i] is None]
         if not hidden:
             return scored
-        own = self.endo_reward.score([prompts[i] for i in hidden], [completions[i] for i in hidden])
+        ids = self._tokenize_prompts([prompts[i] for i in hidden])[0]
+        own = self.endo_reward.score(ids, [completions[i] for i in hidden])
         return scored.with_rows(hidden, own)
 
     def _generate_and_score_completions(self, inputs):
@@ -116,10 +116,11 @@ class EndoGRPOMixin:
         """(B, width) advantages of this process's completions; groups may span processes."""
         scored, rewards = self._scored, self._rewards_per_func  # rewards: of all processes
         device, options = rewards.device, self.endo_reward.options
-        to_go = rewards_to_go(scored.reward, scored.mask, gamma=options.gamma).to(device)
-        to_go = F.pad(to_go, (0, width - to_go.shape[1]))
+        to_go = rewards_to_go(scored.reward, scored.mask, gamma=options.gamma).masked_fill(~scored.mask, torch.nan)
+        to_go = F.pad(to_go, (0, width - to_go.shape[1]), value=torch.nan).to(device)
         local = slice(self.accelerator.process_index * len(to_go), (self.accelerator.process_index + 1) * len(to_go))
-        to_go = self.accelerator.gather(self.accelerator.pad_across_processes(to_go, dim=1))
+        widest = self.accelerator.pad_across_processes(to_go, dim=1, pad_index=torch.nan)
+        to_go = self.accelerator.gather(widest)
         group = self.num_generations if self.model.training else self.num_generations_eval
         advantages = token_advantages(
             to_go, rewards, endo=self.endo_index, weights=self.reward_weights.to(device), group=group,
@@ -135,22 +136,23 @@ def token_advantages(
 
         A[i, h] = (w_e (G[i, h] - mean_j G[j, h]) + S_i - mean_j S_j) / (std + 1e-4)
 
-    to_go    (N, C) G: rewards-to-go of the endogenous reward, 0 once a completion has ended: there is no more to gain,
-             so an ended one still counts in the mean that the others are compared with
+    to_go    (N, C) G: rewards-to-go of the endogenous reward; NaN where there is no token. The mean is over the
+             completions of the group that still go on at place h: of the last one, the rest is compared with nothing
     rewards  (N, K) every function's reward of each completion, NaN where it gave none; column `endo` is this one's
     weights  (K,) of the functions; S is the weighted sum of the others' rewards
     scale    std of the completions' total rewards: over the "group", the "batch", or 1 with "none"
 
-    The baseline depends on the prompt and the place only, never on the token, so the policy gradient keeps its
-    expectation (up to the group's own share in its mean, as in GRPO). With one reward at the end of each completion
-    this is GRPO's advantage. Returns (N, C) float32; a row without any reward gets 0.
+    The baseline depends on the prompt and the place, never on the token chosen there, so the policy gradient keeps its
+    expectation (up to the completion's own share in the mean, as in GRPO). For completions of one length whose whole
+    reward comes with the last token, and for tokens that only the other functions reward, this is GRPO's advantage.
+    Returns (N, C) float32; 0 for a row without any reward.
     """
     given = ~rewards.isnan()
     other = [k for k in range(rewards.shape[1]) if k != endo]
     weighted = rewards * weights
     others = weighted[:, other].nansum(1).masked_fill(~given[:, other].any(1), torch.nan)
     total = weighted.nansum(1).masked_fill(~given.any(1), torch.nan)
-    own = centred(to_go.masked_fill(~given[:, endo, None], torch.nan), group) * weights[endo]
+    own = centred(to_go.masked_fill(~given[:, [endo]], torch.nan), group) * weights[endo]
     advantages = own.nan_to_num(0.0) + centred(others, group).nan_to_num(0.0)[:, None]
     if scale != "none":
         size = group if scale == "group" else len(total)
