@@ -110,14 +110,14 @@ def summarise(
     flops, traffic, share = case.flops(), case.bytes(), case.share_of_ceiling(first)
     peers = {}
     for name, t in times.items():
-        peers[name] = spread = _spread(t, times[first])
+        peers[name] = found = spread(t, times[first])
         is_ceiling = share is not None and name == first
         own = 1 / share if is_ceiling else 1.0  # a copy moves more bytes than the least that the subject must
-        spread["gb_per_s"] = traffic and own * traffic / spread["median_s"] / 1e9
-        spread["tflops"] = flops and own * flops / spread["median_s"] / 1e12
-        spread["of_ceiling"] = share and (1.0 if is_ceiling else share / spread["ratio"])
-        spread["extra_mib"] = extra.get(name)
-        spread["queue_s"] = (queue or {}).get(name)
+        found["gb_per_s"] = traffic and own * traffic / found["median_s"] / 1e9
+        found["tflops"] = flops and own * flops / found["median_s"] / 1e12
+        found["of_ceiling"] = share and (1.0 if is_ceiling else share / found["ratio"])
+        found["extra_mib"] = extra.get(name)
+        found["queue_s"] = (queue or {}).get(name)
     return {
         "name": case.name,
         **asdict(case),
@@ -134,7 +134,7 @@ def summarise(
     }
 
 
-def _spread(times: list[float], baseline: list[float]) -> dict:
+def spread(times: list[float], baseline: list[float]) -> dict:
     ratios = [t / b for t, b in zip(times, baseline, strict=True)]
     return {
         "median_s": statistics.median(times),
