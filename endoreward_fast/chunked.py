@@ -48,14 +48,14 @@ def logits_forward(
     stats = _empty_stats(len(source), device, entropy, logit_mean)
     tiles = logits_tiles(len(source), vocab, device)
     whole = vocab - vocab % tiles.chunk
-    buffers = [Buffer(tiles.rows * tiles.vocab, device) for _ in range(2)]
+    buffer, scratch = (Buffer(size, device) for size in (tiles.rows * tiles.vocab, entropy * tiles.rows * tiles.vocab))
     stats.target_logit.copy_(source.pick(source.keep(targets)))
     for rows in spans(0, len(source), tiles.rows):
         partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, alpha, entropy, logit_mean)
         for columns in [*spans(0, whole, tiles.vocab), *spans(whole, vocab, tiles.chunk)]:
-            z = buffers[0].view(length(rows), length(columns)).copy_(source.load(rows, columns))
+            z = buffer.view(length(rows), length(columns)).copy_(source.load(rows, columns))
             chunks = slice(columns.start // tiles.chunk, -(-columns.stop // tiles.chunk))
-            partials.reduce(z, buffers[1], chunks, slice(0, length(rows)))
+            partials.reduce(z, scratch, chunks, slice(0, length(rows)))
         partials.combine(vocab, rows, stats)
     stats = _with_lse(stats, alpha)
     stats = RowStats(*(None if f is None else source.spread(f) for f in stats))
@@ -75,7 +75,7 @@ def linear_forward(
     num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
     tiles = linear_tiles(hidden, weight)
     tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
-    buffers = [Buffer(tiles.rows * tiles.vocab, device) for _ in range(2)]
+    buffer, scratch = (Buffer(size, device) for size in (tiles.rows * tiles.vocab, entropy * tiles.rows * tiles.vocab))
     stats = _empty_stats(num_rows, device, entropy, logit_mean)
     for sweep in spans(0, num_rows, limits_for(device).rows_per_sweep):
         partials = _Partials(-(-vocab // tiles.vocab), length(sweep), device, alpha, entropy, logit_mean)
@@ -83,10 +83,10 @@ def linear_forward(
             tile.load_weight(columns)
             for rows in spans(sweep.start, sweep.stop, tiles.rows):
                 tile.load_hidden(rows)
-                z = tile.logits(buffers[0].view(length(rows), length(columns)))
+                z = tile.logits(buffer.view(length(rows), length(columns)))
                 _pick_targets(z, targets[rows], columns, stats.target_logit[rows])
                 in_sweep = slice(rows.start - sweep.start, rows.stop - sweep.start)
-                partials.reduce(z, buffers[1], slice(chunk, chunk + 1), in_sweep)
+                partials.reduce(z, scratch, slice(chunk, chunk + 1), in_sweep)
         partials.combine(vocab, sweep, stats)
     stats = _with_lse(stats, alpha)
     return with_rewards(stats, targets, vocab, successor, alpha)
@@ -103,10 +103,10 @@ class _Partials:
         self._sum = torch.empty_like(self._peak) if logit_mean else None
 
     def reduce(self, z: Tensor, scratch: Buffer, chunks: slice, rows: slice) -> None:
-        """Take in `chunks` of z (rows, chunks * width), contiguous. z is overwritten.
+        """Take in `chunks` of z (rows, chunks * width), contiguous. z is overwritten; `scratch` is for entropy.
 
-        log_softmax makes its three passes while a chunk's row is in the first-level cache, and its maximum is
-        exactly -log_sum. A chunk that is all -inf comes out as NaN here; `combine` puts it right.
+        log_softmax makes its three passes while a chunk's row is in cache, in place, which leaves room there; its
+        maximum is exactly -log_sum. A chunk that is all -inf comes out as NaN here; `combine` puts it right.
         """
         shape = (length(rows), length(chunks))
         z = z.view(shape[0] * shape[1], -1)
@@ -116,11 +116,12 @@ class _Partials:
             self._sum[chunks, rows] = z.sum(-1).view(shape).T
         # Shifted before it is scaled: the other way round rounds a common offset into the differences.
         x = z if self._alpha == 1.0 else z.sub_(peak.unsqueeze(1)).div_(self._alpha)
-        log_p = torch.log_softmax(x, -1, out=scratch.view(*x.shape))
+        log_p = torch.log_softmax(x, -1, out=x)
         self._log_sum[chunks, rows] = -log_p.amax(-1).view(shape).T
         if self._entropy is not None:
             log_p.clamp_(min=EXP_IS_ZERO)  # so that 0 * log 0 is 0
-            self._entropy[chunks, rows] = -torch.exp(log_p, out=x).mul_(log_p).sum(-1).view(shape).T
+            entropy = -torch.exp(log_p, out=scratch.view(*x.shape)).mul_(log_p).sum(-1)
+            self._entropy[chunks, rows] = entropy.view(shape).T
 
     def combine(self, vocab: int, rows: slice, stats: RowStats) -> None:
         """Write these rows' statistics, but for lse and target_logit, into `rows` of stats."""

@@ -32,7 +32,9 @@ CPU_LIMITS = Limits(tile=MIB // 2, native_tile=4 * MIB, stored_tile=MIB, rows=51
 GPU_LIMITS = Limits(
     tile=16 * MIB, native_tile=16 * MIB, stored_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384
 )
-LOGITS_CHUNK = 8192  # columns of stored logits that are reduced together
+# Columns of stored logits that are reduced together. Wider is faster, but log_softmax adds up a row in as many plain
+# float32 additions as its width over the vector's: from 64K a constant row with one peak leaves the error budget.
+LOGITS_CHUNK = 16384
 FEW_ROWS = 16  # up to here a native bfloat16 matmul wins on any CPU: reading `weight` is what takes the time
 LINEAR_CHUNK = 8192  # most columns of a linear tile, when it has few rows
 
