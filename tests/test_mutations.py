@@ -1,4 +1,4 @@
-"""A deliberately broken kernel must fail: each mutation is applied to a copy, where one named test must notice."""
+"""A deliberately broken copy must fail: each mutation is applied to one, where one named test must notice."""
 
 import os
 import shutil
@@ -10,138 +10,56 @@ from pathlib import Path
 import pytest
 
 from endoreward_fast.compiled import find_compiler
+from more_mutations import MORE_MUTATIONS
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parents[1]
-HARD, MAIN = "tests/test_hard_cases.py", "tests/test_functional.py"
-# name: (file, what stands there, what replaces it, the test that must fail)
-MUTATIONS = {
-    "columns outside count as exp(0)": (
-        "kernels/linear_vocab_stats.py",
-        "if o_v + BLOCK_V > vocab:",
-        "if o_v + BLOCK_V > vocab + BLOCK_V:",
-        f"{HARD}::test_softcap_with_a_ragged_vocabulary[fused-1.0-129]",
-    ),
-    "no rescaling when the maximum moves": (
-        "kernels/primitives.py",
-        "s = s_a * w_a + s_b * w_b",
-        "s = s_a + s_b * w_b",
-        f"{MAIN}::test_linear_statistics[fused-plain-ragged]",
-    ),
-    "-inf minus -inf": (
-        "kernels/primitives.py",
-        "return tl.where(m == NEG_INF, 0.0, m)",
-        "return m",
-        f"{HARD}::test_a_whole_tile_of_minus_infinity_and_single_ones[fused]",
-    ),
-    "the target of the next tile": (
-        "kernels/linear_vocab_stats.py",
-        "tl.where(col[None, :] == target[:, None], z, 0.0)",
-        "tl.where(col[None, :] == target[:, None] + 1, z, 0.0)",
-        f"{MAIN}::test_linear_statistics[fused-plain-ragged]",
-    ),
-    "alpha forgotten in the value": (
-        "kernels/combine.py",
-        "m_n + alpha * log_total_of(s_n)",
-        "m_n + log_total_of(s_n)",
-        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
-    ),
-    "the value of a terminal state": (
-        "kernels/combine.py",
-        "value_after = tl.where(s_n == 0.0, 0.0,",
-        "value_after = tl.where(s_n != s_n, 0.0,",
-        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
-    ),
-    "one upstream gradient for every row": (
-        "kernels/vocab_stats.py",
-        "g = tl.load(g_lse + row)",
-        "g = tl.load(g_lse)",
-        f"{MAIN}::test_gradients[False-logits-fused]",
-    ),
-    "the bias added twice": (
-        "kernels/primitives.py",
-        "z += b_bias",
-        "z += 2 * b_bias",
-        f"{HARD}::test_a_bias_is_counted_once_whatever_the_vocabulary_is_split_into[fused]",
-    ),
-    "tanh without its polynomial": (
-        "kernels/primitives.py",
-        "tl.where(tl.abs(x) < 0.625, x + x * y * near, far)",
-        "far",
-        f"{HARD}::test_a_softcap_far_above_the_logits_costs_no_digits[1000.0-fused]",
-    ),
-    "strides ignored": (
-        "kernels/vocab_stats.py",
-        "col.to(tl.int64) * stride_vocab",
-        "col.to(tl.int64)",
-        f"{HARD}::test_strides_are_honoured_and_inputs_left_alone[transposed-fused]",
-    ),
-    "entropy left out of the gradient": (
-        "kernels/vocab_stats.py",
-        "dz = e * share * (constant - b_g_entropy * (d * LN2))",
-        "dz = e * share * constant",
-        f"{MAIN}::test_gradients[False-logits-fused]",
-    ),
-    "the successor's row is one too far": (
-        "kernels/combine.py",
-        "p_m, p_s, p_t, after, m_row",
-        "p_m, p_s, p_t, after + 1, m_row",
-        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
-    ),
-    "the vocabulary's part forgotten": (
-        "kernels/vocab_stats.py",
-        "tl.load(targets + row) - first, tl.load(g_target + row)",
-        "tl.load(targets + row), tl.load(g_target + row)",
-        "tests/test_workspace.py::test_statistics_and_gradients[many tiles-dtype0-plain]",
-    ),
-    "a batch-dependent order of sums": (
-        "kernels/combine.py",
-        "for _ in range(1, n_splits):\n        o += n_rows\n        b_m",
-        "for _ in range(1, n_splits - (n_rows > 8)):\n        o += n_rows\n        b_m",
-        f"{HARD}::test_a_row_alone_is_bitwise_the_same_row_in_a_batch_and_from_run_to_run[linear]",
-    ),
-    "compiled: no rescaling when the maximum moves": (
-        "compiled.cpp",
-        "total *= shrink;",
-        "",
-        f"{HARD}::test_odd_vocabularies[compiled-peaked-50257]",
-    ),
-    "compiled: the last vector filled up with zeros": (
-        "compiled.cpp",
-        "length, buffer, -INFINITY);",
-        "length, buffer, 0);",
-        f"{HARD}::test_odd_vocabularies[compiled-all negative-50257]",
-    ),
-}
-NEEDS_COMPILER = [name for name in MUTATIONS if name.startswith("compiled")]
+ALL = MUTATIONS | MORE_MUTATIONS
+NEEDS_COMPILER = [name for name in ALL if name.startswith("compiled")]
+PROCESSES = 2
+
+
+def break_a_copy(copy: Path, file: str, old: str, new: str) -> None:
+    ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "kernels")
+    shutil.copytree(ROOT / "endoreward_fast", copy / "endoreward_fast", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", copy / "endoreward_fast" / "kernels")
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    target = copy / "endoreward_fast" / file
+    text = target.read_text()
+    assert text.count(old) == 1, f"{file} no longer holds {old!r} once"
+    target.write_text(text.replace(old, new))
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
+def outcomes(tmp_path_factory) -> dict[str, tuple[str, str]]:
+    """name: (exit status, output) of the test that must fail."""
     folder = tmp_path_factory.mktemp("mutations")
+    runs = []
+    for number, (name, (file, old, new, test)) in enumerate(ALL.items()):
+        break_a_copy(folder / str(number), file, old, new)
+        runs.append((name, folder / str(number), test))
 
-    def run(item):
-        number, (file, old, new, test) = item
-        copy = folder / str(number)
-        ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "kernels")
-        shutil.copytree(ROOT / "endoreward_fast", copy / "endoreward_fast", ignore=ignore)
-        shutil.copytree(ROOT / "kernels", copy / "endoreward_fast" / "kernels")
-        shutil.copytree(ROOT / "tests", copy / "tests", ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        target = copy / "endoreward_fast" / file
-        text = target.read_text()
-        assert text.count(old) == 1, f"{file} no longer holds {old!r} once"
-        target.write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(copy / "cache")}
-        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
+    def work(share):
+        arguments = [str(x) for _, copy, test in share for x in (copy, test)]
+        command = [sys.executable, ROOT / "tests/mutation_runner.py", *arguments]
+        done = subprocess.run(
+            command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True
+        )
+        statuses = done.stdout.split()
+        return {
+            name: (status, (copy / "output").read_text())
+            for (name, copy, _), status in zip(share, statuses, strict=True)
+        }
 
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MUTATIONS, pool.map(run, enumerate(MUTATIONS.values())), strict=True))
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        shares = pool.map(work, [runs[i::PROCESSES] for i in range(PROCESSES)])
+        return {name: outcome for share in shares for name, outcome in share.items()}
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_fails(name, outcomes):
+@pytest.mark.parametrize("name", ALL)
+def test_a_broken_copy_fails(name, outcomes):
     if name in NEEDS_COMPILER and find_compiler() is None:
         pytest.skip("impl='compiled' needs a C++ compiler")
-    done = outcomes[name]
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+    status, output = outcomes[name]
+    assert status == "1" and "1 failed" in output, output[-2000:]
