@@ -29,7 +29,7 @@ OURS_FUSED, OURS_CHUNKED = f"{OURS}, fused", f"{OURS}, chunked"
 FOUR_MATMULS = "four bare matmuls"
 STATISTICS_ALONE, TOKEN_REWARDS = f"{OURS}, statistics alone", f"{OURS}, token rewards"
 SUBJECTS = (
-    *("linear", "linear forward+backward", "linear masked", "linear rewards"),
+    *("linear", "linear forward+backward", "linear masked", "linear rewards", "linear search"),
     *("logits", "logits entropy", "logits backward", "logits rewards"),
 )
 IMPLS = {OURS_CHUNKED: "chunked", OURS_FUSED: "fused"}
@@ -38,7 +38,8 @@ TRL_CHUNK = 32768  # TRL's own, which is private there
 
 def peers(subject: str) -> dict[str, Peer]:
     """Every peer of a subject; the first is what ratios are taken to, the last is ours."""
-    makers = (_linear, _training, _masked, _linear_rewards, _logits, _entropy, _logits_backward, _logits_rewards)
+    linear = (_linear, _training, _masked, _linear_rewards, _search)
+    makers = (*linear, _logits, _entropy, _logits_backward, _logits_rewards)
     return dict(zip(SUBJECTS, makers, strict=True))[subject]()
 
 
@@ -114,6 +115,32 @@ def _linear() -> dict[str, Peer]:
 
 def _ours_linear(impl: str, i: Inputs, mask: Tensor | None = None):
     stats = linear_vocab_stats(i.hidden, i.weight, i.targets, mask=mask, softcap=i.shape.softcap, impl=impl)
+    return stats.lse, stats.target_logit
+
+
+def _search() -> dict[str, Peer]:
+    """The linear kernel under every candidate config: what the static table is to be filled from."""
+    from endoreward_fast.kernels.config import LINEAR_SEARCH
+
+    def name(c):
+        grid = f", {c.persistent} persistent" if c.persistent else ""
+        return f"{OURS}, {c.block_n}x{c.block_v}x{c.block_d}/{c.num_stages} {c.num_warps} warps, group {c.group}{grid}"
+
+    missing = None
+    if torch.cuda.is_available() and (torch.version.hip or torch.cuda.get_device_capability()[0] not in (9, 10)):
+        missing = "the candidates are for Hopper and data-centre Blackwell"
+    bare = Peer(lambda i: torch.mm(i.hidden, i.weight.T), gives="nothing", bytes_per_logit=2)
+    ours = {name(c): Peer(functools.partial(_under, c), missing=missing) for c in LINEAR_SEARCH}
+    return {BARE_MATMUL: bare} | ours
+
+
+def _under(config, i: Inputs):
+    from endoreward_fast import fused
+
+    stats, _ = fused.linear_forward(
+        i.hidden, i.weight, i.targets, bias=None, logit_scale=1.0, softcap=i.shape.softcap, alpha=1.0, entropy=False,
+        logit_mean=False, config=config,
+    )  # fmt: skip
     return stats.lse, stats.target_logit
 
 

@@ -62,8 +62,9 @@ def logits_backward(logits: Tensor, targets: Tensor, stats: RowStats, grads: Row
 
 def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias, logit_scale: float, softcap, alpha: float,
-    entropy: bool, logit_mean: bool, successor=None,
+    entropy: bool, logit_mean: bool, successor=None, config=None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
+    """`config`: a LinearConfig in place of the table's, for measurements."""
     from .kernels.combine import combine
     from .kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays
     from .kernels.linear_vocab_stats import linear_partials, tma_usable
@@ -73,7 +74,8 @@ def linear_forward(
     arch = _arch(hidden.device)
     size = hidden.element_size()
     tma = arch is not None and tma_pays(arch, size) and tma_usable(weight)
-    config = INTERPRETER_CONFIG if arch is None else linear_config(arch, size, tma)
+    if config is None:
+        config = INTERPRETER_CONFIG if arch is None else linear_config(arch, size, tma)
     partials = linear_partials(
         hidden, weight, targets, head=Head(bias, logit_scale, softcap), alpha=alpha, entropy=entropy,
         logit_mean=logit_mean, config=config, tma=tma, interpreted=arch is None,
@@ -100,6 +102,8 @@ def _arch(device: torch.device) -> int | str | None:
 
 
 def _processors(device: torch.device) -> int:
+    if device.type == "cpu":  # in the interpreter
+        return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
