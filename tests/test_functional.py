@@ -14,7 +14,8 @@ COMPILED = pytest.param(
         reason="impl='compiled' needs CPU tensors and a C++ compiler",
     ),
 )
-IMPLS = ("fused", "chunked", COMPILED, "reference")
+FUSED = pytest.param("fused", marks=pytest.mark.sanitize)
+IMPLS = (FUSED, "chunked", COMPILED, "reference")
 F64 = torch.float64
 HEADS = {
     "plain": {},

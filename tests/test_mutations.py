@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -62,4 +63,5 @@ def test_a_broken_copy_fails(name, outcomes):
     if name in NEEDS_COMPILER and find_compiler() is None:
         pytest.skip("impl='compiled' needs a C++ compiler")
     status, output = outcomes[name]
-    assert status == "1" and "1 failed" in output, output[-2000:]
+    crashed = status == str(-signal.SIGSEGV)  # in the interpreter a wild address is one of this process
+    assert crashed or (status == "1" and "1 failed" in output), f"exit status {status}: {output[-2000:]}"
