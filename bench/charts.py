@@ -14,6 +14,7 @@ from bench.peers import BARE_MATMUL, DEVICE_COPY, OURS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 INK, MUTED = "#22272e", "#6b7480"
 OURS_COLOURS = {
@@ -92,6 +93,8 @@ def panel(axis, title: str, group: list[dict], along: str, field: str, scale: fl
     ticks = [case[along] for case in group]
     axis.set_xticks(ticks, [f"{x // 1024}K" if x >= 16384 else str(x) for x in ticks])
     axis.minorticks_off()
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     quiet(axis)
 
 
@@ -171,10 +174,11 @@ def finish(figure, axes, environment: dict, path: Path) -> Path:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(name, handle)
     height = figure.get_figheight()
-    lines = -(-len(entries) // 4)
+    columns = max(1, int(figure.get_figwidth() / 2.3))
+    lines = -(-len(entries) // columns)
     figure.tight_layout(rect=(0, (0.38 + 0.2 * lines) / height, 1, 1), w_pad=1.5, h_pad=1.5)
-    at = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.26 / height), "ncol": 4, "fontsize": 8.5, "frameon": False}
-    figure.legend(entries.values(), entries.keys(), **at)
+    at = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.26 / height), "ncol": columns, "fontsize": 8.5}
+    figure.legend(entries.values(), entries.keys(), frameon=False, **at)
     where = environment.get("gpu") or f"{environment['cpu']}, {environment['threads']} threads"
     note = f"{where}, torch {environment['torch']}, {environment['date'][:10]}. Medians; bands are quartiles."
     figure.text(0.01, 0.08 / height, note, fontsize=8, color=MUTED)

@@ -128,18 +128,24 @@ class EndoRewardModel(nn.Module):
         return self._rewards(self.layouts.arguments(layout), scored, terminal, alpha, entropy, impl)
 
     def rewards_of_padded(
-        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0
-    ) -> TokenRewards:
-        """`forward` of rows that are padded on the right and masked rightly.
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0,
+        attention_mask: Tensor | None = None,
+    ) -> TokenRewards:  # fmt: skip
+        """`forward` of rows that are masked rightly, run as they are given: positions are the model's own affair.
 
-        No attention_mask: a causal model's tokens do not see what is behind them, and attention is faster without one.
+        Rows padded on the right need no attention_mask: a causal model's tokens do not see what is behind them, and
+        attention is faster without one.
         """
-        return self._rewards({"input_ids": input_ids}, scored, terminal, alpha, False, "auto")
+        arguments = {"input_ids": input_ids}
+        if attention_mask is not None:
+            arguments["attention_mask"] = attention_mask
+        return self._rewards(arguments, scored, terminal, alpha, False, "auto")
 
     def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
         """Scores of rows, in their order. `encoding` has the table of rows, `ScoreOptions` the options:
 
-        alpha, reduction, gamma, floor, system, chat, max_length, truncate, append_eos, max_tokens_per_batch, per_token
+        alpha, reduction, gamma, floor, system, chat, max_length, truncate, append_eos, max_tokens_per_batch,
+        per_token, texts
 
         A row that cannot be scored gets an `error` and stops no other. Runs in evaluation mode and without autograd,
         in batches of like length; a row's score does not depend on its companions, up to float noise.

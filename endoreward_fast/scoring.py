@@ -26,7 +26,7 @@ class TokenTable:
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
-    """what each token adds to the text; "" for each without a tokenizer"""
+    """what each token adds to the text; "" for each without a tokenizer, or with texts=False"""
     rewards: tuple[float, ...]
     logprobs: tuple[float, ...]
     """nats"""
@@ -87,6 +87,8 @@ class ScoreOptions:
     """padding included; a longer row runs alone"""
     per_token: bool = False
     """fill RowScore.tokens"""
+    texts: bool = True
+    """and its texts, which take longer to find than everything else in it"""
 
     def __post_init__(self) -> None:
         for name, fine, wanted in (
@@ -168,7 +170,7 @@ def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: Score
             rewards.reward, mask, reduction=options.reduction, gamma=options.gamma, floor=options.floor
         )
         summed = torch.stack([totals.double(), rewards.logprob.double().sum(1)]).tolist()
-        tables = _tables(scorer, batch, rewards) if options.per_token else [None] * len(batch)
+        tables = _tables(scorer, batch, rewards, options.texts) if options.per_token else [None] * len(batch)
     results = []
     for encoded, score, logprob, table in zip(batch, *summed, tables, strict=True):
         count = len(encoded.input_ids) - encoded.prompt_length
@@ -194,13 +196,14 @@ def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(rows), scored, terminal
 
 
-def _tables(scorer: "EndoRewardModel", batch: list[Encoded], rewards: TokenRewards) -> list[TokenTable]:
+def _tables(scorer: "EndoRewardModel", batch: list[Encoded], rewards: TokenRewards, texts: bool) -> list[TokenTable]:
     fields = torch.stack([rewards.reward, rewards.logprob, rewards.value]).tolist()
     tables = []
     for i, encoded in enumerate(batch):
         start, stop = encoded.prompt_length, len(encoded.input_ids)
         ids = encoded.input_ids[start:]
-        known = scorer.tokenizer is not None
-        texts = token_texts(scorer.tokenizer, encoded.input_ids, start) if known else ("",) * len(ids)
-        tables.append(TokenTable(tuple(ids), texts, *(tuple(field[i][start:stop]) for field in fields)))
+        named = ("",) * len(ids)
+        if texts and scorer.tokenizer is not None:
+            named = token_texts(scorer.tokenizer, encoded.input_ids, start)
+        tables.append(TokenTable(tuple(ids), named, *(tuple(field[i][start:stop]) for field in fields)))
     return tables

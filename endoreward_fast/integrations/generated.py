@@ -1,0 +1,75 @@
+"""Completions as a policy generated them, token ids in and scores out: what every trainer's adapter stands on.
+
+Ids are scored as they were sampled. Text would be tokenized anew, into other tokens than the policy chose.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import EndoRewardError
+from ..model import EndoRewardModel, RowScore
+
+Ids = Sequence[int]
+
+
+def scorer_of(model: Any, tokenizer: Any = None) -> EndoRewardModel:
+    """An EndoRewardModel from itself, a loaded model, or a name or folder ("pocket" is built in).
+
+    Raises EndoRewardError as EndoRewardModel does.
+    """
+    if isinstance(model, EndoRewardModel):
+        return model
+    if isinstance(model, torch.nn.Module):
+        return EndoRewardModel(model, tokenizer)
+    return EndoRewardModel.from_pretrained(model)
+
+
+def ending_ids(scorer: EndoRewardModel, tokenizer: Any = None) -> frozenset[int]:
+    """Tokens that end an episode: those at which the model's generation stops, and the tokenizer's own."""
+    own = (getattr(t, "eos_token_id", None) for t in (tokenizer, scorer.tokenizer))
+    return frozenset(scorer.eos_ids) | {i for i in own if i is not None}
+
+
+def score_generated(
+    scorer: EndoRewardModel, prompts: Sequence[Ids], completions: Sequence[Ids], ends: Collection[int], **options: Any
+) -> list[RowScore]:
+    """Scores of completions after their prompts, in their order; `options` as in EndoRewardModel.score.
+
+    A completion whose last token is in `ends` is whole: V(s') = 0 after it. Any other was cut off: V(s') counts.
+    An empty completion has no score here: nothing was chosen, so there is nothing to reward.
+    """
+    rows = [
+        {"prompt_ids": p, "completion_ids": c, "terminal": bool(len(c)) and int(c[-1]) in ends}
+        for p, c in zip(prompts, completions, strict=True)
+    ]
+    unscored = RowScore(None, 0, None, ("empty",), "the completion is empty: there is no token to reward")
+    return [unscored if "empty" in score.flags else score for score in scorer.score(rows, **options)]
+
+
+def refuse_other_vocabulary(scorer: EndoRewardModel, tokenizer: Any) -> None:
+    """EndoRewardError, naming both vocabularies, unless the policy's token ids mean the same to the reward model.
+
+    Special tokens that only the policy's tokenizer knows (an added padding token) are let pass: a completion that
+    holds one is refused by itself.
+    """
+    if tokenizer is None or scorer.tokenizer is None or tokenizer is scorer.tokenizer:
+        return
+    known, asked = scorer.tokenizer.get_vocab(), tokenizer.get_vocab()
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    for token, i in asked.items():
+        if known.get(token) == i or (token not in known and i in added and added[i].special):
+            continue
+        other = scorer.tokenizer.convert_ids_to_tokens(i) if i < len(scorer.tokenizer) else None
+        theirs = f"is {other!r}" if other is not None else "does not exist"
+        raise EndoRewardError(
+            f"the policy's vocabulary ({_named(tokenizer, asked)}) is not the reward model's "
+            f"({_named(scorer.tokenizer, known)}): token {i} is {token!r} in the first and {theirs} in the second; "
+            "token ids can only be scored by a model with the same tokenizer"
+        )
+
+
+def _named(tokenizer: Any, vocabulary: dict[str, int]) -> str:
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return f"{name}, {len(vocabulary)} tokens"
