@@ -38,6 +38,19 @@ def test_gradients_of_rows_beyond_32_bit_offsets(device):
     torch.testing.assert_close(*gradients)
 
 
+def test_the_bulk_copy_engine_is_offered_only_what_it_can_read(device):
+    """Base and row pitch on 16 bytes, unit stride, rows apart: anything else goes to the kernel with pointers."""
+    from endoreward_fast.kernels.linear_vocab_stats import tma_usable
+
+    storage = torch.empty(1024, dtype=torch.bfloat16, device=device)
+
+    def usable(start=0, pitch=64, step=1):
+        return tma_usable(storage.as_strided((4, 32), (pitch, step), start))
+
+    assert usable() and usable(start=8) and usable(pitch=40)
+    assert not any((usable(start=1), usable(start=4), usable(pitch=60), usable(pitch=16), usable(pitch=128, step=2)))
+
+
 @needs_gpu
 @pytest.mark.parametrize("path", ["logits", "linear"])
 def test_a_side_stream_and_a_cuda_graph(path):

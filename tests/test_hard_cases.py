@@ -49,7 +49,6 @@ def test_odd_vocabularies(vocab, kind, impl, device, assert_within_budget):
 @pytest.mark.parametrize("vocab", [129, 333])
 @pytest.mark.parametrize("softcap", [1.0, 30.0])
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.sanitize
 def test_softcap_with_a_ragged_vocabulary(vocab, softcap, impl, device, assert_within_budget):
     """tanh turns the -inf of a column outside into -softcap, and 0 stays 0: both would be counted."""
     hidden, weight = torch.randn(5, 16, device=device), torch.randn(vocab, 16, device=device) * 4
@@ -185,7 +184,6 @@ def test_bounds_hold_always(impl, peak, device):
 
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("layout", ["transposed", "padded rows", "every other", "slice of time", "unaligned"])
-@pytest.mark.sanitize
 def test_strides_are_honoured_and_inputs_left_alone(impl, layout, device):
     b, t, v = 3, 6, 150
     logits = torch.randn(b, t, v, device=device)
@@ -207,12 +205,13 @@ def test_strides_are_honoured_and_inputs_left_alone(impl, layout, device):
         results.append([*out[:3], z.grad])
     for a, c in zip(*results, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-6)
+    # The gradient of a sum arrives at stride 0: read as dense it is wrong both times.
+    torch.testing.assert_close(strided.grad, torch.softmax(logits, -1), rtol=1e-5, atol=1e-6)
     assert torch.equal(view, before)
 
 
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("dim", [70, 123, 300])
-@pytest.mark.sanitize
 def test_any_width_and_strided_weights(impl, dim, device, assert_within_budget):
     wide = torch.randn(90, dim + 5, device=device)
     weight, hidden = wide[:, 3 : dim + 3], torch.randn(dim, 11, device=device).T
@@ -225,7 +224,6 @@ def test_any_width_and_strided_weights(impl, dim, device, assert_within_budget):
 
 
 @pytest.mark.parametrize("path", ["logits", "linear"])
-@pytest.mark.sanitize
 def test_a_row_alone_is_bitwise_the_same_row_in_a_batch_and_from_run_to_run(path, device):
     hidden, weight = torch.randn(37, 48, device=device), torch.randn(500, 48, device=device)
     targets = torch.randint(0, 500, (37,), device=device)
@@ -283,7 +281,6 @@ def test_backward_twice_gives_the_same_gradient(path, impl, device):
 
 
 @pytest.mark.parametrize("programs", [1, 3, 1000])
-@pytest.mark.sanitize
 def test_a_persistent_grid_gives_the_same_bits(programs, device):
     from endoreward_fast.fused import interpreted
     from endoreward_fast.kernels.config import INTERPRETER_CONFIG

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import endoreward_fast as er
 from endoreward_fast import ops
@@ -104,7 +105,7 @@ def test_operators_that_read_a_mask_back_say_that_no_cuda_graph_holds_them():
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_many_lengths_compile_a_bounded_number_of_times(impl, device):
-    counter = torch._dynamo.testing.CompileCounter()
+    counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
     def rewards(hidden, weight, tokens):

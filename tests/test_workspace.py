@@ -6,7 +6,6 @@ import torch
 from endoreward_fast import chunked, reference, workspace
 from endoreward_fast.rows import RowGrads
 
-pytestmark = pytest.mark.sanitize
 FIELDS = ("lse", "target_logit", "entropy", "logit_mean")
 HEADS = {
     "plain": {},
