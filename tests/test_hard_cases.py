@@ -1,12 +1,13 @@
 """What fused vocabulary kernels have been seen to get wrong, one named test each."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import endoreward_fast as er
-from endoreward_fast import reference
+from endoreward_fast import chunked_tiles, reference, workspace
 from endoreward_fast.compiled import find_compiler
 
 COMPILED = pytest.param(
@@ -204,6 +205,8 @@ def test_strides_are_honoured_and_inputs_left_alone(impl, layout, device):
         results.append([*out[:3], z.grad])
     for a, c in zip(*results, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-6)
+    # The gradient of a sum arrives at stride 0: read as dense it is wrong both times.
+    torch.testing.assert_close(strided.grad, torch.softmax(logits, -1), rtol=1e-5, atol=1e-6)
     assert torch.equal(view, before)
 
 
@@ -218,24 +221,6 @@ def test_any_width_and_strided_weights(impl, dim, device, assert_within_budget):
     oracle = reference.linear_vocab_stats(hidden.double(), weight.double(), targets, entropy=True, dtype=F64)
     for name in ("lse", "target_logit", "entropy"):
         assert_within_budget(getattr(ours, name), getattr(eager, name), getattr(oracle, name), scale=30.0, name=name)
-
-
-@pytest.mark.parametrize("far", ["logits", "hidden", "weight"])
-def test_rows_beyond_32_bit_offsets(far, device):
-    """A view whose last row starts 2^31 elements in. On the CPU the memory is virtual: only touched pages exist."""
-    width, rows = 64, 3
-    pitch = 2**31 // (rows - 1) + 64
-    storage = torch.empty(pitch * (rows - 1) + width, dtype=torch.bfloat16, device=device)
-    view = storage.as_strided((rows, width), (pitch, 1))
-    view.copy_(torch.randn(rows, width, device=device))
-    near = torch.randn(40, width, device=device).bfloat16()
-    targets = torch.randint(0, rows, (len(near) if far == "weight" else rows,), device=device)
-    fn = er.vocab_stats if far == "logits" else er.linear_vocab_stats
-    args = {"logits": (view,), "hidden": (view, near), "weight": (near, view)}[far]
-    fused = fn(*args, targets, entropy=True, impl="fused")
-    expected = fn(*(x.clone() for x in args), targets, entropy=True, impl="reference")
-    for name in ("lse", "target_logit", "entropy"):
-        torch.testing.assert_close(getattr(fused, name), getattr(expected, name), rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("path", ["logits", "linear"])
@@ -266,25 +251,32 @@ def test_a_bias_is_counted_once_whatever_the_vocabulary_is_split_into(impl, devi
 
 
 @pytest.mark.parametrize("impl", FAST)
-def test_weight_gradient_in_bf16_accumulates_in_fp32(impl, device):
-    """Many rows whose contributions are far below the running sum's bf16 spacing."""
-    rows, vocab, dim = 5000, 64, 16
+def test_weight_gradient_in_bf16_accumulates_in_fp32(impl, device, monkeypatch):
+    """17 tiles of 16 rows. The first row brings 256, where bf16 is spaced by 2; each later tile brings 0.25."""
+    monkeypatch.setattr(chunked_tiles, "CPU_LIMITS", replace(chunked_tiles.CPU_LIMITS, rows=16))
+    monkeypatch.setattr(workspace, "BACKWARD_ROWS", 16)
+    rows, vocab, dim = 17 * 16, 64, 16
     hidden = torch.ones(rows, dim, device=device, dtype=torch.bfloat16)
+    hidden[0] = 2.0**14
     weight = torch.zeros(vocab, dim, device=device, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(rows, dtype=torch.long, device=device)
-    out = er.linear_vocab_stats(hidden, weight, targets, impl=impl if device.type == "cuda" else "chunked")
+    out = er.linear_vocab_stats(hidden, weight, targets, impl=impl)
     out.lse.sum().backward()
-    torch.testing.assert_close(weight.grad.float(), torch.full_like(weight, rows / vocab).float(), rtol=1 / 128, atol=0)
+    expected = torch.full_like(weight, 256 + (rows - 1) / vocab, dtype=torch.float32)
+    torch.testing.assert_close(weight.grad.float(), expected, rtol=1 / 256, atol=0)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_backward_twice_gives_the_same_gradient(impl, device):
-    hidden = torch.randn(2, 5, 16, device=device, requires_grad=True)
-    weight = torch.randn(90, 16, device=device, requires_grad=True)
+@pytest.mark.parametrize("path", ["logits", "linear"])
+def test_backward_twice_gives_the_same_gradient(path, impl, device):
+    hidden, weight = torch.randn(2, 5, 16, device=device), torch.randn(90, 16, device=device)
     tokens = torch.randint(0, 90, (2, 5), device=device)
-    loss = er.linear_token_rewards(hidden, weight, tokens, entropy=True, impl=impl).reward.sum()
-    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
-    second = torch.autograd.grad(loss, (hidden, weight))
+    leaves = [x.requires_grad_() for x in ((hidden, weight) if path == "linear" else (hidden @ weight.T,))]
+    fn = er.linear_token_rewards if path == "linear" else er.token_rewards
+    out = fn(*leaves, tokens, entropy=True, impl=impl)
+    loss = out.reward.sum() + out.entropy.sum()
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -302,23 +294,3 @@ def test_a_persistent_grid_gives_the_same_bits(programs, device):
         for n in (None, programs)
     )
     assert all(torch.equal(a, b) for a, b in zip(plain, persistent, strict=True))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="side streams, CUDA graphs and bf16 tensor cores need a GPU")
-def test_on_a_gpu_streams_and_graphs():
-    hidden = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(5000, 256, device="cuda", dtype=torch.bfloat16)
-    targets = torch.randint(0, 5000, (64,), device="cuda")
-    expected = er.linear_vocab_stats(hidden, weight, targets, entropy=True)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        aside = er.linear_vocab_stats(hidden, weight, targets, entropy=True)
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = er.linear_vocab_stats(hidden, weight, targets, entropy=True)
-    graph.replay()
-    torch.cuda.synchronize()
-    for other in (aside, captured):
-        assert all(torch.equal(a, b) for a, b in zip(expected[:3], other[:3], strict=True))

@@ -1,147 +1,144 @@
-"""A deliberately broken kernel must fail: each mutation is applied to a copy, where one named test must notice."""
+"""A deliberately broken copy must fail: each mutation is applied to one, where one named test must notice.
 
+Always in Triton's interpreter, whatever the machine has. Nothing is written to the checkout.
+"""
+
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from endoreward_fast.compiled import find_compiler
+from mutations import HARD, Mutation
+from mutations_around_kernels import AROUND_KERNELS
+from mutations_of_kernels import OF_KERNELS
 
 ROOT = Path(__file__).parents[1]
-HARD, MAIN = "tests/test_hard_cases.py", "tests/test_functional.py"
-# name: (file, what stands there, what replaces it, the test that must fail)
-MUTATIONS = {
-    "columns outside count as exp(0)": (
-        "kernels/linear_vocab_stats.py",
-        "if o_v + BLOCK_V > vocab:",
-        "if o_v + BLOCK_V > vocab + BLOCK_V:",
-        f"{HARD}::test_softcap_with_a_ragged_vocabulary[fused-1.0-129]",
-    ),
-    "no rescaling when the maximum moves": (
-        "kernels/primitives.py",
-        "s = s_a * w_a + s_b * w_b",
-        "s = s_a + s_b * w_b",
-        f"{MAIN}::test_linear_statistics[fused-plain-ragged]",
-    ),
-    "-inf minus -inf": (
-        "kernels/primitives.py",
-        "return tl.where(m == NEG_INF, 0.0, m)",
-        "return m",
-        f"{HARD}::test_a_whole_tile_of_minus_infinity_and_single_ones[fused]",
-    ),
-    "the target of the next tile": (
-        "kernels/linear_vocab_stats.py",
-        "tl.where(col[None, :] == target[:, None], z, 0.0)",
-        "tl.where(col[None, :] == target[:, None] + 1, z, 0.0)",
-        f"{MAIN}::test_linear_statistics[fused-plain-ragged]",
-    ),
-    "alpha forgotten in the value": (
-        "kernels/combine.py",
-        "m_n + alpha * log_total_of(s_n)",
-        "m_n + log_total_of(s_n)",
-        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
-    ),
-    "the value of a terminal state": (
-        "kernels/combine.py",
-        "value_after = tl.where(s_n == 0.0, 0.0,",
-        "value_after = tl.where(s_n != s_n, 0.0,",
-        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
-    ),
-    "one upstream gradient for every row": (
-        "kernels/vocab_stats.py",
-        "g = tl.load(g_lse + row)",
-        "g = tl.load(g_lse)",
-        f"{MAIN}::test_gradients[False-logits-fused]",
-    ),
-    "the bias added twice": (
-        "kernels/primitives.py",
-        "z += b_bias",
-        "z += 2 * b_bias",
-        f"{HARD}::test_a_bias_is_counted_once_whatever_the_vocabulary_is_split_into[fused]",
-    ),
-    "tanh without its polynomial": (
-        "kernels/primitives.py",
-        "tl.where(tl.abs(x) < 0.625, x + x * y * near, far)",
-        "far",
-        f"{HARD}::test_a_softcap_far_above_the_logits_costs_no_digits[1000.0-fused]",
-    ),
-    "strides ignored": (
-        "kernels/vocab_stats.py",
-        "col.to(tl.int64) * stride_vocab",
-        "col.to(tl.int64)",
-        f"{HARD}::test_strides_are_honoured_and_inputs_left_alone[transposed-fused]",
-    ),
-    "entropy left out of the gradient": (
-        "kernels/vocab_stats.py",
-        "dz = e * share * (constant - b_g_entropy * (d * LN2))",
-        "dz = e * share * constant",
-        f"{MAIN}::test_gradients[False-logits-fused]",
-    ),
-    "the successor's row is one too far": (
-        "kernels/combine.py",
-        "p_m, p_s, p_t, after, m_row",
-        "p_m, p_s, p_t, after + 1, m_row",
-        f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
-    ),
-    "the vocabulary's part forgotten": (
-        "kernels/vocab_stats.py",
-        "tl.load(targets + row) - first, tl.load(g_target + row)",
-        "tl.load(targets + row), tl.load(g_target + row)",
-        "tests/test_workspace.py::test_statistics_and_gradients[many tiles-dtype0-plain]",
-    ),
-    "a batch-dependent order of sums": (
-        "kernels/combine.py",
-        "for _ in range(1, n_splits):\n        o += n_rows\n        b_m",
-        "for _ in range(1, n_splits - (n_rows > 8)):\n        o += n_rows\n        b_m",
-        f"{HARD}::test_a_row_alone_is_bitwise_the_same_row_in_a_batch_and_from_run_to_run[linear]",
-    ),
-    "compiled: no rescaling when the maximum moves": (
-        "compiled.cpp",
-        "total *= shrink;",
-        "",
-        f"{HARD}::test_odd_vocabularies[compiled-peaked-50257]",
-    ),
-    "compiled: the last vector filled up with zeros": (
-        "compiled.cpp",
-        "length, buffer, -INFINITY);",
-        "length, buffer, 0);",
-        f"{HARD}::test_odd_vocabularies[compiled-all negative-50257]",
-    ),
-}
-NEEDS_COMPILER = [name for name in MUTATIONS if name.startswith("compiled")]
+ALL = OF_KERNELS | AROUND_KERNELS
+TEST = f"{HARD}::test_nan_logits_are_not_swallowed[fused]"
+A_TEST_OF_EACH_FILE = {mutation.test.partition("::")[0]: mutation.test for mutation in reversed(ALL.values())}
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1",
+    "HYPOTHESIS_PROFILE": "fixed", "PYTEST_ADDOPTS": "", "PYTHONPATH": "", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
-    folder = tmp_path_factory.mktemp("mutations")
-
-    def run(item):
-        number, (file, old, new, test) = item
-        copy = folder / str(number)
-        ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "kernels")
-        shutil.copytree(ROOT / "endoreward_fast", copy / "endoreward_fast", ignore=ignore)
-        shutil.copytree(ROOT / "kernels", copy / "endoreward_fast" / "kernels")
-        shutil.copytree(ROOT / "tests", copy / "tests", ignore=ignore)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        target = copy / "endoreward_fast" / file
-        text = target.read_text()
-        assert text.count(old) == 1, f"{file} no longer holds {old!r} once"
-        target.write_text(text.replace(old, new))
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(copy / "cache")}
-        return subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(MUTATIONS, pool.map(run, enumerate(MUTATIONS.values())), strict=True))
+def unbroken(tmp_path_factory) -> Path:
+    """A copy of the package and of its tests. Byte code stays here, so the copies of this one start with it."""
+    copy = tmp_path_factory.mktemp("unbroken")
+    ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "kernels")
+    shutil.copytree(ROOT / "endoreward_fast", copy / "endoreward_fast", ignore=ignore)
+    shutil.copytree(ROOT / "kernels", copy / "endoreward_fast" / "kernels", ignore=ignore)
+    shutil.copytree(ROOT / "tests", copy / "tests", ignore=ignore)
+    shutil.copy(ROOT / "pyproject.toml", copy)
+    return copy
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
-def test_a_broken_kernel_fails(name, outcomes):
-    if name in NEEDS_COMPILER and find_compiler() is None:
-        pytest.skip("impl='compiled' needs a C++ compiler")
-    done = outcomes[name]
-    assert done.returncode == 1 and "1 failed" in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
+@pytest.fixture(scope="module")
+def outcome_of(tmp_path_factory):
+    """(folder, test) -> what mutation_runner.py says of that test there."""
+    command = [sys.executable, ROOT / "tests/mutation_runner.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    folder = tmp_path_factory.mktemp("runner")
+    with subprocess.Popen(command, cwd=folder, env=os.environ | ENVIRONMENT, **pipes) as runner:
+
+        def ask(folder: Path, test: str) -> dict:
+            print(folder, test, sep="\t", file=runner.stdin, flush=True)
+            return json.loads(runner.stdout.readline())
+
+        yield ask
+        runner.stdin.close()
+
+
+def broken_copy(unbroken: Path, copy: Path, mutation: Mutation) -> Path:
+    shutil.copytree(unbroken, copy, dirs_exist_ok=True)
+    target = copy / "endoreward_fast" / mutation.file
+    text = target.read_text()
+    assert text.count(mutation.old) == 1, f"{mutation.file} does not hold {mutation.old!r} once"
+    for stale in target.parent.glob(f"__pycache__/{target.stem}.*"):
+        stale.unlink()
+    target.write_text(text.replace(mutation.old, mutation.new))
+    return copy
+
+
+def objection(outcome: dict, fails_with: str) -> str | None:
+    """Why this is not the failure of an assertion that was wanted; None if it is."""
+    if outcome["status"] == 0:
+        return "the test passed"
+    if outcome["phase"] != "call":
+        return f"the test never ran: {outcome['error']} in {outcome['phase'] or 'pytest itself'}"
+    if not re.fullmatch(fails_with, outcome["error"]):
+        return f"failed with {outcome['error']} in place of {fails_with}"
+    return None
+
+
+@pytest.mark.parametrize("file", A_TEST_OF_EACH_FILE)
+def test_an_unbroken_copy_passes(file, unbroken, outcome_of):
+    assert outcome_of(unbroken, A_TEST_OF_EACH_FILE[file])["status"] == 0, (unbroken / "output.txt").read_text()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_broken_copy_fails(name, unbroken, outcome_of, tmp_path):
+    mutation = ALL[name]
+    if mutation.file.endswith(".cpp") and find_compiler() is None:
+        pytest.skip(f"the mutation {name!r} needs a C++ compiler")
+    outcome = outcome_of(broken_copy(unbroken, tmp_path, mutation), mutation.test)
+    wrong = objection(outcome, mutation.fails_with)
+    assert wrong is None, f"{wrong}: {outcome['message']}\n{(tmp_path / 'output.txt').read_text()}"
+    shutil.rmtree(tmp_path)
+
+
+NO_FAILED_ASSERTION = {
+    # name: (mutation, what is said of it)
+    "nothing changed": (Mutation("rows.py", "row + 1, -1)", "row + 1, -1)", TEST), "the test passed"),
+    "cannot be imported": (
+        Mutation("reference.py", "import torch\n", "import torch as\n", TEST),
+        "the test never ran: CollectError in collect",
+    ),
+    "a kernel that does not compile": (
+        Mutation("kernels/primitives.py", "return tl.where(m == NEG_INF, 0.0, m)", "return mistyped", TEST),
+        "failed with InterpreterError",
+    ),
+    "no such test": (Mutation("rows.py", "row + 1, -1)", "row, -1)", f"{TEST}s"), "the test never ran"),
+}
+
+
+@pytest.mark.parametrize("name", NO_FAILED_ASSERTION)
+def test_a_copy_that_does_not_even_run_proves_nothing(name, unbroken, outcome_of, tmp_path):
+    mutation, said = NO_FAILED_ASSERTION[name]
+    outcome = outcome_of(broken_copy(unbroken, tmp_path, mutation), mutation.test)
+    assert said in objection(outcome, mutation.fails_with)
+
+
+# ------------------------------------------------------------------------------------------- the table in README.md
+
+ROWS = [
+    [cell.strip() for cell in line.split("|")[1:-1]]
+    for line in (ROOT / "tests" / "README.md").read_text().splitlines()
+    if line.startswith("| ") and not line.startswith("| case")
+]
+
+
+def quoted(cell: str) -> list[str]:
+    return re.findall("`([^`]+)`", cell)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])
+def test_a_case_has_tests_and_mutations_that_exist(row):
+    _, tests, mutations = row
+    assert tests and (quoted(mutations) or mutations.startswith("none: "))
+    for file, _, test in (name.partition("::") for name in quoted(tests)):
+        assert f"def test_{test}(" in (ROOT / f"tests/test_{file}.py").read_text()
+    for name in quoted(mutations):
+        file, test = re.match(r"tests/test_(\w+)\.py::test_(\w+)", ALL[name].test).groups()
+        assert f"{file}::{test}" in quoted(tests), f"{name!r} is caught by another test: {file}::{test}"
+
+
+def test_every_mutation_is_in_the_table():
+    assert set(ALL) == {name for *_, mutations in ROWS for name in quoted(mutations)}

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import endoreward_fast as er
 from endoreward_fast import ops
@@ -102,12 +103,13 @@ def test_operators_that_read_a_mask_back_say_that_no_cuda_graph_holds_them():
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.endoreward_fast, op).default.tags
 
 
-def test_many_lengths_compile_a_bounded_number_of_times(device):
-    counter = torch._dynamo.testing.CompileCounter()
+@pytest.mark.parametrize("impl", IMPLS)
+def test_many_lengths_compile_a_bounded_number_of_times(impl, device):
+    counter = CompileCounter()
 
     @torch.compile(fullgraph=True, backend=counter)
     def rewards(hidden, weight, tokens):
-        return er.linear_token_rewards(hidden, weight, tokens, impl="chunked").reward
+        return er.linear_token_rewards(hidden, weight, tokens, impl=impl).reward
 
     weight = torch.randn(V, D, device=device)
     for length in range(3, 23):
