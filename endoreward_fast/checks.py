@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 FLOATS = (*LOW_PRECISION, torch.float32, torch.float64)
@@ -79,6 +80,14 @@ def check_rewards(
             raise ValueError(
                 f"cu_seqlens={cu_seqlens.tolist()[:8]}...: expected offsets rising from 0 to B * T = {total}"
             )
+
+
+def check_reverse_mode(impl: str, *inputs: Tensor | None) -> None:
+    """A custom operator drops a forward-mode tangent without a word: its derivative would come out as 0."""
+    if any(x is not None and unpack_dual(x).tangent is not None for x in inputs):
+        raise ValueError(
+            f"impl={impl!r} has no forward-mode derivative (jvp, jacfwd): take impl='reference'"
+        )
 
 
 def _check_alpha(alpha: float) -> None:

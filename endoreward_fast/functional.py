@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import reference
-from .checks import check_linear, check_logits, check_rewards, check_rows
+from .checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
 
 Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
@@ -71,6 +71,7 @@ def vocab_stats(
     chosen = choose_impl(impl, logits.device, logits.dtype)
     if chosen == "reference":
         return reference.vocab_stats(logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean)
+    check_reverse_mode(chosen, logits)
     from .ops import logits_stats
 
     out = logits_stats(_as_3d(logits), _flat(targets), _flat(mask), None, float(alpha), entropy, logit_mean, chosen)
@@ -103,6 +104,7 @@ def linear_vocab_stats(
         return reference.linear_vocab_stats(
             hidden, weight, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, **head
         )
+    check_reverse_mode(chosen, hidden, weight, bias)
     from .ops import linear_stats
 
     out = linear_stats(
@@ -140,6 +142,7 @@ def token_rewards(
         return reference.token_rewards(
             logits, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, alpha=alpha, entropy=entropy
         )
+    check_reverse_mode(chosen, logits)
     from .ops import logits_stats
     from .rows import plan_rows
 
@@ -167,6 +170,7 @@ def linear_token_rewards(
             hidden, weight, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, bias=bias,
             logit_scale=logit_scale, softcap=softcap, alpha=alpha, entropy=entropy,
         )  # fmt: skip
+    check_reverse_mode(chosen, hidden, weight, bias)
     from .ops import linear_stats
     from .rows import plan_rows
 

@@ -11,14 +11,14 @@ CHUNKED = {
     ),
     "the caller's logits as a workspace": Mutation(
         "chunked.py",
-        "buffers[0].view(length(rows), length(columns)).copy_(source.load(rows, columns))",
+        "buffer.view(length(rows), length(columns)).copy_(source.load(rows, columns))",
         "source.load(rows, columns).float().contiguous()",
         f"{HARD}::test_strides_are_honoured_and_inputs_left_alone[unaligned-chunked]",
     ),
     "arithmetic in the logits' own dtype": Mutation(
         "chunked.py",
-        "device) for _ in range(2)]\n    stats.target_logit",
-        "device, logits.dtype) for _ in range(2)]\n    stats.target_logit",
+        "buffer.view(length(rows), length(columns)).copy_(source",
+        "torch.empty(length(rows), length(columns), dtype=logits.dtype).copy_(source",
         f"{PROPERTIES}::test_low_precision_logits_equal_the_same_numbers_in_float32[chunked]",
     ),
     "no pieces of no rows": Mutation(

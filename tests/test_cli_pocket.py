@@ -173,7 +173,7 @@ def start(*args, **kw):
 def test_results_come_while_standard_input_is_still_open_and_survive_ctrl_c():
     with start("score", "-", "--max-tokens-per-batch", 16, stdin=subprocess.PIPE) as process:
         row = json.dumps({"prompt": "p", "completion": "some words " * 10}) + "\n"
-        process.stdin.write(row * 20)
+        process.stdin.write(row * 400)  # less than a pipe holds, more than can be scored before the signal arrives
         process.stdin.flush()
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)

@@ -84,6 +84,24 @@ def test_compiles_whole_and_agrees_with_eager(case, impl):
         torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_forward_mode_is_refused_where_it_would_be_silently_zero(case, impl):
+    hidden, weight, tokens, _ = case
+    logits = hidden @ weight.T
+    calls = {
+        "logits": (lambda x, impl: er.vocab_stats(x, tokens, impl=impl).lse, logits),
+        "linear": (lambda x, impl: er.linear_vocab_stats(x, weight, tokens, impl=impl).lse, hidden),
+        "weight": (lambda x, impl: er.linear_token_rewards(hidden, x, tokens, impl=impl).reward, weight),
+        "rewards": (lambda x, impl: er.token_rewards(x, tokens, impl=impl).reward, logits),
+    }
+    for call, x in calls.values():
+        with pytest.raises(ValueError, match=f"impl='{impl}' has no forward-mode derivative.*impl='reference'"):
+            torch.func.jvp(lambda x, call=call: call(x, impl), (x,), (x,))
+    call, x = calls["logits"]
+    _, tangent = torch.func.jvp(lambda x: call(x, "reference"), (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, torch.ones_like(tangent))
+
+
 def test_a_schedule_of_alpha_softcap_and_floor_stays_one_graph(case):
     """From its second value on, dynamo makes a float symbolic."""
     hidden, weight, tokens, mask = case
