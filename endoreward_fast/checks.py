@@ -85,9 +85,7 @@ def check_rewards(
 def check_reverse_mode(impl: str, *inputs: Tensor | None) -> None:
     """A custom operator drops a forward-mode tangent without a word: its derivative would come out as 0."""
     if any(x is not None and unpack_dual(x).tangent is not None for x in inputs):
-        raise ValueError(
-            f"impl={impl!r} has no forward-mode derivative (jvp, jacfwd): take impl='reference'"
-        )
+        raise ValueError(f"impl={impl!r} has no forward-mode derivative (jvp, jacfwd): take impl='reference'")
 
 
 def _check_alpha(alpha: float) -> None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.integrations.trl import EndoReward
 from tiny_models import EOS as BYTE_EOS
-from tiny_models import TOKENIZER, alone, build, byte_tokenizer
+from tiny_models import TOKENIZER, alone, build, byte_tokenizer, sampled_rewards
 
 trl = pytest.importorskip("trl", reason="TRL asks for Python 3.11")
 from trl_harness import grpo  # noqa: E402
@@ -48,12 +48,8 @@ def ids_of(text):
 
 
 def oracle_score(scorer, prompt, completion, ends):
-    """The plain sum of one completion's rewards, from its own full logits."""
-    ids = torch.tensor([*prompt, *completion])
-    mask = (torch.arange(len(ids)) >= len(prompt))[None]
-    last = torch.zeros_like(mask)
-    last[0, -1] = completion[-1] in ends
-    return alone(scorer, ids, mask=mask, terminal=last).reward.sum().item()
+    """The plain sum of one completion's rewards."""
+    return sampled_rewards(scorer, prompt, completion, ends).sum().item()
 
 
 @pytest.mark.parametrize("form", ["chat", "plain"])

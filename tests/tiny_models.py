@@ -81,3 +81,12 @@ def expected_score(scorer, ids, start, **options):
     mask = torch.arange(len(ids)) >= start
     rewards = alone(scorer, torch.tensor(ids), mask=mask[None], **options)
     return rewards.reward.sum().item(), rewards.logprob.sum().item()
+
+
+def sampled_rewards(scorer, prompt, completion, ends):
+    """Token rewards of one sampled completion, from its own full logits; it is whole if it ends in one of `ends`."""
+    ids = torch.tensor([*prompt, *completion])
+    mask = (torch.arange(len(ids)) >= len(prompt))[None]
+    last = torch.zeros_like(mask)
+    last[0, -1] = completion[-1] in ends
+    return alone(scorer, ids, mask=mask, terminal=last).reward[0, len(prompt) :]

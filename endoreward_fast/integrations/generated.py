@@ -12,6 +12,7 @@ from ..errors import EndoRewardError
 from ..model import EndoRewardModel, RowScore
 
 Ids = Sequence[int]
+NOT_FINITE = "the model gave a reward that is not finite"
 
 
 def scorer_of(model: Any, tokenizer: Any = None) -> EndoRewardModel:
@@ -32,18 +33,17 @@ def ending_ids(scorer: EndoRewardModel, tokenizer: Any = None) -> frozenset[int]
     return frozenset(scorer.eos_ids) | {i for i in own if i is not None}
 
 
-def score_generated(
-    scorer: EndoRewardModel, prompts: Sequence[Ids], completions: Sequence[Ids], ends: Collection[int], **options: Any
-) -> list[RowScore]:
-    """Scores of completions after their prompts, in their order; `options` as in EndoRewardModel.score.
+def generated_row(prompt: Ids, completion: Ids, ends: Collection[int]) -> dict[str, Any]:
+    """The row of a sampled completion, for EndoRewardModel.score.
 
     A completion whose last token is in `ends` is whole: V(s') = 0 after it. Any other was cut off: V(s') counts.
-    An empty completion has no score here: nothing was chosen, so there is nothing to reward.
     """
-    rows = [
-        {"prompt_ids": p, "completion_ids": c, "terminal": bool(len(c)) and int(c[-1]) in ends}
-        for p, c in zip(prompts, completions, strict=True)
-    ]
+    whole = bool(len(completion)) and int(completion[-1]) in ends
+    return {"prompt_ids": prompt, "completion_ids": completion, "terminal": whole}
+
+
+def score_completions(scorer: EndoRewardModel, rows: Sequence[dict[str, Any]], **options: Any) -> list[RowScore]:
+    """EndoRewardModel.score, but that an empty completion has no score: nothing was chosen, and nothing is rewarded."""
     unscored = RowScore(None, 0, None, ("empty",), "the completion is empty: there is no token to reward")
     return [unscored if "empty" in score.flags else score for score in scorer.score(rows, **options)]
 

@@ -21,10 +21,9 @@ from ..errors import EndoRewardError
 from ..functional import sequence_score
 from ..model import EndoRewardModel
 from ..scoring import ScoreOptions
-from .generated import Ids, ending_ids, refuse_other_vocabulary, score_generated, scorer_of
+from .generated import NOT_FINITE, Ids, ending_ids, generated_row, refuse_other_vocabulary, score_completions, scorer_of
 
 METRICS = "endo_reward"
-NOT_FINITE = "the model gave a reward that is not finite"
 
 
 class Scored(NamedTuple):
@@ -128,7 +127,8 @@ class EndoReward:
                 "reference model it then reads"
             )
         options = {"alpha": self.options.alpha, "max_tokens_per_batch": self.options.max_tokens_per_batch}
-        rows = score_generated(self.scorer, prompts, completions, self.ends, per_token=True, texts=False, **options)
+        asked = [generated_row(p, c, self.ends) for p, c in zip(prompts, completions, strict=True)]
+        rows = score_completions(self.scorer, asked, per_token=True, texts=False, **options)
         errors = [row.error for row in rows]
         for i, messages in enumerate(texts):
             if not isinstance(messages, str) and any(m.get("role") == "tool" for m in messages):

@@ -1,0 +1,121 @@
+"""One completion a call, from many threads or tasks at once: scored together, in as few forwards as they allow.
+
+verl and OpenRLHF ask for one reward at a time, concurrently. What has been asked for while a forward runs makes up the
+next one.
+"""
+
+import math
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from ..functional import sequence_score
+from ..scoring import RowScore, ScoreOptions
+from .generated import NOT_FINITE, ending_ids, refuse_other_vocabulary, score_completions, scorer_of
+
+
+class Rewarded(NamedTuple):
+    """The reward of one completion."""
+
+    score: float
+    """by the reduction asked for; 0 where there is none"""
+    tokens: tuple[float, ...]
+    """each token's part of it: they add up to the score"""
+    token: float
+    """mean reward of a token"""
+    first_value: float
+    """V of the prompt"""
+    error: str | None
+    """why there is no score, in one line"""
+
+    def metrics(self) -> dict[str, float]:
+        """What a trainer logs. The same names for every completion, as trainers put them side by side."""
+        found = {"token": self.token, "first_value": self.first_value, "length": float(len(self.tokens))}
+        return found | {"unscored": float(self.error is not None)}
+
+
+NOTHING = Rewarded(0.0, (), 0.0, 0.0, None)
+
+
+class BatchedReward:
+    """The endogenous reward of sampled completions, asked for one at a time from any thread.
+
+    model         a name or folder, a loaded causal language model or an EndoRewardModel: the frozen initial policy
+    tokenizer     the policy's. Default: the reward model's own
+    alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
+
+    A completion that cannot be scored (empty, beyond the model's positions, not finite) gets 0, as these trainers have
+    no word for "no reward"; each reason is warned of once and counted in `unscored`.
+
+    Raises EndoRewardError: a tokenizer other than the reward model's, options that cannot work.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any = None, *, alpha: float = 1.0, reduction: Literal["sum", "mean"] = "sum",
+        gamma: float = 1.0, floor: float = 0.0, max_tokens_per_batch: int = 8192,
+    ) -> None:  # fmt: skip
+        self.options = ScoreOptions(
+            alpha=alpha, reduction=reduction, gamma=gamma, floor=floor, max_tokens_per_batch=max_tokens_per_batch
+        )
+        self.scorer = scorer_of(model, tokenizer)
+        refuse_other_vocabulary(self.scorer, tokenizer)
+        self.tokenizer = self.scorer.tokenizer if tokenizer is None else tokenizer
+        self.ends = ending_ids(self.scorer, self.tokenizer)
+        self.unscored: Counter[str] = Counter()
+        self._waiting: list[tuple[dict[str, Any], Future[Rewarded]]] = []
+        self._lock = threading.Lock()
+        self._runner = ThreadPoolExecutor(1, thread_name_prefix="endo_reward")
+
+    def submit(self, row: dict[str, Any]) -> "Future[Rewarded]":
+        """Score a row of EndoRewardModel.score (`generated_row` makes one of token ids) with what else is waiting."""
+        asked: Future[Rewarded] = Future()
+        with self._lock:
+            self._waiting.append((row, asked))
+        self._runner.submit(self._score_waiting)
+        return asked
+
+    def _score_waiting(self) -> None:
+        with self._lock:
+            batch, self._waiting = self._waiting, []
+        batch = [(row, asked) for row, asked in batch if asked.set_running_or_notify_cancel()]
+        if not batch:
+            return  # an earlier round took them along
+        o = self.options
+        options = {"alpha": o.alpha, "max_tokens_per_batch": o.max_tokens_per_batch}
+        try:
+            rows = score_completions(self.scorer, [row for row, _ in batch], per_token=True, texts=False, **options)
+            found = [self._reduce(row) for row in rows]
+        except Exception as error:  # whoever asked is told; this thread has nobody to tell
+            for _, asked in batch:
+                asked.set_exception(error)
+            return
+        for (_, asked), rewarded in zip(batch, found, strict=True):
+            asked.set_result(rewarded)
+
+    def _reduce(self, row: RowScore) -> Rewarded:
+        if row.error or row.tokens is None or not all(map(math.isfinite, row.tokens.rewards)):
+            return self.without(row.error or NOT_FINITE)
+        rewards, o = row.tokens.rewards, self.options
+        parts = score_parts(rewards, reduction=o.reduction, gamma=o.gamma, floor=o.floor)
+        return Rewarded(math.fsum(parts), parts, math.fsum(rewards) / len(rewards), row.tokens.values[0], None)
+
+    def without(self, reason: str) -> Rewarded:
+        """The answer for a completion that cannot be scored: warned of once, counted always."""
+        with self._lock:
+            known = reason in self.unscored
+            self.unscored[reason] += 1
+        if not known:
+            warnings.warn(f"a completion gets reward 0: {reason}", stacklevel=2)
+        return NOTHING._replace(error=reason)
+
+
+def score_parts(rewards: Sequence[float], **reduction: Any) -> tuple[float, ...]:
+    """What each token adds to `sequence_score`, which is linear in the rewards: reward times derivative."""
+    reward = torch.tensor([rewards], requires_grad=True)
+    sequence_score(reward, torch.ones_like(reward, dtype=torch.bool), **reduction).sum().backward()
+    return tuple((reward.detach() * reward.grad)[0].tolist())

@@ -1,0 +1,145 @@
+"""The endogenous reward in verl (written against verl 0.9.1): a reward manager, and a scalar `compute_score`.
+
+    reward.reward_manager.source=importlib
+    reward.reward_manager.name=EndoRewardManager
+    reward.reward_manager.module.path=pkg://endoreward_fast.integrations.verl
+    +reward.reward_kwargs.endo_reward.gamma=0.95        # any option of EndoRewardManager, and `model`
+
+Nothing of verl is imported: it hands over what is needed, and asks for no base class.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import EndoRewardError
+from .batched import BatchedReward, Rewarded
+from .generated import generated_row
+
+OPTIONS = ("model", "alpha", "reduction", "gamma", "floor", "max_tokens_per_batch")
+NEEDED = ("prompts", "responses", "attention_mask")
+ONE_ANSWER = 2  # turns: the prompt and the response
+OTHERS_TOKENS = "other turns (tool results, say) are among the response's tokens, and the policy did not choose those"
+
+
+class TokenScore(float):
+    """A score that knows its parts: verl wants a number, and `assemble_rm_scores` the reward of each token."""
+
+    tokens: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, rewarded: Rewarded) -> "TokenScore":
+        score = cls(rewarded.score)
+        score.tokens = rewarded.tokens
+        return score
+
+
+class EndoRewardManager:
+    """verl's reward manager for the endogenous reward of responses as the policy sampled them, token ids and all.
+
+    Options, under `reward.reward_kwargs.endo_reward` of verl's configuration:
+    model         default: `actor_rollout_ref.model.path`, the initial policy, of which each reward worker loads a copy
+    alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
+
+    Where verl assembles scores itself (beside a colocated reward model), each token of a response gets its part of the
+    score; where it streams rewards from the rollout it asks for one number, and the last token gets the sum. A response
+    that ends in an end-of-sequence token is whole, any other is bootstrapped with V(s'). One that cannot be scored
+    (empty, too long, not finite, with tool results in it) gets 0. Logged for each: endo_reward/token (mean reward of a
+    token), /first_value (V of the prompt), /length, /unscored.
+
+    Raises EndoRewardError: an option that does not exist, a tokenizer other than the reward model's, a verl that hands
+    over something else.
+    """
+
+    def __init__(self, config: Any, tokenizer: Any, compute_score: Any = None, **_: Any) -> None:
+        given = dict((config.reward.get("reward_kwargs") or {}).get("endo_reward") or {})
+        unknown = sorted(set(given) - set(OPTIONS))
+        if unknown:
+            raise EndoRewardError(
+                f"reward.reward_kwargs.endo_reward.{unknown[0]}: expected one of {', '.join(OPTIONS)}"
+            )
+        model = given.pop("model", None) or config.actor_rollout_ref.model.path
+        self.reward = BatchedReward(model, tokenizer, **given)
+
+    async def run_single(self, data: Any) -> dict[str, Any]:
+        """{"reward_score": TokenScore, "reward_extra_info": metrics} of a DataProto's last response."""
+        missing = [name for name in NEEDED if name not in data.batch.keys()]  # noqa: SIM118
+        if missing:
+            raise EndoRewardError(f"this verl gives its reward managers no {', '.join(missing)}: verl 0.9 does")
+        last = data[-1:]
+        if any(turns > ONE_ANSWER for turns in last.non_tensor_batch.get("__num_turns__", ())):
+            rewarded = self.reward.without(OTHERS_TOKENS)
+        else:
+            row = generated_row(*_ids(last), self.reward.ends)
+            rewarded = await asyncio.wrap_future(self.reward.submit(row))
+        return {"reward_score": TokenScore.of(rewarded), "reward_extra_info": _metrics(rewarded)}
+
+    @classmethod
+    def assemble_rm_scores(cls, data: Any, scores: list[float]) -> Tensor:
+        """(B, T) float32: each response's token scores, 0 in its padding. A plain number goes to the last token."""
+        found = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
+        for row, score in enumerate(scores):
+            places = _response_mask(data)[row].nonzero()[:, 0]
+            if isinstance(score, TokenScore) and score.tokens:
+                found[row, places] = torch.tensor(score.tokens)
+            elif len(places):
+                found[row, places[-1]] = float(score)
+        return found
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        raise EndoRewardError("this verl calls its reward manager as a function: verl 0.9 awaits its run_single")
+
+
+def compute_score(
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None, *,
+    model: str, alpha: float = 1.0, reduction: str = "sum", gamma: float = 1.0, floor: float = 0.0, **_: Any,
+) -> dict[str, float]:  # fmt: skip
+    """{"score": endogenous reward of a response's text, ...}: `reward.custom_reward_function` for verl's own managers.
+
+    verl gives this function neither token ids nor a prompt. The prompt is `extra_info["prompt"]`, text or messages,
+    which the dataset has to hold; the response is tokenized anew, and taken as whole. EndoRewardManager needs neither.
+    `model` (a name or folder) and the options come from `reward.custom_reward_function.reward_kwargs`; data_source and
+    ground_truth play no part. A response that cannot be scored gets 0, and endo_reward/unscored is 1.
+
+    Raises EndoRewardError: no prompt.
+    """
+    prompt = (extra_info or {}).get("prompt")
+    if prompt is None:
+        raise EndoRewardError(
+            "extra_info has no 'prompt', and verl's compute_score is told of none: add it to the dataset's extra_info, "
+            "or take EndoRewardManager"
+        )
+    row = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "completion": solution_str}
+    rewarded = _reward(model, alpha, reduction, gamma, floor).submit(row).result()
+    return {"score": rewarded.score} | _metrics(rewarded)
+
+
+@cache  # verl calls a function of a module, once for each response: where else would the model live?
+def _reward(model: str, alpha: float, reduction: Literal["sum", "mean"], gamma: float, floor: float) -> BatchedReward:
+    return BatchedReward(model, alpha=alpha, reduction=reduction, gamma=gamma, floor=floor)
+
+
+def _metrics(rewarded: Rewarded) -> dict[str, float]:
+    return {f"endo_reward/{name}": value for name, value in rewarded.metrics().items()}
+
+
+def _response_mask(data: Any) -> Tensor:
+    """(B, T) bool: a DataProto's responses without their padding."""
+    return data.batch["attention_mask"][:, data.batch["prompts"].shape[1] :].bool()
+
+
+def _ids(data: Any) -> tuple[list[int], list[int]]:
+    """Prompt and response of a DataProto of one, without padding.
+
+    Both are padded to what stands in the mask; but where a turn has several outputs, the mask of prompt and response
+    together is padded as one, and verl gives the two lengths.
+    """
+    prompt, response, others = data.batch["prompts"][0], data.batch["responses"][0], data.non_tensor_batch
+    if "prompt_len" in others and "response_len" in others:
+        return prompt[: int(others["prompt_len"][0])].tolist(), response[: int(others["response_len"][0])].tolist()
+    mask = data.batch["attention_mask"][0].bool()
+    return prompt[mask[: len(prompt)]].tolist(), response[mask[len(prompt) :]].tolist()
