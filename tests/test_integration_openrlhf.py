@@ -1,4 +1,4 @@
-"""`reward_func(queries, prompts, labels)`, called as OpenRLHF 0.11.2 calls it; by OpenRLHF itself where it is installed.
+"""`reward_func(queries, prompts, labels)`, called as OpenRLHF 0.11.2 calls it; by OpenRLHF itself where it is there.
 
 Recorded from openrlhf/utils/agent.py, SingleTurnAgentExecutor: the prompt is tokenized without special tokens, cut from
 the left to leave room, and the query is prompt and response decoded with special tokens; each query is a call of its

@@ -8,11 +8,12 @@ from transformers import LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.integrations.trl import EndoReward
+from endoreward_fast.loading import pocket_path
 from tiny_models import EOS as BYTE_EOS
 from tiny_models import TOKENIZER, alone, build, byte_tokenizer, sampled_rewards
 
 trl = pytest.importorskip("trl", reason="TRL asks for Python 3.11")
-from trl_harness import grpo  # noqa: E402
+from trl_harness import SETTINGS, dataset, grpo  # noqa: E402
 
 CHATML = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -74,6 +75,17 @@ def test_grpo_trains_on_the_endogenous_reward(tmp_path, pocket, form):
     assert logged["endo_reward/unscored"] == 0
     firsts = [alone(pocket, torch.tensor(reward.prompt_ids([p])[0] + [5])).value[0, -1].item() for p in prompts]
     assert logged["endo_reward/first_value"] == pytest.approx(sum(firsts) / len(firsts), rel=1e-4)
+
+
+def test_rloo_trains_on_it_too(tmp_path, pocket):
+    reward = Recording(pocket)
+    args = trl.RLOOConfig(output_dir=str(tmp_path), **SETTINGS)
+    trainer = trl.RLOOTrainer(str(pocket_path()), reward_funcs=[reward], args=args, train_dataset=dataset("chat"))
+    trainer.train()
+    assert len(reward.calls) == 2 and len(set(reward.calls[0][2])) > 2
+    assert trainer.state.log_history[0]["rewards/endo_reward/mean"] == pytest.approx(
+        sum(reward.calls[0][2]) / 8, rel=1e-4
+    )
 
 
 def test_ids_are_scored_as_they_were_sampled(tiny):

@@ -13,14 +13,16 @@ SETTINGS = {
 }  # fmt: skip
 
 
+def dataset(form):
+    """Eight problems of the embedded model's."""
+    return Dataset.from_list([{"prompt": p.prompt(form), "answer": p.answer} for p in problems(8, 0, "train")])
+
+
 def grpo(trainer, folder, rewards, form="chat", options=None, **settings):
     """trainer: GRPOTrainer or a subclass, of which `options` are; settings: GRPOConfig's."""
-    rows = [{"prompt": p.prompt(form), "answer": p.answer} for p in problems(8, 0, "train")]
     args = trl.GRPOConfig(output_dir=str(folder), **SETTINGS | settings)
     rewards = rewards if isinstance(rewards, list) else [rewards]
-    return trainer(
-        str(pocket_path()), reward_funcs=rewards, args=args, train_dataset=Dataset.from_list(rows), **options or {}
-    )
+    return trainer(str(pocket_path()), reward_funcs=rewards, args=args, train_dataset=dataset(form), **options or {})
 
 
 def batch_of(trainer):
