@@ -1,4 +1,4 @@
-"""docs/trainers.md: its Python runs, on the embedded model, and the errors that it explains are those that are raised."""
+"""docs/trainers.md: its Python runs, on the embedded model, and the errors that it explains are raised."""
 
 import ast
 import re
