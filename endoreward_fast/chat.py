@@ -39,11 +39,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, system: str | None = 
 
     Raises EndoRewardError: no template, or one that refuses the conversation (its own message is in the line).
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise EndoRewardError(
-            f"{name_of(tokenizer)} has no chat template, so messages cannot be scored: "
-            "give prompt and completion as text, or use a model that has one"
-        )
+    _refuse_without_template(tokenizer)
     prompt = with_system(messages[:-1], system)
     instruction = _system_text(prompt)
     rendered = None
@@ -56,6 +52,15 @@ def render(tokenizer: Any, messages: Sequence[Message], *, system: str | None = 
         rendered = _render(tokenizer, _system_in_user(prompt), messages[-1])
         rendered = replace(rendered, flags=(*rendered.flags, "system_in_user"))
     return rendered
+
+
+def conversation(tokenizer: Any, messages: Sequence[Message], *, system: str | None = None) -> str:
+    """All that the template writes for `messages`, to its very end: what a classifier of conversations is trained on.
+
+    Raises EndoRewardError as `render` does, also where the template has no place for `system`.
+    """
+    _refuse_without_template(tokenizer)
+    return _apply(tokenizer, with_system(messages, system))
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
@@ -71,6 +76,14 @@ def name_of(tokenizer: Any) -> str:
     """How error messages call a tokenizer."""
     name = getattr(tokenizer, "name_or_path", "")
     return f"the tokenizer of {name!r}" if name else f"the tokenizer ({type(tokenizer).__name__})"
+
+
+def _refuse_without_template(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "chat_template", None):
+        raise EndoRewardError(
+            f"{name_of(tokenizer)} has no chat template, so messages cannot be scored: "
+            "give prompt and completion as text, or use a model that has one"
+        )
 
 
 def _system_text(messages: Sequence[Message]) -> str:

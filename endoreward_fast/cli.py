@@ -12,11 +12,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from . import pipeline
+from . import pipeline, side_by_side
 from .data import STDIN, open_source
 from .errors import EndoRewardError
-from .evaluation import Judged, rm_bench_part
-from .options import ModelFlags, RowFlags, takes
+from .options import EvalFlags, ModelFlags, RowFlags, takes
 from .output import Monitor, Sink, one_line
 from .pipeline import Item
 from .report import FileResult, to_json, to_text
@@ -105,10 +104,10 @@ def _checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
 
 
 @app.command("eval")
-@takes(RowFlags)
+@takes(EvalFlags)
 def evaluate(
     files: Annotated[list[str], typer.Argument(help="Preference files: RM-Bench, RewardBench, or your own.")],
-    flags: RowFlags,
+    flags: EvalFlags,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
@@ -116,18 +115,16 @@ def evaluate(
     with Sink(flags.output, tuple(files)) as sink:
         sources = [open_source(file, flags.limit) for file in files]
         readers = [_checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
-        scorer = pipeline.load_scorer(flags)
+        panel = side_by_side.panel(flags)
         totals = [source.total for source in sources]
-        total = None if None in totals else sum(t for t in totals if t is not None)
-        results = [FileResult(source.name) for source in sources]
+        total = None if None in totals else panel.passes * sum(t for t in totals if t is not None)
+        results = [FileResult.by_methods(source.name, panel.methods) for source in sources]
         monitor, interrupted = Monitor(total, quiet=flags.quiet), False
         try:
             with monitor:
                 for result, reader in zip(results, readers, strict=True):
                     for items in reader:
-                        pipeline.score_items(
-                            items, scorer, flags.scoring(), _judge(result), monitor, strict=flags.strict
-                        )
+                        panel.judge(items, result, monitor, strict=flags.strict)
         except KeyboardInterrupt:
             interrupted = True
         about = {"version": version("endoreward-fast"), "complete": not interrupted, "flags": flags.to_json()}
@@ -136,35 +133,13 @@ def evaluate(
         if flags.output:
             sink.write(found + "\n")
     if not as_json:
-        print(to_text(results), end="")
+        print(to_text(results, flags.left_out), end="")
     elif flags.output != STDIN:
         print(found)
     if interrupted:
         raise typer.Exit(130)
-    if monitor.failed:
+    if monitor.failed or monitor.missed:
         raise typer.Exit(BAD_INPUT)
-
-
-def _judge(result: FileResult) -> Callable[[Item], None]:
-    """Collects scored rows in `result`."""
-
-    def collect(item: Item) -> None:
-        result.rows += 1
-        row = item.record.row or {}
-        if item.first_problem or item.task is None:
-            result.errors.append(f"{item.record.where}: {item.first_problem}")
-            return
-        chosen, rejected = (_scores(item, item.task.layout[side]) for side in ("chosen", "rejected"))
-        subset = None if row.get("subset") is None else str(row["subset"])
-        part = rm_bench_part(row, result.name)
-        result.judged.append(Judged(result.name, subset, part, row.get("id"), chosen, rejected))
-
-    return collect
-
-
-def _scores(item: Item, layout: Any) -> tuple[float, ...]:
-    positions = layout if isinstance(layout, list) else [layout]
-    return tuple(score for i in positions if (score := item.score(i)) is not None)
 
 
 @app.command()

@@ -106,19 +106,19 @@ class Encoder:
 
     def _text_ids(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
         """(prompt ids, completion ids, flags) of a row of text."""
-        prompt, completion = _prompt_and_completion(row)
+        prompt, completion = prompt_and_completion(row)
         if self.tokenizer is None:
             raise EndoRewardError("text needs a tokenizer, and the model came without one: give it one, or token ids")
         chat = row.get("chat", self.chat)
         plain = isinstance(prompt, str) and isinstance(completion, str)
         if chat is False and not plain:
             raise EndoRewardError("chat=False scores plain text, but the row holds messages")
-        if plain and not (chat or (chat is None and getattr(self.tokenizer, "chat_template", None))):
+        if plain and not wants_chat(self.tokenizer, chat):
             before = f"{self.system}\n\n{prompt}" if self.system else prompt
             return self._plain(before, completion)
-        turns = _turns(prompt, "user") + _turns(completion, "assistant")
+        turns = dialogue(prompt, completion)
         flags = ("context_turns",) if not isinstance(completion, str) and len(completion) > 1 else ()
-        rendered = render(self.tokenizer, _checked(turns), system=self.system)
+        rendered = render(self.tokenizer, turns, system=self.system)
         ids = self._rendered(rendered, empty=not turns[-1]["content"])
         return *ids, (*flags, *rendered.flags)
 
@@ -193,7 +193,12 @@ def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(full[:at])
 
 
-def _prompt_and_completion(row: Row) -> tuple[Any, Any]:
+def wants_chat(tokenizer: Any, chat: bool | None) -> bool:
+    """Whether text goes through the chat template: as `chat` says, or where there is one."""
+    return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+
+
+def prompt_and_completion(row: Row) -> tuple[Any, Any]:
     """Each a str or a list of messages; the prompt of {"messages": ...} is all but the last of them."""
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
@@ -222,8 +227,9 @@ def _turns(value: Any, role: str) -> list[Mapping[str, Any]]:
     return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
 
 
-def _checked(turns: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """`turns`, whose last is one that can be scored."""
+def dialogue(prompt: Any, completion: Any) -> list[Mapping[str, Any]]:
+    """The conversation that `prompt_and_completion` are; it ends in an assistant's turn of text."""
+    turns = _turns(prompt, "user") + _turns(completion, "assistant")
     last = turns[-1] if turns else {"role": "none", "content": None}
     if last["role"] != "assistant":
         raise EndoRewardError(f"the last message is what is scored: wanted the assistant's, found {last['role']!r}")

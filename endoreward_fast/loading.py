@@ -24,47 +24,95 @@ def load(
     name_or_path: str, *, dtype: torch.dtype | str | None, device: torch.device | str | None, options: dict[str, Any]
 ) -> tuple[nn.Module, Any, str | None]:
     """(model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
-    place = str(pocket_path()) if name_or_path == POCKET else str(name_or_path)
-    shared = {k: v for k, v in options.items() if k in SHARED}
+    place = _place(name_or_path)
+    _refuse_unless_causal(_config(place, name_or_path, options), name_or_path)
+    return _loaded(AutoModelForCausalLM, "a causal language model", place, name_or_path, dtype, device, options)
+
+
+def load_classifier(
+    name_or_path: str, *, dtype: torch.dtype | str | None, device: torch.device | str | None, options: dict[str, Any]
+) -> tuple[nn.Module, Any, str | None]:
+    """As `load`, a sequence classifier with one output. See `judges.RewardModel.from_pretrained`."""
+    from transformers import AutoModelForSequenceClassification
+
+    place = _place(name_or_path)
+    _refuse_unless_reward_model(_config(place, name_or_path, options), name_or_path)
+    return _loaded(AutoModelForSequenceClassification, "a reward model", place, name_or_path, dtype, device, options)
+
+
+def refuse_other_than_one_output(config: Any, name: str) -> None:
+    """EndoRewardError unless the classifier gives one number."""
+    if config.num_labels != 1:
+        labels = ", ".join(map(str, list(config.id2label.values())[:4]))
+        raise EndoRewardError(f"{name} has {config.num_labels} outputs ({labels}): a reward model has one")
+
+
+def _loaded(
+    auto: Any, kind: str, place: str, name: str, dtype: torch.dtype | str | None, device: torch.device | str | None,
+    options: dict[str, Any],
+) -> tuple[nn.Module, Any, str | None]:  # fmt: skip
+    from safetensors import SafetensorError
+
     target = None if "device_map" in options else _device(device)
     wanted = _dtype(dtype)
-    _refuse_unless_causal(place, name_or_path, shared)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(place, dtype=wanted, output_loading_info=True, **options)
+        loaded: Any = auto.from_pretrained(place, dtype=wanted, output_loading_info=True, **options)
         model, info = loaded
         model = model if target is None else model.to(target)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-        raise EndoRewardError(f"model {name_or_path!r} cannot be loaded: {_one_line(error)}") from error
+        raise EndoRewardError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
     absent = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if absent:
         raise EndoRewardError(
-            f"{name_or_path!r} is not a causal language model: its checkpoint lacks {absent[0]!r}"
+            f"{name!r} is not {kind}: its checkpoint lacks {absent[0]!r}"
             + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
         )
-    tokenizer, reason = _tokenizer(place, shared)
+    tokenizer, reason = _tokenizer(place, _shared(options))
     model.eval()
     return model, tokenizer, reason
 
 
-def _refuse_unless_causal(place: str, name: str, shared: dict[str, Any]) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+def _place(name_or_path: str) -> str:
+    return str(pocket_path()) if name_or_path == POCKET else str(name_or_path)
+
+
+def _shared(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k in SHARED}
+
+
+def _config(place: str, name: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
 
     folder = Path(place).expanduser()
     if not folder.is_dir() and (folder.is_absolute() or place.startswith((".", "~")) or place.count("/") > 1):
         raise EndoRewardError(f"model {name!r}: there is no such folder")
     try:
-        config = AutoConfig.from_pretrained(place, **shared)
+        return AutoConfig.from_pretrained(place, **_shared(options))
     except (OSError, ValueError) as error:
         raise EndoRewardError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+
+
+def _refuse_unless_causal(config: Any, name: str) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
     for architecture in getattr(config, "architectures", None) or ():
         if architecture.endswith(OTHER_TASKS):
             raise EndoRewardError(f"model {name!r} is a {architecture}, which is not a causal language model")
     remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise EndoRewardError(f"model {name!r} is of type {config.model_type!r}, which is not a causal language model")
+
+
+def _refuse_unless_reward_model(config: Any, name: str) -> None:
+    architectures = getattr(config, "architectures", None) or ()
+    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if architectures and not remote and not any(a.endswith("ForSequenceClassification") for a in architectures):
+        raise EndoRewardError(
+            f"model {name!r} is a {architectures[0]}, which is not a reward model (a sequence classifier)"
+        )
+    refuse_other_than_one_output(config, f"model {name!r}")
 
 
 def _tokenizer(place: str, shared: dict[str, Any]) -> tuple[Any, str | None]:

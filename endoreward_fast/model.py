@@ -8,8 +8,8 @@ something unknown is read through its own logits (`Head` warns when it is loaded
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,13 @@ from .functional import Impl, linear_token_rewards, token_rewards
 from .heads import Head, logits_of
 from .layout import LayoutCheck, lay_out
 from .loading import load, pocket_path
-from .scoring import Ranked, RowScore, ScoreOptions, TokenTable, score_rows
+from .scoring import OnTokens, Ranked, RowScore, ScoreOptions, Scores, TokenTable, in_order, score_rows
+from .signals import TokenStats, linear_token_stats, token_stats
 from .types import TokenRewards
+from .vocabulary import refuse_larger_vocabulary, refuse_other_vocabulary
 
 __all__ = ["EndoRewardModel", "Ranked", "RowScore", "ScoreOptions", "TokenTable", "pocket_path"]
+Read = TypeVar("Read", TokenRewards, TokenStats)
 
 
 class EndoRewardModel(nn.Module):
@@ -43,7 +46,7 @@ class EndoRewardModel(nn.Module):
         self.head = Head(model)
         self.layouts = LayoutCheck(model, self._states)
         if tokenizer is not None:
-            _refuse_larger_vocabulary(tokenizer, self.vocab_size)
+            refuse_larger_vocabulary(tokenizer, self.vocab_size)
 
     @classmethod
     def from_pretrained(
@@ -113,19 +116,18 @@ class EndoRewardModel(nn.Module):
         Raises ValueError for shapes; EndoRewardError for a model that does not keep packed sequences apart, or that
         needs its padding on the right.
         """
-        _check_shapes(input_ids, attention_mask, completion_mask, terminal)
-        if position_ids is not None:
-            position_ids = _broadcast_positions(position_ids, input_ids)
-        layout = lay_out(input_ids, attention_mask, position_ids)
-        if position_ids is not None:
-            self.layouts.ask("packed", len(input_ids))
-        if attention_mask is not None:
-            self.layouts.ask("left-padded", len(input_ids))
-        self.layouts.refuse_if_known_wrong(layout.kind, len(input_ids))
-        scored = layout.scorable
-        if completion_mask is not None:
-            scored = scored & completion_mask.bool()
-        return self._rewards(self.layouts.arguments(layout), scored, terminal, alpha, entropy, impl)
+        arguments, scored = self._laid_out(input_ids, attention_mask, completion_mask, terminal, position_ids)
+        wanted = {"alpha": alpha, "entropy": entropy, "impl": impl}
+        return self._read(token_rewards, linear_token_rewards, arguments, scored, terminal, **wanted)
+
+    def stats(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, completion_mask: Tensor | None = None, *,
+        terminal: Tensor | None = None, position_ids: Tensor | None = None, alpha: float = 1.0, impl: Impl = "auto",
+    ) -> TokenStats:  # fmt: skip
+        """Statistics of the states on either side of each scored token, which every one of `signals.SIGNALS` is made
+        of: one forward pass and one over the vocabulary, as in `forward`, which has the same arguments."""
+        arguments, scored = self._laid_out(input_ids, attention_mask, completion_mask, terminal, position_ids)
+        return self._read(token_stats, linear_token_stats, arguments, scored, terminal, alpha=alpha, impl=impl)
 
     def rewards_of_padded(
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0,
@@ -139,28 +141,32 @@ class EndoRewardModel(nn.Module):
         arguments = {"input_ids": input_ids}
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
-        return self._rewards(arguments, scored, terminal, alpha, False, "auto")
+        return self._read(token_rewards, linear_token_rewards, arguments, scored, terminal, alpha=alpha)
+
+    def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
+        """`stats` of such rows, padded on the right."""
+        return self._read(token_stats, linear_token_stats, {"input_ids": input_ids}, scored, terminal, alpha=alpha)
 
     def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
         """Scores of rows, in their order. `encoding` has the table of rows, `ScoreOptions` the options:
 
         alpha, reduction, gamma, floor, system, chat, max_length, truncate, append_eos, max_tokens_per_batch,
-        per_token, texts
+        per_token, texts, signals, reference
 
         A row that cannot be scored gets an `error` and stops no other. Runs in evaluation mode and without autograd,
         in batches of like length; a row's score does not depend on its companions, up to float noise.
         """
-        results = dict(self.iter_scores(rows, **options))
-        return [results[i] for i in range(len(results))]
+        return in_order(self.iter_scores(rows, **options))
 
-    def iter_scores(
-        self, rows: Sequence[Row], *, on_tokens: Callable[[int], None] | None = None, **options: Any
-    ) -> Iterator[tuple[int, RowScore]]:
+    def iter_scores(self, rows: Sequence[Row], *, on_tokens: OnTokens = None, **options: Any) -> Scores:
         """(position in rows, score) as batches finish, in any order; options as in `score`.
 
         `on_tokens` is called with the number of tokens of each finished batch.
         """
-        return score_rows(self, rows, ScoreOptions(**options), on_tokens)
+        chosen = ScoreOptions(**options)
+        if chosen.reference is not None:
+            refuse_other_vocabulary(chosen.reference, self.tokenizer, asked="the model", known="the reference model")
+        return score_rows(self, rows, chosen, on_tokens)
 
     def rank(self, prompt: Any, completions: Sequence[Any], **options: Any) -> list[Ranked]:
         """Completions of one prompt, best first; ties in their order. Options as in `score`.
@@ -175,20 +181,39 @@ class EndoRewardModel(nn.Module):
             ranked.append(Ranked(index, completion, result.score))
         return sorted(ranked, key=lambda r: -r.score)
 
-    def _rewards(
-        self, arguments: dict[str, Tensor], scored: Tensor, terminal: Tensor | None, alpha: float, entropy: bool,
-        impl: Impl,
-    ) -> TokenRewards:  # fmt: skip
+    def _laid_out(
+        self, input_ids: Tensor, attention_mask: Tensor | None, completion_mask: Tensor | None,
+        terminal: Tensor | None, position_ids: Tensor | None,
+    ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+        """What the model is called with, and which tokens are scored. See `forward`."""
+        _check_shapes(input_ids, attention_mask, completion_mask, terminal)
+        if position_ids is not None:
+            position_ids = _broadcast_positions(position_ids, input_ids)
+        layout = lay_out(input_ids, attention_mask, position_ids)
+        if position_ids is not None:
+            self.layouts.ask("packed", len(input_ids))
+        if attention_mask is not None:
+            self.layouts.ask("left-padded", len(input_ids))
+        self.layouts.refuse_if_known_wrong(layout.kind, len(input_ids))
+        scored = layout.scorable
+        if completion_mask is not None:
+            scored = scored & completion_mask.bool()
+        return self.layouts.arguments(layout), scored
+
+    def _read(
+        self, of_logits: Callable[..., Read], of_hidden: Callable[..., Read], arguments: dict[str, Tensor],
+        scored: Tensor, terminal: Tensor | None, **wanted: Any,
+    ) -> Read:  # fmt: skip
+        """One forward pass and one over the vocabulary: `of_hidden`, or `of_logits` where the head is not linear."""
         states = self._states(arguments)
-        tokens, scored = arguments["input_ids"].to(states.device), scored.to(states.device)
-        terminal = None if terminal is None else terminal.to(states.device, torch.bool)
+        tokens = arguments["input_ids"].to(states.device)
+        wanted["mask"] = scored.to(states.device)
+        wanted["terminal"] = None if terminal is None else terminal.to(states.device, torch.bool)
         if not self.head.linear:
-            return token_rewards(
-                states, tokens, mask=scored, terminal=terminal, alpha=alpha, entropy=entropy, impl=impl
-            )
-        return linear_token_rewards(
-            states, self.head.weight, tokens, mask=scored, terminal=terminal, bias=self.head.bias,
-            logit_scale=self.head.logit_scale, softcap=self.head.softcap, alpha=alpha, entropy=entropy, impl=impl,
+            return of_logits(states, tokens, **wanted)
+        return of_hidden(
+            states, self.head.weight, tokens, bias=self.head.bias, logit_scale=self.head.logit_scale,
+            softcap=self.head.softcap, **wanted,
         )  # fmt: skip
 
     def _states(self, arguments: dict[str, Tensor]) -> Tensor:
@@ -221,18 +246,3 @@ def _broadcast_positions(position_ids: Tensor, input_ids: Tensor) -> Tensor:
     if position_ids.ndim != 2 or position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
         raise ValueError(f"position_ids {tuple(position_ids.shape)}: expected {tuple(input_ids.shape)}, or one row")
     return position_ids.expand_as(input_ids)
-
-
-def _refuse_larger_vocabulary(tokenizer: Any, rows: int) -> None:
-    """EndoRewardError if text can give token ids that the model lacks.
-
-    Special tokens beyond the head are let pass (Gemma 3's text models come with an image token): text does not give
-    them, and a row that spells one out is refused by itself.
-    """
-    known = getattr(tokenizer, "added_tokens_decoder", {})
-    beyond = [i for i in tokenizer.get_vocab().values() if i >= rows] if len(tokenizer) > rows else []
-    if any(i not in known or not known[i].special for i in beyond):
-        raise EndoRewardError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's output head only {rows}: "
-            "they do not belong together, or the model's embeddings were not resized"
-        )

@@ -15,6 +15,11 @@ from .errors import EndoRewardError
 REDUCTIONS = ("sum", "mean")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 TRUNCATE = ("prompt", "completion")
+# The names of signals.SIGNALS and judges.JUDGES, here once more so that --help does not wait for torch.
+LOG_RATIO = "log-ratio"
+SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
+JUDGES = ("verifier", "pointwise", "pairwise")
+ALL = "all"
 
 Text = Optional[str]  # noqa: UP045  typer reads these at run time, in Python 3.10 too
 Count = Optional[int]  # noqa: UP045
@@ -89,6 +94,63 @@ class RowFlags(ModelFlags):
     def to_json(self) -> dict[str, Any]:
         """What the numbers of a run depend on: how it spoke and where it wrote is left out."""
         return {name: value for name, value in asdict(self).items() if name not in ("output", "quiet", "strict")}
+
+
+@dataclass(frozen=True)
+class EvalFlags(RowFlags):
+    """And what the score is compared with."""
+
+    signals: Annotated[
+        Text, typer.Option(help=f"Compare intrinsic rewards of the same pass: all, or some of {', '.join(SIGNALS)}.")
+    ] = None
+    reference_model: Annotated[Text, typer.Option(help=f"Second model of the same tokenizer, for {LOG_RATIO}.")] = None
+    reward_model: Annotated[Text, typer.Option(help="Compare a trained reward model: a sequence classifier.")] = None
+    judge: Annotated[
+        Text, typer.Option(help=f"Compare the model as its own judge: all, or some of {', '.join(JUDGES)}.")
+    ] = None
+
+    def check(self) -> None:
+        super().check()
+        wanted = _names("--signals", self.signals, SIGNALS)
+        _names("--judge", self.judge, JUDGES)
+        if LOG_RATIO in wanted and self.signals != ALL and not self.reference_model:
+            raise EndoRewardError(f"--signals {LOG_RATIO} compares two models: name the second by --reference-model")
+        if self.reference_model and LOG_RATIO not in wanted:
+            raise EndoRewardError(f"--reference-model is for --signals {LOG_RATIO} (or {ALL})")
+
+    @property
+    def judges(self) -> tuple[str, ...]:
+        return _names("--judge", self.judge, JUDGES)
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Signals to compare; the endogenous reward beside rivals, if nothing else is asked for."""
+        wanted = _names("--signals", self.signals, SIGNALS)
+        if not wanted and (self.judge or self.reward_model):
+            return SIGNALS[:1]
+        return wanted if self.reference_model else tuple(name for name in wanted if name != LOG_RATIO)
+
+    @property
+    def left_out(self) -> str | None:
+        """Why a signal that --signals all means is not there."""
+        if self.signals == ALL and not self.reference_model:
+            return f"{LOG_RATIO} is left out: it compares two models, and there is no --reference-model"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        new = [f.name for f in fields(EvalFlags) if f.name not in {g.name for g in fields(RowFlags)}]
+        return {name: value for name, value in super().to_json().items() if name not in new or value is not None}
+
+
+def _names(flag: str, text: str | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """The names in a text with commas; all of them for "all", none for None. EndoRewardError for any other."""
+    if text is None or text == ALL:
+        return allowed if text else ()
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    for name in names:
+        if name not in allowed:
+            raise EndoRewardError(f"{flag} must be {ALL}, or some of {', '.join(allowed)}, got {name!r}")
+    return names
 
 
 def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -95,7 +95,7 @@ class Monitor:
 
     def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True) -> None:
         self.quiet = quiet
-        self.rows = self.tokens = self.failed = 0
+        self.rows = self.tokens = self.failed = self.missed = 0
         self._done = 0
         self._started = time.perf_counter()
         self._progress: Any = None
@@ -140,8 +140,11 @@ class Monitor:
         self.rows += 1
         if error:
             self.failed += 1
-            if self.failed <= ERRORS_SHOWN:
-                self.say(f"{where}: {error}")
+            self._say_error(f"{where}: {error}")
+
+    def _say_error(self, text: str) -> None:
+        if self.failed + self.missed <= ERRORS_SHOWN:
+            self.say(text)
 
     def _show(self) -> None:
         if self._progress:
@@ -166,9 +169,26 @@ class Monitor:
             f"{prefix}scored {self.rows - self.failed} of {self.rows} rows, {self.tokens:,} tokens "
             f"in {self.seconds:.1f} s ({self.rate:,.0f} tokens/s)"
         )
+        hidden = self.failed + self.missed - ERRORS_SHOWN
+        more = f"; {hidden} not shown" if hidden > 0 else ""
+        if self.missed:
+            self.say(f"rows that another method could not score: {self.missed} (exit code 2){more}")
         if self.failed:
-            more = f"; {self.failed - ERRORS_SHOWN} not shown" if self.failed > ERRORS_SHOWN else ""
             self.say(f"{self.failed} of {self.rows} rows could not be scored (exit code 2){more}")
+
+
+class Aside:
+    """A Monitor's view of the same rows once more, by another scorer: what fails is named and counted apart."""
+
+    def __init__(self, monitor: Monitor, name: str) -> None:
+        self._monitor, self._name = monitor, name
+        self.on_tokens, self.advance = monitor.on_tokens, monitor.advance
+
+    def on_row(self, where: str, error: str | None) -> None:
+        """One more row is written; an error is named at once."""
+        if error:
+            self._monitor.missed += 1
+            self._monitor._say_error(f"{where}: {self._name}: {error}")
 
 
 def one_line(text: str) -> str:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .candidates import MissingColumns, Task, arrange, plan
 from .data import Record, Source
 from .errors import EndoRewardError
-from .output import Monitor, compact
+from .output import Aside, Monitor, compact
 
 if TYPE_CHECKING:
     from .model import RowScore
@@ -34,13 +34,32 @@ def load_scorer(flags: ModelFlags) -> Scorer:
     """The model that `flags` name. Imports torch and transformers: call it after the cheap checks."""
     from .model import EndoRewardModel
 
-    if flags.quiet or not sys.stderr.isatty():
-        from transformers.utils import logging
+    _quieten(flags)
+    return EndoRewardModel.from_pretrained(flags.model, dtype=flags.dtype, device=flags.device)
 
+
+def load_reward_model(flags: ModelFlags, name: str) -> Scorer:
+    """The trained reward model `name`, in the same dtype and on the same device."""
+    from .reward_model import RewardModel
+
+    _quieten(flags)
+    return RewardModel.from_pretrained(name, dtype=flags.dtype, device=flags.device)
+
+
+def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Scorer]:
+    """The model that `scorer` is as its own judge, in each of the ways named."""
+    from .judges import JUDGES
+
+    return {name: JUDGES[name](scorer) for name in names}
+
+
+def _quieten(flags: ModelFlags) -> None:
+    from transformers.utils import logging
+
+    if flags.quiet or not sys.stderr.isatty():
         logging.disable_progress_bar()
     if flags.quiet:
         logging.set_verbosity_error()
-    return EndoRewardModel.from_pretrained(flags.model, dtype=flags.dtype, device=flags.device)
 
 
 @dataclass
@@ -59,23 +78,35 @@ class Item:
     def done(self) -> bool:
         return self.task is None or len(self.results) == len(self.task.samples)
 
-    def problem(self, position: int) -> str | None:
-        """Why the sample at `position` has no score, or None."""
-        result = self.results[position]
-        if result.error is None and (result.score is None or not isfinite(result.score)):
-            return f"the score is not finite ({result.score})"
+    def problem(self, position: int, signal: str | None = None) -> str | None:
+        """Why the sample at `position` has no score, or no such signal; or None."""
+        result, score = self.results[position], self._value(position, signal)
+        if result.error is None and (score is None or not isfinite(score)):
+            return f"the score is not finite ({score})"
         return result.error
 
-    def score(self, position: int) -> float | None:
-        """The score of the sample at `position`; None where there is a problem."""
-        return None if self.problem(position) else self.results[position].score
+    def score(self, position: int, signal: str | None = None) -> float | None:
+        """The score (or signal) of the sample at `position`; None where there is a problem."""
+        return None if self.problem(position, signal) else self._value(position, signal)
+
+    def _value(self, position: int, signal: str | None) -> float | None:
+        result = self.results[position]
+        return result.score if signal is None else (result.signals or {}).get(signal)
 
     @property
     def first_problem(self) -> str | None:
         """One line for the whole row, or None."""
+        return self.trouble()
+
+    def trouble(self, signal: str | None = None) -> str | None:
+        """The same for a signal."""
         if self.task is None:
             return self.error
-        return next((problem for i in range(len(self.task.samples)) if (problem := self.problem(i))), None)
+        return next((problem for i in range(len(self.task.samples)) if (problem := self.problem(i, signal))), None)
+
+    def again(self) -> Item:
+        """The same row for another scorer."""
+        return replace(self, results={})
 
 
 def windows(source: Source, command: str, flags: RowFlags) -> Iterator[list[Item]]:
@@ -125,7 +156,7 @@ def score_items(
     scorer: Scorer,
     options: Mapping[str, Any],
     write: Callable[[Item], None],
-    monitor: Monitor,
+    monitor: Monitor | Aside,
     *,
     strict: bool = False,
 ) -> None:
@@ -134,7 +165,8 @@ def score_items(
     Whatever stops it (Ctrl-C, an error), every row that is completely scored is written first.
     """
     owners = [(item, i) for item in items if item.task for i in range(len(item.task.samples))]
-    samples = [sample for item in items if item.task for sample in item.task.samples]
+    # Whoever compares completions with each other does so within a row.
+    samples = [{**sample, "group": n} for n, item in enumerate(items) if item.task for sample in item.task.samples]
     waiting = deque(items)
     monitor.advance(sum(item.done for item in items))
 

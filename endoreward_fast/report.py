@@ -17,6 +17,13 @@ class FileResult:
     rows: int = 0
     judged: list[Judged] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    beside: dict[str, FileResult] = field(default_factory=dict)
+    """the same file by other methods"""
+
+    @classmethod
+    def by_methods(cls, name: str, methods: Sequence[str]) -> FileResult:
+        """Nothing read yet, of a score and the methods beside it."""
+        return cls(name, beside={method: cls(name) for method in methods})
 
     def to_json(self) -> dict[str, Any]:
         """Counts, accuracies by subset and, for rows of RM-Bench's shape, its matrix."""
@@ -48,11 +55,15 @@ class FileResult:
 
 
 def to_json(files: Sequence[FileResult], about: dict[str, Any]) -> dict[str, Any]:
-    """Everything: how it was run, the numbers, and every row's scores."""
-    judged = [row for file in files for row in file.judged]
+    """Everything: how it was run, the numbers, every row's scores, and the same of every other method."""
+    beside = {name: _numbers([file.beside[name] for file in files]) for name in files[0].beside}
+    return {**about, **_numbers(files), **({"methods": beside} if beside else {})}
+
+
+def _numbers(files: Sequence[FileResult]) -> dict[str, Any]:
+    judged = _judged(files)
     bench, rewards = rm_bench(judged), reward_bench(judged)
     return {
-        **about,
         "files": [file.to_json() for file in files],
         "rm_bench": bench.to_json() if bench else None,
         "reward_bench": {name: a.to_json() for name, a in rewards.items()} if rewards else None,
@@ -62,16 +73,22 @@ def to_json(files: Sequence[FileResult], about: dict[str, Any]) -> dict[str, Any
     }
 
 
-def to_text(files: Sequence[FileResult]) -> str:
+def _judged(files: Sequence[FileResult]) -> list[Judged]:
+    return [row for file in files for row in file.judged]
+
+
+def to_text(files: Sequence[FileResult], note: str | None = None) -> str:
     """The same for people: a block per file, then the benchmarks over all of them."""
-    judged = [row for file in files for row in file.judged]
+    judged = _judged(files)
     lines: list[str] = []
     for file in files:
-        lines += [*_file_lines(file), ""]
+        lines += [*_file_lines(file), *_beside_lines(file), ""]
     if (bench := rm_bench(judged)) and len(files) > 1:
-        lines += [*_rm_bench_lines(bench), ""]
+        lines += [*_rm_bench_lines(bench), *_beside_rm_bench_lines(files), ""]
     if rewards := reward_bench(judged):
-        lines += ["RewardBench sections", *(f"  {name:<26}{_with_interval(a)}" for name, a in rewards.items()), ""]
+        lines += ["RewardBench sections", *(f"  {name:<26}{_with_interval(a)}" for name, a in rewards.items())]
+        lines += [*_beside_reward_bench_lines(files), ""]
+    lines += [note + "."] if note else []
     lines.append("Intervals: 95%, Wilson, a row being one trial. Ties count as lost. Chance is 50%.")
     return "\n".join(lines) + "\n"
 
@@ -131,3 +148,44 @@ def _rm_bench_lines(bench: RmBench) -> list[str]:
 
 def _levels(of: dict[str, Any]) -> str:
     return "".join(f"{_percent(of[name].value):>9}" for name in ("easy", "normal", "hard", "average"))
+
+
+# ------------------------------------------------------------------------------------------------ methods side by side
+
+
+def _beside_lines(file: FileResult) -> list[str]:
+    """Every other method on one file: its accuracy, or RM-Bench's levels."""
+    if not file.beside:
+        return []
+    lines = [_levels_heading("by method")] if file.styled else ["  by method"]
+    for name, other in file.beside.items():
+        if not other.judged:
+            lines.append(f"    {name:<24}  no row was scored")
+        elif file.styled:
+            lines.append(_levels_line(name, vars(block(other.judged))))
+        else:
+            lines.append(f"    {name:<24}{_with_interval(over_rows(other.judged, lambda r: r.accuracy))}")
+    return lines
+
+
+def _beside_rm_bench_lines(files: Sequence[FileResult]) -> list[str]:
+    benches = {name: rm_bench(_judged([file.beside[name] for file in files])) for name in files[0].beside}
+    lines = [_levels_line(name, bench.overall) for name, bench in benches.items() if bench]
+    return [_levels_heading("mean of domains by method"), *lines] if lines else []
+
+
+def _beside_reward_bench_lines(files: Sequence[FileResult]) -> list[str]:
+    benches = {name: reward_bench(_judged([file.beside[name] for file in files])) for name in files[0].beside}
+    lines = [f"    {name:<24}{_with_interval(bench['overall'])}" for name, bench in benches.items() if bench]
+    return ["  overall by method", *lines] if lines else []
+
+
+def _levels_heading(title: str) -> str:
+    return (
+        f"  {title:<26}" + "".join(f"{name:>9}" for name in ("easy", "normal", "hard", "average")) + " " * 20 + "rows"
+    )
+
+
+def _levels_line(name: str, of: dict[str, Any]) -> str:
+    average = of["average"]
+    return f"    {name:<24}{_levels(of)}  [{_percent(average.low)}, {_percent(average.high)}]{average.rows:7d}"

@@ -1,9 +1,9 @@
 """Rows -> scores: encode, batch by length, run, reduce. What `EndoRewardModel.score` and the command line stand on."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from .boundary import token_texts
 from .encoding import Encoded, Encoder, Row, Truncate
 from .errors import EndoRewardError
 from .functional import sequence_score
+from .signals import SIGNALS, select
 from .types import TokenRewards
 
 if TYPE_CHECKING:
@@ -49,6 +50,20 @@ class RowScore:
     """why the row has no score, in one line"""
     tokens: TokenTable | None = None
     """with per_token"""
+    signals: Mapping[str, float] | None = None
+    """with signals: each one's score by its name"""
+
+
+Scores = Iterator[tuple[int, RowScore]]
+"""(position in rows, score) as they come, in any order"""
+OnTokens = Callable[[int], None] | None
+"""called with the number of tokens of each finished batch"""
+
+
+def in_order(scores: Scores) -> list[RowScore]:
+    """Scores by position."""
+    results = dict(scores)
+    return [results[i] for i in range(len(results))]
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,14 @@ class ScoreOptions:
     """fill RowScore.tokens"""
     texts: bool = True
     """and its texts, which take longer to find than everything else in it"""
+    signals: str | Sequence[str] = ()
+    """fill RowScore.signals with these of `signals.SIGNALS`, from the same pass: names, or "all" that can be had. Each
+    has its own reduction; `reduction`, `gamma` and `floor` are the score's alone"""
+    reference: "EndoRewardModel | None" = None
+    """a second model with the same tokenizer, for signals that compare two: one more forward pass"""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))
         for name, fine, wanted in (
             ("alpha", self.alpha > 0 and math.isfinite(self.alpha), "a number above 0"),
             ("reduction", self.reduction in ("sum", "mean"), "'sum' or 'mean'"),
@@ -104,14 +125,13 @@ class ScoreOptions:
                 raise EndoRewardError(f"{name}={getattr(self, name)!r}: expected {wanted}")
 
 
-def score_rows(
-    scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOptions, on_tokens: Callable[[int], None] | None
-) -> Iterator[tuple[int, RowScore]]:
+def score_rows(scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOptions, on_tokens: OnTokens) -> Scores:
     """(position in rows, score) as batches finish. Rows that need no model come first, then the longest."""
     encoder = encoder_for(scorer, options)
+    vocab_size = min(model.vocab_size for model in _models(scorer, options))
     ready: list[tuple[int, Encoded]] = []
     for position, row in enumerate(rows):
-        result = _encode(encoder, row, scorer.vocab_size)
+        result = _encode(encoder, row, vocab_size, options.signals)
         if isinstance(result, Encoded):
             ready.append((position, result))
         else:
@@ -126,15 +146,20 @@ def score_rows(
 
 
 def encoder_for(scorer: "EndoRewardModel", options: ScoreOptions) -> Encoder:
-    """Options and the model's own limits -> how rows are encoded."""
-    limits = [limit for limit in (options.max_length, scorer.max_positions) if limit is not None]
+    """Options and the models' own limits -> how rows are encoded."""
+    limits = [model.max_positions for model in _models(scorer, options)]
+    limits = [limit for limit in (options.max_length, *limits) if limit is not None]
     return Encoder(
         scorer.tokenizer, system=options.system, chat=options.chat, max_length=min(limits, default=None),
         truncate=options.truncate, append_eos=options.append_eos, eos_ids=scorer.eos_ids,
     )  # fmt: skip
 
 
-def _encode(encoder: Encoder, row: Row, vocab_size: int) -> Encoded | RowScore:
+def _models(scorer: "EndoRewardModel", options: ScoreOptions) -> list["EndoRewardModel"]:
+    return [scorer] if options.reference is None else [scorer, options.reference]
+
+
+def _encode(encoder: Encoder, row: Row, vocab_size: int, signals: Sequence[str]) -> Encoded | RowScore:
     """Tokens of a row, or its score where no model is needed for it."""
     try:
         encoded = encoder.encode(row)
@@ -144,7 +169,8 @@ def _encode(encoder: Encoder, row: Row, vocab_size: int) -> Encoded | RowScore:
     except EndoRewardError as error:
         return RowScore(None, 0, None, error=str(error))
     if encoded.prompt_length == len(encoded.input_ids):
-        return RowScore(0.0, 0, 0.0, encoded.flags, tokens=TokenTable((), (), (), (), ()))
+        zeros = dict.fromkeys(signals, 0.0) if signals else None
+        return RowScore(0.0, 0, 0.0, encoded.flags, tokens=TokenTable((), (), (), (), ()), signals=zeros)
     return encoded
 
 
@@ -163,22 +189,44 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
     with evaluating(scorer):  # not around a yield: the caller's code would run in it
-        input_ids, scored, terminal = (t.to(scorer.device) for t in _pad(batch))
-        rewards = scorer.rewards_of_padded(input_ids, scored, terminal, alpha=options.alpha)
-        mask = scored.to(rewards.reward.device)
+        rewards, mask, signals = _read(scorer, *_pad(batch), options)
         totals = sequence_score(
             rewards.reward, mask, reduction=options.reduction, gamma=options.gamma, floor=options.floor
         )
-        summed = torch.stack([totals.double(), rewards.logprob.double().sum(1)]).tolist()
+        columns = torch.stack([totals.double(), rewards.logprob.double().sum(1), *signals]).tolist()
         tables = _tables(scorer, batch, rewards, options.texts) if options.per_token else [None] * len(batch)
     results = []
-    for encoded, score, logprob, table in zip(batch, *summed, tables, strict=True):
+    for encoded, table, score, logprob, *values in zip(batch, tables, *columns, strict=True):
         count = len(encoded.input_ids) - encoded.prompt_length
-        result = RowScore(score, count, logprob, encoded.flags, tokens=table)
+        named = dict(zip(options.signals, values, strict=True)) if values else None
+        result = RowScore(score, count, logprob, encoded.flags, tokens=table, signals=named)
         if math.isnan(score):
-            result = replace(result, score=None, logprob=None, error="the model gave NaN for this row", tokens=None)
+            result = RowScore(None, count, None, encoded.flags, "the model gave NaN for this row")
         results.append(result)
     return results
+
+
+def _read(
+    scorer: "EndoRewardModel", input_ids: Tensor, scored: Tensor, terminal: Tensor, options: ScoreOptions
+) -> tuple[TokenRewards, Tensor, list[Tensor]]:
+    """Rewards (B, T), the mask on their device, and each signal's float64 (B,): one pass for all of them."""
+    inputs = [t.to(scorer.device) for t in (input_ids, scored, terminal)]
+    if not options.signals:
+        rewards = scorer.rewards_of_padded(*inputs, alpha=options.alpha)
+        return rewards, inputs[1].to(rewards.reward.device), []
+    stats = scorer.stats_of_padded(*inputs, alpha=options.alpha)
+    other = None
+    if any(SIGNALS[name].needs_reference for name in options.signals):
+        other = _logprob(options.reference, input_ids, scored, terminal, options.alpha).to(stats.lse.device)
+    return stats.rewards(), stats.mask, [SIGNALS[name].score(stats, other).double() for name in options.signals]
+
+
+def _logprob(
+    model: "EndoRewardModel", input_ids: Tensor, scored: Tensor, terminal: Tensor, alpha: float
+) -> Tensor:  # fmt: skip
+    with evaluating(model):
+        inputs = (t.to(model.device) for t in (input_ids, scored, terminal))
+        return model.rewards_of_padded(*inputs, alpha=alpha).logprob
 
 
 def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,7 +16,7 @@ BLOCKS = [
 ]
 TRL = [block for block in BLOCKS if "from trl" in block]
 OTHERS = [block for block in BLOCKS if block not in TRL]
-SAID = re.findall(r"^\| (.*?) \|", PAGE[PAGE.index("| it says |") :], re.M)[2:]
+SAID = re.findall(r"^\| (.*?) \|", PAGE[PAGE.index("| it says |") :], re.M)[1:]
 
 
 @pytest.mark.parametrize("block", TRL, ids=["reward function", "token-level, one forward"])

@@ -16,7 +16,8 @@ import torch
 
 from ..functional import sequence_score
 from ..scoring import RowScore, ScoreOptions
-from .generated import NOT_FINITE, ending_ids, refuse_other_vocabulary, score_completions, scorer_of
+from ..vocabulary import refuse_other_vocabulary
+from .generated import NOT_FINITE, ending_ids, score_completions, scorer_of
 
 
 class Rewarded(NamedTuple):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ..errors import EndoRewardError
 from ..model import EndoRewardModel, RowScore
 
 Ids = Sequence[int]
@@ -46,30 +45,3 @@ def score_completions(scorer: EndoRewardModel, rows: Sequence[dict[str, Any]], *
     """EndoRewardModel.score, but that an empty completion has no score: nothing was chosen, and nothing is rewarded."""
     unscored = RowScore(None, 0, None, ("empty",), "the completion is empty: there is no token to reward")
     return [unscored if "empty" in score.flags else score for score in scorer.score(rows, **options)]
-
-
-def refuse_other_vocabulary(scorer: EndoRewardModel, tokenizer: Any) -> None:
-    """EndoRewardError, naming both vocabularies, unless the policy's token ids mean the same to the reward model.
-
-    Special tokens that only the policy's tokenizer knows (an added padding token) are let pass: a completion that
-    holds one is refused by itself.
-    """
-    if tokenizer is None or scorer.tokenizer is None or tokenizer is scorer.tokenizer:
-        return
-    known, asked = scorer.tokenizer.get_vocab(), tokenizer.get_vocab()
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    for token, i in asked.items():
-        if known.get(token) == i or (token not in known and i in added and added[i].special):
-            continue
-        other = scorer.tokenizer.convert_ids_to_tokens(i) if i < len(scorer.tokenizer) else None
-        theirs = f"is {other!r}" if other is not None else "does not exist"
-        raise EndoRewardError(
-            f"the policy's vocabulary ({_named(tokenizer, asked)}) is not the reward model's "
-            f"({_named(scorer.tokenizer, known)}): token {i} is {token!r} in the first and {theirs} in the second; "
-            "token ids can only be scored by a model with the same tokenizer"
-        )
-
-
-def _named(tokenizer: Any, vocabulary: dict[str, int]) -> str:
-    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
-    return f"{name}, {len(vocabulary)} tokens"

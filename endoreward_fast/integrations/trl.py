@@ -21,7 +21,8 @@ from ..errors import EndoRewardError
 from ..functional import sequence_score
 from ..model import EndoRewardModel
 from ..scoring import ScoreOptions
-from .generated import NOT_FINITE, Ids, ending_ids, generated_row, refuse_other_vocabulary, score_completions, scorer_of
+from ..vocabulary import refuse_other_vocabulary
+from .generated import NOT_FINITE, Ids, ending_ids, generated_row, score_completions, scorer_of
 
 METRICS = "endo_reward"
 

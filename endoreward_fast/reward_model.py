@@ -1,0 +1,119 @@
+"""Trained reward models, to compare with: sequence classifiers of transformers, as scorers like EndoRewardModel."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .batching import batches
+from .boundary import tokenize
+from .chat import conversation
+from .encoding import Row, dialogue, prompt_and_completion, wants_chat
+from .errors import EndoRewardError
+from .loading import load_classifier, refuse_other_than_one_output
+from .scoring import OnTokens, RowScore, ScoreOptions, Scores, evaluating, in_order
+
+
+class RewardModel:
+    """A sequence classifier of transformers with one output: the score of a whole conversation (Skywork's kind).
+
+    Messages go through the classifier's own chat template, to its end; text without one is prompt + completion as
+    its tokenizer reads it. Evaluation mode, batches of like length, padded on the right; one row at a time where its
+    config has no padding token, as transformers then wants it.
+
+    Raises EndoRewardError for more than one output.
+    """
+
+    method = "Trained reward model"
+    formula = "its output"
+    source = "such as Skywork-Reward, 2410.18451"
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        config: Any = model.config
+        refuse_other_than_one_output(config, type(model).__name__)
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.pad: int | None = text_config.pad_token_id
+        limits = [getattr(text_config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+        self.max_length = min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
+        **options: Any,
+    ) -> "RewardModel":  # fmt: skip
+        """Load by folder or Hugging Face name; arguments as in `EndoRewardModel.from_pretrained`.
+
+        Raises EndoRewardError, in one line: no such model, not a sequence classifier, a checkpoint without its
+        output head, more than one output, no tokenizer.
+        """
+        model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=options)
+        if tokenizer is None:
+            raise EndoRewardError(f"reward model {name_or_path!r} has no usable tokenizer: {reason}")
+        return cls(model, tokenizer)
+
+    def iter_scores(self, rows: Sequence[Row], *, on_tokens: OnTokens = None, **options: Any) -> Scores:
+        """(position in rows, score) as batches finish. Options as in `EndoRewardModel.score`; those of them count that
+        say how rows are encoded and batched."""
+        chosen = ScoreOptions(**options)
+        ready: list[tuple[int, list[int], tuple[str, ...]]] = []
+        for position, row in enumerate(rows):
+            try:
+                ready.append((position, *self._encode(row, chosen)))
+            except EndoRewardError as error:
+                yield position, RowScore(None, 0, None, error=str(error))
+        budget = 1 if self.pad is None else chosen.max_tokens_per_batch
+        for batch in batches([len(ids) for _, ids, _ in ready], budget):
+            members = [ready[i] for i in batch]
+            scores = self._classify([ids for _, ids, _ in members])
+            if on_tokens is not None:
+                on_tokens(sum(len(ids) for _, ids, _ in members))
+            for (position, ids, flags), score in zip(members, scores, strict=True):
+                lost = math.isnan(score)
+                error = "the reward model gave NaN for this row" if lost else None
+                yield position, RowScore(None if lost else score, len(ids), None, flags, error)
+
+    def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
+        """Scores of rows, in their order."""
+        return in_order(self.iter_scores(rows, **options))
+
+    def _encode(self, row: Row, options: ScoreOptions) -> tuple[list[int], tuple[str, ...]]:
+        """(token ids, flags) of a row."""
+        if "prompt_ids" in row:
+            raise EndoRewardError("a reward model reads text with its own tokenizer, but the row holds token ids")
+        prompt, completion = prompt_and_completion(row)
+        plain = isinstance(prompt, str) and isinstance(completion, str)
+        if plain and not wants_chat(self.tokenizer, row.get("chat", options.chat)):
+            before = f"{options.system}\n\n{prompt}" if options.system else prompt
+            ids = self.tokenizer(before + completion, truncation=False, verbose=False)["input_ids"]
+        else:
+            text = conversation(self.tokenizer, dialogue(prompt, completion), system=options.system)
+            ids = tokenize(self.tokenizer, text)
+        limits = [limit for limit in (options.max_length, self.max_length) if limit is not None]
+        if not ids:
+            raise EndoRewardError("the row is empty: there is nothing to classify")
+        if not limits or len(ids) <= min(limits):
+            return ids, ()
+        return _cut(ids, min(limits), options.truncate), ("truncated",)
+
+    def _classify(self, rows: list[list[int]]) -> list[float]:
+        width = max(map(len, rows))
+        padding = 0 if self.pad is None else self.pad
+        lengths = torch.tensor([[len(ids)] for ids in rows])
+        inputs = {"input_ids": torch.tensor([ids + [padding] * (width - len(ids)) for ids in rows])}
+        inputs["attention_mask"] = (torch.arange(width) < lengths).long()
+        device = next(self.model.parameters()).device
+        with evaluating(self.model):
+            logits: Tensor = self.model(**{name: x.to(device) for name, x in inputs.items()}).logits
+        return logits[:, 0].double().tolist()
+
+
+def _cut(ids: list[int], limit: int, truncate: str | None) -> list[int]:
+    """Without the oldest tokens but the first ("prompt"), or without the last ("completion")."""
+    if truncate is None:
+        raise EndoRewardError(
+            f'{len(ids)} tokens, the limit is {limit}; truncate="prompt" or "completion" would cut it'
+        )
+    return ids[:limit] if truncate == "completion" else [*ids[:1], *ids[len(ids) - limit + 1 :]]
