@@ -1,0 +1,104 @@
+"""What the commands of this folder share: arguments, the JSON record, the picture's last strokes."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+
+from bench.environment import environment
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from bench.charts import INK, MUTED, quiet
+
+RESULTS = Path(__file__).parents[1] / "results"
+IMITATION, ENDOGENOUS, OTHER, GUIDE = "#3d5a80", "#d1495b", "#edae49", "#b9c2cc"
+
+
+def arguments(doc: str, seeds: int) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help="the first seed; the others follow it")
+    parser.add_argument("--seeds", type=int, default=seeds, help="how many")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the picture")
+    return parser
+
+
+def write(name: str, settings: dict, results: dict, folder: Path) -> Path:
+    """folder/paper-<name>.json"""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"paper-{name}.json"
+    record = {"command": f"python -m bench.paper.{name}", "environment": environment(), "settings": settings}
+    path.write_text(json.dumps(record | {"results": results}, indent=1, default=_plain) + "\n")
+    return path
+
+
+def _plain(value):
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} is not for JSON")
+
+
+def table(header: tuple[str, ...], rows: list[tuple]) -> str:
+    """Left column flush left, the others flush right."""
+    cells = [header, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def panels(rows: int, columns: int, width: float = 4.6, height: float = 3.5):
+    figure, axes = plt.subplots(rows, columns, figsize=(width * columns + 0.4, height * rows + 0.3), squeeze=False)
+    return figure, list(axes.flat)
+
+
+def title(axis, text: str) -> None:
+    axis.set_title(text, loc="left", fontsize=10, color=INK)
+
+
+def quartiles(errors) -> np.ndarray:
+    return np.quantile(errors, [0.25, 0.75], axis=0)
+
+
+def of_the_mean(errors) -> np.ndarray:
+    """95% for the mean over seeds, by bootstrap: where most seeds have no error at all, quartiles say nothing."""
+    rng = np.random.default_rng(0)
+    means = [errors[rng.integers(len(errors), size=len(errors))].mean(0) for _ in range(1000)]
+    return np.quantile(means, [0.025, 0.975], axis=0)
+
+
+def band(axis, x, errors, colour: str, label: str, spread=quartiles) -> None:
+    """The mean over seeds (seeds, len(x)) as a line, `spread` as a band."""
+    errors = np.asarray(errors)
+    axis.plot(x, errors.mean(0), marker="o", ms=3.5, color=colour, lw=1.8, label=label)
+    axis.fill_between(x, *spread(errors), color=colour, alpha=0.15, lw=0)
+
+
+def guide(axis, x, at: float, power: float, label: str) -> None:
+    """A dashed line of slope `power` through (x[0], at)."""
+    axis.plot(x, [at * (value / x[0]) ** power for value in x], "--", color=GUIDE, lw=1.2, label=label, zorder=1)
+
+
+def picture(figure, axes, note: str, path: Path, legend: str = "best") -> Path:
+    """Legends, grid and a line below that says what was run; path.png and path.svg."""
+    for axis in axes:
+        quiet(axis)
+        axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc=legend)
+        for label in (axis.xaxis.label, axis.yaxis.label):
+            label.set(fontsize=9, color=MUTED)
+    height = figure.get_figheight()
+    figure.tight_layout(rect=(0, 0.22 / height, 1, 1), w_pad=2.0)
+    figure.text(0.01, 0.08 / height, note, fontsize=8, color=MUTED)
+    figure.savefig(path.with_suffix(".png"), dpi=140)
+    plt.rcParams["svg.hashsalt"] = "endoreward_fast"  # the same figures give the same file
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    plt.close(figure)
+    return path.with_suffix(".png")
