@@ -5,7 +5,9 @@ verl wants transformers before 5.11, so that the usual environment has none: the
 
 import asyncio
 import pickle
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -183,6 +185,45 @@ def test_compute_score_reads_the_prompt_from_the_dataset(pocket):
     assert integration._reward.cache_info().misses == 2
     with pytest.raises(EndoRewardError, match=r"extra_info has no 'prompt'.*EndoRewardManager"):
         ask({"question": "?"}, model="pocket")
+
+
+def test_compute_score_loads_one_model_for_all_threads(monkeypatch):
+    """NaiveRewardManager's run_in_executor: the first responses arrive together, before there is a model."""
+    loaded = []
+    load = integration.BatchedReward
+    monkeypatch.setattr(integration, "BatchedReward", lambda *a, **o: loaded.append(a) or load(*a, **o))
+    integration._reward.cache_clear()
+    together = threading.Barrier(8)
+
+    def ask(_):
+        together.wait()
+        return compute_score("x", "5", "5", {"prompt": "What is 2 + 3?"}, model="pocket")["score"]
+
+    with ThreadPoolExecutor(8) as pool:
+        scores = list(pool.map(ask, range(8)))
+    assert len(loaded) == 1
+    assert scores == pytest.approx([scores[0]] * 8, abs=1e-4)  # the batches they fall into differ
+
+
+@pytest.mark.skipif(not INSTALLED, reason="verl is not installed")
+@pytest.mark.parametrize("path", [None, "pkg://endoreward_fast.integrations.verl"])
+def test_beside_a_reward_model_verl_asks_us_only_with_a_custom_function(path, monkeypatch, samples):
+    """RewardLoopWorker.compute_score: the reward model is asked unless custom_reward_function.path is set."""
+    from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
+
+    async def reward_model(self, data):
+        return {"reward_score": 7.0}
+
+    monkeypatch.setattr(RewardLoopWorker, "compute_score_disrm", reward_model)
+
+    async def ask():
+        settings = config(PATH)
+        settings.reward.reward_model = {"enable": True, "model_path": PATH}
+        settings.reward.custom_reward_function = {"path": path, "name": "compute_score"}
+        return await RewardLoopWorker(settings).compute_score(colocated(samples[:1], real=True))
+
+    score = asyncio.run(ask())["reward_score"]
+    assert isinstance(score, TokenScore) == (path is not None)
 
 
 @pytest.mark.skipif(not INSTALLED, reason="verl is not installed")

@@ -62,22 +62,19 @@ class EndoReward:
         return {"rewards": scores, "scores": scores.clone(), "extra_logs": extra}
 
     def _ask(self, query: str, prompt: str) -> "Future[Rewarded] | Rewarded":
-        prompt_ids = self._ids(prompt)
-        opening = self._opening(query, prompt, prompt_ids)
+        opening = self._opening(query, prompt)
         if opening is None:
             return self.reward.without("the query does not begin with its prompt, whole or cut from the left")
-        text, prompt_ids = opening
-        return self.reward.submit(generated_row(prompt_ids, self._ids(query[len(text) :]), self.reward.ends))
+        response = self._ids(query[len(opening) :])
+        return self.reward.submit(generated_row(self._ids(opening), response, self.reward.ends))
 
-    def _opening(self, query: str, prompt: str, ids: list[int]) -> tuple[str, list[int]] | None:
-        """The prompt as the query has it, text and ids: as given, or decoded, or without its first tokens."""
+    def _opening(self, query: str, prompt: str) -> str | None:
+        """The prompt as the query has it: as given, or decoded, or without what was cut from its left."""
         if query.startswith(prompt):
-            return prompt, ids
-        for cut in range(len(ids)):
-            text = self.reward.tokenizer.decode(ids[cut:], skip_special_tokens=False)
-            if query.startswith(text):
-                return text, ids[cut:]
-        return None
+            return prompt
+        decoded = self.reward.tokenizer.decode(self._ids(prompt), skip_special_tokens=False)
+        suffixes = (decoded[start:] for start in range(len(decoded)))  # the longest first
+        return next((text for text in suffixes if query.startswith(text)), None)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.reward.tokenizer(text, add_special_tokens=False)["input_ids"]

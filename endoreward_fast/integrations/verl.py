@@ -9,6 +9,7 @@ Nothing of verl is imported: it hands over what is needed, and asks for no base 
 """
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from .generated import generated_row
 
 OPTIONS = ("model", "alpha", "reduction", "gamma", "floor", "max_tokens_per_batch")
 NEEDED = ("prompts", "responses", "attention_mask")
+LOADING = threading.Lock()  # verl calls compute_score from a pool of threads: without it each would load a model
 ONE_ANSWER = 2  # turns: the prompt and the response
 OTHERS_TOKENS = "other turns (tool results, say) are among the response's tokens, and the policy did not choose those"
 
@@ -45,8 +47,9 @@ class EndoRewardManager:
     model         default: `actor_rollout_ref.model.path`, the initial policy, of which each reward worker loads a copy
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
 
-    Where verl assembles scores itself (beside a colocated reward model), each token of a response gets its part of the
-    score; where it streams rewards from the rollout it asks for one number, and the last token gets the sum. A response
+    Where verl assembles scores itself (a colocated reward model, and `reward.custom_reward_function.path` set, without
+    which verl asks that model and not this class), each token of a response gets its part of the score; where it
+    streams rewards from the rollout it asks for one number, and the last token gets the sum. A response
     that ends in an end-of-sequence token is whole, any other is bootstrapped with V(s'). One that cannot be scored
     (empty, too long, not finite, with tool results in it) gets 0. Logged for each: endo_reward/token (mean reward of a
     token), /first_value (V of the prompt), /length, /unscored.
@@ -114,7 +117,9 @@ def compute_score(
             "or take EndoRewardManager"
         )
     row = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "completion": solution_str}
-    rewarded = _reward(model, alpha, reduction, gamma, floor).submit(row).result()
+    with LOADING:
+        reward = _reward(model, alpha, reduction, gamma, floor)
+    rewarded = reward.submit(row).result()
     return {"score": rewarded.score} | _metrics(rewarded)
 
 
