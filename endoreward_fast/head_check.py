@@ -11,12 +11,13 @@ is a capture, and has to give the same hidden states.
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .errors import EndoRewardError
+from .gathered import weights_come_and_go
 
 if TYPE_CHECKING:
     from .heads import Head
@@ -30,7 +31,7 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def describe(model: nn.Module) -> str:
     """'llama' (LlamaForCausalLM)."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    name = type(model).__name__
+    name = type(uncompiled(model)).__name__
     return name if not model_type else f"model type {model_type!r} ({name})"
 
 
@@ -94,34 +95,31 @@ def why_not_plain(head: nn.Module) -> str | None:
     return None
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile(model)'s wrapper, which takes any arguments and has a name of its own."""
+    return model._modules.get("_orig_mod", model)
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Whether calling this module runs code that torch.compile made: module.compile() or torch.compile(module)."""
     return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
-def _why_not_captured(model: nn.Module) -> str | None:
-    if is_compiled(model):
-        return "it is compiled as a whole, which hides its output head (compile its decoder alone instead)"
-    if any(hasattr(module, "unshard") and hasattr(module, "reshard") for module in model.modules()):
-        return "its weights come and go (FSDP2 gathers and drops them around each forward pass)"
-    return None
-
-
 @torch.no_grad()
 def self_check(model: nn.Module, head: "Head") -> str | None:
     """Why head's recipe cannot be used, or None. EndoRewardError if the model cannot be scored at all."""
-    odd = why_not_plain(head.module) or _why_not_captured(model)
     tokens = check_tokens(model)
     with left_as_it_was(model):
-        seen, logits, known = _run_with_known_values(model, head.module, tokens)
+        calls, logits, known = _run_with_known_values(model, head, tokens)
         _refuse_unless_causal(model, logits, tokens)
+        odd = calls[0].odd if calls and weights_come_and_go(model) else why_not_plain(head.module)
         if odd is not None:
             return odd
-        if len(seen) != 1 or known is None:
-            shapes = ", ".join(str(tuple(hidden.shape)) for hidden in seen) or "nothing"
+        if len(calls) != 1 or known is None:
+            shapes = ", ".join(str(tuple(call.hidden.shape)) for call in calls) or "nothing"
             return f"its output head is fed {shapes}, not one (batch, tokens, size)"
-        wrong = _recipe_mismatch(head, seen[0], logits, known)
-        return wrong or _capture_mismatch(model, head, seen[0], tokens)
+        wrong = _recipe_mismatch(head, calls[0], logits, known)
+        return wrong or _capture_mismatch(model, head, calls[0].hidden, tokens)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -132,7 +130,7 @@ def logits_of(output: Any) -> Tensor:
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
     """Arguments that keep a forward pass from building a cache of keys: nothing reads it, and Bamba's own fails."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    return {"use_cache": False} if "use_cache" in inspect.signature(uncompiled(model).forward).parameters else {}
 
 
 def check_tokens(model: nn.Module) -> Tensor:
@@ -165,7 +163,7 @@ def _special_ids(config: dict[str, Any]) -> set[int]:
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Inside: evaluation mode, and compiled modules run eagerly; afterwards each module has its own mode again.
 
-    Code compiled before would not call the check's hooks, and compiling it again for 8 tokens takes seconds.
+    Compiling for the check's hooks and its 8 tokens would take seconds, and serve nothing else.
     """
     modes = {module: module.training for module in model.modules()}
     eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, modes)) else nullcontext()
@@ -192,15 +190,39 @@ def _known_values(shape: torch.Size, like: Tensor) -> Tensor:
     return (sign * torch.exp2(place // 2 - 4.0)).to(like.dtype)
 
 
+class _Call(NamedTuple):
+    """One call of the head, looked at while it runs: FSDP2 has its weight whole only then."""
+
+    hidden: Tensor
+    odd: str | None
+    """why it may not compute hidden @ weight.T + bias"""
+    rows: Tensor | None
+    """(K,) which rows of the weight are kept here; None for an odd head"""
+    weight: Tensor | None
+    """(K, D) fp32"""
+    bias: Tensor | None
+    """(K,) fp32"""
+
+    @classmethod
+    def of(cls, head: "Head", hidden: Tensor) -> "_Call":
+        odd = why_not_plain(head.module)
+        if odd is not None:
+            return cls(hidden, odd, None, None, None)
+        size = len(head.weight)
+        rows = torch.linspace(0, size - 1, min(size, SAMPLED_ROWS)).long().to(head.weight.device)
+        bias = None if head.bias is None else head.bias[rows].float()
+        return cls(hidden, None, rows, head.weight[rows].float(), bias)
+
+
 def _run_with_known_values(
-    model: nn.Module, module: nn.Module, tokens: Tensor
-) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """What the head was fed; final logits (2, 8, V); the values planted at the end (2, 4, rows)."""
-    seen: list[Tensor] = []
+    model: nn.Module, head: "Head", tokens: Tensor
+) -> tuple[list[_Call], Tensor, Tensor | None]:  # fmt: skip
+    """The head's calls; final logits (2, 8, V); the values planted at the end (2, 4, rows)."""
+    calls: list[_Call] = []
     planted: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
+        calls.append(_Call.of(head, args[0]))
 
     def plant(module: nn.Module, args: tuple[Tensor, ...], y: Any) -> Any:
         if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[:2] != tokens.shape:
@@ -208,7 +230,7 @@ def _run_with_known_values(
         planted.append(_known_values(y[:, REAL:].shape, y))
         return torch.cat([y[:, :REAL], planted[-1]], 1)
 
-    handles = [module.register_forward_pre_hook(look), module.register_forward_hook(plant)]
+    handles = [head.module.register_forward_pre_hook(look), head.module.register_forward_hook(plant)]
     try:
         logits = logits_of(_forward(model, tokens))
     except Exception as error:
@@ -216,7 +238,7 @@ def _run_with_known_values(
     finally:
         for handle in handles:
             handle.remove()
-    return seen, logits, planted[0] if len(planted) == 1 else None
+    return calls, logits, planted[0] if len(planted) == 1 else None
 
 
 def _refuse_unless_causal(model: nn.Module, logits: Tensor, tokens: Tensor) -> None:
@@ -237,22 +259,20 @@ def _refuse_unless_causal(model: nn.Module, logits: Tensor, tokens: Tensor) -> N
         )
 
 
-def _recipe_mismatch(head: "Head", hidden: Tensor, logits: Tensor, known: Tensor) -> str | None:
+def _recipe_mismatch(head: "Head", call: _Call, logits: Tensor, known: Tensor) -> str | None:
     expected = head.recipe.finish(known.float())
     if expected.shape[-1] != logits.shape[-1]:
         return f"its logits have {logits.shape[-1]} entries where its head gives {expected.shape[-1]}"
-    eps = max(torch.finfo(t.dtype).eps for t in (hidden, head.weight, logits))
+    eps = max(torch.finfo(t.dtype).eps for t in (call.hidden, head.module.weight, logits))
     got = logits[:, REAL:].to(expected.device).float()
     if not ((got - expected).abs() <= 4 * eps * expected.abs() + 1e-6).all():
         return f"what it does to its head's output is not {head.recipe}"
 
-    rows = torch.linspace(0, logits.shape[-1] - 1, min(logits.shape[-1], SAMPLED_ROWS)).long()
-    rows = rows.to(head.weight.device)
-    y = hidden[:, :REAL].to(rows.device).float() @ head.weight[rows].float().T
-    if head.bias is not None:
-        y = y + head.bias[rows].float()
+    y = call.hidden[:, :REAL].to(call.rows.device).float() @ call.weight.T
+    if call.bias is not None:
+        y = y + call.bias
     expected = head.recipe.finish(y)
-    got = logits[:, :REAL].to(rows.device)[..., rows].float()
+    got = logits[:, :REAL].to(y.device)[..., call.rows].float()
     size = expected.abs() + expected.std(-1, keepdim=True)
     if not ((got - expected).abs() <= 4 * max(eps, TF32_EPS) * size).all():
         return "its logits are not hidden @ weight.T + bias"

@@ -9,38 +9,38 @@ scored, from its own full logits, and a warning says so.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from .errors import EndoRewardError
-from .head_check import describe, find_head, logits_of, refuse_bad_weights, self_check, without_cache
+from .gathered import behind, weights_come_and_go
+from .head_check import describe, find_head, logits_of, refuse_bad_weights, self_check, why_not_plain, without_cache
 from .head_recipes import HeadRecipe, recipe_for
 
 __all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for", "without_cache"]
+Found = TypeVar("Found")
 
 
 class Seen:
-    """What one forward pass fed the head while it was being captured."""
+    """What one forward pass fed the head while it was being captured, or what was found in that."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.calls: list[Tensor] = []
-        self.device = device
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+
+    @property
+    def once(self) -> Any:
+        """What was found in the one call of the head; EndoRewardError unless it ran exactly once."""
+        if len(self.calls) != 1:
+            raise EndoRewardError(f"the output head ran {len(self.calls)} times in one forward pass, not once")
+        return self.calls[0]
 
     @property
     def hidden(self) -> Tensor:
-        """The head's input (B, T, D), with its autograd graph, on the device of the head's weight.
-
-        EndoRewardError unless the head ran exactly once.
-        """
-        if len(self.calls) != 1:
-            raise EndoRewardError(
-                f"the output head ran {len(self.calls)} times in one forward pass, not once; a model "
-                "that was compiled as a whole hides its head"
-            )
-        return self.calls[0].to(self.device)
+        """The head's input (B, T, D), with its autograd graph, on the device of the head's weight."""
+        return self.once
 
 
 class Head:
@@ -91,24 +91,49 @@ class Head:
     def softcap(self) -> float | None:
         return self.recipe.softcap
 
+    def read(self, model: nn.Module, arguments: dict[str, Any], reader: Callable[[Tensor], Found]) -> Found:
+        """reader(hidden) of one forward pass of the model that makes no logits; `weight` and `bias` are whole in it.
+
+        EndoRewardError if the head was sharded, offloaded or quantised after it was checked; FSDP may come at any time.
+        """
+        if weights_come_and_go(model):
+            with self.capture(reader) as seen:
+                output = model(**arguments)
+            return behind(seen.once, logits_of(output))
+        changed = why_not_plain(self.module)
+        if changed is not None:
+            raise EndoRewardError(f"{describe(model)} has changed ({changed}): make a new EndoRewardModel of it")
+        with self.capture() as seen:
+            model(**arguments)
+        return reader(seen.hidden)
+
     @contextmanager
-    def capture(self) -> Iterator[Seen]:
+    def capture(self, reader: Callable[[Tensor], Any] | None = None) -> Iterator[Seen]:
         """While open, a forward pass of the model records the head's input and makes no logits.
 
         The head is fed an empty slice, (B, 0, D), so that it and everything after it (scale, softcap,
         slices) runs on (B, 0, V): right in shape and dtype, no memory, no matmul. Restored on the way out,
         whatever happens. One capture per model at a time: the hook sees every forward pass, those of other
         threads too.
+
+        With a `reader` its result is recorded instead. It is called inside the head's forward, and the head's
+        output is tied `behind` the result.
         """
-        seen = Seen(self.weight.device)
+        seen = Seen()
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0]
-            seen.calls.append(hidden)
-            return (hidden[..., :0, :], *args[1:])
+            hidden = args[0].to(self.weight.device)
+            seen.calls.append(hidden if reader is None else reader(hidden))
+            return (args[0][..., :0, :], *args[1:])
 
-        handle = self.module.register_forward_pre_hook(keep)
+        def tie(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return behind(output.detach(), seen.calls)
+
+        handles = [self.module.register_forward_pre_hook(keep)]
+        if reader is not None:
+            handles.append(self.module.register_forward_hook(tie, prepend=True))  # FSDP2's looks at the output, too
         try:
             yield seen
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()

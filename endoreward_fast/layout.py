@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EndoRewardError
-from .head_check import check_tokens, describe, left_as_it_was
+from .head_check import check_tokens, describe, left_as_it_was, uncompiled
 
 States = Callable[[dict[str, Tensor]], Tensor]
 
@@ -131,8 +131,8 @@ class LayoutCheck:
 
 
 def accepted_arguments(model: nn.Module) -> set[str]:
-    """Names of the arguments of a model's forward, seen through PEFT's wrapper."""
-    base: Any = model
+    """Names of the arguments of a model's forward, seen through PEFT's wrapper and torch.compile's."""
+    base: Any = uncompiled(model)
     inner = base.get_base_model() if hasattr(base, "get_base_model") else base
     names = set(inspect.signature(inner.forward).parameters)
     return names if "input_ids" in names else names | {"input_ids", "attention_mask", "position_ids"}

@@ -27,6 +27,7 @@ from .vocabulary import refuse_larger_vocabulary, refuse_other_vocabulary
 
 __all__ = ["EndoRewardModel", "Ranked", "RowScore", "ScoreOptions", "TokenTable", "pocket_path"]
 Read = TypeVar("Read", TokenRewards, TokenStats)
+Found = TypeVar("Found")
 
 
 class EndoRewardModel(nn.Module):
@@ -71,10 +72,9 @@ class EndoRewardModel(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Tokens that the model can both read and predict."""
-        embedding = getattr(self.model.get_input_embeddings(), "weight", None)  # type: ignore[operator]
-        sizes = [w.shape[0] for w in (embedding, getattr(self.head.module, "weight", None)) if w is not None]
-        rows = self.head.recipe.vocab_size
-        return min([*sizes, *([] if rows is None else [rows])])
+        embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
+        read, given = _rows(embedding, "num_embeddings"), _rows(self.head.module, "out_features")
+        return min(size for size in (read, given, self.head.recipe.vocab_size) if size is not None)
 
     @property
     def max_positions(self) -> int | None:
@@ -205,30 +205,40 @@ class EndoRewardModel(nn.Module):
         scored: Tensor, terminal: Tensor | None, **wanted: Any,
     ) -> Read:  # fmt: skip
         """One forward pass and one over the vocabulary: `of_hidden`, or `of_logits` where the head is not linear."""
-        states = self._states(arguments)
-        tokens = arguments["input_ids"].to(states.device)
-        wanted["mask"] = scored.to(states.device)
-        wanted["terminal"] = None if terminal is None else terminal.to(states.device, torch.bool)
+
+        def read(states: Tensor) -> Read:
+            tokens = arguments["input_ids"].to(states.device)
+            wanted["mask"] = scored.to(states.device)
+            wanted["terminal"] = None if terminal is None else terminal.to(states.device, torch.bool)
+            if not self.head.linear:
+                return of_logits(states, tokens, **wanted)
+            return of_hidden(
+                states, self.head.weight, tokens, bias=self.head.bias, logit_scale=self.head.logit_scale,
+                softcap=self.head.softcap, **wanted,
+            )  # fmt: skip
+
+        return self._run(arguments, read)
+
+    def _run(self, arguments: dict[str, Tensor], reader: Callable[[Tensor], Found]) -> Found:
+        """reader((B, T, D) hidden states fed to the head), or ((B, T, V) final logits) where it is not linear."""
+        # A cache would be of no use, and keeps Hugging Face models from telling packed sequences apart.
+        inputs: dict[str, Any] = arguments | ({"use_cache": False} if "use_cache" in self.layouts.accepted else {})
         if not self.head.linear:
-            return of_logits(states, tokens, **wanted)
-        return of_hidden(
-            states, self.head.weight, tokens, bias=self.head.bias, logit_scale=self.head.logit_scale,
-            softcap=self.head.softcap, **wanted,
-        )  # fmt: skip
+            return reader(logits_of(self.model(**inputs)))
+        return self.head.read(self.model, inputs, reader)
 
     def _states(self, arguments: dict[str, Tensor]) -> Tensor:
-        """(B, T, D) hidden states fed to the head; (B, T, V) final logits where the head is not linear."""
-        # A cache would be of no use, and keeps Hugging Face models from telling packed sequences apart.
-        cache: dict[str, Any] = {"use_cache": False} if "use_cache" in self.layouts.accepted else {}
-        if not self.head.linear:
-            return logits_of(self.model(**arguments, **cache))
-        with self.head.capture() as seen:
-            self.model(**arguments, **cache)
-        return seen.hidden
+        return self._run(arguments, lambda states: states)
 
     def _text_config(self) -> Any:
         config: Any = getattr(self.model, "config", None)
         return config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+
+
+def _rows(module: nn.Module, name: str) -> int | None:
+    """Of the module's weight; by its own word where that is flattened and elsewhere: FullyShardedDataParallel."""
+    weight = getattr(module, "weight", None)
+    return getattr(module, name, None) if weight is None or weight.ndim < 2 else weight.shape[0]
 
 
 def _check_shapes(

@@ -14,6 +14,7 @@ from .boundary import token_texts
 from .encoding import Encoded, Encoder, Row, Truncate
 from .errors import EndoRewardError
 from .functional import sequence_score
+from .gathered import weights_come_and_go
 from .signals import SIGNALS, select
 from .types import TokenRewards
 
@@ -176,11 +177,16 @@ def _encode(encoder: Encoder, row: Row, vocab_size: int, signals: Sequence[str])
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside: evaluation mode, and no autograd. Each module's own mode is restored."""
+    """Inside: evaluation mode, and no autograd. Each module's own mode is restored.
+
+    Inference mode costs least, but FSDP keeps the buffers that it gathers weights into, and a tensor born in inference
+    mode can take part in no training step afterwards.
+    """
+    without_autograd = torch.no_grad if weights_come_and_go(model) else torch.inference_mode
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode():
+        with without_autograd():
             yield
     finally:
         for module in training:

@@ -28,9 +28,8 @@ def assert_linear(model, tokens=TOKENS):
         warnings.simplefilter("error")
         head = Head(model)
     assert head.linear
-    with head.capture() as seen:
-        model(input_ids=tokens)
-    torch.testing.assert_close(seen.hidden @ head.weight.T, model(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
+    logits = head.read(model, {"input_ids": tokens}, lambda hidden: hidden @ head.weight.T)
+    torch.testing.assert_close(logits, model(input_ids=tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 def assert_falls_back(model, words):
@@ -91,12 +90,22 @@ def test_other_heads_that_are_not_what_they_seem(llama):
     assert_falls_back(llama, "the forward of its output head was replaced")
 
 
+def test_a_head_that_others_gather_falls_back(llama):
+    """ZeRO-3's way: whole while it runs, as the check sees it, and empty when the rewards would be read."""
+    head = llama.lm_head
+    whole, empty = head.weight.detach().clone(), torch.empty(0)
+    head.weight = nn.Parameter(empty, requires_grad=False)
+    head.register_forward_pre_hook(lambda *_: setattr(head.weight, "data", whole))
+    head.register_forward_hook(lambda *_: setattr(head.weight, "data", empty))
+    assert_falls_back(llama, "sharded away, shape (0,)")
+
+
 def test_a_reparametrised_head_stays_linear(llama):
     nn.utils.parametrizations.weight_norm(llama.lm_head)
     assert_linear(llama)
 
 
-def test_sharded_models_fall_back(llama):
+def test_sharded_models_are_read_while_their_weights_are_there(llama):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -104,9 +113,9 @@ def test_sharded_models_fall_back(llama):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(llama, mesh=dist.init_device_mesh("cpu", (1,)))
-        assert_falls_back(llama, "is a DTensor, not a plain tensor")
+        assert_linear(llama)
         torch.testing.assert_close(llama(input_ids=TOKENS).logits, expected)
-        assert_falls_back(llama, "its weights come and go")  # gathered by the pass before
+        assert_linear(llama)  # gathered by the pass before
         llama.reshard()
         with torch.no_grad():
             llama.model.norm.weight.to_local()[3] = math.nan
@@ -122,7 +131,7 @@ def test_a_compiled_decoder_stays_linear(llama):
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_a_compiled_model_falls_back_and_the_check_compiles_nothing(llama, warm):
+def test_a_compiled_model_stays_linear_and_the_check_compiles_nothing(llama, warm):
     graphs = []
 
     def backend(graph, inputs):
@@ -136,10 +145,13 @@ def test_a_compiled_model_falls_back_and_the_check_compiles_nothing(llama, warm)
         if warm:
             llama(input_ids=tokens, use_cache=False)
         before = len(graphs)
-        assert_falls_back(llama, "it is compiled as a whole")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert Head(llama).linear
         assert len(graphs) == before
         logits = llama(input_ids=tokens, use_cache=False).logits
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    assert_linear(llama)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

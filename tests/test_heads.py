@@ -190,6 +190,20 @@ def test_capture_keeps_the_graph(llama):
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
+def test_what_was_read_inside_the_head_is_behind_its_output_and_the_empty_matmul_is_not(llama):
+    """The order that FSDP's backward needs; and no (V, D) gradient of zeros."""
+    head = quiet_head(llama)
+    with head.capture(lambda hidden: (hidden @ head.weight.T).sum()) as seen:
+        waiting = [llama(input_ids=TOKENS).logits.grad_fn]
+    nodes, to_weight = set(), 0
+    while waiting:
+        node = waiting.pop()
+        to_weight += getattr(node, "variable", None) is head.module.weight
+        waiting += [parent for parent, _ in node.next_functions if parent is not None] if node not in nodes else []
+        nodes.add(node)
+    assert seen.once.grad_fn in nodes and to_weight == 1
+
+
 def test_capture_honours_logits_to_keep(llama):
     head = quiet_head(llama)
     with torch.no_grad(), head.capture() as seen:

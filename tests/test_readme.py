@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-BEFORE_AND_AFTER, *EXAMPLES = BLOCKS
+(REINFORCE,) = (block for block in BLOCKS if "optimizer.step()" in block)
+BEFORE_AND_AFTER, *EXAMPLES = (block for block in BLOCKS if block != REINFORCE)
 
 
 def test_before_and_after_compute_the_same():
@@ -37,3 +38,11 @@ def test_examples_run(block, capsys):
         torch.testing.assert_close(names["same"].reward, names["out"].reward, rtol=1e-4, atol=1e-4)
     else:
         assert capsys.readouterr().out.count("\n") == 3
+
+
+def test_reinforce_raises_the_mean_reward(capsys):
+    """It rises by 0.33 to 0.54 (five seeds) from the first four steps to the last four."""
+    exec(REINFORCE, {})
+    rewards = [float(reward) for reward in re.findall(r"reward (\S+),", capsys.readouterr().out)]
+    assert len(rewards) == 16
+    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.15
