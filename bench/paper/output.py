@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -42,6 +43,11 @@ def _plain(value):
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not for JSON")
+
+
+def paragraph(*parts: str) -> str:
+    """One text, broken into lines."""
+    return textwrap.fill(" ".join(parts), 118)
 
 
 def table(header: tuple[str, ...], rows: list[tuple]) -> str:
@@ -91,7 +97,8 @@ def picture(figure, axes, note: str, path: Path, legend: str = "best") -> Path:
     """Legends, grid and a line below that says what was run; path.png and path.svg."""
     for axis in axes:
         quiet(axis)
-        axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc=legend)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, frameon=False, labelcolor=INK, loc=legend)
         for label in (axis.xaxis.label, axis.yaxis.label):
             label.set(fontsize=9, color=MUTED)
     height = figure.get_figheight()

@@ -1,0 +1,206 @@
+r"""`python -m bench.paper.ranking`: right answers against wrong ones, by every reward that needs no verifier.
+
+The claim (Li et al., arXiv 2506.23235, Tables 1 and 5): the endogenous reward ranks as well as, or better than, the
+same model asked to judge, and trained reward models. Here the embedded model on its held-out problems, each right
+answer against three wrong ones as near to it in length as the task has; every signal of signals.py from one pass, the
+model as verifier and as judge, and a reward model trained for it: the same weights, a scalar head, Bradley-Terry loss
+on problems of the training split. The log-ratio has a model of random weights as its reference, for want of a second
+one.
+
+    accuracy     share of a problem's wrong answers that score below the right one, mean over problems; Wilson's 95%, a
+                 problem being one trial
+    shorter, equal, longer      the same over those wrong answers that have fewer, as many, more tokens
+    length bias  of two wrong answers of different length to the same problem, how often the shorter scores higher: 50%
+                 without a bias. The plain sum falls with every token, so more is to be expected of it.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench.paper import output
+from endoreward_fast import EndoRewardModel
+from endoreward_fast.demo_data import TASKS, Problem, problems
+from endoreward_fast.evaluation import Accuracy, wilson
+from endoreward_fast.judges import JUDGES
+from endoreward_fast.loading import pocket_path
+from endoreward_fast.reward_model import RewardModel
+from endoreward_fast.signals import SIGNALS
+
+PER_TASK, STEPS, PAIRS, RATE = 20, 120, 16, 1e-4
+LENGTHS = ("shorter", "equal", "longer")
+BIAS = "shorter of two wrong"
+TRAINED = "trained reward model"
+
+
+def samples(rows: Sequence[Problem]) -> list[dict]:
+    """What scorers are asked: of each problem the right answer, then the three wrong ones."""
+    return [
+        {"prompt": p.prompt(), "completion": completion, "group": n}
+        for n, p in enumerate(rows)
+        for completion in p.completions()
+    ]
+
+
+def untrained(scorer: EndoRewardModel, seed: int) -> EndoRewardModel:
+    """The embedded model's shape with random weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EndoRewardModel(type(scorer.model)(scorer.model.config).eval(), scorer.tokenizer)
+
+
+def trained(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> RewardModel:
+    """A reward model made from the embedded one: loss -log sigmoid(r(right) - r(wrong)) on `rows`."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(pocket_path()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            str(pocket_path()), num_labels=1, dtype=torch.float32
+        )
+    model.config.pad_token_id = tokenizer.pad_token_id
+    nn.init.zeros_(model.score.weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    model.train()
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 10) * (1 - step / steps)
+        batch = [rows[(step * PAIRS + i) % len(rows)] for i in range(PAIRS)]
+        texts = [
+            [*p.prompt(), {"role": "assistant", "content": completion}]
+            for wrong in (False, True)
+            for p in batch
+            for completion in (p.wrong[step % 3] if wrong else p.answer,)
+        ]
+        asked = tokenizer.apply_chat_template(texts, return_tensors="pt", return_dict=True, padding=True)
+        right, wrong = model(**asked).logits[:, 0].view(2, -1)
+        loss = -F.logsigmoid(right - wrong).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return RewardModel(model.eval(), tokenizer)
+
+
+def every_score(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """{method: (problems, 4) scores, the right answer's first}, and the answers' lengths in tokens (problems, 4)."""
+    scorer, asked = EndoRewardModel.from_pretrained("pocket"), samples(rows)
+    read = scorer.score(asked, signals="all", reference=untrained(scorer, seed))
+    found = {name: [row.signals[name] for row in read] for name in SIGNALS}
+    for name, judge in JUDGES.items():
+        found[f"judge, {name}"] = [row.score for row in judge(scorer).score(asked)]
+    school = problems(PAIRS * steps, seed, "train")
+    found[TRAINED] = [row.score for row in trained(school, seed, steps).score(asked)]
+    table = {name: torch.tensor(scores, dtype=torch.float64).view(len(rows), -1) for name, scores in found.items()}
+    return table, torch.tensor([row.num_tokens for row in read]).view(len(rows), -1)
+
+
+def accuracies(scores: torch.Tensor, lengths: torch.Tensor) -> dict[str, Accuracy]:
+    """{"all" and each of LENGTHS: accuracy over the wrong answers of that length}, from (problems, 4) each."""
+    won = scores[:, :1] > scores[:, 1:]
+    right, wrong = lengths[:, :1], lengths[:, 1:]
+    of = {"all": torch.ones_like(won), "shorter": wrong < right, "equal": wrong == right, "longer": wrong > right}
+    out = {}
+    for name, taken in of.items():
+        some = taken.any(1)
+        share = ((won & taken).sum(1) / taken.sum(1).clamp(min=1))[some].double()
+        out[name] = wilson(share.mean().item() if some.any() else float("nan"), int(some.sum()))
+    return out
+
+
+def shorter_wins(scores: torch.Tensor, lengths: torch.Tensor) -> Accuracy:
+    """How often the shorter of two wrong answers scores higher, mean over problems that have two of unlike length."""
+    shares = []
+    for s, n in zip(scores[:, 1:].tolist(), lengths[:, 1:].tolist(), strict=True):
+        pairs = [(i, j) for i in range(len(n)) for j in range(len(n)) if n[i] < n[j]]
+        shares += [sum(s[i] > s[j] for i, j in pairs) / len(pairs)] if pairs else []
+    return wilson(sum(shares) / len(shares) if shares else float("nan"), len(shares))
+
+
+def percent(share: Accuracy) -> str:
+    return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def report(found: dict[str, dict[str, Accuracy]]) -> str:
+    header = ("accuracy, % [95%]", "all", *(f"wrong is {name}" for name in LENGTHS), "of two wrong, the shorter")
+    columns = ("all", *LENGTHS, BIAS)
+    return output.table(header, [(name, *(percent(row[k]) for k in columns)) for name, row in found.items()])
+
+
+def sentence(found: dict[str, dict[str, Accuracy]], pairs: int) -> str:
+    best = max((found[f"judge, {name}"]["all"] for name in JUDGES), key=lambda share: share.value)
+    shown = {name: percent(found[name]["all"]) for name in found}
+    overall = json.loads((output.RESULTS / "rm-bench-pocket.json").read_text())["rm_bench"]["overall"]
+    rm_bench = {level: f"{100 * overall[level]['accuracy']:.1f}" for level in ("easy", "hard")}
+    return output.paragraph(
+        f"The endogenous reward puts a wrong answer below the right one in {shown['endogenous']}% of comparisons,",
+        f"as the summed log-probability does ({shown['logprob']}%: within a prompt they are the same number but for a",
+        f"constant); self-certainty in {shown['self-certainty']}%; this model as its own judge in {percent(best)}%",
+        "at best, near chance, as it was never taught to judge; a reward model trained on",
+        f"{pairs} pairs in {shown[TRAINED]}%. Length bias of the plain sum: of two wrong answers the shorter scores",
+        f"higher in {percent(found['endogenous'][BIAS])}%, by the mean of its tokens' log-probabilities in",
+        f"{percent(found['mean-logprob'][BIAS])}%: none to be seen where lengths differ by a token or two. Where they",
+        "differ by hundreds it decides: RM-Bench's short right answers win against long wrong ones in",
+        f"{rm_bench['hard']}%, its long right ones against short wrong ones in {rm_bench['easy']}%",
+        "(rm-bench-pocket.json).",
+    )
+
+
+def _colour(name: str) -> str:
+    if name.startswith("judge") or name == TRAINED:
+        return output.OTHER
+    return output.ENDOGENOUS if name in ("endogenous", "centred") else output.IMITATION
+
+
+def draw(found: dict[str, dict[str, Accuracy]], note: str, folder) -> None:
+    figure, (left, right) = output.panels(1, 2, width=5.4, height=4.2)
+    names = list(reversed(found))
+    for y, name in enumerate(names):
+        share = found[name]["all"]
+        left.plot([100 * share.low, 100 * share.high], [y, y], color=_colour(name), lw=2)
+        left.plot(100 * share.value, y, "o", color=_colour(name), ms=6)
+    left.axvline(50, color=output.GUIDE, ls="--", lw=1)
+    left.set_yticks(range(len(names)), names)
+    left.set_xlabel("% of wrong answers below the right one (chance: 50)")
+    output.title(left, "accuracy")
+    for y, name in enumerate(names):
+        share = found[name][BIAS]
+        right.plot([100 * share.low, 100 * share.high], [y, y], color=_colour(name), lw=2)
+        right.plot(100 * share.value, y, "o", color=_colour(name), ms=6)
+    right.axvline(50, color=output.GUIDE, ls="--", lw=1)
+    right.set_yticks(range(len(names)), [])
+    right.set_xlabel("% of pairs of wrong answers (no bias: 50)")
+    output.title(right, "length bias: the shorter of two wrong answers wins")
+    print(output.picture(figure, [left, right], note, folder / "paper-ranking", legend="lower right"))
+
+
+def main(arguments: list[str]) -> None:
+    parser = output.arguments(__doc__, seeds=1)
+    parser.add_argument("--per-task", type=int, default=PER_TASK, help="held-out problems of each of the 11 tasks")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of the trained reward model's training")
+    args = parser.parse_args(arguments)
+    rows = problems(args.per_task * len(TASKS), args.seed)
+    scores, lengths = every_score(rows, args.seed, args.steps)
+    found = {name: accuracies(t, lengths) | {BIAS: shorter_wins(t, lengths)} for name, t in scores.items()}
+    pairs = args.steps * PAIRS
+    print(report(found) + "\n\n" + sentence(found, pairs))
+    settings = {
+        "model": "pocket",
+        "seed": args.seed,
+        "problems": len(rows),
+        "tasks": TASKS,
+        "reward_model_pairs": pairs,
+    }
+    print(output.write("ranking", settings, {"methods": found, "sentence": sentence(found, pairs)}, args.out))
+    note = (
+        f"pocket, {len(rows)} held-out problems of 11 tasks, three wrong answers each, seed {args.seed}; 95% intervals."
+    )
+    draw(found, note, args.out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,172 @@
+r"""`python -m bench.paper.steering`: two system prompts make two rewards, each with its own taste.
+
+The claim (Li et al., arXiv 2506.23235, Table 2): the endogenous reward follows the instruction it is given, so that one
+model is many reward models. Their table sets the domain that a system prompt names against preference data of each
+domain; here the two instructions that the embedded model has learnt, "Answer in words." and "Answer in digits.", and
+held-out sums with their right answer written both ways. Model, questions and completions are the same in every row:
+only the system prompt that the reward reads changes. As the two columns hold the same pairs the other way around, they
+add up to 100% (but for ties).
+
+    data "words"    preferred: the answer in words; rejected: the same answer in digits
+    data "digits"   the other way around
+
+Beside it, what that table alone cannot say:
+    controls      no system prompt, and an instruction that the model has never seen
+    margin        score(words) - score(digits), nats: how far the instruction moves it
+    right         the right answer above three wrong ones of the same form: it is not form alone
+    form first    a wrong answer in the form asked for above the right one in the other: what counts for more
+    policy        the form in which the same model answers under that system prompt (sampled, temperature 1)
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from bench.paper import output
+from bench.paper.policies import answers
+from endoreward_fast import EndoRewardModel
+from endoreward_fast.demo_data import IN_DIGITS, IN_WORDS, Problem, in_words, steered
+from endoreward_fast.evaluation import Accuracy, wilson
+
+FORMS = ("words", "digits")
+UNSEEN = "Answer in Latin."
+SYSTEMS = {"words": IN_WORDS, "digits": IN_DIGITS, "none": None, "unseen": UNSEEN}
+LABELS = {"words": repr(IN_WORDS), "digits": repr(IN_DIGITS), "none": "no system prompt", "unseen": repr(UNSEEN)}
+COLOURS = {"words": output.ENDOGENOUS, "digits": output.IMITATION, "none": output.INK, "unseen": output.OTHER}
+NUMBERS = frozenset(in_words(n) for n in range(1000))
+
+
+def form_of(text: str) -> str:
+    """ "words", "digits" or "neither"."""
+    return "digits" if text.isdecimal() else "words" if text in NUMBERS else "neither"
+
+
+def sums(n: int, seed: int) -> list[tuple[Problem, Problem]]:
+    """`n` different held-out sums, each asked for in digits and in words."""
+    found: dict[str, tuple[Problem, Problem]] = {}
+    for pair in steered(20 * n, seed):
+        found.setdefault(pair[0].key, pair)
+    if len(found) < n:
+        raise ValueError(f"n={n}: there are {len(found)} different sums")
+    return list(found.values())[:n]
+
+
+def scores(scorer: EndoRewardModel, problems: Sequence[Problem]) -> torch.Tensor:
+    """(problems, 4) scores of each one's completions under its own system prompt, the right one first."""
+    rows = [{"prompt": p.prompt("chat"), "completion": c} for p in problems for c in p.completions("chat")]
+    results = scorer.score(rows)
+    failed = next((result.error for result in results if result.error), None)
+    if failed:
+        raise ValueError(failed)
+    return torch.tensor([result.score for result in results]).view(len(problems), -1)
+
+
+def measure(scorer: EndoRewardModel, pairs: Sequence[tuple[Problem, Problem]], seed: int) -> dict[str, dict]:
+    """{system prompt: what the reward and the policy make of the same sums under it}"""
+    n = len(pairs)
+    found = {}
+    for name, system in SYSTEMS.items():
+        digits, words = (scores(scorer, [replace(pair[side], system=system) for pair in pairs]) for side in (0, 1))
+        margin = words[:, 0] - digits[:, 0]
+        prefers = {"words": margin > 0, "digits": margin < 0}
+        found[name] = {
+            "reward": {form: _share(prefers[form]) for form in FORMS},
+            "margin": margin,
+            "policy": policy(scorer, [replace(pair[0], system=system) for pair in pairs], seed),
+        }
+        if name in FORMS:
+            own, other = (words, digits) if name == "words" else (digits, words)
+            found[name] |= {"right": _share((own[:, :1] > own[:, 1:]).all(1))}
+            found[name] |= {"form_first": _share(own[:, 1] > other[:, 0]), "n": n}
+    return found
+
+
+def policy(scorer: EndoRewardModel, problems: Sequence[Problem], seed: int) -> dict[str, Accuracy]:
+    """{form: share of sampled answers in it}"""
+    forms = [form_of(row[0].text) for row in answers(scorer.model, scorer.tokenizer, problems, seed=seed)]
+    return {form: wilson(forms.count(form) / len(forms), len(forms)) for form in (*FORMS, "neither")}
+
+
+def _share(won: torch.Tensor) -> Accuracy:
+    return wilson(won.double().mean().item(), len(won))
+
+
+def percent(share: Accuracy) -> str:
+    return f"{100 * share.value:.1f} [{100 * share.low:.1f}, {100 * share.high:.1f}]"
+
+
+def table(found: dict[str, dict]) -> str:
+    """The 2x2, its controls below, margin and policy beside it."""
+    header = ("reward's system prompt", "data: words", "data: digits", "margin, nats", "policy: words", "digits")
+    lines = []
+    for name, row in found.items():
+        cells = [percent(row["reward"][form]) for form in FORMS]
+        cells.append(f"{row['margin'].mean():+.1f} (sd {row['margin'].std():.1f})")
+        lines.append((LABELS[name], *cells, *(f"{100 * row['policy'][form].value:.1f}" for form in FORMS)))
+    lines = [output.table(header, lines), ""]
+    for form in FORMS:
+        lines.append(f"{LABELS[form]}: right above three wrong ones in {form} {percent(found[form]['right'])}; "
+                     f"wrong in {form} above right in the other form {percent(found[form]['form_first'])}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def sentence(found: dict[str, dict]) -> str:
+    """What was seen, and what it is not."""
+    own = [100 * found[form]["reward"][form].value for form in FORMS]
+    moved = found["words"]["margin"] - found["digits"]["margin"]
+    right = [100 * found[form]["right"].value for form in FORMS]
+    first = [100 * found[form]["form_first"].value for form in FORMS]
+    unknown = found["unseen"]["margin"].mean() - found["none"]["margin"].mean()
+    return output.paragraph(
+        f"The system prompt alone turns the preference around: words in {own[0]:.1f}% under 'Answer in words.',",
+        f"digits in {own[1]:.1f}% under 'Answer in digits.', of {len(moved)} held-out sums;",
+        f"it moves the margin by {moved.mean():.1f} nats.",
+        "Within the form asked for, the right answer still comes first of four in",
+        f"{right[0]:.0f}% and {right[1]:.0f}%, but form counts for more: a wrong answer in that form beats the right",
+        f"one in the other in {first[0]:.0f}% and {first[1]:.0f}%. The model was trained on these two instructions.",
+        f"One that it does not know moves its margin too ({unknown:+.1f} nats), to no purpose:",
+        "the reward follows what the policy has learnt to follow.",
+    )
+
+
+def draw(found: dict[str, dict], note: str, folder) -> None:
+    """The table as shares, and the margins that it is the sign of."""
+    figure, (left, right) = output.panels(1, 2, width=5.4, height=3.4)
+    shares = torch.tensor([[100 * row["reward"][form].value for form in FORMS] for row in found.values()])
+    left.imshow(shares, cmap="RdBu_r", vmin=-60, vmax=160, aspect="auto")  # the ends of the map drown the text
+    for y, row in enumerate(found.values()):
+        for x, form in enumerate(FORMS):
+            left.text(x, y, percent(row["reward"][form]), ha="center", va="center", color=output.INK, fontsize=9)
+    left.set_xticks(range(2), [f"data: {form} preferred" for form in FORMS])
+    left.set_yticks(range(len(found)), [LABELS[name] for name in found])
+    output.title(left, "% of pairs ranked as the data say")
+    edges = torch.linspace(-26, 20, 47).tolist()
+    for name, row in found.items():
+        filled = {"histtype": "stepfilled", "alpha": 0.6} if name in FORMS else {"histtype": "step", "lw": 1.4}
+        right.hist(
+            row["margin"].clamp(-25.9, 19.9).tolist(), bins=edges, color=COLOURS[name], label=LABELS[name], **filled
+        )
+    right.axvline(0, color=output.INK, lw=1)
+    right.set_xlabel("score(words) - score(digits), nats")
+    right.set_ylabel("sums")
+    output.title(right, "how far the instruction moves it")
+    left.tick_params(length=0, labelsize=9)
+    left.spines[:].set_visible(False)
+    print(output.picture(figure, [right], note, folder / "paper-steering", legend="upper center"))
+
+
+def main(arguments: list[str]) -> None:
+    parser = output.arguments(__doc__, seeds=1)
+    parser.add_argument("--n", type=int, default=300, help="different held-out sums")
+    args = parser.parse_args(arguments)
+    found = measure(EndoRewardModel.from_pretrained("pocket"), sums(args.n, args.seed), args.seed)
+    print(table(found) + "\n\n" + sentence(found))
+    settings = {"model": "pocket", "seed": args.seed, "n": args.n, "systems": SYSTEMS}
+    print(output.write("steering", settings, found | {"sentence": sentence(found)}, args.out))
+    draw(found, f"pocket, {args.n} held-out sums, seed {args.seed}; 95% intervals.", args.out)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
