@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from . import look, pipeline, side_by_side
+from . import look, pipeline, plots, side_by_side
 from .data import STDIN, open_source
 from .errors import EndoRewardError
 from .options import EvalFlags, ModelFlags, RowFlags, takes
@@ -144,6 +144,14 @@ def show(
 ) -> None:
     """Colour every token by its reward: on the terminal, or in a page with a tooltip for each (--html)."""
     if not look.show(file, prompt, completion or (), html, flags):
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+@takes(RowFlags)
+def plot(file: File, flags: RowFlags) -> None:
+    """Draw FILE's scores, their dependence on length, and reward by position, into --output (rewards.png)."""
+    if not plots.plot(file, flags):
         raise typer.Exit(BAD_INPUT)
 
 

@@ -25,7 +25,7 @@ class Token:
     """One scored token."""
 
     text: str
-    """what it adds to the text; "" shows `name`"""
+    """what it adds to the text; "" shows `name`, with a space around it"""
     name: str
     """what to call it where it has no text: its id or its position"""
     reward: float
@@ -136,8 +136,9 @@ def _row(row: Row, limit: float) -> str:
 def _card(card: Card, limit: float, best: bool) -> str:
     score = "no score" if card.score is None else number(card.score)
     count = f"{len(card.tokens)} token{'' if len(card.tokens) == 1 else 's'}"
+    badge = '<b class="badge">best</b>' if best else ""
     head = (
-        f'<header><span class="label">{escape(visible(card.label))}{" · best" if best else ""}</span>'
+        f'<header><span class="label">{escape(visible(card.label))}</span>{badge}'
         f'<span class="score">{score}</span><span class="count">{count}</span></header>'
     )
     note = f'<p class="note">{escape(visible(card.note))}</p>' if card.note else ""
@@ -148,7 +149,7 @@ def _card(card: Card, limit: float, best: bool) -> str:
 
 
 def _token(token: Token, limit: float) -> str:
-    shown = escape(visible(token.text)) or f"<small>{escape(visible(token.name))}</small>"
+    shown = escape(visible(token.text)) or f"<small> {escape(visible(token.name))} </small>"
     shown = shown.replace("\n", '<s aria-hidden="true">↵</s>\n').replace("\t", '<s aria-hidden="true">⇥</s>\t')
     tip = escape(token.lines()).replace("\n", "&#10;")
     level = _class(level_of(token.reward, limit))
@@ -188,6 +189,8 @@ STYLE = """\
 .endoreward article { position: relative; background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
   padding: .7rem .9rem 1rem; min-width: 0 }
 .endoreward article.best { border-color: var(--ink) }
+.endoreward .badge { position: absolute; top: -.75em; left: .9rem; font: 600 .75rem/1.5 system-ui, sans-serif;
+  padding: 0 .5em; border-radius: 1em; background: var(--ink); color: var(--paper) }
 .endoreward header { display: flex; gap: .8rem; align-items: baseline; margin-bottom: .5rem }
 .endoreward .label { font-weight: 600; flex: 1; overflow-wrap: anywhere }
 .endoreward .score { font-weight: 600; font-variant-numeric: tabular-nums }

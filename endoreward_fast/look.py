@@ -9,6 +9,7 @@ from . import pipeline
 from .data import Record, Source, open_source
 from .errors import EndoRewardError
 from .heatmap import Card, Row, Token, best_of, limit_of_rows, number, page, visible
+from .notebook import tokens_of
 from .options import RowFlags
 from .output import Monitor, Sink
 from .palette import DARK, LEVELS, level_of
@@ -64,13 +65,6 @@ def row_of(item: Item) -> Row:
         tokens = () if table is None else tokens_of(table)
         cards.append(Card(labels[i], item.score(i), tokens, item.problem(i)))
     return Row(item.record.where, _prompt(item.task.samples[0]) if item.task.samples else "", cards)
-
-
-def tokens_of(table: Any) -> list[Token]:
-    """A TokenTable's tokens."""
-    entropies = table.entropies or (None,) * len(table.ids)
-    columns = zip(table.texts, table.ids, table.rewards, table.logprobs, table.values, entropies, strict=True)
-    return [Token(text, f"#{token_id}", *numbers) for text, token_id, *numbers in columns]
 
 
 def _labels(layout: Any, name: str = "completion") -> Iterator[tuple[int, str]]:

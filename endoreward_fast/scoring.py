@@ -15,6 +15,7 @@ from .encoding import Encoded, Encoder, Row, Truncate
 from .errors import EndoRewardError
 from .functional import sequence_score
 from .gathered import weights_come_and_go
+from .notebook import html_of_table
 from .signals import SIGNALS, select
 from .types import TokenRewards
 
@@ -37,6 +38,10 @@ class TokenTable:
     entropies: tuple[float, ...] | None = None
     """of pi(. | s), nats; with entropy"""
 
+    def _repr_html_(self) -> str:
+        """For notebooks: a heatmap."""
+        return html_of_table(self)
+
 
 @dataclass(frozen=True)
 class RowScore:
@@ -55,6 +60,10 @@ class RowScore:
     """with per_token"""
     signals: Mapping[str, float] | None = None
     """with signals: each one's score by its name"""
+
+    def _repr_html_(self) -> str | None:
+        """For notebooks: with per_token a heatmap; else None, so their plain text."""
+        return None if self.tokens is None else html_of_table(self.tokens, self.score, self.error)
 
 
 Scores = Iterator[tuple[int, RowScore]]
