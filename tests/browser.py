@@ -5,10 +5,19 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 WAIT = 20000  # milliseconds for a page to load
+FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage --remote-debugging-pipe".split()
+# The browser wants its pipes as file descriptors 3 and 4; copies above both first, as either may be in the other's place.
+LAUNCH = """
+import fcntl, os, sys
+high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
+os.dup2(high[0], 3), os.dup2(high[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 KEYS = {"Tab": 9, "Escape": 27, "ArrowLeft": 37, "ArrowRight": 39}
 
 
@@ -18,10 +27,8 @@ class Browser:
     def __init__(self, folder: Path) -> None:
         to_read, self._out = os.pipe()
         self._in, to_write = os.pipe()
-        # The protocol's pipes are file descriptors 3 and 4 of the browser, which a shell puts there.
-        flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage --remote-debugging-pipe"
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$0" {flags} "$@" 3<&{to_read} 4>&{to_write}', CHROMIUM, f"--user-data-dir={folder}"],
+            [sys.executable, "-c", LAUNCH, str(to_read), str(to_write), CHROMIUM, *FLAGS, f"--user-data-dir={folder}"],
             pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         os.close(to_read), os.close(to_write)
