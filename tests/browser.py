@@ -3,15 +3,17 @@
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-WAIT = 20000  # milliseconds for a page to load
+WAIT = 60  # seconds for an answer
 FLAGS = "--headless --no-sandbox --disable-gpu --no-first-run --disable-dev-shm-usage --remote-debugging-pipe".split()
-# The browser wants its pipes as file descriptors 3 and 4; copies above both first, as either may be in the other's place.
+# The browser wants its pipes as file descriptors 3 and 4; copies above both first: either may be in the other's place.
 LAUNCH = """
 import fcntl, os, sys
 high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 10) for fd in sys.argv[1:3]]
@@ -54,6 +56,7 @@ class Browser:
 
     def _next(self) -> dict:
         while b"\0" not in self._buffer:
+            assert select.select([self._in], [], [], WAIT)[0], "the browser does not answer"
             block = os.read(self._in, 1 << 16)
             assert block, "the browser is gone"
             self._buffer += block
@@ -74,10 +77,10 @@ class Browser:
         self.theme(dark)
         self.requests.clear(), self.console.clear()
         self.send("Page.navigate", url=path.as_uri())
-        loaded = "new Promise(done => document.readyState == 'complete' ? done(1) : addEventListener('load', done))"
-        while self.run("location.href") != path.as_uri():
-            pass
-        self.send("Runtime.evaluate", expression=loaded, awaitPromise=True, timeout=WAIT)
+        deadline = time.monotonic() + WAIT
+        while self.run("[location.href, document.readyState].join()") != f"{path.as_uri()},complete":
+            assert time.monotonic() < deadline, f"{path} does not load"
+            time.sleep(0.01)
 
     def size(self, width: int, height: int) -> None:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
