@@ -184,7 +184,7 @@ STYLE = """\
 .endoreward .legend i { width: .8rem; height: .9rem; box-sizing: border-box }
 .endoreward section { margin-top: 1.5rem }
 .endoreward .prompt { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 12rem; overflow: auto;
-  border-left: 3px solid var(--line); padding: .1rem .8rem; margin-bottom: .8rem }
+  border-left: 3px solid var(--line); padding: .1rem .8rem; margin-bottom: 1.1rem }
 .endoreward .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .9rem }
 .endoreward article { position: relative; background: var(--paper); border: 1px solid var(--line); border-radius: 8px;
   padding: .7rem .9rem 1rem; min-width: 0 }
