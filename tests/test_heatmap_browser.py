@@ -137,9 +137,10 @@ def test_completions_stand_side_by_side_and_below_each_other_where_narrow(tab, d
     tab.open(drawn, width=380)
     first, second = tab.run(tops)
     assert first < second
-    for i in range(60):  # no tooltip reaches out of the page
+    for i in range(60):  # no tooltip reaches out of the page, or is squeezed at its edge
         tab.run(f"document.querySelectorAll('.t')[{i}].focus()")
         assert tab.run(wide), i
+        assert tab.run(f"parseFloat({TIP.format(i)}.width)") > 140, i
 
 
 def test_a_picture_shows_more_than_paper(tab, drawn, tmp_path):
