@@ -147,8 +147,8 @@ def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
 
 
 def _share_of(upstream: RowGrads, local: RowStats, whole: RowStats, log_share: Tensor, fraction: float) -> RowGrads:
-    """Gradients of the whole vocabulary's statistics -> of this shard's. The target's reaches the one shard that has it:
-    in the others that row has no target."""
+    """Gradients of the whole vocabulary's statistics -> of this shard's. The target's reaches the one that has it: in
+    the others that row has no target."""
     share = log_share.exp()
     lse, entropy, mean = upstream.lse * share, upstream.entropy, upstream.logit_mean
     if entropy is not None:
@@ -227,3 +227,38 @@ def _of_dtensor(weight: DTensor) -> tuple[Tensor, VocabShard | None]:
     each = -(-weight.shape[0] // weight.device_mesh.size(dim))  # as torch.chunk: the last ones may have less, or none
     start = min(weight.shape[0], each * weight.device_mesh.get_local_rank(dim))
     return weight.to_local(), VocabShard(weight.device_mesh.get_group(dim), start)
+
+
+# -------------------------------------------------------------------------------- for the check of a head (head_check)
+
+
+def why_not_readable(weight: Tensor) -> str | None:
+    """Why a DTensor head cannot be read shard by shard; None if it can."""
+    try:
+        _of_dtensor(weight)
+    except ValueError as error:
+        return str(error).removeprefix("weight is ")
+    return None
+
+
+def rows_here(x: Tensor | None) -> tuple[Tensor | None, int]:
+    """What of a head's weight or bias lies here, and which row it begins with."""
+    if not isinstance(x, DTensor):
+        return x, 0
+    local, shard = _of_dtensor(x)
+    return local, shard.start if shard else 0
+
+
+def same_everywhere(x: Tensor) -> Tensor:
+    """A replicated DTensor as the plain tensor that it is on every rank; a plain one as it is."""
+    return x.to_local() if isinstance(x, DTensor) and all(p.is_replicate() for p in x.placements) else x
+
+
+def agreed(reason: str | None, weight: Tensor) -> str | None:
+    """The first rank's reason not to read the head: the ranks have to take the same path."""
+    _, shard = _of_dtensor(weight)
+    if shard is None:
+        return reason
+    reasons: list[str | None] = [None] * dist.get_world_size(shard.group)
+    dist.all_gather_object(reasons, reason, group=shard.group)
+    return next((r for r in reasons if r is not None), None)

@@ -10,9 +10,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import endoreward_fast as er
 from endoreward_fast.sharded import VocabShard
+from tiny_models import ROWS as ROWS_OF_TEXT
+from tiny_models import TOKENIZER, build, random_rows
 
 WORLDS = (2, 3, 4)
 ROWS, DIM, VOCAB, PADDED = 13, 24, 157, 160
@@ -99,6 +102,27 @@ def of_dtensors(rank, world):
     return {"out": [f.detach() for f in out], "grads": grads, "lse": replicated.lse, "said": said}
 
 
+def uneven():
+    """A model whose 385 words two ranks cannot share evenly."""
+    return build(LlamaConfig, tie_word_embeddings=False, vocab_size=385)
+
+
+def of_a_model(rank, world, folder):
+    """transformers' own tensor parallelism: tp_plan="auto"."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", tp_plan="auto")
+    scorer = er.EndoRewardModel(model, TOKENIZER)
+    with torch.no_grad():
+        rewards = scorer(torch.stack(random_rows(12, 12)), entropy=True)
+    scores = [row.score for row in scorer.score(ROWS_OF_TEXT)]
+    return {
+        "linear": scorer.head.linear,
+        "rows": len(scorer.head.weight.to_local()),
+        "out": [*rewards],
+        "scores": scores,
+    }
+
+
 def message(call):
     try:
         call()
@@ -157,6 +181,8 @@ def work(rank, world, folder):
     )
     found = {name: statistics(name, rank, world) for name in HEADS}
     found |= {"rewards": rewards(rank, world), "dtensor": of_dtensors(rank, world), "traffic": traffic(rank, world)}
+    if backend == "gloo" and world == 2:
+        found["model"] = of_a_model(rank, world, folder)
     found["refused"] = refused(rank, world) if backend == "gloo" else None
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.barrier()
@@ -178,6 +204,7 @@ def fork(rank, world, folder):
 
 
 if __name__ == "__main__":
+    uneven().save_pretrained(f"{sys.argv[1]}/model")  # here: among several ranks only the first one writes
     failed = 0
     for world in WORLDS:
         children = [fork(rank, world, sys.argv[1]) for rank in range(world)]

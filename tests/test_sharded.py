@@ -12,6 +12,7 @@ import endoreward_fast as er
 import shard_ranks
 from endoreward_fast import reference
 from shard_ranks import HEADS, PADDED, VOCAB, WORLDS, data, rows_of
+from tiny_models import ROWS, TOKENIZER, random_rows
 
 WORLD = pytest.mark.parametrize("world", WORLDS)
 F64 = torch.float64
@@ -134,6 +135,22 @@ def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
         )
         assert "shards of the vocabulary: they overlap" in said["overlap"]
         assert "reads a whole head, and this one is sharded" in said["reference"]
+
+
+def test_a_tensor_parallel_model_is_read_shard_by_shard(found):
+    """transformers' tp_plan="auto"; at load every rank checks its own rows against the model's own logits."""
+    if "model" not in found[2][0]:
+        pytest.skip("shown on the CPU")
+    scorer = er.EndoRewardModel(shard_ranks.uneven(), TOKENIZER)
+    with torch.no_grad():
+        rewards = scorer(torch.stack(random_rows(12, 12)), entropy=True)
+    scores = [row.score for row in scorer.score(ROWS)]
+    assert [rank["model"]["rows"] for rank in found[2]] == [193, 192]
+    for rank in found[2]:
+        assert rank["model"]["linear"]
+        for ours, theirs in zip(rank["model"]["out"], rewards, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+        assert rank["model"]["scores"] == pytest.approx(scores, abs=1e-3)
 
 
 # --- without processes
