@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -12,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
@@ -216,6 +219,25 @@ def test_judges_say_what_they_cannot_judge_and_go_on(name, plain):
     assert "token ids" in ids.error and "found prompt" in nothing.error and "content is list" in image.error
     long = JUDGES[name](plain).score([ROWS[3], ROWS[4] | {"completion": "x" * 2000}])
     assert "the limit is 1024" in long[1].error
+
+
+def knows(*known):
+    """A model whose tokenizer has a token for `known` alone; the rest is one unknown token."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(("<unk>", *known))}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return EndoRewardModel(build(LlamaConfig), PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "lacking"),
+    [("verifier", ["No"], "'Yes'"), ("pointwise", ["1", "2", "3", "4"], "'5'"), ("pairwise", ["Yes"], "'A', 'B'")],
+)
+def test_a_reply_that_the_tokenizer_lacks_is_refused(name, known, lacking):
+    """As one unknown token, all ratings were 3 and all comparisons ties."""
+    judge = JUDGES[name]
+    with pytest.raises(EndoRewardError, match=f"^{judge.method}: the model's tokenizer has no token for {lacking}$"):
+        judge(knows(*known))
+    assert judge(knows("Yes", "A", "B", "1", "2", "3", "4", "5")).score(ROWS)[0].score is not None
 
 
 @pytest.mark.parametrize("name", JUDGES)
