@@ -313,6 +313,25 @@ def test_batches_of_a_reward_model_keep_to_the_budget():
     assert few == pytest.approx([r.score for r in RewardModel(model, CHAT).score(ROWS)], rel=1e-4)
 
 
+def test_a_reward_model_goes_on_where_memory_runs_out():
+    model = classifier()
+    wanted = [r.score for r in RewardModel(model, CHAT).score(ROWS)]
+    lengths = [r.num_tokens for r in RewardModel(model, CHAT).score(ROWS)]
+
+    def room(module, args, kwargs):
+        if kwargs["input_ids"].numel() >= max(lengths):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(room, with_kwargs=True)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found = RewardModel(model, CHAT).score(ROWS)
+    for row, score, length in zip(found, wanted, lengths, strict=True):
+        if length < max(lengths):
+            assert row.score == pytest.approx(score, rel=1e-4)
+        else:
+            assert row.score is None and row.error == f"out of memory: {length} tokens do not fit by themselves"
+
+
 def test_a_reward_model_without_a_template_reads_text_and_refuses_messages():
     model = classifier()
     text, messages, system = (
