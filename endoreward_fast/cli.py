@@ -8,7 +8,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 from . import pipeline, side_by_side
 from .data import STDIN, open_source
 from .errors import EndoRewardError
-from .options import EvalFlags, ModelFlags, RowFlags, ShowFlags, takes
+from .options import EvalFlags, ModelFlags, RowFlags, takes
 from .output import Monitor, Sink, one_line
 from .pipeline import Item
 from .report import FileResult, to_json, to_text
@@ -115,32 +115,6 @@ def _checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
         return iter(())  # all of it is done already
     pipeline.check_usable(first, name)
     return itertools.chain([first], batches)
-
-
-@app.command()
-@takes(ShowFlags)
-def show(
-    flags: ShowFlags,
-    file: Annotated[Optional[str], typer.Argument(help="Rows to show; or use --prompt and --completion.")] = None,  # noqa: UP045
-) -> None:
-    """Colour every token by its reward, in the terminal or, with --html, as a page to open in a browser."""
-    from .heatmap import scale_of, to_html, to_rich
-    from .showing import shown as find_shown
-
-    shown, failed = find_shown(file, flags)
-    if flags.html:
-        with Sink(flags.html, () if file is None else (file,)) as sink:
-            sink.write(to_html(shown))
-    else:
-        from rich.console import Console
-
-        console = Console(highlight=False)
-        for one in shown:
-            console.print(f"{one.score:8.2f}  {one.title}", style="bold", markup=False)
-            console.print(to_rich(one, scale_of(shown)))
-            console.print()
-    if failed:
-        raise typer.Exit(BAD_INPUT)
 
 
 @app.command("eval")

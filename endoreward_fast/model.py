@@ -131,7 +131,7 @@ class EndoRewardModel(nn.Module):
 
     def rewards_of_padded(
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0,
-        attention_mask: Tensor | None = None, entropy: bool = False,
+        attention_mask: Tensor | None = None,
     ) -> TokenRewards:  # fmt: skip
         """`forward` of rows that are masked rightly, run as they are given: positions are the model's own affair.
 
@@ -141,8 +141,7 @@ class EndoRewardModel(nn.Module):
         arguments = {"input_ids": input_ids}
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
-        wanted = {"alpha": alpha, "entropy": entropy}
-        return self._read(token_rewards, linear_token_rewards, arguments, scored, terminal, **wanted)
+        return self._read(token_rewards, linear_token_rewards, arguments, scored, terminal, alpha=alpha)
 
     def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
         """`stats` of such rows, padded on the right."""

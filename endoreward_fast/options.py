@@ -97,24 +97,6 @@ class RowFlags(ModelFlags):
 
 
 @dataclass(frozen=True)
-class ShowFlags(ModelFlags):
-    """And what is looked at."""
-
-    prompt: Annotated[Text, typer.Option(help="A prompt, in place of FILE.")] = None
-    completion: Annotated[
-        Optional[list[str]], typer.Option(help="A completion of --prompt; several are shown side by side.")  # noqa: UP045
-    ] = None
-    html: Annotated[Text, typer.Option(help="Write a self-contained page here, not to the terminal.")] = None
-    limit: Annotated[int, typer.Option(help="Only the first so many rows of FILE.")] = 20
-
-    def check(self) -> None:
-        super().check()
-        _at_least_one("--limit", self.limit)
-        if (self.prompt is None) != (not self.completion):
-            raise EndoRewardError("--prompt and --completion go together")
-
-
-@dataclass(frozen=True)
 class EvalFlags(RowFlags):
     """And what the score is compared with."""
 

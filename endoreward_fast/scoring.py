@@ -34,8 +34,6 @@ class TokenTable:
     """nats"""
     values: tuple[float, ...]
     """V(s) of the state in which the token was chosen"""
-    entropies: tuple[float, ...] = ()
-    """of pi(. | s), nats; only with texts"""
 
 
 @dataclass(frozen=True)
@@ -55,12 +53,6 @@ class RowScore:
     """with per_token"""
     signals: Mapping[str, float] | None = None
     """with signals: each one's score by its name"""
-
-    def _repr_html_(self) -> str | None:
-        """In a notebook: a heatmap of the tokens, with per_token."""
-        from .heatmap import Shown, fragment
-
-        return None if self.tokens is None or self.score is None else fragment(Shown("score", self.score, self.tokens))
 
 
 Scores = Iterator[tuple[int, RowScore]]
@@ -234,8 +226,7 @@ def _read(
     """Rewards (B, T), the mask on their device, and each signal's float64 (B,): one pass for all of them."""
     inputs = [t.to(scorer.device) for t in (input_ids, scored, terminal)]
     if not options.signals:
-        wanted = options.per_token and options.texts
-        rewards = scorer.rewards_of_padded(*inputs, alpha=options.alpha, entropy=wanted)
+        rewards = scorer.rewards_of_padded(*inputs, alpha=options.alpha)
         return rewards, inputs[1].to(rewards.reward.device), []
     stats = scorer.stats_of_padded(*inputs, alpha=options.alpha)
     other = None
@@ -268,8 +259,7 @@ def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tables(scorer: "EndoRewardModel", batch: list[Encoded], rewards: TokenRewards, texts: bool) -> list[TokenTable]:
-    known = (rewards.reward, rewards.logprob, rewards.value, *(() if rewards.entropy is None else (rewards.entropy,)))
-    fields = torch.stack(known).tolist()
+    fields = torch.stack([rewards.reward, rewards.logprob, rewards.value]).tolist()
     tables = []
     for i, encoded in enumerate(batch):
         start, stop = encoded.prompt_length, len(encoded.input_ids)

@@ -31,9 +31,3 @@ class TokenRewards(NamedTuple):
     """V(s) = alpha * logsumexp(z(s) / alpha) of the state in which the token was chosen"""
     entropy: Tensor | None
     """of pi(. | s), nats; None unless asked for"""
-
-    def _repr_html_(self) -> str | None:
-        """In a notebook: a heatmap, if these are the rewards of one row."""
-        from .heatmap import of_rewards
-
-        return of_rewards(self)
