@@ -23,12 +23,14 @@ if TYPE_CHECKING:
         vocab_stats,
     )
     from .model import EndoRewardModel
+    from .sharded import VocabShard
     from .types import TokenRewards, VocabStats
 
 _MODULE_OF = {
     "EndoRewardError": "errors",
     "EndoRewardModel": "model",
     "TokenRewards": "types",
+    "VocabShard": "sharded",
     "VocabStats": "types",
     "linear_token_rewards": "functional",
     "linear_vocab_stats": "functional",
@@ -43,6 +45,7 @@ __all__ = [
     "EndoRewardError",
     "EndoRewardModel",
     "TokenRewards",
+    "VocabShard",
     "VocabStats",
     "linear_token_rewards",
     "linear_vocab_stats",

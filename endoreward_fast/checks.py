@@ -21,13 +21,14 @@ def check_logits(logits: Tensor) -> None:
 
 
 def check_linear(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None
-) -> None:
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, *,
+    sharded: bool = False,
+) -> None:  # fmt: skip
     _check_tensors(hidden=hidden, weight=weight, bias=bias)
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
         raise _say("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
     dim = hidden.shape[-1]
-    if weight.ndim != 2 or weight.shape[1] != dim or weight.shape[0] == 0:
+    if weight.ndim != 2 or weight.shape[1] != dim or (weight.shape[0] == 0 and not sharded):
         raise _say("weight", weight, f"(V, {dim}), D as in hidden {tuple(hidden.shape)}")
     widened = hidden.dtype == torch.float32 and weight.dtype in LOW_PRECISION
     if weight.device != hidden.device or not (weight.dtype == hidden.dtype or widened):

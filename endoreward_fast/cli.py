@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any, Optional
@@ -17,6 +18,7 @@ from .errors import EndoRewardError
 from .options import EvalFlags, ModelFlags, RowFlags, takes
 from .output import Monitor, Sink, one_line
 from .report import FileResult, to_json, to_text
+from .resume import record, rows_done, settings_of, without_done
 
 BAD_INPUT = 2  # exit code
 
@@ -40,6 +42,7 @@ app = typer.Typer(
     help="The reward inside every causal language model: r = Q(s, a) - V(s'), read from its own logits.",
 )
 File = Annotated[str, typer.Argument(help="JSON Lines, JSON, CSV or TSV, gzipped or not; - is standard input.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with --output where an earlier run was cut off.")]
 PerToken = Annotated[bool, typer.Option("--per-token", help="Add token_rewards: one number for every scored token.")]
 
 
@@ -60,25 +63,34 @@ def _common(
 
 @app.command()
 @takes(RowFlags)
-def score(file: File, flags: RowFlags, per_token: PerToken = False) -> None:
+def score(file: File, flags: RowFlags, per_token: PerToken = False, resume: Resume = False) -> None:
     """Score every completion of FILE: JSON Lines out, every column kept, `score` added."""
-    _rows_to_rows("score", file, flags, per_token, pipeline.scored_row)
+    _rows_to_rows("score", file, flags, per_token, resume, pipeline.scored_row)
 
 
 @app.command()
 @takes(RowFlags)
-def rank(file: File, flags: RowFlags, per_token: PerToken = False) -> None:
+def rank(file: File, flags: RowFlags, per_token: PerToken = False, resume: Resume = False) -> None:
     """Rank the completions of every row of FILE: adds `scores`, `ranking` (best first) and `best`."""
-    _rows_to_rows("rank", file, flags, per_token, pipeline.ranked_row)
+    _rows_to_rows("rank", file, flags, per_token, resume, pipeline.ranked_row)
 
 
 def _rows_to_rows(
-    command: str, file: str, flags: RowFlags, per_token: bool, answer: Callable[..., dict[str, Any]]
+    command: str, file: str, flags: RowFlags, per_token: bool, resume: bool, answer: Callable[..., dict[str, Any]]
 ) -> None:
-    with Sink(flags.output, (file,)) as sink:
+    to_file = flags.output not in (None, STDIN)
+    if resume and not to_file:
+        raise EndoRewardError("--resume goes on with a file: name it by --output")
+    settings = settings_of(command, version("endoreward-fast"), flags.to_json(), per_token)
+    done = rows_done(str(flags.output), settings) if resume else Counter()
+    with Sink(flags.output, (file,), append=bool(done)) as sink:
         source = open_source(file, flags.limit)
+        if done:
+            source = without_done(source, done)
         batches = pipeline.checked(pipeline.windows(source, command, flags), source.name)
         scorer = pipeline.load_scorer(flags)
+        if to_file:
+            record(str(flags.output), settings)
         options = {**flags.scoring(), "per_token": per_token}
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
             for items in batches:

@@ -12,7 +12,9 @@ A named impl that cannot run raises; it never falls back.
 """
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,9 @@ from torch import Tensor
 from . import reference
 from .checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
+
+if TYPE_CHECKING:
+    from .sharded import VocabShard
 
 Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
@@ -81,7 +86,7 @@ def vocab_stats(
 def linear_vocab_stats(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,
     logit_scale: float = 1.0, softcap: float | None = None, alpha: float = 1.0, entropy: bool = False,
-    logit_mean: bool = False, impl: Impl = "auto",
+    logit_mean: bool = False, impl: Impl = "auto", shard: "VocabShard | None" = None, vocab_size: int | None = None,
 ) -> VocabStats:  # fmt: skip
     """`vocab_stats` of the logits that hidden states and the head's weight make, which are never written to memory:
 
@@ -94,20 +99,25 @@ def linear_vocab_stats(
     by chunk ("chunked"): exact float32 logits with no float32 copy of the weight.
     Under autocast, hidden, weight and bias are cast to its dtype first, as a linear layer would.
     Returns and raises as `vocab_stats`. Rows off the mask cost nothing.
+
+    vocab_size   rows of weight from here on are padding, and are left out
+    shard        weight (and bias) are this process's rows of a vocabulary that is split over a process group; hidden,
+                 targets and mask are those of every rank, and every rank returns the same (see sharded.py). A DTensor
+                 weight placed Shard(0) needs none.
     """
-    check_linear(hidden, weight, bias, logit_scale, softcap)
+    hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
+    check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_rows(targets, mask, hidden, "hidden", alpha)
     chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     if chosen == "reference":
+        _refuse_sharded(shard)
         return reference.linear_vocab_stats(
             hidden, weight, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, **head
         )
     check_reverse_mode(chosen, hidden, weight, bias)
-    from .ops import linear_stats
-
-    out = linear_stats(
+    out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(targets), _flat(mask), None,
         float(logit_scale), softcap, float(alpha), entropy, logit_mean, chosen,
     )  # fmt: skip
@@ -155,27 +165,29 @@ def linear_token_rewards(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, mask: Tensor | None = None, terminal: Tensor | None = None,
     cu_seqlens: Tensor | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
     softcap: float | None = None, alpha: float = 1.0, entropy: bool = False, impl: Impl = "auto",
+    shard: "VocabShard | None" = None, vocab_size: int | None = None,
 ) -> TokenRewards:  # fmt: skip
     """`token_rewards` from hidden states (B, T, D) and the head's weight (V, D), never writing logits to memory.
 
     The head is that of `linear_vocab_stats`, the rest as in `token_rewards`. States that no scored token touches
-    (prompts, padding) cost nothing.
+    (prompts, padding) cost nothing. shard and vocab_size as there.
     """
-    check_linear(hidden, weight, bias, logit_scale, softcap)
+    hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
+    check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
     chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
     if chosen == "reference":
+        _refuse_sharded(shard)
         return reference.linear_token_rewards(
             hidden, weight, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, bias=bias,
             logit_scale=logit_scale, softcap=softcap, alpha=alpha, entropy=entropy,
         )  # fmt: skip
     check_reverse_mode(chosen, hidden, weight, bias)
-    from .ops import linear_stats
     from .rows import plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens)
-    out = linear_stats(
+    out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan.targets, plan.needed, plan.successor,
         float(logit_scale), softcap, float(alpha), entropy, False, chosen,
     )  # fmt: skip
@@ -253,6 +265,34 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _localize(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: "VocabShard | None", vocab_size: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, "VocabShard | None"]:
+    """sharded.localize, which imports torch.distributed.tensor (half a second): for plain tensors there is no need."""
+    plain = shard is None and vocab_size is None and type(weight) in (Tensor, torch.nn.Parameter)
+    if plain and type(hidden) in (Tensor, torch.nn.Parameter) and weight.numel():
+        return hidden, weight, bias, None
+    from .sharded import localize
+
+    return localize(hidden, weight, bias, shard, vocab_size)
+
+
+def _linear_stats(shard: "VocabShard | None") -> Callable[..., list[Tensor]]:
+    """The operator on the head as it lies here, or across processes."""
+    if shard is None:
+        from .ops import linear_stats
+
+        return linear_stats
+    from .sharded import sharded_linear_stats
+
+    return partial(sharded_linear_stats, shard=shard)
+
+
+def _refuse_sharded(shard: "VocabShard | None") -> None:
+    if shard is not None:
+        raise ValueError("impl='reference' reads a whole head, and this one is sharded: take impl='auto'")
 
 
 def _as_3d(logits: Tensor) -> Tensor:

@@ -76,14 +76,33 @@ def refuse_bad_weights(model: nn.Module) -> None:
                 raise EndoRewardError(f"{describe(model)}: parameter {name!r} has NaN or infinite values")
 
 
+def is_dtensor(x: Any) -> bool:
+    """By name: importing torch.distributed.tensor takes half a second, and whoever has a DTensor has done so."""
+    return "DTensor" in {kind.__name__ for kind in type(x).__mro__}
+
+
+def plain(x: Tensor) -> Tensor:
+    """A tensor that every rank holds whole, as itself and not as a DTensor."""
+    if not is_dtensor(x):
+        return x
+    from .sharded import same_everywhere
+
+    return same_everywhere(x)
+
+
 def why_not_plain(head: nn.Module) -> str | None:
     """Why hidden @ weight.T + bias may not be what this head computes, by its kind; None if it is plain."""
     weight = getattr(head, "weight", None)
     kind = type(head)
     if kind.forward is not nn.Linear.forward:
         return f"its output head is a {kind.__module__}.{kind.__qualname__}, not a plain torch.nn.Linear"
-    if "forward" in vars(head) and not hasattr(head, "_hf_hook"):
+    # transformers' tensor parallelism has a forward of its own around the layer's; self_check compares what comes out.
+    if "forward" in vars(head) and not hasattr(head, "_hf_hook") and not is_dtensor(weight):
         return "the forward of its output head was replaced"
+    if is_dtensor(weight):
+        from .sharded import why_not_readable
+
+        return why_not_readable(weight)
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
         return f"the weight of its output head is a {type(weight).__name__}, not a plain tensor"
     if weight.is_meta:
@@ -119,6 +138,10 @@ def self_check(model: nn.Module, head: "Head") -> str | None:
             shapes = ", ".join(str(tuple(call.hidden.shape)) for call in calls) or "nothing"
             return f"its output head is fed {shapes}, not one (batch, tokens, size)"
         wrong = _recipe_mismatch(head, calls[0], logits, known)
+        if is_dtensor(head.module.weight):
+            from .sharded import agreed
+
+            wrong = agreed(wrong, head.module.weight)
         return wrong or _capture_mismatch(model, head, calls[0].hidden, tokens)
 
 
@@ -208,10 +231,14 @@ class _Call(NamedTuple):
         odd = why_not_plain(head.module)
         if odd is not None:
             return cls(hidden, odd, None, None, None)
-        size = len(head.weight)
-        rows = torch.linspace(0, size - 1, min(size, SAMPLED_ROWS)).long().to(head.weight.device)
-        bias = None if head.bias is None else head.bias[rows].float()
-        return cls(hidden, None, rows, head.weight[rows].float(), bias)
+        weight, bias, start = head.weight, head.bias, 0
+        if is_dtensor(weight):
+            from .sharded import rows_here
+
+            (weight, start), (bias, _) = rows_here(weight), rows_here(bias)
+        size = len(weight)
+        rows = torch.linspace(0, max(0, size - 1), min(size, SAMPLED_ROWS)).long().to(weight.device)
+        return cls(hidden, None, start + rows, weight[rows].float(), None if bias is None else bias[rows].float())
 
 
 def _run_with_known_values(
@@ -222,7 +249,7 @@ def _run_with_known_values(
     planted: list[Tensor] = []
 
     def look(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        calls.append(_Call.of(head, args[0]))
+        calls.append(_Call.of(head, plain(args[0])))
 
     def plant(module: nn.Module, args: tuple[Tensor, ...], y: Any) -> Any:
         if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[:2] != tokens.shape:
@@ -285,7 +312,7 @@ def _capture_mismatch(model: nn.Module, head: "Head", hidden: Tensor, tokens: Te
             logits = logits_of(_forward(model, tokens))
     except Exception as error:
         return f"it does not run without logits ({_one_line(error)})"
-    if logits.numel() != 0:
+    if logits.shape[1] != seen.fed:
         return f"it makes logits {tuple(logits.shape)} from an empty head input"
     again = seen.hidden.to(hidden.device)
     if again.shape != hidden.shape or ((again - hidden).float().abs().mean(-1) > _noise(hidden)).any():

@@ -17,7 +17,17 @@ from torch import Tensor, nn
 
 from .errors import EndoRewardError
 from .gathered import behind, weights_come_and_go
-from .head_check import describe, find_head, logits_of, refuse_bad_weights, self_check, why_not_plain, without_cache
+from .head_check import (
+    describe,
+    find_head,
+    is_dtensor,
+    logits_of,
+    plain,
+    refuse_bad_weights,
+    self_check,
+    why_not_plain,
+    without_cache,
+)
 from .head_recipes import HeadRecipe, recipe_for
 
 __all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for", "without_cache"]
@@ -29,6 +39,8 @@ class Seen:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.fed = 0
+        """how many tokens of each row the head itself was given"""
 
     @property
     def once(self) -> Any:
@@ -75,13 +87,13 @@ class Head:
     def weight(self) -> Tensor:
         """(V, D), live: it follows the model when it is trained, moved or re-tied."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight[: self.recipe.vocab_size]
+        return weight if self.recipe.vocab_size is None else weight[: self.recipe.vocab_size]
 
     @property
     def bias(self) -> Tensor | None:
         """(V,) or None."""
         bias = getattr(self.module, "bias", None)
-        return None if bias is None else bias[: self.recipe.vocab_size]
+        return bias if bias is None or self.recipe.vocab_size is None else bias[: self.recipe.vocab_size]
 
     @property
     def logit_scale(self) -> float:
@@ -122,9 +134,10 @@ class Head:
         seen = Seen()
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = args[0].to(self.weight.device)
+            hidden = plain(args[0]).to(self.weight.device)
             seen.calls.append(hidden if reader is None else reader(hidden))
-            return (args[0][..., :0, :], *args[1:])
+            seen.fed = int(is_dtensor(self.module.weight))  # whose matmul wants a row at least
+            return (args[0][..., : seen.fed, :], *args[1:])
 
         def tie(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return behind(output.detach(), seen.calls)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+from .boundary import tokenize
 from .encoding import Row, prompt_and_completion, wants_chat
 from .errors import EndoRewardError
 from .scoring import OnTokens, RowScore, ScoreOptions, Scores, in_order
@@ -40,12 +41,31 @@ TEXT_ENDING = "\nReply:"
 
 @dataclass(frozen=True)
 class Judge:
-    """A language model (an EndoRewardModel) that is asked about completions. The base of the three below."""
+    """A language model (an EndoRewardModel) that is asked about completions. The base of the three below.
+
+    Raises EndoRewardError if the tokenizer has no token for a reply: it would be read as the unknown token, whose
+    log-probability says nothing of the answer. A reply may be several tokens long.
+    """
 
     scorer: Any
     method: ClassVar[str]
     formula: ClassVar[str]
     source: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        tokenizer = self.scorer.tokenizer
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        if unknown is None:
+            return
+        lacking = [reply for reply in self.possible() if unknown in tokenize(tokenizer, reply)]
+        if lacking:
+            raise EndoRewardError(
+                f"{self.method}: the model's tokenizer has no token for {', '.join(map(repr, lacking))}"
+            )
+
+    def possible(self) -> tuple[str, ...]:
+        """The replies that are weighed."""
+        raise NotImplementedError
 
     def iter_scores(self, rows: Sequence[Row], *, on_tokens: OnTokens = None, **options: Any) -> Scores:
         """(position in rows, score) as the model's replies come in. Options as in `EndoRewardModel.score`."""
@@ -110,6 +130,9 @@ class Verifier(Judge):
     formula = 'alpha log pi("Yes" | question, answer)'
     source = "GenRM, 2408.15240, untrained"
 
+    def possible(self) -> tuple[str, ...]:
+        return (self.reply,)
+
     def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
         return [asked.about(row, self.instruction, (self.reply,)) for row in rows]
 
@@ -128,6 +151,9 @@ class Pointwise(Judge):
     method = "Judge, pointwise"
     formula = "sum k pi(k | question, answer) / sum pi(k | question, answer), k = 1 ... 5"
     source = "G-Eval, 2303.16634"
+
+    def possible(self) -> tuple[str, ...]:
+        return self.ratings
 
     def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
         return [asked.about(row, self.instruction, self.ratings) for row in rows]
@@ -153,6 +179,9 @@ class Pairwise(Judge):
     method = "Judge, pairwise"
     formula = 'mean over rivals, both orders, of log pi("A") - log pi("B")'
     source = "LLM-as-a-judge, 2306.05685"
+
+    def possible(self) -> tuple[str, ...]:
+        return self.replies
 
     def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
         texts = [_question_and_answer(row) for row in rows]

@@ -54,7 +54,7 @@ def logits_stats(
         stats, rewards = _backend(impl, logits).logits_forward(
             logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, successor=successor
         )
-    return _outputs(stats, rewards)
+    return outputs(stats, rewards)
 
 
 @logits_stats.register_fake
@@ -84,7 +84,7 @@ def _logits_setup(ctx, inputs, output):
 
 def _logits_backward(ctx, grads):
     (logits, targets, mask, successor), stats = _saved(ctx, 4)
-    upstream = _row_grads(grads, targets, successor, stats, ctx.alpha)
+    upstream = row_grads(grads, targets, successor, stats, ctx.alpha)
     grad = logits_stats_backward(logits, targets, mask, list(stats), *upstream, ctx.alpha, ctx.impl)
     return grad, None, None, None, None, None, None, None
 
@@ -112,7 +112,7 @@ def linear_stats(
             return backend.linear_forward(hidden, weight, targets, successor=successor, **head, **want)
 
     if mask is None:
-        return _outputs(*forward(hidden, targets, successor))
+        return outputs(*forward(hidden, targets, successor))
     rows = mask.nonzero().squeeze(1)
     if successor is not None:
         # Row numbers change with the others gone; a successor is never one of those.
@@ -120,7 +120,7 @@ def linear_stats(
         successor = successor[rows]
         successor = torch.where(successor >= 0, place[successor.clamp(min=0)], -1)
     stats, rewards = forward(hidden[rows], targets[rows], successor)
-    return _outputs(_spread(stats, rows, len(targets)), rewards and _spread(rewards, rows, len(targets)))
+    return outputs(_spread(stats, rows, len(targets)), rewards and _spread(rewards, rows, len(targets)))
 
 
 @linear_stats.register_fake
@@ -170,7 +170,7 @@ def _linear_setup(ctx, inputs, output):
 
 def _linear_backward(ctx, grads):
     (hidden, weight, bias, targets, mask, successor), stats = _saved(ctx, 6)
-    upstream = _row_grads(grads, targets, successor, stats, ctx.alpha)
+    upstream = row_grads(grads, targets, successor, stats, ctx.alpha)
     needs = list(ctx.needs_input_grad[:3])
     out = linear_stats_backward(
         hidden, weight, bias, targets, mask, list(stats), *upstream,
@@ -185,7 +185,7 @@ linear_stats.register_autograd(_linear_backward, setup_context=_linear_setup)
 # ---------------------------------------------------------------------------------------------------- shared parts
 
 
-def _outputs(stats: RowStats, rewards: RowRewards | None) -> list[Tensor]:
+def outputs(stats: RowStats, rewards: RowRewards | None) -> list[Tensor]:
     empty = stats.lse.new_empty(0)
     return [empty.clone() if f is None else f for f in (*stats, *(rewards or ()))]
 
@@ -211,7 +211,7 @@ def _saved(ctx, count: int) -> tuple[tuple, RowStats]:
     return tensors[:count], RowStats(*tensors[count:])
 
 
-def _row_grads(
+def row_grads(
     grads: list[Tensor | None], targets: Tensor, successor: Tensor | None, stats: RowStats, alpha: float
 ) -> RowGrads:
     """Upstream gradients of an operator's outputs, as gradients of the row statistics."""

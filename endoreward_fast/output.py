@@ -25,11 +25,12 @@ def compact(value: float, digits: int = 9) -> float:
 class Sink:
     """Output to a path, or to standard output where the path is None or "-".
 
-    Opening checks that the path can be written and touches nothing there; the first write replaces it.
+    Opening checks that the path can be written and touches nothing there; the first write replaces it, or with `append`
+    goes on behind it.
     Raises EndoRewardError if the path cannot be written or is one of `inputs`.
     """
 
-    def __init__(self, path: str | None, inputs: tuple[str, ...] = ()) -> None:
+    def __init__(self, path: str | None, inputs: tuple[str, ...] = (), *, append: bool = False) -> None:
         self.name = "standard output" if path in (None, STDIN) else str(path)
         self._fresh = self._created = False
         self._path = path
@@ -43,7 +44,7 @@ class Sink:
             self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__
         except OSError as error:
             raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
-        self._fresh = self._file.seekable()
+        self._fresh = self._file.seekable() and not append
 
     def write(self, text: str | bytes) -> None:
         """Write `text` and push it through to the operating system."""
@@ -82,7 +83,11 @@ class Sink:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is getattr(sys.stdout, "buffer", None):
             return
-        self._file.close()
+        try:
+            self._file.close()  # which writes what could not be written before, on a full disk
+        except OSError as error:
+            if kind is None:
+                raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
         if kind and self._created and self._fresh and self._path:
             os.unlink(self._path)  # made by us, and nothing came of it
 

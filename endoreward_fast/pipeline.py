@@ -154,7 +154,9 @@ def check_usable(items: list[Item], name: str) -> None:
 
 def checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
     """`batches`, of which the first is read and found usable now: before a model is loaded."""
-    first = next(batches)
+    first = next(batches, None)
+    if first is None:
+        return iter(())  # all of it is done already
     check_usable(first, name)
     return itertools.chain([first], batches)
 

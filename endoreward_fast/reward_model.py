@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batching import batches
+from .batching import does_not_fit, in_batches
 from .boundary import tokenize
 from .chat import conversation
 from .encoding import Row, dialogue, prompt_and_completion, wants_chat
@@ -65,15 +65,18 @@ class RewardModel:
             except EndoRewardError as error:
                 yield position, RowScore(None, 0, None, error=str(error))
         budget = 1 if self.pad is None else chosen.max_tokens_per_batch
-        for batch in batches([len(ids) for _, ids, _ in ready], budget):
-            members = [ready[i] for i in batch]
-            scores = self._classify([ids for _, ids, _ in members])
+        lengths = [len(ids) for _, ids, _ in ready]
+        for batch, scores in in_batches(lambda batch: self._classify([ready[i][1] for i in batch]), lengths, budget):
             if on_tokens is not None:
-                on_tokens(sum(len(ids) for _, ids, _ in members))
-            for (position, ids, flags), score in zip(members, scores, strict=True):
-                lost = math.isnan(score)
-                error = "the reward model gave NaN for this row" if lost else None
-                yield position, RowScore(None if lost else score, len(ids), None, flags, error)
+                on_tokens(sum(lengths[i] for i in batch))
+            for i, score in zip(batch, scores or [None] * len(batch), strict=True):
+                position, ids, flags = ready[i]
+                if score is None:
+                    yield position, RowScore(None, len(ids), None, flags, does_not_fit(len(ids)))
+                elif math.isnan(score):
+                    yield position, RowScore(None, len(ids), None, flags, "the reward model gave NaN for this row")
+                else:
+                    yield position, RowScore(score, len(ids), None, flags)
 
     def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
         """Scores of rows, in their order."""

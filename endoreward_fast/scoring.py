@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .batching import batches
+from .batching import does_not_fit, in_batches
 from .boundary import token_texts
 from .encoding import Encoded, Encoder, Row, Truncate
 from .errors import EndoRewardError
@@ -150,13 +150,21 @@ def score_rows(scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOpt
             ready.append((position, result))
         else:
             yield position, result
-    for batch in batches([len(encoded.input_ids) for _, encoded in ready], options.max_tokens_per_batch):
-        members = [ready[i] for i in batch]
-        scores = _score_batch(scorer, [encoded for _, encoded in members], options)
+
+    def run(batch: list[int]) -> list[RowScore]:
+        return _score_batch(scorer, [ready[i][1] for i in batch], options)
+
+    lengths = [len(encoded.input_ids) for _, encoded in ready]
+    for batch, scores in in_batches(run, lengths, options.max_tokens_per_batch):
         if on_tokens is not None:
-            on_tokens(sum(len(encoded.input_ids) for _, encoded in members))
-        for (position, _), score in zip(members, scores, strict=True):
-            yield position, score
+            on_tokens(sum(lengths[i] for i in batch))
+        for i, score in zip(batch, scores or [_does_not_fit(ready[i][1]) for i in batch], strict=True):
+            yield ready[i][0], score
+
+
+def _does_not_fit(encoded: Encoded) -> RowScore:
+    tokens = len(encoded.input_ids)
+    return RowScore(None, tokens - encoded.prompt_length, None, encoded.flags, does_not_fit(tokens))
 
 
 def encoder_for(scorer: "EndoRewardModel", options: ScoreOptions) -> Encoder:

@@ -1,10 +1,14 @@
 """Batches: every row once, within the budget, longest first."""
 
+import math
+import warnings
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endoreward_fast.batching import batches
+from endoreward_fast.batching import batches, in_batches
 
 
 @given(lengths=st.lists(st.integers(0, 200), max_size=60), budget=st.integers(1, 500))
@@ -31,3 +35,47 @@ def test_a_row_over_the_budget_runs_alone():
 def test_a_budget_of_nothing_is_refused():
     with pytest.raises(ValueError, match="max_tokens=0"):
         list(batches([1], 0))
+
+
+class Memory:
+    """Room for so many tokens, padding included."""
+
+    def __init__(self, room, lengths, error=torch.OutOfMemoryError):
+        self.room, self.lengths, self.error = room, lengths, error
+        self.failed = 0
+
+    def run(self, places):
+        if len(places) * max(self.lengths[i] for i in places) > self.room:
+            self.failed += 1
+            raise self.error("DefaultCPUAllocator: can't allocate memory")
+        return [self.lengths[i] for i in places]
+
+
+@given(lengths=st.lists(st.integers(1, 200), max_size=40), budget=st.integers(1, 2000), room=st.integers(1, 2000))
+def test_where_memory_runs_out_batches_are_halved_and_no_row_is_lost(lengths, budget, room):
+    memory = Memory(room, lengths)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = list(in_batches(memory.run, lengths, budget))
+    assert sorted(i for places, _ in found for i in places) == list(range(len(lengths)))
+    for places, result in found:
+        assert result == (None if lengths[places[0]] > room else [lengths[i] for i in places])
+    too_long = sum(n > room for n in lengths)
+    halvings = memory.failed - too_long
+    assert halvings <= max(0, math.log2(max(1, budget / room))) + 1
+    assert len(said) == min(1, halvings)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_memory_runs_out_in_three_ways(error):
+    with pytest.warns(UserWarning, match="out of memory with max_tokens_per_batch=9: it is halved"):
+        found = list(in_batches(Memory(4, [3, 3, 3], error).run, [3, 3, 3], 9))
+    assert [result for _, result in found] == [[3]] * 3
+
+
+def test_any_other_error_is_not_swallowed():
+    def fail(places):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(in_batches(fail, [1, 1], 8))

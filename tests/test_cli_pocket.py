@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -167,6 +168,8 @@ def test_eval_on_rm_bench_as_it_comes():
 
 def start(*args, **kw):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENV}
+    # A shell's background jobs are started with Ctrl-C ignored, and what they start inherits that.
+    kw["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, "-m", "endoreward_fast", *map(str, args)], **{**pipes, **kw})
 
 

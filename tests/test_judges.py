@@ -4,7 +4,9 @@ import math
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -12,6 +14,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
 )
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
@@ -218,6 +221,25 @@ def test_judges_say_what_they_cannot_judge_and_go_on(name, plain):
     assert "the limit is 1024" in long[1].error
 
 
+def knows(*known):
+    """A model whose tokenizer has a token for `known` alone; the rest is one unknown token."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(("<unk>", *known))}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return EndoRewardModel(build(LlamaConfig), PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "lacking"),
+    [("verifier", ["No"], "'Yes'"), ("pointwise", ["1", "2", "3", "4"], "'5'"), ("pairwise", ["Yes"], "'A', 'B'")],
+)
+def test_a_reply_that_the_tokenizer_lacks_is_refused(name, known, lacking):
+    """As one unknown token, all ratings were 3 and all comparisons ties."""
+    judge = JUDGES[name]
+    with pytest.raises(EndoRewardError, match=f"^{judge.method}: the model's tokenizer has no token for {lacking}$"):
+        judge(knows(*known))
+    assert judge(knows("Yes", "A", "B", "1", "2", "3", "4", "5")).score(ROWS)[0].score is not None
+
+
 @pytest.mark.parametrize("name", JUDGES)
 def test_judges_pass_on_what_concerns_them(name):
     model = Replies(lambda *_: -1.0)
@@ -289,6 +311,25 @@ def test_batches_of_a_reward_model_keep_to_the_budget():
     few = [r.score for r in RewardModel(model, CHAT).score(ROWS, max_tokens_per_batch=100)]
     assert len(seen) == 3 and max(seen) <= 100
     assert few == pytest.approx([r.score for r in RewardModel(model, CHAT).score(ROWS)], rel=1e-4)
+
+
+def test_a_reward_model_goes_on_where_memory_runs_out():
+    model = classifier()
+    wanted = [r.score for r in RewardModel(model, CHAT).score(ROWS)]
+    lengths = [r.num_tokens for r in RewardModel(model, CHAT).score(ROWS)]
+
+    def room(module, args, kwargs):
+        if kwargs["input_ids"].numel() >= max(lengths):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(room, with_kwargs=True)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found = RewardModel(model, CHAT).score(ROWS)
+    for row, score, length in zip(found, wanted, lengths, strict=True):
+        if length < max(lengths):
+            assert row.score == pytest.approx(score, rel=1e-4)
+        else:
+            assert row.score is None and row.error == f"out of memory: {length} tokens do not fit by themselves"
 
 
 def test_a_reward_model_without_a_template_reads_text_and_refuses_messages():

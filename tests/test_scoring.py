@@ -73,7 +73,7 @@ def test_reductions_reach_the_score(llama, options):
 def test_per_token_tables_hold_the_scored_tokens(llama):
     for row, result in zip(ROWS, llama.score(ROWS, per_token=True), strict=True):
         table = result.tokens
-        assert {len(column) for column in vars(table).values()} == {result.num_tokens}
+        assert {len(column) for column in vars(table).values() if column is not None} == {result.num_tokens}
         assert math.isclose(sum(table.rewards), result.score, rel_tol=1e-4, abs_tol=1e-4)
         assert math.isclose(sum(table.logprobs), result.logprob, rel_tol=1e-4, abs_tol=1e-4)
         if "completion" in row:
@@ -207,3 +207,24 @@ def test_end_tokens_of_generation_count(llama):
     scorer = EndoRewardModel(model, tokenizer)
     counts = [r.num_tokens for r in scorer.score([{"prompt": "a", "completion": c} for c in ("b", "b<turn>", "b</s>")])]
     assert counts == [2, 2, 2]
+
+
+def test_rows_that_memory_has_no_room_for_are_said_and_stop_no_other(llama):
+    """A model with room for 60 tokens, padding included."""
+    texts = ["a" * n for n in (5, 10, 20, 30, 80)]
+    rows = [{"prompt": "p", "completion": text} for text in texts]
+    wanted = llama.score(rows)
+
+    def room(module, args, kwargs):
+        if kwargs["input_ids"].numel() > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    handle = llama.model.register_forward_pre_hook(room, with_kwargs=True)
+    try:
+        with pytest.warns(UserWarning, match="it is halved, again if need be"):
+            found = llama.score(rows)
+    finally:
+        handle.remove()
+    assert [row.score for row in found[:4]] == pytest.approx([row.score for row in wanted[:4]], abs=1e-4)
+    assert found[4].score is None and found[4].num_tokens == wanted[4].num_tokens
+    assert found[4].error == f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit by themselves"

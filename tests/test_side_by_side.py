@@ -5,7 +5,9 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
@@ -123,3 +125,13 @@ def test_bad_input_is_one_clear_line(flags, said, tmp_path):
 
     result = run("eval", put(tmp_path, *PAIRS), *flags, "-q", code=2)
     assert re.search(said, result.stderr) and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_judge_whose_reply_the_model_lacks_is_one_clear_line(tmp_path):
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "No": 1}, unk_token="<unk>"))
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=2, **size)).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "model")
+    flags = ["--judge", "verifier", "--model", tmp_path / "model", "-q"]
+    result = run("eval", put(tmp_path, *PAIRS), *flags, code=2)
+    assert "the model's tokenizer has no token for 'Yes'" in result.stderr and result.stderr.count("\n") == 1

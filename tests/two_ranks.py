@@ -19,11 +19,11 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 
-from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast import EndoRewardModel
 from tiny_models import MODELS, ROWS, TOKENIZER, build, random_rows, same
 
 WORLD, LENGTH = 2, 12
@@ -207,26 +207,36 @@ def fsdp1(build_model, rank, mesh, *, first, **options):
 # ------------------------------------------------------------------------------------------------------------- others
 
 
-def a_vocabulary_sharded_head_falls_back(rank, mesh):
+def a_vocabulary_sharded_head_is_read_shard_by_shard(rank, mesh):
     model = untied()
     parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    scorer = EndoRewardModel(model)
+    assert scorer.head.linear and type(scorer.head.weight).__name__ == "DTensor"
+    rewards = rewards_of(scorer, 0)  # the ranks of one model read the same rows
+    same(rewards, one_process(untied)[0][0], 1e-5)
+    loss_of(rewards).backward()
+    plain = EndoRewardModel(untied())
+    loss_of(rewards_of(plain, 0)).backward()
+    for (name, ours), (_, theirs) in zip(inner(scorer), inner(plain), strict=True):
+        gradient = ours.grad.full_tensor() if hasattr(ours.grad, "full_tensor") else ours.grad
+        assert (gradient - theirs.grad).norm() <= 1e-4 * theirs.grad.norm(), name
+
+
+def a_head_sharded_after_it_was_checked_is_read(rank, mesh):
+    scorer = EndoRewardModel(untied())
+    parallelize_module(scorer.model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    same(rewards_of(scorer, 0), one_process(untied)[0][0], 1e-5)
+
+
+def a_head_split_by_its_width_falls_back(rank, mesh):
+    model = untied()
+    parallelize_module(model, mesh, {"lm_head": RowwiseParallel(input_layouts=Replicate())})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         scorer = EndoRewardModel(model)
-    assert "is a DTensor, not a plain tensor; using its own full logits" in str(caught[-1].message)
+    assert "split over one mesh dimension by vocabulary" in str(caught[-1].message), caught[-1].message
     with torch.no_grad():
-        same(rewards_of(scorer, 0), one_process(untied)[0][0])  # the ranks of one model read the same rows
-
-
-def a_head_sharded_after_it_was_checked_is_refused(rank, mesh):
-    scorer = EndoRewardModel(untied())
-    parallelize_module(scorer.model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
-    try:
-        rewards_of(scorer, rank)
-    except EndoRewardError as error:
-        assert str(error).endswith("is a DTensor, not a plain tensor): make a new EndoRewardModel of it")
-    else:
-        raise AssertionError("a sharded head was taken for a whole one")
+        same(rewards_of(scorer, 0), one_process(untied)[0][0])
 
 
 def ddp(build_model, rank, mesh):
@@ -263,8 +273,9 @@ CASES = {
     "fsdp1, before": partial(fsdp1, untied, first=True, use_orig_params=True),
     "fsdp1, after": partial(fsdp1, tied, first=False, use_orig_params=True),
     "fsdp1, flat": partial(fsdp1, untied, first=False, use_orig_params=False),
-    "a head sharded afterwards is refused": a_head_sharded_after_it_was_checked_is_refused,
-    "a vocabulary-sharded head falls back": a_vocabulary_sharded_head_falls_back,
+    "a vocabulary-sharded head is read shard by shard": a_vocabulary_sharded_head_is_read_shard_by_shard,
+    "a head sharded afterwards is read": a_head_sharded_after_it_was_checked_is_read,
+    "a head split by its width falls back": a_head_split_by_its_width_falls_back,
     "ddp, untied": partial(ddp, untied),
     "ddp, tied": partial(ddp, tied),
 }

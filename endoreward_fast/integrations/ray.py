@@ -1,0 +1,65 @@
+"""Scoring on a cluster, by Ray Data (written against Ray 2.60).
+
+    ds = ray.data.read_json("rows.jsonl")
+    ds = ds.map_batches(
+        ScoreRows, fn_constructor_kwargs={"model": "Qwen/Qwen2.5-0.5B-Instruct", "reduction": "mean"},
+        batch_format="pyarrow", batch_size=256, concurrency=4, num_gpus=0.5,      # Ray's own: two actors share a GPU
+    )
+    ds.write_parquet("scored")
+
+Ray decides where actors run, how many, what is retried; a row's score does not depend on that.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from ..model import EndoRewardModel
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ADDED = ("score", "tokens", "error")
+
+
+class ScoreRows:
+    """One model, loaded once an actor; each call scores one batch of rows.
+
+    model            a name or folder ("pocket" is built in)
+    dtype, device    as in EndoRewardModel.from_pretrained; by default the checkpoint's, and the GPU that Ray gives
+    options          as in EndoRewardModel.score: alpha, reduction, gamma, floor, system, chat, max_length, ...
+
+    Rows are those of EndoRewardModel.score, a column for each key: `prompt` and `completion`, text or messages, or
+    `messages`, or `prompt_ids` and `completion_ids`. A null is a key that the row does not have.
+    Adds `score` (float64, null where there is none), `tokens` (int64, scored ones) and `error` (why not, or null).
+
+    Raises EndoRewardError: a model that cannot be loaded, an option that cannot work, a column that is there already.
+    """
+
+    def __init__(self, model: str, *, dtype: str = "auto", device: str | None = None, **options: Any) -> None:
+        from ..scoring import ScoreOptions
+
+        ScoreOptions(**options)  # what cannot work is said before the model is loaded
+        self.options = options
+        self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device)
+
+    def __call__(self, batch: "pyarrow.Table") -> "pyarrow.Table":
+        import pyarrow
+
+        from ..errors import EndoRewardError
+
+        if not isinstance(batch, pyarrow.Table):
+            raise EndoRewardError(
+                f"a batch is a {type(batch).__name__}: map_batches(ScoreRows, batch_format='pyarrow')"
+            )
+        taken = sorted(set(ADDED) & set(batch.column_names))
+        if taken:
+            raise EndoRewardError(f"the data set has a column {taken[0]!r}, which ScoreRows adds: rename it first")
+        rows = [{key: value for key, value in row.items() if value is not None} for row in batch.to_pylist()]
+        results = self.scorer.score(rows, **self.options)
+        columns = (
+            pyarrow.array([r.score for r in results], pyarrow.float64()),
+            pyarrow.array([r.num_tokens for r in results], pyarrow.int64()),
+            pyarrow.array([r.error for r in results], pyarrow.string()),
+        )
+        for name, column in zip(ADDED, columns, strict=True):
+            batch = batch.append_column(name, column)
+        return batch

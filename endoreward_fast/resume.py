@@ -1,0 +1,115 @@
+"""Going on with a run that was cut off: which rows its output holds already, and whether it was made the same way.
+
+Beside an output OUT stands OUT.settings.json: what the numbers depend on, and a hash of it. A row is known again by a
+hash of its own columns; equal rows are counted, so that each is scored as often as it stands in the input.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .data import Record, Source
+from .errors import EndoRewardError
+
+ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
+"""columns that a command writes, or keeps the input's own of that name beside: they say nothing of which row it is"""
+IRRELEVANT = frozenset({"limit", "max_tokens_per_batch", "device"})
+"""flags that change no score beyond float noise"""
+
+
+def settings_of(command: str, version: str, flags: Mapping[str, Any], per_token: bool) -> dict[str, Any]:
+    """What the numbers of a run depend on."""
+    kept = {name: value for name, value in flags.items() if name not in IRRELEVANT}
+    return {"command": command, "version": version, "per_token": per_token} | kept
+
+
+def record(output: str, settings: Mapping[str, Any]) -> None:
+    """Write OUT.settings.json."""
+    text = json.dumps({"hash": _hash(settings), "settings": settings}, indent=1) + "\n"
+    try:
+        _beside(output).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise EndoRewardError(f"cannot write {_beside(output)}: {error.strerror}") from None
+
+
+def rows_done(output: str, settings: Mapping[str, Any]) -> Counter[str]:
+    """How often each row stands in `output`; none if that is not there yet. A torn last line is cut off.
+
+    Raises EndoRewardError: an output without its settings or with others, a line that is no row.
+    """
+    if not Path(output).exists():
+        return Counter()
+    _refuse_other(output, settings)
+    done: Counter[str] = Counter()
+    try:
+        with open(output, "rb+") as file:
+            end = 0
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    file.truncate(end)  # it was being written when the run ended
+                    break
+                end += len(line)
+                done[key_of(_row(line, f"{output}, line {number}"))] += 1
+    except OSError as error:
+        raise EndoRewardError(f"cannot read {output}: {error.strerror}") from None
+    return done
+
+
+def without_done(source: Source, done: Counter[str]) -> Source:
+    """`source` without the rows that are done already."""
+    left = None if source.total is None else max(0, source.total - done.total())
+    return Source(source.name, _remaining(source.records, Counter(done)), left)
+
+
+def _remaining(records: Iterator[Record], done: Counter[str]) -> Iterator[Record]:
+    for found in records:
+        key = key_of(found.row or {})
+        if done[key]:
+            done[key] -= 1
+        else:
+            yield found
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """A hash of the columns that a row came with."""
+    return _hash({k: v for k, v in row.items() if k not in ADDED and k.removeprefix("input_") not in ADDED})
+
+
+def _hash(value: Any) -> str:
+    # Through JSON and back: what is written (dates as text, say) is what is read again.
+    plain = json.loads(json.dumps(value, default=str))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _beside(output: str) -> Path:
+    return Path(f"{output}.settings.json")
+
+
+def _refuse_other(output: str, settings: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(_beside(output).read_text(encoding="utf-8"))["settings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise EndoRewardError(
+            f"--resume: {output} is there, but {_beside(output).name} does not say how it was made"
+        ) from None
+    for name in sorted({*before, *settings}):
+        if before.get(name) != settings.get(name):
+            was, now = before.get(name), settings.get(name)
+            raise EndoRewardError(
+                f"--resume: {output} was made with {name}={was!r}, not {now!r}: scores would not compare"
+            )
+
+
+def _row(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise EndoRewardError(f"--resume: {where} is not a row of results")
+    return row

@@ -1,0 +1,162 @@
+"""--resume: runs that were killed, again and again, end with the rows and scores of one that was not."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cli_harness import LengthScorer, put, rows_of, run
+from endoreward_fast import pipeline
+from endoreward_fast.resume import key_of, rows_done
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def scorer(monkeypatch):
+    made = LengthScorer()
+    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: made)
+    return made
+
+
+def rows(count):
+    return [{"id": i, "prompt": "p", "completion": "a" * (1 + i % 7)} for i in range(count)]
+
+
+def scores(path):
+    return Counter((row["id"], row["score"]) for row in rows_of(path.read_text()))
+
+
+def test_what_is_done_is_skipped_and_a_torn_line_is_done_again(scorer, tmp_path):
+    source, out = put(tmp_path, *rows(10)), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q")
+    whole = out.read_text()
+    lines = whole.splitlines(keepends=True)
+    for kept in (0, 4, 10):
+        for torn in ("", lines[4][:20], '{"id": 4'):
+            out.write_text("".join(lines[:kept]) + torn)
+            run("score", source, "-o", out, "--resume", "-q")
+            assert out.read_text() == whole, (kept, torn)
+    run("score", source, "-o", out, "-q")  # without the flag it begins again
+    assert out.read_text() == whole
+
+
+def test_only_what_is_left_is_scored(scorer, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run("score", put(tmp_path, *rows(6)), "-o", out, "-q")
+    asked = []
+    score = scorer.iter_scores
+    scorer.iter_scores = lambda samples, **options: asked.extend(samples) or score(samples, **options)
+    run("score", put(tmp_path, *rows(9)), "-o", out, "--resume", "-q")
+    assert [row["completion"] for row in asked] == [r["completion"] for r in rows(9)[6:]]
+    assert [row["id"] for row in rows_of(out.read_text())] == list(range(9))
+
+
+def test_equal_rows_are_counted_and_holes_filled(scorer, tmp_path):
+    """After Ctrl-C, rows that were done stand behind ones that were not."""
+    same = {"prompt": "p", "completion": "aa", "score": "mine", "error": None}
+    source, out = put(tmp_path, same, *rows(3), same, same), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q")
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text(lines[5] + lines[2])
+    run("score", source, "-o", out, "--resume", "-q")
+    assert Counter(out.read_text().splitlines(keepends=True)) == Counter(lines)
+
+
+def test_rows_that_failed_are_done_too(scorer, tmp_path):
+    source, out = (
+        put(tmp_path, *rows(2), "not json", {"prompt": "p"}, {"prompt": "p", "completion": "LONG"}),
+        tmp_path / "o",
+    )
+    run("score", source, "-o", out, "-q", code=2)
+    whole = out.read_text()
+    run("score", source, "-o", out, "--resume", "-q")
+    assert out.read_text() == whole and whole.count("\n") == 5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--alpha", "2"], "was made with alpha=1.0, not 2.0: scores would not compare"),
+        (["--model", "other"], "was made with model='pocket', not 'other'"),
+        (["--per-token"], "was made with per_token=False, not True"),
+    ],
+)
+def test_another_configuration_is_refused(scorer, flags, said, tmp_path):
+    source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q")
+    before = out.read_text()
+    result = run("score", source, "-o", out, "--resume", *flags, "-q", code=2)
+    assert said in result.stderr and result.stderr.count("\n") == 1
+    assert out.read_text() == before
+    run("score", source, "-o", out, "--resume", "--max-tokens-per-batch", "9", "--limit", "1", "-q")  # change no score
+
+
+def test_bad_input_is_one_clear_line(scorer, tmp_path):
+    source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
+    assert "--resume goes on with a file: name it by --output" in run("score", source, "--resume", code=2).stderr
+    out.write_text("{}\n")
+    result = run("score", source, "-o", out, "--resume", "-q", code=2)
+    assert "out.jsonl.settings.json does not say how it was made" in result.stderr and out.read_text() == "{}\n"
+    run("score", source, "-o", out, "-q")
+    out.write_text("[1]\n")
+    assert "line 1 is not a row of results" in run("score", source, "-o", out, "--resume", "-q", code=2).stderr
+
+
+def test_keys_survive_being_written_and_read():
+    row = {"id": 1, "text": "ü\ud800", "x": 0.1, "score": 3, "when": Path("a")}
+    written = json.loads(json.dumps({**row, "input_score": 3, "score": 7, "flags": []}, default=str))
+    assert key_of(row) == key_of(written) != key_of(row | {"x": 0.2})
+    assert rows_done("nowhere.jsonl", {}) == Counter()
+
+
+def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
+    """A file may grow to 2 KB here; what was written stays, and the run goes on where there is room again."""
+    source, out = put(tmp_path, *rows(60)), tmp_path / "out.jsonl"
+    limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+    limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048)); from endoreward_fast.cli import app; app()"
+    command = [sys.executable, "-c", limit, "score", source, "-o", out, "-q"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert ran.returncode == 2 and "cannot write" in ran.stderr and "File too large" in ran.stderr
+    assert ran.stderr.count("\n") == 1 and 5 < out.read_text().count("\n") < 60
+    run("score", source, "-o", out, "--resume", "-q")
+    assert [row["id"] for row in rows_of(out.read_text())] == list(range(60))
+
+
+def test_a_run_that_is_killed_again_and_again(tmp_path):
+    """SIGKILL, at whatever point; the last run ends as an undisturbed one does."""
+    source, out, undisturbed = put(tmp_path, *rows(160)), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    run("score", source, "-o", undisturbed, "-q")
+    command = [
+        sys.executable,
+        "-m",
+        "endoreward_fast",
+        "score",
+        source,
+        "-o",
+        out,
+        "-q",
+        "--max-tokens-per-batch",
+        "16",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    for kill in range(3):
+        before = out.stat().st_size if out.exists() else 0
+        with subprocess.Popen([*command, *["--resume"] * (kill > 0)], env=environment) as process:
+            deadline = time.monotonic() + 60
+            while process.poll() is None and (not out.exists() or out.stat().st_size < before + 1500):
+                assert time.monotonic() < deadline
+                time.sleep(0.005)
+            assert process.poll() is None, "it was done before it could be killed"
+            process.kill()
+    assert 0 < out.read_text().count("\n") < 160
+    run("score", source, "-o", out, "--resume", "-q")
+    found, wanted = rows_of(out.read_text()), rows_of(undisturbed.read_text())
+    assert [row["id"] for row in found] == [row["id"] for row in wanted]
+    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in wanted], abs=1e-4)
