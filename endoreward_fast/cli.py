@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 from typer.core import TyperGroup
 
-from . import pipeline, side_by_side
+from . import look, pipeline, plots, side_by_side
 from .data import STDIN, open_source
 from .errors import EndoRewardError
 from .options import EvalFlags, ModelFlags, RowFlags, takes
 from .output import Monitor, Sink, one_line
-from .pipeline import Item
 from .report import FileResult, to_json, to_text
 from .resume import record, rows_done, settings_of, without_done
 
@@ -89,7 +87,7 @@ def _rows_to_rows(
         source = open_source(file, flags.limit)
         if done:
             source = without_done(source, done)
-        batches = _checked(pipeline.windows(source, command, flags), source.name)
+        batches = pipeline.checked(pipeline.windows(source, command, flags), source.name)
         scorer = pipeline.load_scorer(flags)
         if to_file:
             record(str(flags.output), settings)
@@ -108,15 +106,6 @@ def _rows_to_rows(
         raise typer.Exit(BAD_INPUT)
 
 
-def _checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
-    """`batches`, of which the first is read and found usable now: before a model is loaded."""
-    first = next(batches, None)
-    if first is None:
-        return iter(())  # all of it is done already
-    pipeline.check_usable(first, name)
-    return itertools.chain([first], batches)
-
-
 @app.command("eval")
 @takes(EvalFlags)
 def evaluate(
@@ -128,7 +117,7 @@ def evaluate(
     as_json = as_json or flags.output == STDIN
     with Sink(flags.output, tuple(files)) as sink:
         sources = [open_source(file, flags.limit) for file in files]
-        readers = [_checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
+        readers = [pipeline.checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
         panel = side_by_side.panel(flags)
         totals = [source.total for source in sources]
         total = None if None in totals else panel.passes * sum(t for t in totals if t is not None)
@@ -153,6 +142,28 @@ def evaluate(
     if interrupted:
         raise typer.Exit(130)
     if monitor.failed or monitor.missed:
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+@takes(RowFlags)
+def show(
+    flags: RowFlags,
+    file: Annotated[Optional[str], typer.Argument(help="Rows as `score` takes them; or --prompt.")] = None,  # noqa: UP045
+    prompt: Annotated[Optional[str], typer.Option(help="Instead of FILE.")] = None,  # noqa: UP045
+    completion: Annotated[Optional[list[str]], typer.Option(help="Of --prompt; may be given again.")] = None,  # noqa: UP045
+    html: Annotated[Optional[str], typer.Option(help="Write one self-contained page here.")] = None,  # noqa: UP045
+) -> None:
+    """Colour every token by its reward: on the terminal, or in a page with a tooltip for each (--html)."""
+    if not look.show(file, prompt, completion or (), html, flags):
+        raise typer.Exit(BAD_INPUT)
+
+
+@app.command()
+@takes(RowFlags)
+def plot(file: File, flags: RowFlags) -> None:
+    """Draw FILE's scores, their dependence on length, and reward by position, into --output (rewards.png)."""
+    if not plots.plot(file, flags):
         raise typer.Exit(BAD_INPUT)
 
 

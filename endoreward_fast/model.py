@@ -131,7 +131,7 @@ class EndoRewardModel(nn.Module):
 
     def rewards_of_padded(
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None, entropy: bool = False,
     ) -> TokenRewards:  # fmt: skip
         """`forward` of rows that are masked rightly, run as they are given: positions are the model's own affair.
 
@@ -141,7 +141,9 @@ class EndoRewardModel(nn.Module):
         arguments = {"input_ids": input_ids}
         if attention_mask is not None:
             arguments["attention_mask"] = attention_mask
-        return self._read(token_rewards, linear_token_rewards, arguments, scored, terminal, alpha=alpha)
+        return self._read(
+            token_rewards, linear_token_rewards, arguments, scored, terminal, alpha=alpha, entropy=entropy
+        )
 
     def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
         """`stats` of such rows, padded on the right."""
@@ -151,7 +153,7 @@ class EndoRewardModel(nn.Module):
         """Scores of rows, in their order. `encoding` has the table of rows, `ScoreOptions` the options:
 
         alpha, reduction, gamma, floor, system, chat, max_length, truncate, append_eos, max_tokens_per_batch,
-        per_token, texts, signals, reference
+        per_token, texts, entropy, signals, reference
 
         A row that cannot be scored gets an `error` and stops no other. Runs in evaluation mode and without autograd,
         in batches of like length; a row's score does not depend on its companions, up to float noise.

@@ -46,14 +46,14 @@ class Sink:
             raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
         self._fresh = self._file.seekable() and not append
 
-    def write(self, text: str) -> None:
+    def write(self, text: str | bytes) -> None:
         """Write `text` and push it through to the operating system."""
         try:
             if self._fresh:
                 self._file.truncate(0)
                 self._fresh = False
             # Half a surrogate pair has no UTF-8; its backslash escape is what JSON spells it with.
-            self._file.write(text.encode("utf-8", "backslashreplace"))
+            self._file.write(text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))
             self._file.flush()
         except BrokenPipeError:
             # Whoever read us has left. Nothing more can be said there, not even by the flush at exit.
@@ -68,9 +68,14 @@ class Sink:
         self.write(line.translate(UNICODE_BREAKS) + "\n")
 
     @property
+    def is_stdout(self) -> bool:
+        """Whether results go to standard output."""
+        return self._file is getattr(sys.stdout, "buffer", None)
+
+    @property
     def on_terminal(self) -> bool:
         """Whether results scroll over the same screen as a progress bar would."""
-        return self._file is getattr(sys.stdout, "buffer", None) and sys.stdout.isatty()
+        return self.is_stdout and sys.stdout.isatty()
 
     def __enter__(self) -> Sink:
         return self

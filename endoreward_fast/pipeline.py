@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -151,6 +152,15 @@ def check_usable(items: list[Item], name: str) -> None:
         raise EndoRewardError(f"{name}: {worst.record.where}: {worst.error}")
 
 
+def checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
+    """`batches`, of which the first is read and found usable now: before a model is loaded."""
+    first = next(batches, None)
+    if first is None:
+        return iter(())  # all of it is done already
+    check_usable(first, name)
+    return itertools.chain([first], batches)
+
+
 def score_items(
     items: list[Item],
     scorer: Scorer,
@@ -233,7 +243,7 @@ def _token_table(result: RowScore) -> dict[str, list[Any]] | None:
     """Parallel lists, one entry per scored token."""
     if result.tokens is None:
         return None
-    columns = {name: list(values) for name, values in vars(result.tokens).items()}
+    columns = {name: list(values) for name, values in vars(result.tokens).items() if values is not None}
     return {
         name: [compact(float(v), 6) if isinstance(v, float) else v for v in values] for name, values in columns.items()
     }

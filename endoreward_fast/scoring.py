@@ -15,6 +15,7 @@ from .encoding import Encoded, Encoder, Row, Truncate
 from .errors import EndoRewardError
 from .functional import sequence_score
 from .gathered import weights_come_and_go
+from .notebook import html_of_table
 from .signals import SIGNALS, select
 from .types import TokenRewards
 
@@ -34,6 +35,12 @@ class TokenTable:
     """nats"""
     values: tuple[float, ...]
     """V(s) of the state in which the token was chosen"""
+    entropies: tuple[float, ...] | None = None
+    """of pi(. | s), nats; with entropy"""
+
+    def _repr_html_(self) -> str:
+        """For notebooks: a heatmap."""
+        return html_of_table(self)
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,10 @@ class RowScore:
     """with per_token"""
     signals: Mapping[str, float] | None = None
     """with signals: each one's score by its name"""
+
+    def _repr_html_(self) -> str | None:
+        """For notebooks: with per_token a heatmap; else None, so their plain text."""
+        return None if self.tokens is None else html_of_table(self.tokens, self.score, self.error)
 
 
 Scores = Iterator[tuple[int, RowScore]]
@@ -105,6 +116,8 @@ class ScoreOptions:
     """fill RowScore.tokens"""
     texts: bool = True
     """and its texts, which take longer to find than everything else in it"""
+    entropy: bool = False
+    """and its entropies"""
     signals: str | Sequence[str] = ()
     """fill RowScore.signals with these of `signals.SIGNALS`, from the same pass: names, or "all" that can be had. Each
     has its own reduction; `reduction`, `gamma` and `floor` are the score's alone"""
@@ -208,7 +221,7 @@ def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: Score
             rewards.reward, mask, reduction=options.reduction, gamma=options.gamma, floor=options.floor
         )
         columns = torch.stack([totals.double(), rewards.logprob.double().sum(1), *signals]).tolist()
-        tables = _tables(scorer, batch, rewards, options.texts) if options.per_token else [None] * len(batch)
+        tables = _tables(scorer, batch, rewards, options) if options.per_token else [None] * len(batch)
     results = []
     for encoded, table, score, logprob, *values in zip(batch, tables, *columns, strict=True):
         count = len(encoded.input_ids) - encoded.prompt_length
@@ -226,7 +239,7 @@ def _read(
     """Rewards (B, T), the mask on their device, and each signal's float64 (B,): one pass for all of them."""
     inputs = [t.to(scorer.device) for t in (input_ids, scored, terminal)]
     if not options.signals:
-        rewards = scorer.rewards_of_padded(*inputs, alpha=options.alpha)
+        rewards = scorer.rewards_of_padded(*inputs, alpha=options.alpha, entropy=options.entropy)
         return rewards, inputs[1].to(rewards.reward.device), []
     stats = scorer.stats_of_padded(*inputs, alpha=options.alpha)
     other = None
@@ -258,14 +271,19 @@ def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
     return torch.tensor(rows), scored, terminal
 
 
-def _tables(scorer: "EndoRewardModel", batch: list[Encoded], rewards: TokenRewards, texts: bool) -> list[TokenTable]:
-    fields = torch.stack([rewards.reward, rewards.logprob, rewards.value]).tolist()
+def _tables(
+    scorer: "EndoRewardModel", batch: list[Encoded], rewards: TokenRewards, options: ScoreOptions
+) -> list[TokenTable]:  # fmt: skip
+    wanted = [rewards.reward, rewards.logprob, rewards.value]
+    if options.entropy and rewards.entropy is not None:
+        wanted.append(rewards.entropy)
+    fields = torch.stack(wanted).tolist()
     tables = []
     for i, encoded in enumerate(batch):
         start, stop = encoded.prompt_length, len(encoded.input_ids)
         ids = encoded.input_ids[start:]
         named = ("",) * len(ids)
-        if texts and scorer.tokenizer is not None:
+        if options.texts and scorer.tokenizer is not None:
             named = token_texts(scorer.tokenizer, encoded.input_ids, start)
         tables.append(TokenTable(tuple(ids), named, *(tuple(field[i][start:stop]) for field in fields)))
     return tables

@@ -31,3 +31,9 @@ class TokenRewards(NamedTuple):
     """V(s) = alpha * logsumexp(z(s) / alpha) of the state in which the token was chosen"""
     entropy: Tensor | None
     """of pi(. | s), nats; None unless asked for"""
+
+    def _repr_html_(self) -> str | None:
+        """For notebooks: one row as a heatmap, each token by its position; None, so their plain text, for several."""
+        from .notebook import html_of_rewards
+
+        return html_of_rewards(self)

@@ -198,7 +198,7 @@ def test_help_and_version_need_no_torch():
 
 
 def test_every_command_explains_itself():
-    for command in ("score", "rank", "eval", "demo"):
+    for command in ("score", "rank", "eval", "show", "plot", "demo"):
         text = run(command, "--help").stdout
         for flag in ("--model", "--dtype", "--device", "--alpha", "--reduction", "--gamma", "--floor", "--system"):
             assert flag in text, (command, flag)

@@ -1,0 +1,144 @@
+"""`endoreward show`: rows through the model, token by token, onto the terminal or into a page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from . import pipeline
+from .data import Record, Source, open_source
+from .errors import EndoRewardError
+from .heatmap import Card, Row, Token, best_of, limit_of_rows, number, page, visible
+from .notebook import tokens_of
+from .options import RowFlags
+from .output import Monitor, Sink
+from .palette import DARK, LEVELS, level_of
+from .pipeline import Item
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN = 20
+"""rows, where --limit does not say"""
+
+
+def show(file: str | None, prompt: str | None, completions: Sequence[str], html: str | None, flags: RowFlags) -> bool:
+    """Score and draw; whether every completion has a score. Raises EndoRewardError for arguments that cannot work."""
+    if html is not None and flags.output is not None:
+        raise EndoRewardError("--html and --output: name one of them")
+    source = _source(file, prompt, completions, flags.limit or SHOWN)
+    with Sink(html or flags.output, (file,) if file else ()) as sink:
+        batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
+        scorer = pipeline.load_scorer(flags)
+        options = {**flags.scoring(), "per_token": True, "entropy": True}
+        rows: list[Row] = []
+        with Monitor(source.total, quiet=flags.quiet) as monitor:
+            for items in batches:
+                pipeline.score_items(
+                    items, scorer, options, lambda item: rows.append(row_of(item)), monitor, strict=flags.strict
+                )
+            if file and flags.limit is None and len(rows) == SHOWN:
+                monitor.note(f"the first {SHOWN} rows at most are shown: --limit for more or fewer")
+        sink.write(page(rows, f"Token rewards: {flags.model}") if html else _text(rows, sink))
+    return not monitor.failed
+
+
+def _source(file: str | None, prompt: str | None, completions: Sequence[str], limit: int) -> Source:
+    if file is not None:
+        if prompt is not None or completions:
+            raise EndoRewardError("a FILE and --prompt or --completion: name one of them")
+        return open_source(file, limit)
+    if prompt is None or not completions:
+        raise EndoRewardError("what to show: a FILE, or --prompt and at least one --completion")
+    record = Record("command line", {"prompt": prompt, "completions": list(completions)})
+    return Source("command line", iter([record]), 1)
+
+
+def row_of(item: Item) -> Row:
+    """What was scored, ready to be drawn."""
+    if item.task is None:
+        return Row(item.record.where, "", [Card("no completion", None, (), item.error)])
+    labels = dict(_labels(item.task.layout))
+    cards = []
+    for i in range(len(item.task.samples)):
+        table = item.results[i].tokens
+        tokens = () if table is None else tokens_of(table)
+        cards.append(Card(labels[i], item.score(i), tokens, item.problem(i)))
+    return Row(item.record.where, _prompt(item.task.samples[0]) if item.task.samples else "", cards)
+
+
+def _labels(layout: Any, name: str = "completion") -> Iterator[tuple[int, str]]:
+    """(position, what to call it)."""
+    if isinstance(layout, dict):
+        for side, part in layout.items():
+            yield from _labels(part, side)
+    elif isinstance(layout, list):
+        yield from ((position, f"{name} {n}") for n, position in enumerate(layout, start=1))
+    else:
+        yield layout, name
+
+
+def _prompt(sample: dict[str, Any]) -> str:
+    """The prompt as people read it."""
+    prompt = sample.get("prompt", sample.get("messages", [])[:-1])
+    if "prompt_ids" in sample:
+        return f"{len(sample['prompt_ids'])} token ids"
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _text(rows: Sequence[Row], sink: Sink) -> str:
+    """For a terminal: coloured where it can be, else with each token's reward behind it."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=False, highlight=False, markup=False, emoji=False)
+    with console.capture() as capture:
+        print_rows(rows, console, coloured=sink.is_stdout and console.color_system is not None)
+    return capture.get()
+
+
+def print_rows(rows: Sequence[Row], console: Console, *, coloured: bool) -> None:
+    """Draw `rows` on a rich console."""
+    from rich.text import Text
+
+    limit = limit_of_rows(rows)
+    for row in rows:
+        best = best_of(row.cards)
+        console.print(Text(visible(row.title), "dim"))
+        if row.prompt:
+            console.print(Text(visible(row.prompt), "dim"), soft_wrap=True)
+        for i, card in enumerate(row.cards):
+            score = "no score" if card.score is None else number(card.score)
+            console.print(Text(f"\n{card.label}  {score}  {len(card.tokens)} tokens{'  best' * (i == best)}", "bold"))
+            if card.note:
+                console.print(Text(visible(card.note)), soft_wrap=True)
+            line = Text()
+            for token in card.tokens:
+                _append(line, token, limit, coloured)
+            console.print(line, soft_wrap=not coloured)
+        console.print()
+    if coloured:
+        console.print(_scale(limit))
+
+
+def _append(line: Any, token: Token, limit: float, coloured: bool) -> None:
+    text = visible(token.text).replace("\n", "↵\n") or f"[{token.name}]"
+    if coloured:
+        line.append(text, style_of(level_of(token.reward, limit)))
+    else:
+        line.append(f"{text}[{number(token.reward)}]")
+
+
+def style_of(level: int | None) -> str:
+    """Both colours are set, so that it reads on any terminal; underlined below 0, as in the page."""
+    if level is None:
+        return "reverse"
+    return f"{'underline ' if level < 0 else ''}{DARK.ink} on {DARK.background(level)}"
+
+
+def _scale(limit: float) -> Any:
+    from rich.text import Text
+
+    line = Text(f"≤ {number(-limit)} ")
+    for level in range(-LEVELS, LEVELS + 1):
+        line.append(" ", style_of(level))
+    return line.append(f" ≥ {number(limit)}  reward of a token")

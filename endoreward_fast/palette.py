@@ -1,0 +1,53 @@
+"""Diverging colours centred at 0: blue above, orange below, which every common kind of colour blindness tells apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+LEVELS = 9
+"""steps of colour on either side of 0"""
+CLIPPED = 0.98
+"""share of rewards inside the scale: one outlier would leave the rest pale"""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours as #rrggbb. Text has a contrast of at least 4.5 on every level (WCAG 2.2, 1.4.3)."""
+
+    zero: str
+    above: str
+    below: str
+    ink: str
+
+    def background(self, level: int) -> str:
+        """Of `level` in [-LEVELS, LEVELS]."""
+        share = abs(level) / LEVELS
+        ends = zip(_channels(self.zero), _channels(self.above if level > 0 else self.below), strict=True)
+        return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in ends)
+
+
+LIGHT = Theme(zero="#ffffff", above="#5aa5e8", below="#f0923a", ink="#14171c")
+DARK = Theme(zero="#16191f", above="#1d66ad", below="#a84f08", ink="#ffffff")
+
+
+def limit_of(rewards: Iterable[float]) -> float:
+    """The |reward| at which colours are full: the CLIPPED quantile of |reward|; 1 where all are 0 or not finite."""
+    sizes = sorted(abs(r) for r in rewards if math.isfinite(r))
+    limit = sizes[min(len(sizes) - 1, math.ceil(CLIPPED * len(sizes)) - 1)] if sizes else 0.0
+    return limit or (sizes[-1] if sizes and sizes[-1] else 1.0)
+
+
+def level_of(reward: float, limit: float) -> int | None:
+    """Level of colour in [-LEVELS, LEVELS]; at least one step for what is not 0; None for NaN."""
+    if math.isnan(reward):
+        return None
+    if reward == 0:
+        return 0
+    level = max(1, round(LEVELS * min(abs(reward) / limit, 1.0)))
+    return level if reward > 0 else -level
+
+
+def _channels(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

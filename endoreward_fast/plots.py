@@ -1,0 +1,153 @@
+"""`endoreward plot`: scores of chosen and rejected, score against length, reward by position. Needs matplotlib."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from . import pipeline
+from .data import STDIN, open_source
+from .errors import EndoRewardError
+from .options import RowFlags
+from .output import Monitor, Sink
+from .palette import LIGHT
+from .pipeline import Item
+
+PICTURE = "rewards.png"
+FORMATS = (".png", ".svg")
+COLOURS = {"chosen": "#1d66ad", "rejected": "#d97a1c", "completions": "#5b6470"}
+FEWEST = 5
+"""rows that reach a position for a mean to be drawn there"""
+
+
+@dataclass
+class Kind:
+    """What is drawn of completions of one kind; memory grows with rows and with the longest, not with all tokens."""
+
+    scores: list[float] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    """in tokens"""
+    counts: list[int] = field(default_factory=list)
+    """by position: completions that reach it"""
+    means: list[float] = field(default_factory=list)
+    """of their rewards there"""
+    squares: list[float] = field(default_factory=list)
+    """sum of squared deviations from that mean (Welford)"""
+
+    def add(self, score: float, rewards: Iterable[float]) -> None:
+        """One completion."""
+        self.scores.append(score)
+        length = 0
+        for position, reward in enumerate(rewards):
+            length = position + 1
+            if position == len(self.counts):
+                self.counts.append(0), self.means.append(0.0), self.squares.append(0.0)
+            self.counts[position] += 1
+            step = reward - self.means[position]
+            self.means[position] += step / self.counts[position]
+            self.squares[position] += step * (reward - self.means[position])
+        self.lengths.append(length)
+
+    def by_position(self) -> list[tuple[int, float, float]]:
+        """(position from 1, mean reward, its standard error), where at least FEWEST completions reach."""
+        rows = zip(self.counts, self.means, self.squares, strict=True)
+        found = enumerate(rows, start=1)
+        return [(p, mean, math.sqrt(square / (n - 1) / n)) for p, (n, mean, square) in found if n >= FEWEST]
+
+
+def plot(file: str, flags: RowFlags) -> bool:
+    """Score `file` and draw; whether every completion has a score. Raises EndoRewardError for what cannot work."""
+    path = flags.output or PICTURE
+    suffix = Path(path).suffix.lower()
+    if path != STDIN and suffix not in FORMATS:
+        raise EndoRewardError(f"--output {path}: its name must end in {' or '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib, or endoreward-fast[plot]")
+    with Sink(path, (file,)) as sink:
+        source = open_source(file, flags.limit)
+        batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
+        scorer = pipeline.load_scorer(flags)
+        options = {**flags.scoring(), "per_token": True, "texts": False}
+        kinds: dict[str, Kind] = {}
+        with Monitor(source.total, quiet=flags.quiet) as monitor:
+            for items in batches:
+                pipeline.score_items(
+                    items, scorer, options, lambda item: collect(item, kinds), monitor, strict=flags.strict
+                )
+        if not kinds:
+            raise EndoRewardError(f"{source.name}: no completion has a score: there is nothing to draw")
+        sink.write(picture(kinds, f"{flags.model}: {flags.reduction} of token rewards", suffix or FORMATS[0]))
+    return not monitor.failed
+
+
+def collect(item: Item, kinds: dict[str, Kind]) -> None:
+    """The row's completions that have a score, to their kinds."""
+    if item.task is None:
+        return
+    for position, name in _kinds(item.task.layout):
+        score, table = item.score(position), item.results[position].tokens
+        if score is not None and table is not None:
+            kinds.setdefault(name, Kind()).add(score, table.rewards)
+
+
+def _kinds(layout: Any, name: str = "completions") -> Iterator[tuple[int, str]]:
+    if isinstance(layout, dict):
+        for side, part in layout.items():
+            yield from _kinds(part, side)
+    else:
+        yield from ((i, name) for i in (layout if isinstance(layout, list) else [layout]))
+
+
+def correlation(xs: list[int], ys: list[float]) -> float | None:
+    """Pearson's; None where one of them does not vary."""
+    import numpy as np
+
+    if len(set(xs)) < 2 or len(set(ys)) < 2:
+        return None
+    return float(np.corrcoef(xs, ys)[0, 1])
+
+
+def picture(kinds: dict[str, Kind], title: str, suffix: str) -> bytes:
+    """The file, ".png" or ".svg". The same numbers give the same bytes."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    of_scores, of_lengths, of_positions = figure.subplots(1, 3)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=LIGHT.ink)
+    everything = [score for kind in kinds.values() for score in kind.scores]
+    low, high = min(everything), max(everything)
+    for name, kind in kinds.items():
+        style = {"color": COLOURS[name], "label": f"{name} ({len(kind.scores)})"}
+        # Outlines, one dashed: told apart without their colours too.
+        line = "--" if name == "rejected" else "-"
+        of_scores.hist(kind.scores, bins=30, range=(low, high), histtype="step", lw=1.8, ls=line, **style)
+        mark = "x" if name == "rejected" else "o"
+        of_lengths.scatter(kind.lengths, kind.scores, s=14, alpha=0.55, marker=mark, lw=0.8, **style)
+        if points := kind.by_position():
+            at, mean, error = (list(column) for column in zip(*points, strict=True))
+            of_positions.plot(at, mean, ls=line, lw=1.6, **style)
+            edges = [[m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1)]
+            of_positions.fill_between(at, *edges, color=COLOURS[name], alpha=0.2, lw=0)
+    r = correlation([n for kind in kinds.values() for n in kind.lengths], everything)
+    of_positions.axhline(0, color="#9aa3ae", lw=0.8)
+    labels = (
+        (of_scores, "Scores", "score", "completions"),
+        (of_lengths, f"Length bias{'' if r is None else f': correlation {r:+.2f}'}", "tokens scored", "score"),
+        (of_positions, f"Mean reward by position, ± 1 standard error (n ≥ {FEWEST})", "token", "reward"),
+    )
+    for axis, name, x, y in labels:
+        axis.set_title(name, loc="left", fontsize=10)
+        axis.set_xlabel(x), axis.set_ylabel(y)
+        axis.spines[["top", "right"]].set_visible(False)
+    of_scores.legend(frameon=False, fontsize=9)
+    stream = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "endoreward_fast"}):
+        metadata = {"Date": None} if suffix == ".svg" else {}
+        figure.savefig(stream, format=suffix[1:], dpi=130, metadata=metadata)
+    return stream.getvalue()

@@ -1,0 +1,159 @@
+"""The heatmap's colours and text, without a browser; and what notebooks show."""
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+from endoreward_fast import EndoRewardModel
+from endoreward_fast.heatmap import Card, Row, Token, best_of, fragment, limit_of_rows, page, visible
+from endoreward_fast.palette import DARK, LEVELS, LIGHT, level_of, limit_of
+from endoreward_fast.types import TokenRewards
+
+SIGNS = range(1, LEVELS + 1)
+# Full protanopia, deuteranopia and tritanopia in linear RGB: Machado, Oliveira and Fernandes (2009), severity 1.
+BLINDNESS = {
+    "none": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216), (-0.003882, -0.048116, 1.051998)),
+    "deutan": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413), (-0.011820, 0.042940, 0.968881)),
+    "tritan": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602), (0.004733, 0.691367, 0.303900)),
+}
+
+
+def linear(colour):
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+
+
+def luminance(colour):
+    return sum(w * c for w, c in zip((0.2126, 0.7152, 0.0722), linear(colour), strict=True))
+
+
+def lab(colour, kind):
+    red, green, blue = (
+        max(0.0, sum(a * b for a, b in zip(row, linear(colour), strict=True))) for row in BLINDNESS[kind]
+    )
+    x = (0.4124 * red + 0.3576 * green + 0.1805 * blue) / 0.9505
+    y = 0.2126 * red + 0.7152 * green + 0.0722 * blue
+    z = (0.0193 * red + 0.1192 * green + 0.9505 * blue) / 1.089
+    x, y, z = (t ** (1 / 3) if t > 0.008856 else 7.787 * t + 16 / 116 for t in (x, y, z))
+    return 116 * y - 16, 500 * (x - y), 200 * (y - z)
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_text_reads_on_every_level(theme):
+    for level in range(-LEVELS, LEVELS + 1):
+        dim, bright = sorted(luminance(c) + 0.05 for c in (theme.ink, theme.background(level)))
+        assert bright / dim >= 4.5, level
+
+
+@pytest.mark.parametrize(("theme", "kind"), list(product([LIGHT, DARK], BLINDNESS)))
+def test_above_and_below_are_told_apart_with_every_kind_of_sight(theme, kind):
+    """CIE76 differences: 2.3 is just noticeable."""
+    for level in SIGNS:
+        assert math.dist(lab(theme.background(level), kind), lab(theme.background(-level), kind)) > 2.3 * level
+
+
+def test_levels_are_centred_at_0_and_symmetrical():
+    assert level_of(0.0, 4.0) == 0
+    for reward in (1e-6, 0.4, 2.0, 4.0, 40.0, math.inf):
+        assert level_of(reward, 4.0) == -level_of(-reward, 4.0) > 0
+    assert [level_of(r, 4.0) for r in (1e-6, 2.0, 4.0, 40.0)] == [1, round(LEVELS / 2), LEVELS, LEVELS]
+    assert level_of(math.nan, 4.0) is None
+
+
+def test_one_outlier_does_not_set_the_scale():
+    assert limit_of([1.0] * 99 + [1000.0]) == 1.0
+    assert limit_of([-3.0, 1.0]) == 3.0
+    assert limit_of([0.0] * 99 + [7.0]) == 7.0
+    for nothing in ([], [0.0], [math.nan, math.inf]):
+        assert limit_of(nothing) == 1.0
+
+
+def rows(*texts, label="completion"):
+    tokens = [Token(text, "#7", reward, -0.5, 2.0, 0.25) for text, reward in zip(texts, (1.5, -3.0, 0.0), strict=False)]
+    return [Row("line 1", "a & b", [Card(label, -1.5, tokens)])]
+
+
+HOSTILE = "</span><script>alert(1)</script>\"'&"
+
+
+def test_every_text_is_escaped():
+    texts = Row(
+        HOSTILE, HOSTILE, [Card(HOSTILE, 1.0, [Token(HOSTILE, HOSTILE, 1.0), Token("", HOSTILE, 1.0)], HOSTILE)]
+    )
+    html = page([texts], HOSTILE)
+    assert html.count("<script>") == 1  # its own
+    assert "alert(1)</script>" not in html
+    assert html.count("&lt;script&gt;") >= 9
+
+
+def test_what_cannot_be_seen_is_spelled_out():
+    assert visible("\x1b[31m\x00\u202e\ud800\x7f\r") == "\\x1b[31m\\x00\\u202e\\ud800\\x7f\\x0d"
+    for kept in ("a b\n\tc", "é 中文", "\N{ROCKET}", "\U0001f468\u200d\U0001f469"):
+        assert visible(kept) == kept
+    page(rows("\ud800"), "\udc00").encode("utf-8")
+
+
+def test_numbers_that_are_not_finite_are_said():
+    html = fragment([Row("", "", [Card("x", None, [Token("a", "", math.nan), Token("b", "", -math.inf)])])])
+    assert "no score" in html and 'class="t nan"' in html and f'class="t n{LEVELS}"' in html
+    assert "nan" in html and "-inf" in html
+
+
+def test_one_scale_for_all_rows_and_one_best_among_several():
+    assert limit_of_rows(rows("a") + rows("a", "b")) == 3.0
+    cards = [Card("", score) for score in (None, 1.0, 3.0, 3.0)]
+    assert best_of(cards) == 2  # the first of equals
+    assert best_of(cards[:2]) is best_of([]) is None
+
+
+def test_a_page_refers_to_nothing_elsewhere():
+    html = page(rows("a"), "t")
+    for reference in ("http:", "https:", "//", "url(", "src=", "href=", "@import"):
+        assert reference not in html, reference
+
+
+# --- notebooks
+
+
+def test_one_row_of_token_rewards_is_a_heatmap_of_its_scored_tokens():
+    reward = torch.tensor([[0.0, 1.5, 0.0, -2.5]], requires_grad=True)
+    value = torch.tensor([[0.0, 3.0, 0.0, 4.0]])
+    html = TokenRewards(reward, -value, value, None)._repr_html_()
+    assert html.count('tabindex="0"') == 2
+    assert "@1" in html and "@3" in html and "@2" not in html and "entropy" not in html
+    assert "+1.5000" in html and "-2.5000" in html and "-1.00</span>" in html
+    assert TokenRewards(reward[0], -value[0], value[0], value[0])._repr_html_().count("entropy") == 2
+
+
+def test_several_rows_keep_their_plain_text():
+    several = torch.zeros(2, 3)
+    assert TokenRewards(several, several, several, None)._repr_html_() is None
+
+
+def test_scores_per_token_are_heatmaps_with_texts_or_ids():
+    scorer = EndoRewardModel.from_pretrained("pocket")
+    sample = [{"prompt": "What is 2 + 3?", "completion": "5 <b>"}]
+    result = scorer.score(sample, per_token=True, entropy=True)[0]
+    html = result._repr_html_()
+    assert "&lt;" in html
+    assert html.count('tabindex="0"') == result.num_tokens == html.count("entropy")
+    assert f"{result.score:+.2f}" in html
+    assert "<b>" not in result.tokens._repr_html_().split("</i></b>")[1]
+    plain = scorer.score(sample, per_token=True, texts=False)[0].tokens
+    assert plain.entropies is None
+    assert all(f"<small> #{token} </small>" in plain._repr_html_() for token in plain.ids)
+    assert scorer.score(sample)[0]._repr_html_() is None
+
+
+def test_entropies_are_the_models():
+    scorer = EndoRewardModel.from_pretrained("pocket")
+    ids = scorer.tokenizer("Paris is the capital.", return_tensors="pt").input_ids
+    row = {"prompt_ids": ids[0, :1].tolist(), "completion_ids": ids[0, 1:].tolist()}
+    with torch.no_grad():
+        expected = scorer(ids, entropy=True).entropy[0, 1:].tolist()
+    for options in ({}, {"signals": "entropy"}):
+        table = scorer.score([row], per_token=True, entropy=True, **options)[0].tokens
+        assert table.entropies == pytest.approx(expected, abs=1e-4)

@@ -1,0 +1,154 @@
+"""The page in a real browser: what is drawn, what keyboard and mouse do, and that nothing gets out or runs."""
+
+import pytest
+
+import browser
+from endoreward_fast.heatmap import Card, Row, Token, fragment, page
+from endoreward_fast.palette import DARK, LEVELS, LIGHT
+
+pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium here (Debian: chromium)")
+
+TEXTS = (
+    "Paris",
+    " is",
+    " <script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\">",
+    "\n",
+    "<|end|>",
+)
+REWARDS = (4.0, -2.0, -4.0, 0.0, 1.0)
+TOKENS = [
+    Token(text, f"#{i}", r, -0.5 - i, 2.0 + i, 0.25 * i) for i, (text, r) in enumerate(zip(TEXTS, REWARDS, strict=True))
+]
+ROWS = [
+    Row("line 1", "Where? <b>&amp;", [Card("chosen", -1.0, TOKENS), Card("rejected", -7.5, TOKENS[1:3] * 40)]),
+    Row("line 2", "Again", [Card("completion", None, (), "no <i>score</i>")]),
+]
+TIP = "(e => getComputedStyle(e, '::after'))(document.querySelectorAll('.t')[{}])"
+SHOWN = f"{TIP}.content != 'none' && {TIP}.display"
+
+
+@pytest.fixture(scope="module")
+def tab(tmp_path_factory):
+    opened = browser.Browser(tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "out.html"
+    path.write_text(page(ROWS, "Token rewards"), encoding="utf-8")
+    return path
+
+
+def shown(tab, i):
+    return tab.run(SHOWN.format(i, i)) == "block"
+
+
+def test_text_is_text_and_nothing_is_loaded_or_run(tab, drawn):
+    tab.open(drawn)
+    assert tab.requests == [drawn.as_uri()]
+    assert tab.console == []
+    assert tab.run("document.title") == "Token rewards"
+    text = tab.run("document.querySelector('.tokens').textContent")
+    assert text.replace("↵", "") == "".join(TEXTS)
+    assert tab.run("document.querySelectorAll('img, .tokens script, .prompt b').length") == 0
+    assert tab.run("document.querySelector('.prompt').textContent") == "Where? <b>&amp;"
+    assert tab.run("document.querySelector('.note').textContent") == "no <i>score</i>"
+
+
+def test_a_script_that_got_in_would_not_run(tab, drawn, tmp_path):
+    spoiled = tmp_path / "spoiled.html"
+    spoiled.write_text(drawn.read_text().replace("</body>", "<script>document.title = 'run'</script></body>"))
+    tab.open(spoiled)
+    assert tab.run("document.title") == "Token rewards"
+
+
+def rgb(colour):
+    return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_colours_follow_reward_and_theme(tab, drawn, dark):
+    tab.open(drawn, dark=dark)
+    theme = DARK if dark else LIGHT
+    for i, level in enumerate((LEVELS, -round(LEVELS / 2), -LEVELS, 0)):
+        style = f"getComputedStyle(document.querySelectorAll('.t')[{i}])"
+        assert tab.run(f"{style}.backgroundColor") == rgb(theme.background(level)), i
+        assert tab.run(f"{style}.color") == rgb(theme.ink)
+        assert (tab.run(f"{style}.boxShadow") != "none") == (level < 0), i
+
+
+def test_a_notebooks_theme_wins_over_the_systems(tab, tmp_path):
+    path = tmp_path / "notebook.html"
+    path.write_text(f'<meta charset="utf-8"><body data-jp-theme-light="false">{fragment(ROWS)}', encoding="utf-8")
+    tab.open(path)
+    assert tab.run("getComputedStyle(document.querySelector('.t')).backgroundColor") == rgb(DARK.background(LEVELS))
+
+
+def test_tab_reaches_every_token_and_shows_its_numbers(tab, drawn):
+    tab.open(drawn)
+    assert not shown(tab, 0)
+    for i in range(len(TOKENS)):
+        tab.press("Tab")
+        assert tab.run(f"document.activeElement === document.querySelectorAll('.t')[{i}]")
+        assert shown(tab, i) and (i == 0 or not shown(tab, i - 1))
+    name = tab.run("document.querySelectorAll('.t')[1].getAttribute('aria-label')")
+    assert [line.split() for line in name.splitlines()[1:]] == [
+        ["reward", "-2.0000"],
+        ["log-prob", "-1.5000"],
+        ["value", "+3.0000"],
+        ["entropy", "+0.2500"],
+    ]
+    assert "attr(" not in tab.run(f"{TIP.format(4)}.content") and "+1.0000" in tab.run(f"{TIP.format(4)}.content")
+
+
+def test_arrows_move_and_escape_hides(tab, drawn):
+    tab.open(drawn)
+    for key, at in (("Tab", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
+        tab.press(key)
+        assert tab.run(f"document.activeElement === document.querySelectorAll('.t')[{at}]"), key
+    assert shown(tab, 1)
+    tab.press("Escape")
+    assert not shown(tab, 1)
+    tab.press("ArrowRight")
+    assert shown(tab, 2)
+
+
+def test_the_mouse_shows_one_tooltip_over_the_focus(tab, drawn):
+    tab.open(drawn)
+    tab.press("Tab")
+    x, y = tab.run(
+        "(b => [b.x + b.width / 2, b.y + b.height / 2])(document.querySelectorAll('.t')[1].getBoundingClientRect())"
+    )
+    tab.point(x, y)
+    assert shown(tab, 1) and not shown(tab, 0)
+    tab.point(1, 1)
+    assert not shown(tab, 1)
+
+
+def test_completions_stand_side_by_side_and_below_each_other_where_narrow(tab, drawn):
+    tops = "[...document.querySelectorAll('section:first-of-type article')].map(a => a.getBoundingClientRect().top)"
+    wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    tab.open(drawn)
+    first, second = tab.run(tops)
+    assert first == second and tab.run(wide)
+    assert tab.run("document.querySelector('.best .score').textContent") == "-1.00"
+    tab.open(drawn, width=380)
+    first, second = tab.run(tops)
+    assert first < second
+    for i in range(60):  # no tooltip reaches out of the page, or is squeezed at its edge
+        tab.run(f"document.querySelectorAll('.t')[{i}].focus()")
+        assert tab.run(wide), i
+        assert tab.run(f"parseFloat({TIP.format(i)}.width)") > 140, i
+
+
+def test_a_picture_shows_more_than_paper(tab, drawn, tmp_path):
+    import matplotlib.image
+
+    tab.open(drawn)
+    tab.picture(tmp_path / "page.png")
+    pixels = (matplotlib.image.imread(tmp_path / "page.png")[..., :3] * 255).round().astype(int).reshape(-1, 3)
+    for level in (LEVELS, -LEVELS):
+        colour = [int(LIGHT.background(level)[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (abs(pixels - colour).max(1) <= 1).sum() > 200, level
