@@ -86,6 +86,27 @@ def test_sums_are_the_same_asked_in_two_ways():
     assert forms == ["digits", "words", "neither", "neither"]
 
 
+def test_steering_counts_preferences_right_answers_and_form(monkeypatch):
+    in_digits = torch.tensor([[5.0, 1, 2, 3], [4.0, 5, 1, 1]])  # the right one first: it is best of four in one of two
+    in_words = torch.tensor([[3.0, 4, 2, 1], [9.0, 1, 8, 2]])
+    asked = []
+
+    def scores(_, rows):
+        asked.append({row.system for row in rows})
+        return in_digits if rows[0].answer.isdecimal() else in_words
+
+    monkeypatch.setattr(steering, "scores", scores)
+    monkeypatch.setattr(steering, "policy", lambda *_: {})
+    found = steering.measure(None, steering.sums(2, seed=0), 0)
+    assert asked == [{system} for system in steering.SYSTEMS.values() for _ in ("digits", "words")]
+    for row in found.values():
+        assert row["margin"].tolist() == [-2, 5]
+        assert {form: share.value for form, share in row["reward"].items()} == {"words": 0.5, "digits": 0.5}
+    assert found["digits"]["right"].value == found["words"]["right"].value == 0.5
+    assert found["digits"]["form_first"].value == 0.0  # 1 against 3, 5 against 9
+    assert found["words"]["form_first"].value == 0.0  # 4 against 5, 1 against 4
+
+
 def test_steering(tmp_path, capsys):
     steering.main(["--n", "8", "--out", str(tmp_path)])
     found = record_of(tmp_path, "steering", capsys.readouterr().out)["results"]
@@ -131,7 +152,35 @@ def test_every_arm_trains_and_keeps_all_curves(arm):
     before = EndoRewardModel.from_pretrained("pocket").model
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
     assert {name: len(curve) for name, curve in curves.items()} == dict.fromkeys(rl.CURVES, 3)
-    assert 0 <= curves["accuracy"][0] <= 1 and curves["length"][0] > 1 and curves["kl"][-1] > 0
+    answers = rl.PROMPTS * rl.GROUP
+    assert all(0 <= share <= 1 and (share * answers).is_integer() for share in curves["accuracy"])
+    assert curves["length"][0] > 1 and curves["kl"][-1] > 0
+
+
+@pytest.mark.parametrize("arm", rl.ARMS)
+def test_an_arm_trains_on_its_own_reward_alone(arm, monkeypatch):
+    trl = pytest.importorskip("trl", reason="TRL asks for Python 3.11")
+    from endoreward_fast.integrations.grpo import EndoGRPOMixin
+
+    asked = []
+    monkeypatch.setattr(trl.GRPOTrainer, "train", lambda trainer: asked.append(trainer))
+    rl.train(arm, 0, rl.questions(0, 8, 4)[0], steps=1)
+    [trainer] = asked
+    weights = dict(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
+    own = {"endogenous": "endo_reward", "token level": "endo_reward"}.get(arm, arm)
+    assert weights == {name: float(name == own) for name in ("endo_reward", "verifiable", "random")}
+    assert isinstance(trainer, EndoGRPOMixin) == (arm == "token level")
+    assert trainer.beta == 0.01 and trainer.ref_model is not None
+
+
+def test_floor_and_ceiling():
+    """The verifiable reward knows the answer; the random one knows nothing, and repeats by seed."""
+    said = [[{"role": "assistant", "content": text}] for text in (" 12\n", "12", "120", "")]
+    assert rl.Verifiable()(said, answer=["12"] * 4) == [1.0, 1.0, 0.0, 0.0]
+    draws = rl.Coin(0)(said * 250)
+    assert len(set(draws)) == 1000 and draws == rl.Coin(0)(said * 250) != rl.Coin(1)(said * 250)
+    by_answer = torch.tensor(draws).view(250, 4)
+    assert by_answer.mean(0).abs().max() < 4 / 250**0.5 and abs(by_answer.std() - 1) < 0.1
 
 
 def test_accuracy_of_a_sampled_answer_is_its_probability(pocket):
