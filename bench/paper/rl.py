@@ -225,11 +225,13 @@ def sentence(found: dict[str, dict], runs: list[dict]) -> str:
     """What was seen, put together from the figures."""
     parts = []
     for arm, cells in found.items():
-        quiz, others = cells["quiz"], percent(cells["others"]["gain"]["sampled"], "+")
+        quiz = cells["quiz"]
+        others, others_greedy = (percent(cells["others"]["gain"][m], "+") for m in ("sampled", "greedy"))
         sampled, greedy = ([percent(quiz[w][m]) for w in ("before", "after")] for m in ("sampled", "greedy"))
         parts.append(
             f"{ARMS[arm].capitalize()}: sampled answers to the questions trained on are right in {sampled[0]}% before "
-            f"and {sampled[1]}% after (greedy {greedy[0]} and {greedy[1]}); to other questions {others} points."
+            f"and {sampled[1]}% after (greedy {greedy[0]} and {greedy[1]}); to other questions {others} points "
+            f"(greedy {others_greedy})."
         )
     lengths = [smooth(r["curves"]["length"]) for r in runs if r["arm"] == "endogenous"]
     if lengths:
