@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel, rewards_to_go
 from endoreward_fast.integrations.grpo import EndoGRPOMixin, _check_interface, token_advantages
 from endoreward_fast.integrations.trl import EndoReward
+from tiny_models import build, byte_tokenizer
 
 trl = pytest.importorskip("trl", reason="TRL asks for Python 3.11")
 from trl_harness import batch_of, grpo  # noqa: E402
@@ -215,6 +217,20 @@ def test_the_policy_itself_is_no_reward_model(tmp_path, pocket):
         Trainer(
             trainer.model, reward_funcs=[EndoReward(policy)], args=trainer.args, train_dataset=trainer.train_dataset
         )
+
+
+def test_images_and_a_foreign_vocabulary_are_refused_before_training(tmp_path, pocket):
+    trainer = grpo(trl.GRPOTrainer, tmp_path, EndoReward(pocket), beta=0.01)
+    other = EndoReward(EndoRewardModel(build(LlamaConfig), byte_tokenizer()))
+    common = {"args": trainer.args, "train_dataset": trainer.train_dataset}
+    with pytest.raises(EndoRewardError, match=r"vocabulary .* 1024 tokens\) is not"):
+        Trainer(trainer.model, reward_funcs=[other], **common)
+
+    class Seeing(Trainer):
+        _is_vlm = property(lambda self: True, lambda self, value: None)
+
+    with pytest.raises(EndoRewardError, match="one pass reads token ids, no images"):
+        Seeing(trainer.model, reward_funcs=[EndoReward()], **common)
 
 
 def test_another_trainer_interface_is_named():

@@ -8,6 +8,7 @@ own, in a thread; rewards[0], scores[0] and extra_logs go to `torch.tensor([...]
 import asyncio
 import importlib.util
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +66,27 @@ def test_a_prompt_that_was_cut_is_found_again(pocket, tokenizer):
     found = EndoReward(pocket)([query], [PROMPT], [None])
     wanted = oracle(pocket, tokenizer, kept, response).sum().item()
     assert found["rewards"].item() == pytest.approx(wanted, abs=5e-4)
+
+
+def test_a_query_that_begins_with_a_prompts_last_letters_is_not_its_continuation(pocket):
+    reward = EndoReward(pocket)
+    with pytest.warns(UserWarning, match="prompt"):
+        found = reward(["n foo bar"], ["What is the question"], [None])
+    assert found["extra_logs"]["endo_reward_unscored"].tolist() == [1]
+
+
+def test_rewards_that_share_a_model_take_turns(pocket):
+    """Reading what enters the head needs the model alone: two at once would give each other's."""
+    rewards = [EndoReward(pocket), EndoReward(pocket, alpha=2.0)]
+    queries = [f"{PROMPT}{n}" for n in range(4)]
+    wanted = [reward(queries, [PROMPT] * 4, [None] * 4)["rewards"] for reward in rewards]
+
+    def ask(k):
+        return k, rewards[k](queries, [PROMPT] * 4, [None] * 4)["rewards"]
+
+    with ThreadPoolExecutor(8) as pool:
+        for k, found in pool.map(ask, [0, 1] * 12):
+            torch.testing.assert_close(found, wanted[k], rtol=1e-5, atol=1e-4)
 
 
 def test_what_cannot_be_scored_is_0_counted_and_said_once(pocket, tokenizer):

@@ -170,6 +170,19 @@ def test_a_foreign_vocabulary_is_refused_and_both_are_named(tiny, pocket):
     EndoReward(tiny, padded)  # one more special token does no harm
 
 
+def test_tokens_of_another_vocabulary_are_told_by_their_texts(tiny, pocket):
+    """TRL gives reward functions texts and ids and no tokenizer: ids that spell something else are foreign."""
+    ids = pocket.tokenizer("the sum is 12", add_special_tokens=False)["input_ids"]
+    with pytest.raises(EndoRewardError, match="the policy's tokens are not the reward model's: 'the sum is 12'") as no:
+        EndoReward(tiny)(["ab"] * 2, ["the sum is 12"] * 2, [ids] * 2)
+    assert "\n" not in str(no.value)
+    chat = [[{"role": "assistant", "content": text}] for text in ("the sum is 12", "cut", "the sum is 12")]
+    own = EndoReward(pocket)
+    found = own(["ab"] * 3, chat, [ids, ids[:1], ids])  # one that was cut within its text does no harm
+    assert found[0] == found[2] is not None
+    assert own(["ab"], ["another text"], [ids]) == [pytest.approx(found[0], abs=1e-4)]  # asked once
+
+
 def test_trl_takes_it_for_a_function(tiny):
     from trl.trainer.utils import get_callable_name, is_async_callable
 

@@ -7,6 +7,7 @@ next one.
 import math
 import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +19,9 @@ from ..functional import sequence_score
 from ..scoring import RowScore, ScoreOptions
 from ..vocabulary import refuse_other_vocabulary
 from .generated import NOT_FINITE, ending_ids, score_completions, scorer_of
+
+# A model that several adapters share runs for one of them at a time: reading its head's input needs the model alone.
+_BUSY: "weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock]" = weakref.WeakKeyDictionary()
 
 
 class Rewarded(NamedTuple):
@@ -70,6 +74,7 @@ class BatchedReward:
         self.unscored: Counter[str] = Counter()
         self._waiting: list[tuple[dict[str, Any], Future[Rewarded]]] = []
         self._lock = threading.Lock()
+        self._busy = _BUSY.setdefault(self.scorer.model, threading.Lock())
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="endo_reward")
 
     def submit(self, row: dict[str, Any]) -> "Future[Rewarded]":
@@ -89,7 +94,8 @@ class BatchedReward:
         o = self.options
         options = {"alpha": o.alpha, "max_tokens_per_batch": o.max_tokens_per_batch}
         try:
-            rows = score_completions(self.scorer, [row for row, _ in batch], per_token=True, texts=False, **options)
+            with self._busy:
+                rows = score_completions(self.scorer, [row for row, _ in batch], per_token=True, texts=False, **options)
             found = [self._reduce(row) for row in rows]
         except Exception as error:  # whoever asked is told; this thread has nobody to tell
             for _, asked in batch:

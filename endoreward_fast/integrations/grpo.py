@@ -20,6 +20,7 @@ from ..errors import EndoRewardError
 from ..functional import rewards_to_go
 from ..model import EndoRewardModel
 from ..scoring import evaluating
+from ..vocabulary import refuse_other_vocabulary
 from .generated import Ids
 from .trl import EndoReward, Scored
 
@@ -48,7 +49,9 @@ class EndoGRPOMixin:
         self._scored: Scored | None = None
         self._rewards_per_func: Tensor | None = None
         _check_configuration(self)
-        if self.shares_forward:
+        if not self.shares_forward:
+            refuse_other_vocabulary(self.endo_reward.scorer, self.processing_class)
+        else:
             reference = EndoRewardModel(self.accelerator.unwrap_model(self.ref_model))
             self.endo_reward.attach(reference, self.processing_class)
 
@@ -223,6 +226,8 @@ def _check_configuration(trainer: Any) -> None:
             "EndoReward() reads the trainer's reference model, and this trainer has none (beta=0, or PEFT): "
             "set beta above 0 without PEFT, or give EndoReward a model"
         )
+    if getattr(trainer, "_is_vlm", False):
+        raise EndoRewardError("one pass reads token ids, no images: give EndoReward a model, or train without images")
     if reward.options.alpha != args.temperature:
         raise EndoRewardError(
             f"one pass gives rewards and reference log-probabilities at one temperature: EndoReward's "

@@ -73,7 +73,8 @@ class EndoReward:
         if query.startswith(prompt):
             return prompt
         decoded = self.reward.tokenizer.decode(self._ids(prompt), skip_special_tokens=False)
-        suffixes = (decoded[start:] for start in range(len(decoded)))  # the longest first
+        # The longest first; what is left must be a good part of it: any query may begin with a prompt's last letters.
+        suffixes = (decoded[start:] for start in range(len(decoded) // 2 + 1))
         return next((text for text in suffixes if query.startswith(text)), None)
 
     def _ids(self, text: str) -> list[int]:

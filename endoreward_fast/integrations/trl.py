@@ -95,6 +95,7 @@ class EndoReward:
         self.scorer: EndoRewardModel | None = None
         self.unscored: Counter[str] = Counter()
         self._given: Scored | None = None
+        self._ids_are_known = False
         if model is not None:
             self.attach(scorer_of(model, tokenizer), tokenizer)
 
@@ -113,12 +114,35 @@ class EndoReward:
         if completion_ids is None:
             raise EndoRewardError("this trainer gives its reward functions no completion_ids: TRL 1.16 or newer does")
         if self._given is None:
+            self._refuse_foreign_ids(completions, completion_ids)
             scored = self.score(self.prompt_ids(prompts), completion_ids, completions)
         else:
             scored = self._given
         found = self.reduce(scored)
         self._count(scored, log_metric)
         return [None if error else r for r, error in zip(found.tolist(), scored.errors, strict=True)]
+
+    def _refuse_foreign_ids(self, completions: Sequence[Any], completion_ids: Sequence[Ids]) -> None:
+        """EndoRewardError if most completions' ids do not spell their texts: TRL gives both, and no tokenizer."""
+        if self.scorer is None or self.tokenizer is None or self._ids_are_known:
+            return
+        texts = [c if isinstance(c, str) else c[0].get("content") if len(c) == 1 else None for c in completions]
+        pairs = [(t.strip(), ids) for t, ids in zip(texts, completion_ids, strict=True) if isinstance(t, str)]
+        pairs = [(text, list(ids)) for text, ids in pairs if text and len(ids)]
+        if not pairs:
+            return
+        try:
+            read = [self.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in pairs]
+        except (OverflowError, TypeError, ValueError, IndexError):  # ids beyond its vocabulary
+            read = [""] * len(pairs)
+        spelt = sum(text in found for (text, _), found in zip(pairs, read, strict=True))
+        if 2 * spelt < len(pairs):  # some may be cut within a character, or be parsed
+            raise EndoRewardError(
+                f"the policy's tokens are not the reward model's: {pairs[0][0][:40]!r} was generated, but its ids "
+                f"spell {read[0][:40]!r} to {getattr(self.tokenizer, 'name_or_path', '')!r}; take a reward model of "
+                "the same tokenizer, and give EndoReward the policy's: EndoReward(model, tokenizer)"
+            )
+        self._ids_are_known = True
 
     def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], texts: Sequence[Any] = ()) -> Scored:
         """Token rewards of sampled completions after tokenized prompts, in a forward of the reward model's own."""
