@@ -19,7 +19,7 @@ from typing import Any
 from . import pipeline
 from .data import open_source
 from .errors import EndoRewardError
-from .jobs import Engine, Finished, Job, Windows, Write
+from .jobs import Engine, Finished, Job, Windows, Write, note_idle
 from .options import RowFlags
 from .output import Monitor
 from .pipeline import Item
@@ -160,6 +160,7 @@ def lead(job: Job, rank: Rank, done: Counter[str]) -> Engine:
             output.own[index] = job.finish(items, scorer)
             output.hand_on()
         output.hand_on(until=read.count)
+        note_idle(monitor, read.count, rank.size, "ranks")
         read.raise_error()
 
     return run
