@@ -42,7 +42,7 @@ def expected(**options):
 def test_scores_do_not_depend_on_how_the_rows_are_spread(cluster, actors, options):
     found = ray.data.from_items(ROWS).map_batches(
         ScoreRows, fn_constructor_kwargs={"model": "pocket"} | options, batch_format="pyarrow", batch_size=6,
-        concurrency=actors,
+        compute=ray.data.ActorPoolStrategy(size=actors),
     ).take_all()  # fmt: skip
     by_id = {row["id"]: row for row in found}
     assert len(by_id) == len(found) == len(ROWS)

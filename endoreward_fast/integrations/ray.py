@@ -3,7 +3,8 @@
     ds = ray.data.read_json("rows.jsonl")
     ds = ds.map_batches(
         ScoreRows, fn_constructor_kwargs={"model": "Qwen/Qwen2.5-0.5B-Instruct", "reduction": "mean"},
-        batch_format="pyarrow", batch_size=256, concurrency=4, num_gpus=0.5,      # Ray's own: two actors share a GPU
+        batch_format="pyarrow", batch_size=256,
+        compute=ray.data.ActorPoolStrategy(size=4), num_gpus=0.5,      # Ray's own: two actors share a GPU
     )
     ds.write_parquet("scored")
 
