@@ -7,7 +7,9 @@ import json
 import os
 import sys
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -90,23 +92,22 @@ def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Re
 
 def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None:
     rank = Rank.from_environment()
-    to_file = flags.output not in (None, STDIN)
     if not rank.first:
         return help_out(job, rank, file)
-    if resume and not to_file:
+    if resume and flags.output in (None, STDIN):
         raise EndoRewardError("--resume goes on with a file: name it by --output")
-    if not rank.alone and file == STDIN:
-        raise EndoRewardError("several processes cannot share standard input: name a file that each can read")
+    if not rank.alone and (file == STDIN or Path(file).is_fifo()):
+        raise EndoRewardError("several processes cannot share standard input or a pipe: name a file that each can read")
     settings = settings_of(job.command, version("endoreward-fast"), flags.to_json(), job.per_token)
     done = rows_done(str(flags.output), settings) if resume else Counter()
-    with Sink(flags.output, (file,), append=bool(done)) as sink:
+    # Only then: settings beside rows of an earlier run would have --resume take those for this one's.
+    on_replace = partial(record, str(flags.output), settings)
+    with Sink(flags.output, (file,), append=bool(done), on_replace=on_replace) as sink:
         source = open_source(file, flags.limit)
         if done:
             source = without_done(source, done)
         windows = pipeline.checked(pipeline.windows(source, job.command, flags), source.name)
         run = _engine(job, flags, rank, done)
-        if to_file:
-            record(str(flags.output), settings)
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
             run(windows, sink.write, monitor)
     if monitor.failed:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -31,11 +33,19 @@ class Sink:
     """Output to a path, or to standard output where the path is None or "-".
 
     Opening checks that the path can be written and touches nothing there; the first write replaces it, or with `append`
-    goes on behind it.
+    goes on behind it. `on_replace` is called as soon as what was there is gone; a device or a pipe is never replaced.
     Raises EndoRewardError if the path cannot be written or is one of `inputs`.
     """
 
-    def __init__(self, path: str | None, inputs: tuple[str, ...] = (), *, append: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | None,
+        inputs: tuple[str, ...] = (),
+        *,
+        append: bool = False,
+        on_replace: Callable[[], None] | None = None,
+    ) -> None:
+        self._on_replace = on_replace
         self.name = "standard output" if path in (None, STDIN) else str(path)
         self._fresh = self._created = False
         self._path = path
@@ -49,13 +59,15 @@ class Sink:
             self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__
         except OSError as error:
             raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
-        self._fresh = self._file.seekable() and not append
+        self._fresh = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode) and not append
 
     def write(self, text: str | bytes) -> None:
         """Write `text` and push it through to the operating system."""
         try:
             if self._fresh:
                 self._file.truncate(0)
+                if self._on_replace:
+                    self._on_replace()
                 self._fresh = False
             # Half a surrogate pair has no UTF-8; its backslash escape is what JSON spells it with.
             self._file.write(text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))

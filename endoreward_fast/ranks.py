@@ -44,7 +44,7 @@ class Rank:
     @classmethod
     def from_environment(cls) -> Rank:
         """Rank 0 of 1 where nothing was launched. EndoRewardError for half a launch."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls(0, 1, 0)
         absent = next((name for name in LAUNCHED if name not in os.environ), None)
         if absent:
@@ -52,7 +52,7 @@ class Rank:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {absent} is not set: start it by torchrun or "
                 "accelerate launch, or unset WORLD_SIZE"
             )
-        return cls(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        return cls(*(_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
 
     @property
     def alone(self) -> bool:
@@ -73,6 +73,13 @@ class Rank:
             # Where the launcher shows each rank its own device alone, that is device 0.
             device = f"cuda:{self.local % torch.cuda.device_count()}"
         return replace(flags, device=device, quiet=flags.quiet or not self.first)
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise EndoRewardError(f"{name} is {text!r}: expected a number, as torchrun sets it")
+    return int(text)
 
 
 class Board:

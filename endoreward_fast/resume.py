@@ -38,12 +38,12 @@ def record(output: str, settings: Mapping[str, Any]) -> None:
 
 
 def rows_done(output: str, settings: Mapping[str, Any]) -> Counter[str]:
-    """How often each row stands in `output`; none if that is not there yet. A torn last line is cut off.
+    """How often each row stands in `output`; none if that is not there yet, or empty. A torn last line is cut off.
 
     Raises EndoRewardError: an output without its settings or with others, a line that is no row.
     """
-    if not Path(output).exists():
-        return Counter()
+    if not Path(output).exists() or not Path(output).stat().st_size:
+        return Counter()  # settings come with the first row
     _refuse_other(output, settings)
     done: Counter[str] = Counter()
     try:

@@ -13,8 +13,9 @@ import torch
 from cli_harness import LengthScorer, put, rows_of, run
 from endoreward_fast import EndoRewardError, pipeline
 from endoreward_fast.data import open_source
-from endoreward_fast.jobs import Finished, Job, Windows
+from endoreward_fast.jobs import Finished, Job, Windows, note_idle
 from endoreward_fast.options import RowFlags
+from endoreward_fast.output import Monitor
 from endoreward_fast.ranks import PART, Board, Rank, _InOrder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,6 +111,8 @@ def rank_0_of_2(monkeypatch):
 def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
     assert "cannot share standard input" in run("score", "-", code=2, input="{}").stderr
     assert "no such file" in run("score", tmp_path / "absent", code=2).stderr
+    os.mkfifo(tmp_path / "pipe")  # each would read some of it
+    assert "or a pipe: name a file" in run("score", tmp_path / "pipe", code=2).stderr
     said = run("eval", tmp_path / "absent", code=2).stderr
     assert (
         said == "endoreward: eval runs in one process: start it without a launcher (score and rank share their rows)\n"
@@ -118,6 +121,9 @@ def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
     assert run("eval", tmp_path / "absent", code=2).stderr == ""
     monkeypatch.delenv("MASTER_PORT")
     assert "WORLD_SIZE is 2, and MASTER_PORT is not set" in run("score", "-", code=2).stderr
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert "WORLD_SIZE is 'many': expected a number" in run("score", "-", code=2).stderr
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert Rank.from_environment() == Rank(0, 1, 0)
 
@@ -176,6 +182,13 @@ def test_reading_that_fails_comes_after_what_was_read():
     assert list(read) == [["a"]] and read.count == 1
     with pytest.raises(EndoRewardError, match="torn"):
         read.raise_error()
+
+
+def test_workers_without_rows_are_named_unless_there_was_nothing_to_do(capsys):
+    for windows, said in ((0, ""), (1, "only 1 of 2 ranks had rows"), (2, "")):
+        note_idle(Monitor(), windows, 2, "ranks")
+        err = capsys.readouterr().err
+        assert said in err and bool(err) == bool(said)
 
 
 def test_each_rank_has_a_device_of_its_own(monkeypatch):

@@ -108,6 +108,28 @@ def test_bad_input_is_one_clear_line(scorer, tmp_path):
     assert "line 1 is not a row of results" in run("score", source, "-o", out, "--resume", "-q", code=2).stderr
 
 
+def test_what_ends_before_its_first_row_leaves_nothing_that_resume_trips_over(scorer, tmp_path):
+    """The old rows keep their settings: those of the new run beside them would have --resume take them for its own."""
+    source, out = put(tmp_path, *rows(5)), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q")
+    before = out.read_text()
+    scorer.stop_after = 0
+    run("score", source, "-o", out, "--alpha", "2", "-q", code=130)
+    scorer.stop_after = None
+    assert out.read_text() == before
+    said = run("score", source, "-o", out, "--alpha", "2", "--resume", "-q", code=2).stderr
+    assert "was made with alpha=1.0, not 2.0" in said
+    Path(f"{out}.settings.json").unlink()
+    out.write_text("")  # killed while the model was loaded
+    run("score", source, "-o", out, "--resume", "-q")
+    assert out.read_text() == before
+
+
+def test_a_device_is_written_and_gets_no_settings_beside_it(scorer, tmp_path):
+    run("score", put(tmp_path, *rows(2)), "-o", os.devnull, "-q")
+    assert not Path(f"{os.devnull}.settings.json").exists()
+
+
 def test_keys_survive_being_written_and_read():
     row = {"id": 1, "text": "ü\ud800", "x": 0.1, "score": 3, "when": Path("a")}
     written = json.loads(json.dumps({**row, "input_score": 3, "score": 7, "flags": []}, default=str))
