@@ -1,5 +1,6 @@
 """ScoreRows under a real Ray on this machine: actors, batches, rows that cannot be scored."""
 
+import gzip
 import os
 import signal
 import warnings
@@ -109,8 +110,10 @@ def test_the_commands_output_is_that_of_one_process(cluster, tmp_path):
     assert "endoreward: line 31: not valid JSON" in said
     whole = there.read_text()
     there.write_text("".join(whole.splitlines(keepends=True)[:50]) + '{"id"')
-    run(*flags, there, "--engine", "ray", "--resume", code=2)  # from another engine's output it would go on as well
+    run(*flags, there, "--engine", "ray", "--resume", code=2)
     assert there.read_text().count("\n") == whole.count("\n") == 81
+    run(*flags, here, "--engine", "ray", "--resume")  # another engine's output is no other configuration
+    assert here.read_text().count("\n") == 81
 
 
 def test_what_stops_the_command_comes_after_what_was_done(cluster, tmp_path):
@@ -121,6 +124,15 @@ def test_what_stops_the_command_comes_after_what_was_done(cluster, tmp_path):
     assert said.startswith("endoreward: line 8: ") and "--strict: stopped here" in said
     assert [row["id"] for row in rows_of(out.read_text())] == list(range(7))
     assert "no such folder" in run("score", put(tmp_path, *rows), "--model", "./nowhere", *ray_flags, code=2).stderr
+
+
+def test_a_file_that_breaks_off_is_said_after_its_rows(cluster, tmp_path):
+    torn, out = tmp_path / "torn.jsonl.gz", tmp_path / "out.jsonl"
+    whole = put(tmp_path, *({"id": i, "prompt": "p", "completion": "c" * 500} for i in range(40))).read_bytes()
+    torn.write_bytes(gzip.compress(whole, 0)[:-9000])
+    flags = ("--engine", "ray", "--max-tokens-per-batch", "64", "-q", "-o", out)
+    assert "to its end" in run("score", torn, *flags, code=2).stderr
+    assert [row["id"] for row in rows_of(out.read_text())] == list(range(len(rows_of(out.read_text())))) != []
 
 
 def test_actors_are_as_many_as_there_is_room_for():

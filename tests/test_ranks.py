@@ -1,5 +1,6 @@
 """Rows shared by ranks: real launches by torchrun and accelerate, against one process; a rank that is killed."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -65,6 +66,20 @@ def test_the_output_is_that_of_one_process_to_the_byte(tmp_path, launcher, ranks
     if ranks == 2:  # rank 0 alone speaks, and once
         assert said.count("endoreward: line 61: not valid JSON") == 1
         assert said.count("endoreward: scored 150 of 152 rows") == 1
+
+
+def test_a_limit_and_a_file_that_breaks_off_are_the_same_to_ranks(tmp_path):
+    whole = put(tmp_path, *questions(150)).read_bytes()
+    torn, alone, shared = tmp_path / "torn.jsonl.gz", tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    torn.write_bytes(gzip.compress(whole, 0)[:-3000])
+    for flags, failed in ((("--limit", "40"), False), ((), True)):
+        code, _ = ended(launched(["score", torn, *flags, *SMALL, "-o", alone]))
+        assert (code != 0) == failed
+        code, said = ended(launched(["score", torn, *flags, *SMALL, "-o", shared], (*TORCHRUN, "2")))
+        assert (code != 0) == failed, said
+        assert said.count("to its end") == failed
+        assert 30 < shared.read_text().count("\n") < 150
+        assert shared.read_bytes() == alone.read_bytes()
 
 
 def kill_rank_1(process):
