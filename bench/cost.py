@@ -3,11 +3,11 @@
 A multiplication with its addition is 2 flops. D hidden, L layers, H query and K key-value heads of d, F the MLP's width
 (E experts of F, k of them active), V vocabulary, T tokens a row, N tokens a batch, n states read by the head:
 
-    body    2 N L (2 D d (H + K) + 3 D F)          with experts D E + k 3 D F in place of 3 D F: the router's, and theirs
+    body    2 N L (2 D d (H + K) + 3 D F)          with experts D E + k 3 D F in place of 3 D F
             + 4 N L d H (keys that a token sees)   on average (T + 1) / 2, or less where a window slides
     head    2 n D V                                n = scored tokens, and one more for each row that is cut short
 
-Left out: norms, rotary embeddings, softmax, activations; biases and the embedding's look-up: O(N D L) beside O(N D D L).
+Left out: norms, rotary embeddings, softmax, activations, biases and the embedding's look-up: O(N D L) in all.
 Writes bench/results/cost.json.
 """
 
@@ -63,7 +63,11 @@ class Decoder:
     def body_weights(self, experts: float | None = None) -> int:
         """Matrices of all layers, `experts` of each layer counted (default: all)."""
         one = 3 * self.hidden * self.mlp
-        mlp = one if not self.experts else self.hidden * self.experts + (self.experts if experts is None else experts) * one
+        mlp = (
+            one
+            if not self.experts
+            else self.hidden * self.experts + (self.experts if experts is None else experts) * one
+        )
         return round(self.layers * (self.attention_weights + mlp))
 
     @property

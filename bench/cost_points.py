@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -34,7 +35,7 @@ FAMILIES = {
     "Qwen2.5": Qwen2Config, "Qwen3": Qwen3MoeConfig, "Llama": LlamaConfig, "Gemma-2": Gemma2Config,
     "Gemma-3": Gemma3TextConfig,
 }  # fmt: skip
-WHOLE, BODY, HEAD, MATMUL, EAGER = "whole", "body", "head", "head's bare matmul", "eager"
+WHOLE, BODY, HEAD, EAGER = "whole", "body", "head", "eager"
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,12 @@ POINTS = (
     Point("Qwen2.5-0.5B", Batch(1, 512, 128)),
     Point("Qwen2.5-0.5B", Batch(1, 512, 511), {"vocab": 32768}),
     Point("Qwen2.5-0.5B", Batch(1, 512, 511), dtype="bf16"),
-    Point("Qwen2.5-0.5B", Batch(8, 256, 255), {"layers": 6}),
-    Point("Qwen2.5-0.5B", Batch(1, 2048, 2047), {"layers": 6}),
+    Point("Qwen2.5-0.5B", Batch(8, 256, 255), {"layers": 6, "vocab": 32768}),
+    Point("Qwen2.5-0.5B", Batch(1, 2048, 2047), {"layers": 6, "vocab": 32768}),
     Point("Qwen2.5-1.5B", Batch(1, 256, 255)),
     Point("Gemma-3-1B", Batch(1, 256, 255)),
-    Point("Llama-3.1-8B", Batch(1, 256, 255), {"layers": 4}),
-    Point("Qwen3-30B-A3B", Batch(1, 512, 511), {"layers": 2}),
+    Point("Llama-3.1-8B", Batch(1, 256, 255), {"layers": 4}, "bf16"),
+    Point("Qwen3-30B-A3B", Batch(1, 512, 511), {"layers": 2}, "bf16"),
 )
 WEIGHED = Point("Qwen2.5-0.5B", Batch(4, 512, 256), {"layers": 4})
 
@@ -152,13 +153,10 @@ def calls_of(point: Point) -> dict:
         return torch.where(scored[:, 1:], q - after, 0.0)
 
     states = body()
-    needed = states[:, batch.length - batch.scored - 1 : batch.length - (not batch.cut)].reshape(-1, states.shape[-1])
-    assert len(needed) == batch.states
     calls = {
         WHOLE: lambda: scorer.rewards_of_padded(ids, scored, terminal).reward,
         BODY: body,
         HEAD: lambda: linear_token_rewards(states, weight, ids, mask=scored, terminal=terminal),
-        MATMUL: lambda: needed @ weight.T,
         EAGER: eager,
     }
     gap = (calls[WHOLE]()[:, 1:] - eager()).abs().max().item()
@@ -168,6 +166,7 @@ def calls_of(point: Point) -> dict:
 
 
 def timed(point: Point, rounds: int) -> dict:
+    """Seconds of the whole, of the body, of the head, and of eager, each once a round."""
     with torch.inference_mode():
         times = harness.interleave(calls_of(point), rounds)
     peers = {name: harness.spread(t, times[WHOLE]) for name, t in times.items()}
@@ -184,16 +183,11 @@ def timed(point: Point, rounds: int) -> dict:
 
 
 def weighed(point: Point) -> dict:
-    """Extra MiB of one call, each in a process of its own, and what the formulas say."""
+    """Extra MiB of one call, and what the formulas say."""
     found = cost.cost(point.model, point.batch, element=DTYPES[point.dtype].itemsize)
-    settings = dict(os.environ) | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    extra = {}
-    for name in (BODY, WHOLE, EAGER):
-        command = [sys.executable, "-m", "bench.cost_points", name]
-        run = subprocess.run(command, env=settings, capture_output=True, text=True, check=True)
-        extra[name] = float(run.stdout.splitlines()[-1])
     return {
-        "name": point.name, **asdict(point.batch), "extra_mib": extra,
+        "name": point.name, **asdict(point.batch),
+        "extra_mib": {name: in_a_process("weigh", name) for name in (BODY, WHOLE, EAGER)},
         "formula_mib": {"activations": found.activation_bytes / 2**20, "logits": found.eager_bytes / 2**20},
     }  # fmt: skip
 
@@ -206,6 +200,16 @@ def extra_mib(point: Point, name: str) -> float:
         before = _status_kib("VmRSS")
         call()
     return (_status_kib("VmHWM") - before) / 1024
+
+
+def in_a_process(*arguments: str) -> Any:
+    """What this module prints when it is run with these arguments: a model and its garbage leave with the process."""
+    settings = dict(os.environ) | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "bench.cost_points", *arguments]
+    run = subprocess.run(command, env=settings if "weigh" in arguments else None, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 # ---------------------------------------------------------------------------------------------------------- the record
@@ -241,8 +245,9 @@ def main(tables_only: bool, folder: Path | None, rounds: int) -> None:
         return
     record = {"counted": [flops_of(model) for model in cost.MODELS], "timed": [], "weighed": None}
     environment = harness.environment()
-    for point in POINTS:
-        record["timed"].append(timed(point, rounds))
+    for i, point in enumerate(POINTS):
+        record["timed"].append(in_a_process("time", str(i), str(rounds)))
+        print(point.name, f"{record['timed'][-1]['measured_share']:.1%}", flush=True)
         harness.write("cost", environment, [record], folder)
     record["weighed"] = weighed(WEIGHED)
     path = harness.write("cost", environment, [record], folder)
@@ -252,4 +257,5 @@ def main(tables_only: bool, folder: Path | None, rounds: int) -> None:
 
 
 if __name__ == "__main__":
-    print(extra_mib(WEIGHED, sys.argv[1]))
+    what, *said = sys.argv[1:]
+    print(json.dumps(extra_mib(WEIGHED, *said) if what == "weigh" else timed(POINTS[int(said[0])], int(said[1]))))
