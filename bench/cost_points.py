@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from bench import cost, harness
+from bench import cost, cost_tables, harness
 from bench.cases import DTYPES
 from bench.cost import Batch, Decoder
 from bench.memory import _status_kib
@@ -215,7 +215,7 @@ def in_a_process(*arguments: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------- the record
 
 
-def points_table(record: dict) -> cost.Table:
+def points_table(record: dict) -> cost_tables.Table:
     headings = [
         "random weights, one run", "N", "scored", "head's share, predicted", "measured", "quartiles",
         "body, GFLOP/s", "head, GFLOP/s", "eager / ours",
@@ -238,10 +238,11 @@ def read(folder: Path | None = None) -> dict:
     return {"environment": cases["environment"]} | cases["cases"][0]
 
 
-def main(tables_only: bool, folder: Path | None, rounds: int) -> None:
-    tables = {"Shapes": cost.shapes_table(), "One change at a time": cost.growth_table()}
+def run(folder: Path | None, rounds: int, *, tables_only: bool) -> None:
+    """Measure, write the record, print the tables; or only print them, of the record that is there."""
+    tables = {"Shapes": cost_tables.shapes_table(), "One change at a time": cost_tables.growth_table()}
     if tables_only:
-        print("\n\n".join(cost.markdown(t) for t in (*tables.values(), points_table(read(folder)))))
+        print("\n\n".join(cost_tables.markdown(t) for t in (*tables.values(), points_table(read(folder)))))
         return
     record = {"counted": [flops_of(model) for model in cost.MODELS], "timed": [], "weighed": None}
     environment = harness.environment()
@@ -252,7 +253,7 @@ def main(tables_only: bool, folder: Path | None, rounds: int) -> None:
     record["weighed"] = weighed(WEIGHED)
     path = harness.write("cost", environment, [record], folder)
     for title, table in (tables | {"Measured": points_table(read(folder))}).items():
-        cost.show(title, table)
+        cost_tables.show(title, table)
     print(record["weighed"], path, sep="\n")
 
 
