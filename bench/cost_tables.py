@@ -69,10 +69,12 @@ def show(title: str, table: Table) -> None:
     headings, rows = table
     drawn = Drawn(title=title)
     for i, heading in enumerate(headings):
-        drawn.add_column(heading, justify="right" if i else "left", no_wrap=not i)
+        drawn.add_column(heading, justify="right" if i else "left", no_wrap=not i, min_width=9)
     for cells in rows:
         drawn.add_row(*cells)
-    Console().print(drawn)
+    console = Console()
+    console.width = max(console.width, 132)
+    console.print(drawn)
 
 
 def _3(value: float) -> str:
