@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, GPT
 from bench import cost, cost_points, cost_tables
 from bench.cost import Batch, Decoder
 from endoreward_fast import EndoRewardModel, chunked, loading, sharded, workspace
+from endoreward_fast.kernels.combine import Partials
 from endoreward_fast.scoring import ScoreOptions
 
 PAGE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
@@ -71,12 +72,12 @@ def of_operator(hidden, weight, bias, targets, mask, *others, out_val=None, **op
 of_operator._get_raw = True  # the counter then hands over tensors, not their shapes
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize(("count", "cut"), [(7, False), (7, True), (0, True)])
 @pytest.mark.parametrize("family", cost.UNDERSTOOD)
-def test_scoring_takes_the_flops_of_the_formula(family, cut):
+def test_scoring_takes_the_flops_of_the_formula(family, count, cut):
     """The package's own pass, head and all, on a real model."""
-    model, batch = tiny(family), Batch(rows=3, length=20, scored=7, cut=cut)
-    scored = (torch.arange(20) >= 13).expand(3, -1)
+    model, batch = tiny(family), Batch(rows=3, length=20, scored=count, cut=cut)
+    scored = (torch.arange(20) >= 20 - count).expand(3, -1)
     terminal = torch.zeros_like(scored)
     terminal[:, -1] = not cut
     scorer, ids = EndoRewardModel(model), torch.randint(0, 600, (3, 20))
@@ -138,11 +139,30 @@ def test_constants_are_the_packages():
     assert ScoreOptions().max_tokens_per_batch == BATCH.tokens
 
 
+def test_memory_is_what_is_made():
+    found, states = cost.cost(MODEL, BATCH), BATCH.states
+    left = Partials.empty(-(-MODEL.vocab // workspace.PIECE), states, "meta", entropy=False, logit_mean=False)
+    assert found.workspace_bytes == 4 * (workspace.FORWARD_TILE + left.m.numel() + left.s.numel())
+    assert cost.cost(MODEL, Batch(1, 8, 7)).workspace_bytes == 4 * 7 * (MODEL.vocab + 2 * 75)  # less than a tile
+    assert found.eager_bytes == 4 * 8192 * 152064
+
+
+def test_memory_was_measured():
+    """The body's activations to a tenth; eager makes its logits, and logsumexp a copy of them; ours neither."""
+    weighed = RECORD["weighed"]
+    found = cost.cost(cost_points.WEIGHED.model, cost_points.WEIGHED.batch, element=4)
+    activations, logits = found.activation_bytes / 2**20, found.eager_bytes / 2**20
+    assert weighed["extra_mib"]["body"] == pytest.approx(activations, rel=0.1)
+    assert weighed["extra_mib"]["eager"] == pytest.approx(2 * logits, rel=0.1)
+    assert weighed["extra_mib"]["whole"] < activations + 64
+
+
 def test_shards_split_the_head_and_ranks_the_rows():
     whole = cost.cost(MODEL, BATCH)
     shard, rank = cost.cost(MODEL, BATCH, shards=8), cost.cost(MODEL, BATCH, ranks=8)
     assert (8 * shard.head, shard.body) == (whole.head, whole.body)
     assert (8 * rank.head, 8 * rank.body) == (whole.head, whole.body)
+    assert whole.head_share + whole.body / (whole.body + whole.head) == pytest.approx(1)
     assert 8 * shard.head_bytes == whole.head_bytes == rank.head_bytes
     assert shard.wire_bytes == 28 * BATCH.states and rank.wire_bytes == whole.wire_bytes == 0
     assert cost.cost(MODEL, BATCH, ranks=3).projections == whole.projections * 3 // 8  # the one with the most rows
