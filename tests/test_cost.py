@@ -148,13 +148,14 @@ def test_memory_is_what_is_made():
 
 
 def test_memory_was_measured():
-    """The body's activations to a tenth; eager makes its logits, and logsumexp a copy of them; ours neither."""
+    """By a process's pages, so with the matmul library's buffers: some MiB above what is made. Eager makes its logits,
+    and logsumexp as much again; ours neither."""
     weighed = RECORD["weighed"]
     found = cost.cost(cost_points.WEIGHED.model, cost_points.WEIGHED.batch, element=4)
     activations, logits = found.activation_bytes / 2**20, found.eager_bytes / 2**20
-    assert weighed["extra_mib"]["body"] == pytest.approx(activations, rel=0.1)
-    assert weighed["extra_mib"]["eager"] == pytest.approx(2 * logits, rel=0.1)
-    assert weighed["extra_mib"]["whole"] < activations + 64
+    assert activations < weighed["extra_mib"]["body"] < activations + 16
+    assert 2 * logits < weighed["extra_mib"]["eager"] < 2 * logits + 16
+    assert weighed["extra_mib"]["whole"] < weighed["extra_mib"]["body"] + 1
 
 
 def test_shards_split_the_head_and_ranks_the_rows():
