@@ -133,6 +133,6 @@ def note_idle(monitor: Monitor, windows: int, workers: int, name: str) -> None:
     """Say so if there were fewer windows than `workers`."""
     if windows < workers:
         monitor.note(
-            f"only {windows} of {workers} {name} had rows: one takes about {pipeline.WINDOW} characters for every token "
-            "of a batch at a time; with a smaller --max-tokens-per-batch more of them share"
+            f"only {windows} of {workers} {name} had rows: each takes about {pipeline.WINDOW} characters for every "
+            "token of a batch at a time; with a smaller --max-tokens-per-batch more of them share"
         )
