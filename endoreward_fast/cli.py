@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
@@ -15,8 +16,8 @@ from typer.core import TyperGroup
 from . import look, pipeline, plots, side_by_side
 from .data import STDIN, open_source
 from .errors import EndoRewardError
-from .jobs import ANSWERS, Job, here
-from .options import EvalFlags, ModelFlags, RowFlags, takes
+from .jobs import ANSWERS, Engine, Job, here
+from .options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags, takes
 from .output import Monitor, Sink, one_line
 from .ranks import Rank, help_out, lead
 from .report import FileResult, to_json, to_text
@@ -74,21 +75,21 @@ def _common(
 
 
 @app.command()
-@takes(RowFlags)
-def score(file: File, flags: RowFlags, per_token: PerToken = False, resume: Resume = False) -> None:
+@takes(EngineFlags)
+def score(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
     """Score every completion of FILE: JSON Lines out, every column kept, `score` added."""
-    _rows_to_rows(Job("score", flags, per_token), file, resume)
+    _rows_to_rows(Job("score", flags, per_token), flags, file, resume)
 
 
 @app.command()
-@takes(RowFlags)
-def rank(file: File, flags: RowFlags, per_token: PerToken = False, resume: Resume = False) -> None:
+@takes(EngineFlags)
+def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
     """Rank the completions of every row of FILE: adds `scores`, `ranking` (best first) and `best`."""
-    _rows_to_rows(Job("rank", flags, per_token), file, resume)
+    _rows_to_rows(Job("rank", flags, per_token), flags, file, resume)
 
 
-def _rows_to_rows(job: Job, file: str, resume: bool) -> None:
-    flags, rank = job.flags, Rank.from_environment()
+def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None:
+    rank = Rank.from_environment()
     to_file = flags.output not in (None, STDIN)
     if not rank.first:
         return help_out(job, rank, file)
@@ -103,13 +104,26 @@ def _rows_to_rows(job: Job, file: str, resume: bool) -> None:
         if done:
             source = without_done(source, done)
         windows = pipeline.checked(pipeline.windows(source, job.command, flags), source.name)
-        run = here(job) if rank.alone else lead(job, rank, done)
+        run = _engine(job, flags, rank, done)
         if to_file:
             record(str(flags.output), settings)
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
             run(windows, sink.write, monitor)
     if monitor.failed:
         raise typer.Exit(BAD_INPUT)
+
+
+def _engine(job: Job, flags: EngineFlags, rank: Rank, done: Counter[str]) -> Engine:
+    """Where the rows are scored; what must be there for it is there, or an EndoRewardError."""
+    if flags.engine == LOCAL:
+        return here(job) if rank.alone else lead(job, rank, done)
+    if not rank.alone:
+        raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
+    if importlib.util.find_spec("ray") is None:
+        raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
+    from .integrations.ray import on_ray
+
+    return on_ray(job, flags)
 
 
 @app.command("eval")

@@ -127,3 +127,12 @@ class Windows:
         """Once what came before it is written."""
         if self.error is not None:
             raise self.error
+
+
+def note_idle(monitor: Monitor, windows: int, workers: int, name: str) -> None:
+    """Say so if there were fewer windows than `workers`."""
+    if windows < workers:
+        monitor.note(
+            f"only {windows} of {workers} {name} had rows: each takes about {pipeline.WINDOW} characters for every "
+            "token of a batch at a time; with a smaller --max-tokens-per-batch more of them share"
+        )

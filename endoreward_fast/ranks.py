@@ -19,7 +19,7 @@ from typing import Any
 from . import pipeline
 from .data import open_source
 from .errors import EndoRewardError
-from .jobs import Engine, Finished, Job, Windows, Write
+from .jobs import Engine, Finished, Job, Windows, Write, note_idle
 from .options import RowFlags
 from .output import Monitor
 from .pipeline import Item
@@ -130,6 +130,10 @@ def _window(index: int) -> str:
     return f"window {index}"
 
 
+def _left(rank: int) -> str:
+    return f"rank {rank} left"
+
+
 class _InOrder:
     """Finished windows on their way into the output."""
 
@@ -160,6 +164,9 @@ def lead(job: Job, rank: Rank, done: Counter[str]) -> Engine:
             output.own[index] = job.finish(items, scorer)
             output.hand_on()
         output.hand_on(until=read.count)
+        for other in range(1, rank.size):
+            board.get(_left(other))  # a store may end with rank 0, and they still speak to it
+        note_idle(monitor, read.count, rank.size, "ranks")
         read.raise_error()
 
     return run
@@ -185,3 +192,4 @@ def help_out(job: Job, rank: Rank, file: str) -> None:
     scorer = job.load()
     for number, items in _claimed(Windows(pipeline.windows(source, job.command, job.flags)), board):
         board.put(_window(number), job.finish(items, scorer).to_json())
+    board.put(_left(rank.rank), "")

@@ -176,3 +176,21 @@ def test_reading_that_fails_comes_after_what_was_read():
     assert list(read) == [["a"]] and read.count == 1
     with pytest.raises(EndoRewardError, match="torn"):
         read.raise_error()
+
+
+def test_each_rank_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank, flags, device in (
+        (Rank(0, 8, 0), RowFlags(), "cuda:0"),
+        (Rank(7, 8, 3), RowFlags(device="cuda"), "cuda:3"),
+        (Rank(7, 8, 7), RowFlags(), "cuda:3"),  # more ranks than devices share them
+        (Rank(7, 8, 3), RowFlags(device="cpu"), "cpu"),
+        (Rank(7, 8, 3), RowFlags(device="cuda:1"), "cuda:1"),
+    ):
+        assert rank.flags(flags).device == device
+        assert rank.flags(flags).quiet == (rank.rank > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each its own alone
+    assert Rank(1, 2, 1).flags(RowFlags()).device == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Rank(1, 2, 1).flags(RowFlags()).device is None
