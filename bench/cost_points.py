@@ -172,7 +172,7 @@ def settled(number: int, rounds: int) -> dict:
     found = in_a_process("time", str(number), str(rounds))
     head = found["peers"][HEAD]
     if head["ratio_high"] > UNSETTLED * head["ratio_low"]:
-        found = in_a_process("time", str(number), str(rounds)) | {"again": found["measured_share"]}
+        found = in_a_process("time", str(number), str(rounds)) | {"earlier": [found["measured_share"]]}
     return found
 
 
