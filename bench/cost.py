@@ -82,7 +82,7 @@ class Decoder:
 
 
 # Each model's config.json on the Hugging Face Hub, as LitGPT's litgpt/config.py and, of Qwen3, slime's scripts have it.
-# Llama-3.1-405B: 8 key-value heads, as its 405.8e9 parameters say; with 16, as LitGPT once had it, there would be 410e9.
+# Llama-3.1-405B: 8 key-value heads, as its 405.8e9 parameters say; with 16, as LitGPT once had, they were 410e9.
 MODELS = (
     Decoder("Qwen2.5-0.5B", 24, 896, 14, 2, 64, 4864, 151936, tied=True),
     Decoder("Gemma-3-1B", 26, 1152, 4, 1, 256, 6912, 262144, tied=True, window=512, windowed=22),
