@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import version
 from typing import Annotated, Any, Optional
 
@@ -15,8 +16,10 @@ from typer.core import TyperGroup
 from . import look, pipeline, plots, side_by_side
 from .data import STDIN, open_source
 from .errors import EndoRewardError
-from .options import EvalFlags, ModelFlags, RowFlags, takes
+from .jobs import ANSWERS, Engine, Job, here
+from .options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags, takes
 from .output import Monitor, Sink, one_line
+from .ranks import Rank, help_out, lead
 from .report import FileResult, to_json, to_text
 from .resume import record, rows_done, settings_of, without_done
 
@@ -30,7 +33,9 @@ class _Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except EndoRewardError as error:
-            print(f"endoreward: {one_line(str(error))}", file=sys.stderr)
+            rank = os.environ.get("RANK", "0")
+            who = "" if rank == "0" else f"rank {rank}: "
+            print(f"endoreward: {who}{one_line(str(error))}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from None
 
 
@@ -54,56 +59,71 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    rank = Rank.from_environment()
+    if not rank.alone and ctx.invoked_subcommand not in ANSWERS:
+        if not rank.first:
+            raise typer.Exit(BAD_INPUT)
+        raise EndoRewardError(
+            f"{ctx.invoked_subcommand} runs in one process: start it without a launcher ({' and '.join(ANSWERS)} share "
+            "their rows)"
+        )
 
 
 @app.command()
-@takes(RowFlags)
-def score(file: File, flags: RowFlags, per_token: PerToken = False, resume: Resume = False) -> None:
+@takes(EngineFlags)
+def score(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
     """Score every completion of FILE: JSON Lines out, every column kept, `score` added."""
-    _rows_to_rows("score", file, flags, per_token, resume, pipeline.scored_row)
+    _rows_to_rows(Job("score", flags, per_token), flags, file, resume)
 
 
 @app.command()
-@takes(RowFlags)
-def rank(file: File, flags: RowFlags, per_token: PerToken = False, resume: Resume = False) -> None:
+@takes(EngineFlags)
+def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
     """Rank the completions of every row of FILE: adds `scores`, `ranking` (best first) and `best`."""
-    _rows_to_rows("rank", file, flags, per_token, resume, pipeline.ranked_row)
+    _rows_to_rows(Job("rank", flags, per_token), flags, file, resume)
 
 
-def _rows_to_rows(
-    command: str, file: str, flags: RowFlags, per_token: bool, resume: bool, answer: Callable[..., dict[str, Any]]
-) -> None:
+def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None:
+    rank = Rank.from_environment()
     to_file = flags.output not in (None, STDIN)
+    if not rank.first:
+        return help_out(job, rank, file)
     if resume and not to_file:
         raise EndoRewardError("--resume goes on with a file: name it by --output")
-    settings = settings_of(command, version("endoreward-fast"), flags.to_json(), per_token)
+    if not rank.alone and file == STDIN:
+        raise EndoRewardError("several processes cannot share standard input: name a file that each can read")
+    settings = settings_of(job.command, version("endoreward-fast"), flags.to_json(), job.per_token)
     done = rows_done(str(flags.output), settings) if resume else Counter()
     with Sink(flags.output, (file,), append=bool(done)) as sink:
         source = open_source(file, flags.limit)
         if done:
             source = without_done(source, done)
-        batches = pipeline.checked(pipeline.windows(source, command, flags), source.name)
-        scorer = pipeline.load_scorer(flags)
+        windows = pipeline.checked(pipeline.windows(source, job.command, flags), source.name)
+        run = _engine(job, flags, rank, done)
         if to_file:
             record(str(flags.output), settings)
-        options = {**flags.scoring(), "per_token": per_token}
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
-            for items in batches:
-                pipeline.score_items(
-                    items,
-                    scorer,
-                    options,
-                    lambda item: sink.write_row(answer(item, per_token=per_token)),
-                    monitor,
-                    strict=flags.strict,
-                )
+            run(windows, sink.write, monitor)
     if monitor.failed:
         raise typer.Exit(BAD_INPUT)
+
+
+def _engine(job: Job, flags: EngineFlags, rank: Rank, done: Counter[str]) -> Engine:
+    """Where the rows are scored; what must be there for it is there, or an EndoRewardError."""
+    if flags.engine == LOCAL:
+        return here(job) if rank.alone else lead(job, rank, done)
+    if not rank.alone:
+        raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
+    if importlib.util.find_spec("ray") is None:
+        raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
+    from .integrations.ray import on_ray
+
+    return on_ray(job, flags)
 
 
 @app.command("eval")

@@ -20,10 +20,12 @@ LOG_RATIO = "log-ratio"
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
 JUDGES = ("verifier", "pointwise", "pairwise")
 ALL = "all"
+ENGINES = LOCAL, RAY = ("local", "ray")
 
 Text = Optional[str]  # noqa: UP045  typer reads these at run time, in Python 3.10 too
 Count = Optional[int]  # noqa: UP045
 Switch = Optional[bool]  # noqa: UP045
+Share = Optional[float]  # noqa: UP045
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,33 @@ class RowFlags(ModelFlags):
     def to_json(self) -> dict[str, Any]:
         """What the numbers of a run depend on: how it spoke and where it wrote is left out."""
         return {name: value for name, value in asdict(self).items() if name not in ("output", "quiet", "strict")}
+
+
+@dataclass(frozen=True)
+class EngineFlags(RowFlags):
+    """And where rows are scored. Scores do not depend on it."""
+
+    engine: Annotated[str, typer.Option(help="local: this process, or the ranks of torchrun; ray: a Ray cluster.")] = (
+        LOCAL
+    )
+    actors: Annotated[Count, typer.Option(help="Ray: models at work; default: one a GPU, else one a machine.")] = None
+    gpus_per_actor: Annotated[Share, typer.Option(help="Ray: 0.5 puts two models on a GPU; default: 1, if any.")] = None
+    cpus_per_actor: Annotated[float, typer.Option(help="Ray: cores of each.")] = 1.0
+
+    def check(self) -> None:
+        super().check()
+        _one_of("--engine", self.engine, ENGINES)
+        if self.actors is not None:
+            _at_least_one("--actors", self.actors)
+        for flag, value in (("--gpus-per-actor", self.gpus_per_actor), ("--cpus-per-actor", self.cpus_per_actor)):
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise EndoRewardError(f"{flag} must be 0 or more, got {value}")
+        if self.engine == LOCAL and (self.actors is not None or self.gpus_per_actor is not None):
+            raise EndoRewardError("--actors and --gpus-per-actor are for --engine ray")
+
+    def to_json(self) -> dict[str, Any]:
+        engine = {f.name for f in fields(EngineFlags)} - {f.name for f in fields(RowFlags)}
+        return {name: value for name, value in super().to_json().items() if name not in engine}
 
 
 @dataclass(frozen=True)

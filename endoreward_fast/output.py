@@ -22,6 +22,11 @@ def compact(value: float, digits: int = 9) -> float:
     return float(f"{value:.{digits}g}")
 
 
+def to_line(row: dict[str, Any]) -> str:
+    """JSON in one line: one to every reader, also to those that break lines where Unicode does."""
+    return json.dumps(row, ensure_ascii=False, default=str).translate(UNICODE_BREAKS) + "\n"
+
+
 class Sink:
     """Output to a path, or to standard output where the path is None or "-".
 
@@ -61,11 +66,6 @@ class Sink:
             raise
         except OSError as error:
             raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
-
-    def write_row(self, row: dict[str, Any]) -> None:
-        """One line of JSON: one to every reader, also to those that break lines where Unicode does."""
-        line = json.dumps(row, ensure_ascii=False, default=str)
-        self.write(line.translate(UNICODE_BREAKS) + "\n")
 
     @property
     def is_stdout(self) -> bool:

@@ -1,14 +1,19 @@
 """ScoreRows under a real Ray on this machine: actors, batches, rows that cannot be scored."""
 
+import os
+import signal
 import warnings
+from dataclasses import replace
 
 import pytest
 
+from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.options import EngineFlags
 
 ray = pytest.importorskip("ray", reason="Ray Data is not installed")
 pyarrow = pytest.importorskip("pyarrow")
-from endoreward_fast.integrations.ray import ScoreRows  # noqa: E402
+from endoreward_fast.integrations.ray import ScoreRows, actors  # noqa: E402
 
 ROWS = [{"id": i, "prompt": f"What is {i} + 3?", "completion": str(i + 3), "messages": None} for i in range(20)]
 ROWS[7] |= {"prompt": None, "completion": None, "messages": [{"role": "user", "content": "?"}]}  # nothing to score
@@ -37,7 +42,7 @@ def expected(**options):
 def test_scores_do_not_depend_on_how_the_rows_are_spread(cluster, actors, options):
     found = ray.data.from_items(ROWS).map_batches(
         ScoreRows, fn_constructor_kwargs={"model": "pocket"} | options, batch_format="pyarrow", batch_size=6,
-        concurrency=actors,
+        compute=ray.data.ActorPoolStrategy(size=actors),
     ).take_all()  # fmt: skip
     by_id = {row["id"]: row for row in found}
     assert len(by_id) == len(found) == len(ROWS)
@@ -60,3 +65,86 @@ def test_bad_input_is_one_clear_line():
         score(pyarrow.table({"prompt": ["a"], "completion": ["b"], "error": ["c"]}))
     with pytest.raises(TypeError, match="unknown"):
         ScoreRows("pocket", unknown=1)
+
+
+# ---------------------------------------------------------------- a worker that dies
+def test_an_actor_that_is_killed_is_replaced_and_loses_nothing(cluster, tmp_path):
+    class Mortal(ScoreRows):  # in here, so that it travels by value
+        """Its process is killed at its second batch, once."""
+
+        def __init__(self, model, killed):
+            super().__init__(model)
+            self.killed, self.batches = killed, 0
+
+        def __call__(self, batch):
+            self.batches += 1
+            if self.batches == 2 and not os.path.exists(self.killed):
+                open(self.killed, "x").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    killed = tmp_path / "killed"
+    found = ray.data.from_items(ROWS, override_num_blocks=5).map_batches(
+        Mortal, fn_constructor_kwargs={"model": "pocket", "killed": str(killed)}, batch_format="pyarrow", batch_size=4,
+        compute=ray.data.ActorPoolStrategy(size=1),
+    ).take_all()  # fmt: skip
+    assert killed.exists()
+    assert sorted(row["id"] for row in found) == list(range(20))
+    wanted = [score.score for score in expected()]
+    assert all(row["score"] == (wanted[row["id"]] and pytest.approx(wanted[row["id"]], abs=1e-4)) for row in found)
+
+
+# ---------------------------------------------------------------- the command
+def test_the_commands_output_is_that_of_one_process(cluster, tmp_path):
+    rows = [{k: v for k, v in row.items() if v is not None} for row in ROWS] * 4
+    source = put(tmp_path, *rows[:30], "not json", *rows[30:])
+    flags = ("score", source, "--max-tokens-per-batch", "64", "-q", "-o")
+    here, there = tmp_path / "here.jsonl", tmp_path / "there.jsonl"
+    run(*flags, here, code=2)
+    said = run(*flags, there, "--engine", "ray", "--actors", "2", code=2).stderr
+    for wanted, found in zip(rows_of(here.read_text()), rows_of(there.read_text()), strict=True):
+        score = wanted.pop("score")
+        assert found.pop("score") == (score if score is None else pytest.approx(score, abs=1e-4))
+        assert found == wanted
+    assert "endoreward: line 31: not valid JSON" in said
+    whole = there.read_text()
+    there.write_text("".join(whole.splitlines(keepends=True)[:50]) + '{"id"')
+    run(*flags, there, "--engine", "ray", "--resume", code=2)  # from another engine's output it would go on as well
+    assert there.read_text().count("\n") == whole.count("\n") == 81
+
+
+def test_what_stops_the_command_comes_after_what_was_done(cluster, tmp_path):
+    rows = [{k: v for k, v in row.items() if v is not None} for row in ROWS]
+    out = tmp_path / "out.jsonl"
+    ray_flags = ("--engine", "ray", "--max-tokens-per-batch", "1", "-q", "-o", out)
+    said = run("score", put(tmp_path, *rows), "--strict", *ray_flags, code=2).stderr
+    assert said.startswith("endoreward: line 8: ") and "--strict: stopped here" in said
+    assert [row["id"] for row in rows_of(out.read_text())] == list(range(7))
+    assert "no such folder" in run("score", put(tmp_path, *rows), "--model", "./nowhere", *ray_flags, code=2).stderr
+
+
+def test_actors_are_as_many_as_there_is_room_for():
+    plain = EngineFlags(engine="ray")
+    one = {"num_gpus": 1.0, "num_cpus": 1.0}
+    assert actors(plain, {"CPU": 64.0, "GPU": 8.0}, 1) == {"actors": 8, **one}
+    assert actors(plain, {"CPU": 64.0}, 3) == {"actors": 3, "num_gpus": 0.0, "num_cpus": 1.0}
+    halves = replace(plain, gpus_per_actor=0.5)
+    assert actors(halves, {"CPU": 64.0, "GPU": 8.0}, 1) == {"actors": 16, "num_gpus": 0.5, "num_cpus": 1.0}
+    assert actors(replace(plain, actors=2), {"CPU": 4.0, "GPU": 8.0}, 1) == {"actors": 2, **one}
+    for flags, said in (
+        (replace(plain, actors=9), "--actors 9 with --gpus-per-actor 1: the cluster has 8 GPUs"),
+        (replace(plain, cpus_per_actor=16.0), "--actors 8 with --cpus-per-actor 16: the cluster has 64 cores"),
+    ):
+        with pytest.raises(EndoRewardError, match=said):
+            actors(flags, {"CPU": 64.0, "GPU": 8.0}, 1)
+
+
+def test_flags_that_cannot_work_are_said_at_once(tmp_path):
+    source = put(tmp_path, *ROWS[:2])
+    for flags, said in (
+        (("--engine", "spark"), "--engine must be local or ray, got 'spark'"),
+        (("--actors", "2"), "are for --engine ray"),
+        (("--engine", "ray", "--actors", "0"), "--actors must be 1 or more"),
+        (("--engine", "ray", "--gpus-per-actor", "-1"), "--gpus-per-actor must be 0 or more, got -1.0"),
+    ):
+        assert said in run("score", source, *flags, code=2).stderr

@@ -3,16 +3,28 @@
     ds = ray.data.read_json("rows.jsonl")
     ds = ds.map_batches(
         ScoreRows, fn_constructor_kwargs={"model": "Qwen/Qwen2.5-0.5B-Instruct", "reduction": "mean"},
-        batch_format="pyarrow", batch_size=256, concurrency=4, num_gpus=0.5,      # Ray's own: two actors share a GPU
+        batch_format="pyarrow", batch_size=256,
+        compute=ray.data.ActorPoolStrategy(size=4), num_gpus=0.5,      # Ray's own: two actors share a GPU
     )
     ds.write_parquet("scored")
 
-Ray decides where actors run, how many, what is retried; a row's score does not depend on that.
+Ray decides where actors run and what is retried; a row's score does not depend on that. `endoreward score --engine ray`
+is `on_ray`: Ray Data once more, over windows of rows that the command has read, so that it takes every format that the
+command takes and writes in the order of the input.
 """
 
+import logging
+import pickle
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..errors import EndoRewardError
+from ..jobs import Engine, Finished, Job, Windows, Write, note_idle
 from ..model import EndoRewardModel
+from ..options import EngineFlags
+from ..output import Monitor
+from ..pipeline import Item
+from ..scoring import ScoreOptions
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,16 +47,12 @@ class ScoreRows:
     """
 
     def __init__(self, model: str, *, dtype: str = "auto", device: str | None = None, **options: Any) -> None:
-        from ..scoring import ScoreOptions
-
         ScoreOptions(**options)  # what cannot work is said before the model is loaded
         self.options = options
         self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device)
 
     def __call__(self, batch: "pyarrow.Table") -> "pyarrow.Table":
         import pyarrow
-
-        from ..errors import EndoRewardError
 
         if not isinstance(batch, pyarrow.Table):
             raise EndoRewardError(
@@ -63,3 +71,83 @@ class ScoreRows:
         for name, column in zip(ADDED, columns, strict=True):
             batch = batch.append_column(name, column)
         return batch
+
+
+class ScoreWindow:
+    """The actor of `on_ray`: {"window": pickled items} -> {"finished": their lines}."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.refusal: str | None = None
+        try:
+            self.scorer = job.load()
+        except EndoRewardError as error:  # told with the first window: Ray would start this actor again and again
+            self.refusal = str(error)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if self.refusal:
+            return {"finished": Finished(stopped=self.refusal).to_json()}
+        return {"finished": self.job.finish(pickle.loads(row["window"]), self.scorer).to_json()}
+
+
+def on_ray(job: Job, flags: EngineFlags) -> Engine:
+    """Windows of rows over the actors of a Ray cluster: RAY_ADDRESS, or the one of this machine, or one started here.
+
+    Ray holds the windows in its object store, which spills to disk. Raises EndoRewardError: actors that the cluster has
+    no room for.
+    """
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        ray.init(logging_level="error", log_to_driver=False)
+    size = actors(flags, ray.cluster_resources(), len(ray.nodes()))
+
+    def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
+        read = Windows(windows)
+        packed = [{"window": pickle.dumps(items)} for items in read]
+        note_idle(monitor, read.count, size["actors"], "actors")
+        try:
+            for finished in _in_order(packed, job, **size):
+                Finished.from_json(finished).hand_on(write, monitor)
+        finally:
+            if ours:
+                ray.shutdown()
+        read.raise_error()
+
+    return run
+
+
+def _in_order(packed: list[dict[str, bytes]], job: Job, actors: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
+    """What ScoreWindow makes of each window, in their order."""
+    import ray.data
+
+    if not packed:
+        return
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.ERROR)  # the command has a bar and words of its own; Ray's log files keep theirs
+    data = ray.data.from_items(packed, override_num_blocks=len(packed))
+    data.context.execution_options.preserve_order = True
+    data.context.enable_progress_bars = False
+    pool = ray.data.ActorPoolStrategy(size=min(actors, len(packed)))
+    scored = data.map(ScoreWindow, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, num_cpus=num_cpus)
+    for row in scored.iter_rows():
+        yield row["finished"]
+
+
+def actors(flags: EngineFlags, cluster: dict[str, float], nodes: int) -> dict[str, Any]:
+    """How many actors of which size: by default one a GPU, or one a machine where there is none.
+
+    Raises EndoRewardError for more than there is room for: Ray would wait for machines to come.
+    """
+    gpus, cores = cluster.get("GPU", 0.0), cluster.get("CPU", 0.0)
+    each = flags.gpus_per_actor if flags.gpus_per_actor is not None else float(gpus > 0)
+    count = flags.actors or (max(1, int(gpus // each)) if each else nodes)
+    for flag, wanted, there, what in (
+        ("--gpus-per-actor", each, gpus, "GPUs"),
+        ("--cpus-per-actor", flags.cpus_per_actor, cores, "cores"),
+    ):
+        if count * wanted > there:
+            raise EndoRewardError(f"--actors {count} with {flag} {wanted:g}: the cluster has {there:g} {what}")
+    return {"actors": count, "num_gpus": each, "num_cpus": flags.cpus_per_actor}

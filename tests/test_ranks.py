@@ -1,0 +1,196 @@
+"""Rows shared by ranks: real launches by torchrun and accelerate, against one process; a rank that is killed."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cli_harness import LengthScorer, put, rows_of, run
+from endoreward_fast import EndoRewardError, pipeline
+from endoreward_fast.data import open_source
+from endoreward_fast.jobs import Finished, Job, Windows
+from endoreward_fast.options import RowFlags
+from endoreward_fast.ranks import PART, Board, Rank, _InOrder
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ("--max-tokens-per-batch", "32")  # windows of about a thousand characters
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node")
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
+              "--dynamo_backend", "no", "--num_processes")  # fmt: skip
+
+
+def questions(count):
+    return [
+        {"id": i, "prompt": f"What is {i % 89} + {i % 7}?", "completion": str(i % 89 + i % 7)} for i in range(count)
+    ]
+
+
+def launched(arguments, launcher=()):
+    """The command in processes of its own, one thread each; `launcher` says how many."""
+    clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    module = ("-m", launcher[0], *launcher[1:]) if launcher else ()
+    return subprocess.Popen(
+        [sys.executable, *module, "-m", "endoreward_fast", *map(str, arguments)],
+        env=clean | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def ended(process):
+    """(exit code, what it said)."""
+    _, said = process.communicate(timeout=240)
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [(TORCHRUN, 2), (TORCHRUN, 3), (ACCELERATE, 2)])
+def test_the_output_is_that_of_one_process_to_the_byte(tmp_path, launcher, ranks):
+    rows = [*questions(60), "not json", {"prompt": "p"}, *questions(90)]
+    source, alone, shared = put(tmp_path, *rows), tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
+    command = ["rank" if ranks == 3 else "score", source, *SMALL, "--per-token", "-o"]
+    if ranks == 3:
+        command[1] = put(tmp_path, *({"prompt": r["prompt"], "completions": ["1", r["completion"]]} for r in rows[:60]))
+    code, said = ended(launched([*command, alone]))
+    assert code == (0 if ranks == 3 else 2), said
+    code, said = ended(launched([*command, shared], (*launcher, str(ranks))))
+    assert (code == 0) == (ranks == 3), said
+    assert shared.read_bytes() == alone.read_bytes()
+    settings = [Path(f"{path}.settings.json").read_bytes() for path in (alone, shared)]
+    assert settings[0] == settings[1]
+    if ranks == 2:  # rank 0 alone speaks, and once
+        assert said.count("endoreward: line 61: not valid JSON") == 1
+        assert said.count("endoreward: scored 150 of 152 rows") == 1
+
+
+def kill_rank_1(process):
+    ranks = {p.environ().get("RANK"): p for p in psutil.Process(process.pid).children() if p.is_running()}
+    ranks["1"].kill()
+
+
+def until_written(process, path, size):
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.stat().st_size < size:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("restarts", [0, 1])
+def test_a_rank_that_is_killed_loses_nothing(tmp_path, restarts):
+    """The launcher ends the others, and starts them anew if it may: --resume goes on."""
+    source, out, alone = put(tmp_path, *questions(600)), tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
+    command = ["score", source, *SMALL, "--resume", "-o"]
+    process = launched([*command, out], (TORCHRUN[0], f"--max-restarts={restarts}", TORCHRUN[1], "2"))
+    until_written(process, out, 4_000)
+    kill_rank_1(process)
+    code, said = ended(process)
+    if restarts:
+        assert code == 0, said
+    else:
+        assert code != 0 and 0 < out.read_text().count("\n") < 600
+        assert ended(launched([*command, out], (*TORCHRUN, "2")))[0] == 0
+    run("score", source, "-o", alone, "-q")
+    found, wanted = rows_of(out.read_text()), rows_of(alone.read_text())
+    assert [row["id"] for row in found] == [row["id"] for row in wanted]
+    assert [row["score"] for row in found] == pytest.approx([row["score"] for row in wanted], abs=1e-4)
+
+
+# ---------------------------------------------------------------- bad input
+@pytest.fixture
+def rank_0_of_2(monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "localhost")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+
+
+def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
+    assert "cannot share standard input" in run("score", "-", code=2, input="{}").stderr
+    assert "no such file" in run("score", tmp_path / "absent", code=2).stderr
+    said = run("eval", tmp_path / "absent", code=2).stderr
+    assert (
+        said == "endoreward: eval runs in one process: start it without a launcher (score and rank share their rows)\n"
+    )
+    monkeypatch.setenv("RANK", "1")
+    assert run("eval", tmp_path / "absent", code=2).stderr == ""
+    monkeypatch.delenv("MASTER_PORT")
+    assert "WORLD_SIZE is 2, and MASTER_PORT is not set" in run("score", "-", code=2).stderr
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Rank.from_environment() == Rank(0, 1, 0)
+
+
+# ---------------------------------------------------------------- the parts
+def test_messages_of_any_size_travel_whole_and_leave_nothing():
+    store = torch.distributed.HashStore()
+    board = Board(store)
+    text = "ü" * PART + "end"  # two bytes each: three parts
+    board.put("a", text)
+    assert store.num_keys() == 4 and board.has("a") and not board.has("b")
+    assert board.get("a") == text == board.take("a")
+    assert store.num_keys() == 0
+    assert [board.claim(), board.claim()] == [0, 1]
+
+
+def test_windows_are_written_in_order_whoever_finishes_first(tmp_path):
+    board, lines, monitor = Board(torch.distributed.HashStore()), [], Finished()
+    output = _InOrder(board, lambda line: (lines.append(line), monitor.rows.append((line, "", None))), monitor)
+    windows = {n: Finished([(f"{n}\n", f"line {n}", None)], tokens=n) for n in range(4)}
+    board.put("window 1", windows[1].to_json())
+    output.own[2] = windows[2]
+    output.hand_on()
+    assert lines == []  # window 0 is missing
+    output.own[0] = windows[0]
+    output.hand_on()
+    assert lines == ["0\n", "1\n", "2\n"] and monitor.tokens == 3
+    board.put("window 3", Finished(windows[3].rows, 3, "line 9: no (--strict: stopped here)").to_json())
+    with pytest.raises(EndoRewardError, match="line 9"):
+        output.hand_on(until=4)
+    assert lines[3] == "3\n"  # what was done before is written
+
+
+def test_a_window_is_finished_with_what_stopped_it(tmp_path):
+    rows = [{"prompt": "p", "completion": text} for text in ("a\u2028", "bb", "LONG")]
+    flags = RowFlags(strict=True)
+    (items,) = pipeline.windows(open_source(put(tmp_path, *rows)), "score", flags)
+    found = Job("score", flags).finish(items, LengthScorer())
+    assert Finished.from_json(found.to_json().encode()) == found
+    assert "line 3: 9 tokens" in found.stopped
+    assert [where for _, where, _ in found.rows] == ["line 3"]  # scored last first: what is done is kept
+    (items,) = pipeline.windows(open_source(put(tmp_path, *rows)), "score", RowFlags())
+    found = Job("score", RowFlags()).finish(items, LengthScorer())
+    assert [(where, problem and problem[:8]) for _, where, problem in found.rows] == [
+        ("line 1", None), ("line 2", None), ("line 3", "9 tokens"),
+    ]  # fmt: skip
+    assert found.tokens == 8 and found.stopped is None
+
+
+def test_reading_that_fails_comes_after_what_was_read():
+    def windows():
+        yield ["a"]
+        raise EndoRewardError("torn")
+
+    read = Windows(windows())
+    assert list(read) == [["a"]] and read.count == 1
+    with pytest.raises(EndoRewardError, match="torn"):
+        read.raise_error()
+
+
+def test_each_rank_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for rank, flags, device in (
+        (Rank(0, 8, 0), RowFlags(), "cuda:0"),
+        (Rank(7, 8, 3), RowFlags(device="cuda"), "cuda:3"),
+        (Rank(7, 8, 7), RowFlags(), "cuda:3"),  # more ranks than devices share them
+        (Rank(7, 8, 3), RowFlags(device="cpu"), "cpu"),
+        (Rank(7, 8, 3), RowFlags(device="cuda:1"), "cuda:1"),
+    ):
+        assert rank.flags(flags).device == device
+        assert rank.flags(flags).quiet == (rank.rank > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each its own alone
+    assert Rank(1, 2, 1).flags(RowFlags()).device == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert Rank(1, 2, 1).flags(RowFlags()).device is None
