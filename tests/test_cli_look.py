@@ -233,7 +233,7 @@ def drawn(monkeypatch, title, *rewards):
 
 
 def test_a_picture_of_long_completions_and_of_single_tokens_can_be_read(monkeypatch):
-    axes = drawn(monkeypatch, "/models/a$b$^c: sum", *([-1.0] * 700 for _ in range(6)))
+    axes = drawn(monkeypatch, "/models/a$^^$c: sum", *([-1.0] * 700 for _ in range(6)))
     [line] = [line for line in axes[2].lines if line.get_label() == "chosen (6)"]
     assert len(line.get_xdata()) <= POINTS and max(line.get_xdata()) <= 700
     assert "12 at a time" in axes[2].get_title(loc="left")
