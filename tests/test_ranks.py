@@ -49,7 +49,10 @@ def launched(arguments, launcher=()):
 
 def ended(process):
     """(exit code, what it said)."""
-    _, said = process.communicate(timeout=240)
+    try:
+        _, said = process.communicate(timeout=240)
+    finally:
+        process.terminate()  # a launcher that hangs takes its ranks with it
     return process.returncode, said
 
 
