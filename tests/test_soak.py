@@ -12,14 +12,16 @@ def series(memory):
 
 
 def test_memory_is_flat_where_it_is_and_not_where_it_leaks():
-    assert soak.growth(series(lambda i: 500)) == pytest.approx(0, abs=1e-9)
-    assert abs(soak.growth(series(lambda i: 500 + 20 * (i % 2)))) < soak.GROWTH / 5  # up and down is flat
-    assert soak.growth(series(lambda i: 500 if i > 30 else 10 * i)) == pytest.approx(0, abs=1e-9)  # warming up
-    leak = soak.growth(series(lambda i: 500 + 0.2 * i + 20 * (i % 2)))  # 10 MiB in the second half, under noise
-    assert leak > soak.GROWTH and leak == pytest.approx(10 / 520, rel=0.2)
+    assert soak.growth(series(lambda i: 500)) == 0
+    saw = series(lambda i: 500 + 10 * (i % 5))  # a window's work comes and goes
+    assert soak.growth(saw) == 0
+    assert soak.growth(series(lambda i: 500 if i > 30 else 10 * i)) == 0  # warming up
+    assert abs(soak.growth(series(lambda i: 500 + 14 * (i > 60)))) < soak.GROWTH  # one step, and no more
+    leak = soak.growth(series(lambda i: 500 + 0.4 * i + 10 * (i % 5)))  # 20 MiB in the second half
+    assert leak > soak.GROWTH and leak == pytest.approx(20 / 530, rel=0.2)
     assert soak.growth(series(lambda i: 500 - i)) < 0
-    with pytest.raises(SystemExit, match="2 readings of the second half"):
-        soak.growth(series(lambda i: 500)[:3])
+    with pytest.raises(SystemExit, match="6 readings of the second half: too few"):
+        soak.growth(series(lambda i: 500)[:10])
 
 
 def test_throughput_by_tenths():
