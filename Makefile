@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint bench sweep paper gpu gpu-sanitize kernel-report clean
+.PHONY: help demo test families lint bench sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -44,6 +44,10 @@ sweep: $(READY) ## CPU times against N and V, three minutes; JSON and pictures t
 
 paper: $(READY) ## the paper's claims, reproduced small: six commands, a quarter of an hour; results to bench/results
 	for claim in reward policy iterate ranking rl steering; do $(BIN)/python -m bench.paper.$$claim || exit 1; done
+
+scale: $(READY) ## what scoring costs, by formula and measured, and 100,000 rows through the command: three quarters of an hour
+	OMP_NUM_THREADS=2 $(BIN)/python -m bench.cost
+	OMP_NUM_THREADS=2 $(BIN)/python -m bench.soak
 
 gpu: ## every test on the GPU, then every GPU benchmark, under 9 minutes; JSON and pictures to OUT=
 	@$(GPU_PYTHON) -m bench.gpu --out $(OUT)

@@ -113,15 +113,22 @@ def fragment(rows: Sequence[Row], title: str | None = None) -> str:
     limit = limit_of_rows(rows)
     heading = f"<h1>{escape(visible(title))}</h1>\n" if title else ""
     body = "\n".join(_row(row, limit) for row in rows)
-    return f'<div class="endoreward">\n<style>\n{_style()}</style>\n{heading}{_legend(limit)}\n{body}\n</div>'
+    # Notebooks cut off what reaches out of a cell's output: the last line's tooltip needs its room inside.
+    kind = "endoreward" if title else "endoreward alone"
+    return f'<div class="{kind}">\n<style>\n{_style()}</style>\n{heading}{_legend(limit)}\n{body}\n</div>'
+
+
+def counted(tokens: Sequence[Token]) -> str:
+    """How many there are."""
+    return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"
 
 
 def _legend(limit: float) -> str:
     steps = "".join(f'<i class="{_class(level)}"></i>' for level in range(-LEVELS, LEVELS + 1))
     name = f"Reward of a token, from {number(-limit)} and less (orange, underlined) to {number(limit)} and more (blue)"
     return (
-        f'<div class="legend" role="img" aria-label="{name}"><span>≤ {number(-limit)}</span><b>{steps}</b>'
-        f"<span>≥ {number(limit)}</span><span>reward of a token; underlined below 0</span></div>"
+        f'<div class="legend" role="img" aria-label="{name}"><div>≤ {number(-limit)}<b>{steps}</b>'
+        f"≥ {number(limit)}</div><span>reward of a token; underlined below 0</span></div>"
     )
 
 
@@ -135,11 +142,10 @@ def _row(row: Row, limit: float) -> str:
 
 def _card(card: Card, limit: float, best: bool) -> str:
     score = "no score" if card.score is None else number(card.score)
-    count = f"{len(card.tokens)} token{'' if len(card.tokens) == 1 else 's'}"
     badge = '<b class="badge">best</b>' if best else ""
     head = (
         f'<header><span class="label">{escape(visible(card.label))}</span>{badge}'
-        f'<span class="score">{score}</span><span class="count">{count}</span></header>'
+        f'<span class="score">{score}</span><span class="count">{counted(card.tokens)}</span></header>'
     )
     note = f'<p class="note">{escape(visible(card.note))}</p>' if card.note else ""
     tokens = "".join(_token(token, limit) for token in card.tokens)
@@ -149,7 +155,7 @@ def _card(card: Card, limit: float, best: bool) -> str:
 
 
 def _token(token: Token, limit: float) -> str:
-    shown = escape(visible(token.text)) or f"<small> {escape(visible(token.name))} </small>"
+    shown = escape(visible(token.text)) or f'<small dir="ltr"> {escape(visible(token.name))} </small>'
     shown = shown.replace("\n", '<s aria-hidden="true">↵</s>\n').replace("\t", '<s aria-hidden="true">⇥</s>\t')
     tip = escape(token.lines()).replace("\n", "&#10;")
     level = _class(level_of(token.reward, limit))
@@ -167,20 +173,25 @@ def _style() -> str:
     levels = range(-LEVELS, LEVELS + 1)
     colours = [(f".{_class(n)}", "background", LIGHT.background(n), DARK.background(n)) for n in levels]
     colours += [("", "--ink", LIGHT.ink, DARK.ink), ("", "--paper", LIGHT.zero, DARK.zero)]
+    colours += [("", "--below", LIGHT.line, DARK.line)]
     return STYLE + "".join(f".endoreward {of} {{ {what}: light-dark({a}, {b}) }}\n" for of, what, a, b in colours)
 
 
 STYLE = """\
-.endoreward { color-scheme: light dark; --muted: light-dark(#5b6470, #a3acb8); --line: light-dark(#d5d9df, #353b45);
+.endoreward { color-scheme: light dark; forced-color-adjust: none; print-color-adjust: exact;
+  --muted: light-dark(#5b6470, #a3acb8); --line: light-dark(#d5d9df, #353b45);
   font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: light-dark(#f4f5f7, #0d0f13);
   padding: 1.25rem; box-sizing: border-box }
+.endoreward.alone { padding-bottom: 7.5rem }
 [data-jp-theme-light="true"] .endoreward { color-scheme: light }
 [data-jp-theme-light="false"] .endoreward { color-scheme: dark }
 .endoreward h1 { font-size: 1.25rem; margin: 0 0 .75rem }
 .endoreward h2 { font-size: .85rem; font-weight: 600; color: var(--muted); margin: 0 0 .4rem }
-.endoreward .legend { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center; color: var(--muted);
-  font-size: .85rem; font-variant-numeric: tabular-nums }
+.endoreward .legend, .endoreward .legend div { display: flex; flex-wrap: wrap; gap: .6rem; align-items: center }
+.endoreward .legend { color: var(--muted); font-size: .85rem; font-variant-numeric: tabular-nums }
+.endoreward .legend div { flex-wrap: nowrap; white-space: nowrap; max-width: 100% }
 .endoreward .legend b { display: flex; border: 1px solid var(--line); border-radius: 3px; overflow: hidden }
+.endoreward .legend b, .endoreward .legend i { flex: 0 1 auto; min-width: 0 }
 .endoreward .legend i { width: .8rem; height: .9rem; box-sizing: border-box }
 .endoreward section { margin-top: 1.5rem }
 .endoreward .prompt { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 12rem; overflow: auto;
@@ -199,7 +210,7 @@ STYLE = """\
 .endoreward .tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; tab-size: 4 }
 .endoreward .t { border-radius: 3px; padding: .12em 0; margin-right: 1px; cursor: default }
 .endoreward .t s, .endoreward .t small { text-decoration: none; font-size: .85em }
-.endoreward [class*=" n"]:not(.nan), .endoreward i[class^="n"] { box-shadow: inset 0 -2px light-dark(#a84f08, #f0923a) }
+.endoreward [class*=" n"]:not(.nan), .endoreward i[class^="n"] { box-shadow: inset 0 -2px var(--below) }
 .endoreward .nan { outline: 1px dashed var(--muted) }
 .endoreward .t:focus, .endoreward .t:hover { outline: 2px solid var(--ink); outline-offset: 1px }
 .endoreward .t:focus::after, .endoreward .t:hover::after { content: attr(aria-label); display: block;
@@ -209,6 +220,11 @@ STYLE = """\
   border-radius: 6px; padding: .5rem .7rem; box-shadow: 0 4px 14px #0006; pointer-events: none; direction: ltr }
 .endoreward .tokens:has(.t:hover) .t:focus:not(:hover)::after { content: none }
 .endoreward .quiet .t::after { content: none !important }
+@media print {
+  .endoreward { color-scheme: light !important }
+  .endoreward .prompt { max-height: none }
+  .endoreward header, .endoreward h2 { break-after: avoid }
+}
 """
 
 SCRIPT = """
@@ -227,7 +243,14 @@ document.addEventListener('keydown', event => {
   const t = token(event);
   if (!t) return;
   if (event.key === 'Escape') t.closest('article').classList.add('quiet');
-  const next = {ArrowRight: t.nextElementSibling, ArrowLeft: t.previousElementSibling}[event.key];
-  if (next) { next.focus(); event.preventDefault(); }
+  const all = [...document.querySelectorAll('.endoreward .tokens')].filter(e => e.firstElementChild);
+  const own = t.parentElement, at = all.indexOf(own), leftwards = getComputedStyle(own).direction == 'rtl';
+  const next = {
+    ArrowRight: leftwards ? t.previousElementSibling : t.nextElementSibling,
+    ArrowLeft: leftwards ? t.nextElementSibling : t.previousElementSibling,
+    ArrowDown: all[at + 1]?.firstElementChild, ArrowUp: all[at - 1]?.firstElementChild,
+    Home: own.firstElementChild, End: own.lastElementChild,
+  }[event.key];
+  if (next && !event.ctrlKey && !event.altKey && !event.metaKey) { next.focus(); event.preventDefault(); }
 });
 """

@@ -133,6 +133,6 @@ def note_idle(monitor: Monitor, windows: int, workers: int, name: str) -> None:
     """Say so if there were fewer windows than `workers`; none at all is no news: all is done already."""
     if 0 < windows < workers:
         monitor.note(
-            f"only {windows} of {workers} {name} had rows: one takes about {pipeline.WINDOW} characters for every "
+            f"only {windows} of {workers} {name} had rows: each takes about {pipeline.WINDOW} characters for every "
             "token of a batch at a time; with a smaller --max-tokens-per-batch more of them share"
         )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import pipeline
 from .data import Record, Source, open_source
 from .errors import EndoRewardError
-from .heatmap import Card, Row, Token, best_of, limit_of_rows, number, page, visible
+from .heatmap import Card, Row, Token, best_of, counted, limit_of_rows, number, page, visible
 from .notebook import tokens_of
 from .options import RowFlags
 from .output import Monitor, Sink
@@ -64,7 +64,9 @@ def row_of(item: Item) -> Row:
         table = item.results[i].tokens
         tokens = () if table is None else tokens_of(table)
         cards.append(Card(labels[i], item.score(i), tokens, item.problem(i)))
-    return Row(item.record.where, _prompt(item.task.samples[0]) if item.task.samples else "", cards)
+    if not cards:
+        return Row(item.record.where, "", [Card("no completion", None)])
+    return Row(item.record.where, _prompt(item.task.samples[0]), cards)
 
 
 def _labels(layout: Any, name: str = "completion") -> Iterator[tuple[int, str]]:
@@ -92,8 +94,13 @@ def _text(rows: Sequence[Row], sink: Sink) -> str:
 
     console = Console(soft_wrap=False, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
-        print_rows(rows, console, coloured=sink.is_stdout and console.color_system is not None)
+        print_rows(rows, console, coloured=sink.is_stdout and _has_colours(console))
     return capture.get()
+
+
+def _has_colours(console: Console) -> bool:
+    """Sixteen are too few: white on their yellow cannot be read, and half of the levels fall together."""
+    return not console.no_color and console.color_system in ("256", "truecolor")
 
 
 def print_rows(rows: Sequence[Row], console: Console, *, coloured: bool) -> None:
@@ -108,7 +115,7 @@ def print_rows(rows: Sequence[Row], console: Console, *, coloured: bool) -> None
             console.print(Text(visible(row.prompt), "dim"), soft_wrap=True)
         for i, card in enumerate(row.cards):
             score = "no score" if card.score is None else number(card.score)
-            console.print(Text(f"\n{card.label}  {score}  {len(card.tokens)} tokens{'  best' * (i == best)}", "bold"))
+            console.print(Text(f"\n{card.label}  {score}  {counted(card.tokens)}{'  best' * (i == best)}", "bold"))
             if card.note:
                 console.print(Text(visible(card.note)), soft_wrap=True)
             line = Text()

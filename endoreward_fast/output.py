@@ -53,7 +53,7 @@ class Sink:
             self._file: BinaryIO = sys.stdout.buffer
             return
         if any(i != STDIN and _same(path, i) for i in inputs):
-            raise EndoRewardError(f"--output {path} is the input: it would be overwritten")
+            raise EndoRewardError(f"{path} is the input: writing there would lose it")
         self._created = not os.path.lexists(path)
         try:
             self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__

@@ -20,6 +20,8 @@ class Theme:
     above: str
     below: str
     ink: str
+    line: str
+    """under what is below 0: a contrast of at least 3 (1.4.11)"""
 
     def background(self, level: int) -> str:
         """Of `level` in [-LEVELS, LEVELS]."""
@@ -28,8 +30,8 @@ class Theme:
         return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in ends)
 
 
-LIGHT = Theme(zero="#ffffff", above="#5aa5e8", below="#f0923a", ink="#14171c")
-DARK = Theme(zero="#16191f", above="#1d66ad", below="#a84f08", ink="#ffffff")
+LIGHT = Theme(zero="#ffffff", above="#5aa5e8", below="#f0923a", ink="#14171c", line="#7a3500")
+DARK = Theme(zero="#16191f", above="#1d66ad", below="#a84f08", ink="#ffffff", line="#ffc48a")
 
 
 def limit_of(rewards: Iterable[float]) -> float:

@@ -22,7 +22,15 @@ PICTURE = "rewards.png"
 FORMATS = (".png", ".svg")
 COLOURS = {"chosen": "#1d66ad", "rejected": "#d97a1c", "completions": "#5b6470"}
 FEWEST = 5
-"""rows that reach a position for a mean to be drawn there"""
+"""tokens at a position for a mean to be drawn there"""
+POINTS = 60
+"""means along a line at most: a thousand positions would be noise and nothing else"""
+
+
+FEW_POINTS = 12
+"""of a line, for each to have a mark: one alone would not be seen without"""
+TITLE = 90
+"""characters"""
 
 
 @dataclass
@@ -53,11 +61,20 @@ class Kind:
             self.squares[position] += step * (reward - self.means[position])
         self.lengths.append(length)
 
-    def by_position(self) -> list[tuple[int, float, float]]:
-        """(position from 1, mean reward, its standard error), where at least FEWEST completions reach."""
-        rows = zip(self.counts, self.means, self.squares, strict=True)
-        found = enumerate(rows, start=1)
-        return [(p, mean, math.sqrt(square / (n - 1) / n)) for p, (n, mean, square) in found if n >= FEWEST]
+    def by_position(self, together: int = 1) -> list[tuple[float, float, float]]:
+        """(middle position, from 1; mean reward; its standard error) of each `together` positions in a row, as far as
+        at least FEWEST completions reach."""
+        reached = sum(n >= FEWEST for n in self.counts)  # counts never rise
+        groups = [slice(start, min(start + together, reached)) for start in range(0, reached, together)]
+        return [((g.start + 1 + g.stop) / 2, *self._pooled(g)) for g in groups]
+
+    def _pooled(self, group: slice) -> tuple[float, float]:
+        """Mean of all rewards there, and its standard error."""
+        parts = list(zip(self.counts[group], self.means[group], self.squares[group], strict=True))
+        total = sum(n for n, _, _ in parts)
+        mean = sum(n * m for n, m, _ in parts) / total
+        squares = sum(square + n * (m - mean) ** 2 for n, m, square in parts)
+        return mean, math.sqrt(squares / (total - 1) / total)
 
 
 def plot(file: str, flags: RowFlags) -> bool:
@@ -116,38 +133,64 @@ def picture(kinds: dict[str, Kind], title: str, suffix: str) -> bytes:
     """The file, ".png" or ".svg". The same numbers give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     of_scores, of_lengths, of_positions = figure.subplots(1, 3)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, color=LIGHT.ink)
+    # A model's name may hold dollar signs, which would be taken for formulas, and be long.
+    shown = title if len(title) <= TITLE else f"…{title[1 - TITLE :]}"
+    figure.suptitle(shown, x=0.01, ha="left", fontsize=11, color=LIGHT.ink, parse_math=False)
     everything = [score for kind in kinds.values() for score in kind.scores]
     low, high = min(everything), max(everything)
     for name, kind in kinds.items():
-        style = {"color": COLOURS[name], "label": f"{name} ({len(kind.scores)})"}
-        # Outlines, one dashed: told apart without their colours too.
-        line = "--" if name == "rejected" else "-"
-        of_scores.hist(kind.scores, bins=30, range=(low, high), histtype="step", lw=1.8, ls=line, **style)
-        mark = "x" if name == "rejected" else "o"
-        of_lengths.scatter(kind.lengths, kind.scores, s=14, alpha=0.55, marker=mark, lw=0.8, **style)
-        if points := kind.by_position():
-            at, mean, error = (list(column) for column in zip(*points, strict=True))
-            of_positions.plot(at, mean, ls=line, lw=1.6, **style)
-            edges = [[m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1)]
-            of_positions.fill_between(at, *edges, color=COLOURS[name], alpha=0.2, lw=0)
+        of_scores.hist(kind.scores, bins=30, range=(low, high), histtype="step", lw=1.8, **_style(name, kind))
+        mark = {"marker": _mark(name), "color": COLOURS[name]}
+        of_lengths.scatter(kind.lengths, kind.scores, s=14, alpha=0.55, lw=0.8, **mark)
     r = correlation([n for kind in kinds.values() for n in kind.lengths], everything)
-    of_positions.axhline(0, color="#9aa3ae", lw=0.8)
     labels = (
         (of_scores, "Scores", "score", "completions"),
         (of_lengths, f"Length bias{'' if r is None else f': correlation {r:+.2f}'}", "tokens scored", "score"),
-        (of_positions, f"Mean reward by position, ± 1 standard error (n ≥ {FEWEST})", "token", "reward"),
+        (of_positions, _by_position(of_positions, kinds), f"token (as far as {FEWEST} completions reach)", "reward"),
     )
     for axis, name, x, y in labels:
         axis.set_title(name, loc="left", fontsize=10)
         axis.set_xlabel(x), axis.set_ylabel(y)
         axis.spines[["top", "right"]].set_visible(False)
-    of_scores.legend(frameon=False, fontsize=9)
+    for counts in (of_scores.yaxis, of_lengths.xaxis, of_positions.xaxis):
+        counts.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    handles, names = of_scores.get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper right", ncols=len(names), frameon=False, fontsize=9)  # over no data
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "endoreward_fast"}):
         metadata = {"Date": None} if suffix == ".svg" else {}
         figure.savefig(stream, format=suffix[1:], dpi=130, metadata=metadata)
     return stream.getvalue()
+
+
+def _by_position(axis: Any, kinds: dict[str, Kind]) -> str:
+    """Draw mean rewards along the completion; what to call it."""
+    reached = max(sum(n >= FEWEST for n in kind.counts) for kind in kinds.values())
+    if not reached:
+        axis.text(0.5, 0.6, f"fewer than {FEWEST} completions", transform=axis.transAxes, ha="center")
+        axis.set_yticks([]), axis.set_xlim(1, 2)
+    together = -(-reached // POINTS) or 1
+    for name, kind in kinds.items():
+        if points := kind.by_position(together):
+            at, mean, error = (list(column) for column in zip(*points, strict=True))
+            dots = {"marker": _mark(name), "ms": 4} if len(points) <= FEW_POINTS else {}
+            axis.plot(at, mean, lw=1.6, **dots, **_style(name, kind))
+            edges = [[m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1)]
+            axis.fill_between(at, *edges, color=COLOURS[name], alpha=0.2, lw=0)
+    axis.axhline(0, color="#9aa3ae", lw=0.8)
+    groups = f", {together} at a time" if together > 1 else ""
+    return f"Mean reward by position{groups} (± 1 s.e.)"
+
+
+def _style(name: str, kind: Kind) -> dict[str, Any]:
+    """Outlines and lines, one dashed: told apart without their colours too."""
+    line = "--" if name == "rejected" else "-"
+    return {"color": COLOURS[name], "label": f"{name} ({len(kind.scores)})", "ls": line}
+
+
+def _mark(name: str) -> str:
+    return "x" if name == "rejected" else "o"

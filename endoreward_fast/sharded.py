@@ -101,7 +101,7 @@ class _ShardedLinear(torch.autograd.Function):
             )  # fmt: skip
             found = [g if need else None for g, need in zip(out, needs, strict=True)]
         if needs[0]:
-            whole_gradient = found[0].float()  # each shard's part would else be rounded before it is added
+            whole_gradient = found[0].float()  # in low precision each addition would round once more
             dist.all_reduce(whole_gradient, group=ctx.shard.group)
             found[0] = whole_gradient.to(hidden.dtype)
         return *found, *(None,) * 6
@@ -136,10 +136,9 @@ def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
     """Statistics of the whole vocabulary, and ln of each shard's share of the probability (shards, N)."""
     shift = shards.shift.amax(0)
     finite = _finite(shift)
-    empty = shards.log_total == -torch.inf
-    offset = torch.where(empty, -torch.inf, (shards.shift - finite) / alpha + shards.log_total)
+    offset = (shards.shift - finite) / alpha + shards.log_total  # -inf for a shard of nothing, or of nothing but -inf
     log_total = torch.logsumexp(offset, 0)
-    log_share = torch.where(empty, -torch.inf, offset - _finite(log_total))
+    log_share = offset - _finite(log_total)
     entropy = (log_share.exp() * (shards.entropy - _finite(log_share))).sum(0).clamp(min=0.0)
     mean = shards.total.sum(0) / shards.size.sum(0)
     lse = finite / alpha + log_total

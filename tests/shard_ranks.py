@@ -13,7 +13,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_d
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import endoreward_fast as er
-from endoreward_fast.sharded import VocabShard
+from endoreward_fast.sharded import VocabShard, agreed
 from tiny_models import ROWS as ROWS_OF_TEXT
 from tiny_models import TOKENIZER, build, random_rows
 
@@ -55,13 +55,14 @@ def leaves(hidden, weight, bias):
     return [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
 
 
-def statistics(name, rank, world, impl="chunked"):
+def statistics(name, rank, world, impl="chunked", group=None, dtype=torch.float32):
     hidden, weight, bias, targets, mask, upstream, options = data(name, world)
+    targets[4] = VOCAB + 7  # nowhere, and off the mask: nobody asks
     part = rows_of(rank, world)
-    h, w, b = leaves(hidden, weight[part], None if bias is None else bias[part])
+    h, w, b = leaves(hidden.to(dtype), weight[part].to(dtype), None if bias is None else bias[part])
     out = er.linear_vocab_stats(
         h, w, targets, mask=mask, bias=b, entropy=True, logit_mean=True, impl=impl,
-        shard=VocabShard(None, part.start), **options,
+        shard=VocabShard(group, part.start), **options,
     )  # fmt: skip
     alive = out.lse.isfinite() & mask
     sum((torch.where(alive & f.isfinite(), f, 0.0) * g).sum() for f, g in zip(out, upstream, strict=True)).backward()
@@ -99,7 +100,8 @@ def of_dtensors(rank, world):
     }.items():
         said[kind] = message(wrong)
     grads = [h.grad, split.grad.full_tensor()]
-    return {"out": [f.detach() for f in out], "grads": grads, "lse": replicated.lse, "said": said}
+    verdict = agreed("rank 1 sees other logits" if rank == 1 else None, split)
+    return {"out": [f.detach() for f in out], "grads": grads, "lse": replicated.lse, "said": said, "agreed": verdict}
 
 
 def uneven():
@@ -147,7 +149,13 @@ def refused(rank, world):
     }
 
 
-def traffic(rank, world):
+def in_a_group(rank, world):
+    """The last two ranks alone share a head, as where other ranks hold other rows of a batch."""
+    group = dist.new_group([world - 2, world - 1])
+    return statistics("plain", rank - (world - 2), 2, group=group) if rank >= world - 2 else None
+
+
+def traffic(rank, world, dtype):
     """Numbers sent by each collective, of a forward and a backward."""
     sent = []
     gather, reduce = dist.all_gather, dist.all_reduce
@@ -161,7 +169,7 @@ def traffic(rank, world):
 
     dist.all_gather, dist.all_reduce = counted(gather, 1), counted(reduce, 0)
     try:
-        statistics("plain", rank, world)
+        statistics("plain", rank, world, dtype=dtype)
     finally:
         dist.all_gather, dist.all_reduce = gather, reduce
     return sent
@@ -180,7 +188,8 @@ def work(rank, world, folder):
         timeout=timedelta(seconds=60),
     )
     found = {name: statistics(name, rank, world) for name in HEADS}
-    found |= {"rewards": rewards(rank, world), "dtensor": of_dtensors(rank, world), "traffic": traffic(rank, world)}
+    found |= {"rewards": rewards(rank, world), "dtensor": of_dtensors(rank, world), "group": in_a_group(rank, world)}
+    found["traffic"] = {dtype: traffic(rank, world, dtype) for dtype in (torch.float32, torch.bfloat16)}
     if backend == "gloo" and world == 2:
         found["model"] = of_a_model(rank, world, folder)
     found["refused"] = refused(rank, world) if backend == "gloo" else None

@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from cli_harness import put, run
-from endoreward_fast import EndoRewardModel, pipeline
-from endoreward_fast.plots import FEWEST, Kind
+from endoreward_fast import EndoRewardModel, look, pipeline
+from endoreward_fast.heatmap import Card, Row, Token
+from endoreward_fast.palette import DARK, LEVELS
+from endoreward_fast.plots import FEWEST, POINTS, Kind, picture
 
 ROW = {"prompt": "What is the capital of France?", "completions": ["Paris", "Rome <script>x</script>"]}
 PAIRS = [{"prompt": f"What is {n} + 1?", "chosen": str(n + 1), "rejected": "wrong " * n} for n in range(1, 8)]
@@ -18,7 +20,7 @@ ASKED = ("--prompt", ROW["prompt"], "--completion", "Paris", "--completion", "Ro
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("FORCE_COLOR", "NO_COLOR", "COLORTERM"):
+    for name in ("FORCE_COLOR", "NO_COLOR", "COLORTERM", "TERM"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -46,8 +48,44 @@ def test_show_in_colour_centres_it_at_0(monkeypatch):
     assert "48;2;29;102;173m" in out and "[+" not in out
 
 
+@pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"COLORTERM": "", "TERM": "xterm"}])
+def test_a_terminal_without_colours_gets_numbers(monkeypatch, environment):
+    """Or with sixteen, too few to be read."""
+    for name, value in {"FORCE_COLOR": "1", "COLORTERM": "truecolor", **environment}.items():
+        monkeypatch.setenv(name, value)
+    out = run("show", *ASKED, "-q").stdout
+    assert "[+" in out and "48;" not in out
+
+
+def test_a_file_gets_no_colours(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
+    run("show", *ASKED, "-q", "-o", tmp_path / "out.txt")
+    assert "48;" not in (tmp_path / "out.txt").read_text() and "[+" in (tmp_path / "out.txt").read_text()
+
+
+def test_one_scale_on_the_terminal_too():
+    from rich.console import Console
+
+    console = Console(force_terminal=True, color_system="truecolor", width=80)
+    cards = [Card("a", 4.0, [Token("x", "", 4.0)]), Card("b", 2.0, [Token("y", "", 2.0)])]
+    with console.capture() as capture:
+        look.print_rows([Row("", "", cards)], console, coloured=True)
+    out = capture.get()
+    assert "≤ -4.00" in out and "≥ +4.00" in out and "1 token" in out and "1 tokens" not in out
+    for text, level in (("x", LEVELS), ("y", round(LEVELS / 2))):
+        channels = ";".join(str(int(DARK.background(level)[i : i + 2], 16)) for i in (1, 3, 5))
+        assert f"48;2;{channels}m{text}" in out
+
+
+def test_a_row_without_completions_says_so(tmp_path):
+    path = put(tmp_path, {"prompt": "p", "completions": []})
+    assert "no completion  no score" in run("show", path, "-q").stdout
+
+
 def test_the_terminal_gets_no_control_characters_of_the_completions(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLORTERM", "truecolor")
     out = run("show", "--prompt", "a\x1b[2J", "--completion", "b\x1b]0;title\x07[bold]", "-q").stdout
     without_colours = re.sub(r"\x1b\[[\d;]*m", "", out)
     assert "\x1b" not in without_colours and "\x07" not in without_colours
@@ -97,9 +135,12 @@ def test_show_says_that_it_stops_at_twenty_rows(tmp_path):
         (("x.jsonl", "--prompt", "a"), "name one of them"),
         ((*ASKED, "--html", "a.html", "-o", "b.txt"), "name one of them"),
         ((*ASKED, "--html", "no/such/folder/a.html"), "cannot write"),
+        (("in.jsonl", "--html", "in.jsonl"), "is the input"),
     ],
 )
-def test_arguments_that_cannot_work_are_refused_before_a_model_is_loaded(args, message, monkeypatch):
+def test_arguments_that_cannot_work_are_refused_before_a_model_is_loaded(args, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path, ROW)
     monkeypatch.setattr(pipeline, "load_scorer", lambda flags: pytest.fail("loaded a model"))
     said = run("show", *args, code=2).stderr.splitlines()
     assert len(said) == 1 and message in said[0]
@@ -125,6 +166,7 @@ def test_plot_of_single_completions_and_of_one_row(tmp_path):
     target = tmp_path / "out.svg"
     run("plot", put(tmp_path, {"prompt": "p", "completion": "q"}), "-o", target)
     assert "completions (1)" in target.read_text()
+    assert "fewer than 5 completions" in target.read_text()
     assert "correlation" not in target.read_text()
 
 
@@ -153,10 +195,69 @@ def test_means_by_position_are_numpys():
     points = kind.by_position()
     assert len(points) == 6  # three reach further, fewer than FEWEST
     for position, mean, error in points:
-        here = [row[position - 1] for row, n in zip(table, lengths, strict=True) if n >= position]
+        here = [row[int(position) - 1] for row, n in zip(table, lengths, strict=True) if n >= position]
         assert len(here) >= FEWEST
         assert mean == pytest.approx(np.mean(here))
         assert error == pytest.approx(np.std(here, ddof=1) / len(here) ** 0.5)
+
+
+def test_positions_together_are_the_mean_of_all_their_rewards():
+    import numpy as np
+
+    kind = Kind()
+    table = np.random.default_rng(1).normal(-1.0, 2.0, (11, 7))
+    for row in table:
+        kind.add(0.0, row)
+    kind.add(0.0, [5.0] * 7)
+    table = np.vstack([table, np.full(7, 5.0)])
+    points = kind.by_position(3)
+    assert [p for p, _, _ in points] == [2, 5, 7]
+    for (_, mean, error), columns in zip(points, (slice(0, 3), slice(3, 6), slice(6, 7)), strict=True):
+        here = table[:, columns].ravel()
+        assert mean == pytest.approx(here.mean()) and error == pytest.approx(here.std(ddof=1) / len(here) ** 0.5)
+
+
+def drawn(monkeypatch, title, *rewards):
+    """The axes of the picture of completions with these rewards."""
+    import matplotlib.figure
+
+    figures, kept = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure, "savefig", lambda self, *a, **k: (figures.append(self), kept(self, *a, **k))
+    )
+    kind = Kind()
+    for row in rewards:
+        kind.add(sum(row), row)
+    picture({"chosen": kind, "rejected": kind}, title, ".svg")
+    return figures[0].axes
+
+
+def test_a_picture_of_long_completions_and_of_single_tokens_can_be_read(monkeypatch):
+    axes = drawn(monkeypatch, "/models/a$^^$c: sum", *([-1.0] * 700 for _ in range(6)))
+    [line] = [line for line in axes[2].lines if line.get_label() == "chosen (6)"]
+    assert len(line.get_xdata()) <= POINTS and max(line.get_xdata()) <= 700
+    assert "12 at a time" in axes[2].get_title(loc="left")
+    axes = drawn(monkeypatch, "t", *([float(i)] for i in range(6)))
+    [line] = [line for line in axes[2].lines if line.get_label() == "chosen (6)"]
+    assert line.get_marker() == "o" and len(line.get_xdata()) == 1
+    for ticks in (axes[0].get_yticks(), axes[1].get_xticks(), axes[2].get_xticks()):
+        assert all(float(tick).is_integer() for tick in ticks)
+
+
+def test_a_picture_draws_scores_lengths_and_positions(monkeypatch):
+    rewards = [[1.0, 2.0 + i] + [3.0] * i for i in range(FEWEST + 1)]
+    scores, lengths, positions = drawn(monkeypatch, "t", *rewards)
+    totals = [sum(row) for row in rewards]
+    outline = scores.patches[0].get_xy()
+    for end in (outline[:, 0].min(), outline[:, 0].max()):
+        assert end in (totals[0], totals[-1]) and outline[outline[:, 0] == end, 1].max() == 1  # a score in either bin
+    dots = lengths.collections[0].get_offsets().tolist()
+    assert dots == [[len(row), total] for row, total in zip(rewards, totals, strict=True)]
+    mean, other, zero = positions.lines
+    assert (mean.get_linestyle(), other.get_linestyle()) == ("-", "--")
+    assert mean.get_xdata().tolist() == [1, 2, 3]  # the third is reached by just FEWEST
+    assert mean.get_ydata().tolist() == pytest.approx([1.0, 4.5, 3.0])
+    assert list(zero.get_ydata()) == [0, 0]
 
 
 def test_json_lines_per_token_stay_as_they_were(tmp_path):

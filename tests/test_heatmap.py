@@ -48,6 +48,13 @@ def test_text_reads_on_every_level(theme):
         assert bright / dim >= 4.5, level
 
 
+@pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
+def test_the_line_under_what_is_below_0_is_seen_on_every_level(theme):
+    for level in SIGNS:
+        dim, bright = sorted(luminance(c) + 0.05 for c in (theme.line, theme.background(-level)))
+        assert bright / dim >= 3, level
+
+
 @pytest.mark.parametrize(("theme", "kind"), list(product([LIGHT, DARK], BLINDNESS)))
 def test_above_and_below_are_told_apart_with_every_kind_of_sight(theme, kind):
     """CIE76 differences: 2.3 is just noticeable."""
@@ -109,6 +116,15 @@ def test_one_scale_for_all_rows_and_one_best_among_several():
     assert best_of(cards[:2]) is best_of([]) is None
 
 
+def test_the_best_is_marked_and_spaces_that_have_no_shape_are():
+    cards = [Card("first", 1.0), Card("second", 3.0, [Token("a\n\tb", "", 1.0)])]
+    html = fragment([Row("", "", cards)])
+    assert html.count("class=best") == html.count('class="badge"') == 1
+    assert html.index('label">first<') < html.index("class=best") < html.index('label">second<')
+    assert "1 token<" in html and "0 tokens<" in html
+    assert html.count(">↵</s>\n") == html.count(">⇥</s>\t") == 1
+
+
 def test_a_page_refers_to_nothing_elsewhere():
     html = page(rows("a"), "t")
     for reference in ("http:", "https:", "//", "url(", "src=", "href=", "@import"):
@@ -128,6 +144,17 @@ def test_one_row_of_token_rewards_is_a_heatmap_of_its_scored_tokens():
     assert TokenRewards(reward[0], -value[0], value[0], value[0])._repr_html_().count("entropy") == 2
 
 
+def test_a_token_of_reward_0_was_scored_and_each_number_has_its_name():
+    fields = (torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0, -3.0, -0.5]]), torch.tensor([[0.0, 3.0, 2.0]]))
+    html = TokenRewards(*fields, torch.tensor([[0.0, 0.25, 0.75]]))._repr_html_()
+    tips = [tip.split('"')[0].split("&#10;") for tip in html.split('role="group" aria-label="')[1:]]
+    assert [[line.split()[-1] for line in tip] for tip in tips] == [
+        ["@1", "+0.0000", "-3.0000", "+3.0000", "+0.2500"],
+        ["@2", "+1.0000", "-0.5000", "+2.0000", "+0.7500"],
+    ]
+    assert [line.split()[0] for line in tips[0][1:]] == ["reward", "log-prob", "value", "entropy"]
+
+
 def test_several_rows_keep_their_plain_text():
     several = torch.zeros(2, 3)
     assert TokenRewards(several, several, several, None)._repr_html_() is None
@@ -144,7 +171,7 @@ def test_scores_per_token_are_heatmaps_with_texts_or_ids():
     assert "<b>" not in result.tokens._repr_html_().split("</i></b>")[1]
     plain = scorer.score(sample, per_token=True, texts=False)[0].tokens
     assert plain.entropies is None
-    assert all(f"<small> #{token} </small>" in plain._repr_html_() for token in plain.ids)
+    assert all(f'<small dir="ltr"> #{token} </small>' in plain._repr_html_() for token in plain.ids)
     assert scorer.score(sample)[0]._repr_html_() is None
 
 

@@ -64,6 +64,13 @@ def test_a_script_that_got_in_would_not_run(tab, drawn, tmp_path):
     assert tab.run("document.title") == "Token rewards"
 
 
+def test_a_picture_that_got_in_would_not_be_fetched(tab, drawn, tmp_path):
+    spoiled = tmp_path / "fetching.html"
+    spoiled.write_text(drawn.read_text().replace("</body>", f"<img src='{drawn.as_uri()}?stolen'></body>"))
+    tab.open(spoiled)
+    assert any("Content Security Policy" in said and "stolen" in said for said in tab.console), tab.console
+
+
 def rgb(colour):
     return f"rgb({', '.join(str(int(colour[i : i + 2], 16)) for i in (1, 3, 5))})"
 
@@ -85,6 +92,31 @@ def test_a_notebooks_theme_wins_over_the_systems(tab, tmp_path):
     tab.open(path)
     assert tab.run("getComputedStyle(document.querySelector('.t')).backgroundColor") == rgb(DARK.background(LEVELS))
 
+    light = tmp_path / "light.html"
+    light.write_text(f'<meta charset="utf-8"><body data-jp-theme-light="true">{fragment(ROWS)}', encoding="utf-8")
+    tab.open(light, dark=True)
+    assert tab.run("getComputedStyle(document.querySelector('.t')).backgroundColor") == rgb(LIGHT.background(LEVELS))
+
+
+def test_a_notebook_has_room_for_the_last_tooltip(tab, tmp_path):
+    path = tmp_path / "cell.html"
+    cell = f'<div id="cell" style="overflow: auto">{fragment(ROWS[:1])}</div>'
+    path.write_text(f'<!DOCTYPE html><meta charset="utf-8">{cell}', encoding="utf-8")
+    tab.open(path, width=500)
+    tab.run("document.querySelector('article:last-child .t:last-child').focus()")
+    assert tab.run("(cell => cell.scrollHeight <= cell.clientHeight)(document.getElementById('cell'))")
+
+
+def test_on_paper_colours_stay_and_are_the_light_ones(tab, drawn):
+    tab.open(drawn, dark=True)
+    tab.theme(True, "print")
+    style = "getComputedStyle(document.querySelector('.t'))"
+    assert tab.run(f"[{style}.backgroundColor, {style}.color, {style}.printColorAdjust]") == [
+        rgb(LIGHT.background(LEVELS)),
+        rgb(LIGHT.ink),
+        "exact",
+    ]
+
 
 def test_tab_reaches_every_token_and_shows_its_numbers(tab, drawn):
     tab.open(drawn)
@@ -92,6 +124,7 @@ def test_tab_reaches_every_token_and_shows_its_numbers(tab, drawn):
     for i in range(len(TOKENS)):
         tab.press("Tab")
         assert tab.run(f"document.activeElement === document.querySelectorAll('.t')[{i}]")
+        assert tab.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
         assert shown(tab, i) and (i == 0 or not shown(tab, i - 1))
     name = tab.run("document.querySelectorAll('.t')[1].getAttribute('aria-label')")
     assert [line.split() for line in name.splitlines()[1:]] == [
@@ -113,6 +146,41 @@ def test_arrows_move_and_escape_hides(tab, drawn):
     assert not shown(tab, 1)
     tab.press("ArrowRight")
     assert shown(tab, 2)
+
+
+def test_whole_completions_are_passed_by_keyboard(tab, drawn):
+    tab.open(drawn)
+    tab.press("Tab")
+    last, second = len(TOKENS) - 1, len(TOKENS)
+    for key, at in (("End", last), ("ArrowDown", second), ("End", second + 79), ("ArrowDown", second + 79),
+                    ("Home", second), ("ArrowUp", 0)):  # fmt: skip
+        tab.press(key)
+        assert tab.run(f"document.activeElement === document.querySelectorAll('.t')[{at}]"), key
+
+
+def test_arrows_follow_the_direction_of_writing(tab, tmp_path):
+    path = tmp_path / "hebrew.html"
+    tokens = [Token(text, "#7", 1.0) for text in ("\u05e9\u05dc", "\u05d5\u05dd", "")]
+    path.write_text(page([Row("", "", [Card("", 1.0, tokens)])], "t"), encoding="utf-8")
+    tab.open(path)
+    lefts = tab.run("[...document.querySelectorAll('.t')].map(t => t.getBoundingClientRect().left)")
+    assert lefts == sorted(lefts, reverse=True)
+    for key, at in (("Tab", 0), ("ArrowLeft", 1), ("ArrowLeft", 2), ("ArrowRight", 1)):
+        tab.press(key)
+        assert tab.run(f"document.activeElement === document.querySelectorAll('.t')[{at}]"), key
+    assert tab.run(f"{TIP.format(1)}.direction") == "ltr"
+    assert tab.run("getComputedStyle(document.querySelector('small')).direction") == "ltr"
+
+
+def test_the_scale_fits_a_narrow_page(tab, tmp_path):
+    path = tmp_path / "huge.html"
+    path.write_text(page([Row("", "", [Card("", -12345.0, [Token("a", "", -12345.0)])])], "t"), encoding="utf-8")
+    tab.open(path, width=320)
+    assert tab.run("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
+    low, high = tab.run("[...document.querySelectorAll('.legend i')].map(i => i.getBoundingClientRect().top)")[
+        :: LEVELS * 2
+    ]
+    assert low == high
 
 
 def test_the_mouse_shows_one_tooltip_over_the_focus(tab, drawn):

@@ -1,11 +1,15 @@
 """Rows shared by ranks: real launches by torchrun and accelerate, against one process; a rank that is killed."""
 
 import gzip
+import json
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import psutil
 import pytest
@@ -17,7 +21,8 @@ from endoreward_fast.data import open_source
 from endoreward_fast.jobs import Finished, Job, Windows, note_idle
 from endoreward_fast.options import RowFlags
 from endoreward_fast.output import Monitor
-from endoreward_fast.ranks import PART, Board, Rank, _InOrder
+from endoreward_fast.ranks import PART, Board, Rank, _InOrder, help_out, lead
+from endoreward_fast.resume import key_of, without_done
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--max-tokens-per-batch", "32")  # windows of about a thousand characters
@@ -45,7 +50,10 @@ def launched(arguments, launcher=()):
 
 def ended(process):
     """(exit code, what it said)."""
-    _, said = process.communicate(timeout=240)
+    try:
+        _, said = process.communicate(timeout=240)
+    finally:
+        process.terminate()  # a launcher that hangs takes its ranks with it
     return process.returncode, said
 
 
@@ -141,6 +149,62 @@ def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
     assert "WORLD_SIZE is 'many': expected a number" in run("score", "-", code=2).stderr
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert Rank.from_environment() == Rank(0, 1, 0)
+
+
+# ---------------------------------------------------------------- ranks as threads, a made-up scorer
+def shared(monkeypatch, job, source, *, ranks=3, done=()):
+    """What `ranks` of them write of `source`, a row a window: (lines, the monitor, what stopped them)."""
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(Board, "of_launch", classmethod(lambda cls: cls(store)))
+    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: LengthScorer())
+    done = Counter(map(key_of, done))
+    others = [Thread(target=help_out, args=(job, Rank(r, ranks, r), str(source))) for r in range(1, ranks)]
+    for other in others:
+        other.start()
+    lines, monitor, stopped = [], Monitor(quiet=True), None
+    opened = without_done(open_source(str(source), job.flags.limit), done)
+    try:
+        lead(job, Rank(0, ranks, 0), done)(pipeline.windows(opened, "score", job.flags), lines.append, monitor)
+    except EndoRewardError as error:
+        stopped = str(error)
+    for other in others:
+        other.join(30)
+        assert not other.is_alive()
+    return [json.loads(line) for line in lines], monitor, stopped
+
+
+A_ROW_A_WINDOW = RowFlags(max_tokens_per_batch=1)
+
+
+def lengths(count):
+    return [{"id": i, "prompt": "p" * 20, "completion": "a" * (1 + i % 7)} for i in range(count)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+def test_every_row_comes_once_and_in_order(monkeypatch, tmp_path, ranks):
+    source = put(tmp_path, *lengths(20), "not json", {"prompt": "p"}, *lengths(3))
+    found, monitor, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), source, ranks=ranks)
+    assert stopped is None and len(found) == 25
+    assert [row["score"] for row in found[:20]] == [-float(1 + i % 7) for i in range(20)]
+    assert (monitor.rows, monitor.failed) == (25, 2)
+    assert monitor.tokens == sum(1 + i % 7 for i in range(20)) + 6
+
+
+def test_ranks_keep_to_the_limit_and_leave_out_what_is_done(monkeypatch, tmp_path):
+    rows = lengths(20)
+    job = Job("score", replace(A_ROW_A_WINDOW, limit=15))
+    found, *_ = shared(monkeypatch, job, put(tmp_path, *rows), done=rows[2:9])
+    assert [row["id"] for row in found] == [0, 1, *range(9, 15)]
+
+
+def test_what_stops_ranks_comes_after_the_rows_before_it(monkeypatch, tmp_path):
+    bad = {"id": 7, "prompt": "p" * 20, "completion": "LONG"}
+    source = put(tmp_path, *lengths(7), bad, *lengths(3))
+    found, _, stopped = shared(monkeypatch, Job("score", replace(A_ROW_A_WINDOW, strict=True)), source)
+    assert stopped.startswith("line 8: 9 tokens") and [row["id"] for row in found] == list(range(8))
+    source = put(tmp_path, *lengths(7), {"prompt": "p"}, *lengths(3))  # which reading finds
+    found, _, stopped = shared(monkeypatch, Job("score", replace(A_ROW_A_WINDOW, strict=True)), source)
+    assert stopped.startswith("line 8: ") and [row["id"] for row in found] == list(range(7))
 
 
 # ---------------------------------------------------------------- the parts

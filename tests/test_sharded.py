@@ -110,6 +110,7 @@ def test_a_dtensor_knows_its_own_shard(world, found, assert_within_budget):
         gradient = rank["dtensor"]["grads"][1]
         torch.testing.assert_close(gradient.double(), weight, rtol=2e-5, atol=2e-5)
         assert gradient.shape == (PADDED, shard_ranks.DIM) and (gradient[VOCAB:] == 0).all()
+        assert rank["dtensor"]["agreed"] == "rank 1 sees other logits"  # or one would gather and another not
         said = rank["dtensor"]["said"]
         assert "split over one mesh dimension by vocabulary, Shard(0), and not by its width" in said["by width"]
         assert "leave `shard` out" in said["both"] and "expected the same on every rank" in said["hidden"]
@@ -117,11 +118,26 @@ def test_a_dtensor_knows_its_own_shard(world, found, assert_within_budget):
 
 @WORLD
 def test_one_gather_and_one_sum_of_a_few_numbers_a_row(world, found):
+    """In float32, whatever the hidden states are."""
     for rank in found[world]:
-        assert rank["traffic"] == [
-            ("all_gather", 7 * shard_ranks.ROWS, "torch.float32"),
-            ("all_reduce", shard_ranks.ROWS * shard_ranks.DIM, "torch.float32"),
-        ]
+        for sent in rank["traffic"].values():
+            assert sent == [
+                ("all_gather", 7 * shard_ranks.ROWS, "torch.float32"),
+                ("all_reduce", shard_ranks.ROWS * shard_ranks.DIM, "torch.float32"),
+            ]
+        assert len(rank["traffic"]) == 2
+
+
+@WORLD
+def test_a_group_of_some_ranks_shares_a_head(world, found, assert_within_budget):
+    oracle, (hidden, weight, _) = whole("plain", 2, F64)
+    eager = whole("plain", 2, torch.float32)[0]
+    assert [rank["group"] is None for rank in found[world]] == [True] * (world - 2) + [False] * 2
+    for r, rank in enumerate(found[world][-2:]):
+        for field, ours in zip(oracle._fields, rank["group"]["out"], strict=True):
+            assert_within_budget(ours, getattr(eager, field), getattr(oracle, field), scale=20.0, name=field)
+        torch.testing.assert_close(rank["group"]["grads"][0].double(), hidden, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(rank["group"]["grads"][1].double(), weight[rows_of(r, 2)], rtol=2e-5, atol=2e-5)
 
 
 @WORLD

@@ -149,12 +149,13 @@ def draw(found: dict[str, dict], note: str, folder) -> None:
             row["margin"].clamp(-25.9, 19.9).tolist(), bins=edges, color=COLOURS[name], label=LABELS[name], **filled
         )
     right.axvline(0, color=output.INK, lw=1)
+    right.set_ylim(0, 1.4 * right.get_ylim()[1])  # room for the legend, beside the line
     right.set_xlabel("score(words) - score(digits), nats")
     right.set_ylabel("sums")
     output.title(right, "how far the instruction moves it")
     left.tick_params(length=0, labelsize=9)
     left.spines[:].set_visible(False)
-    print(output.picture(figure, [right], note, folder / "paper-steering", legend="upper center"))
+    print(output.picture(figure, [right], note, folder / "paper-steering", legend="upper right"))
 
 
 def main(arguments: list[str]) -> None:
