@@ -8,7 +8,13 @@ reason kernels/ holds no __init__.py. In a checkout the symlink endoreward_fast/
 from setuptools import setup
 
 setup(
-    packages=["endoreward_fast", "endoreward_fast.integrations", "endoreward_fast.kernels", "endoreward_fast.pocket"],
+    packages=[
+        "endoreward_fast",
+        "endoreward_fast.command",
+        "endoreward_fast.integrations",
+        "endoreward_fast.kernels",
+        "endoreward_fast.pocket",
+    ],
     package_dir={"endoreward_fast.kernels": "kernels"},
     package_data={
         "endoreward_fast": ["py.typed", "compiled.cpp"],

@@ -15,15 +15,15 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperGroup
 
-from . import look, pipeline, plots, side_by_side
-from .data import STDIN, open_source
+from .command import look, pipeline, plots, side_by_side
+from .command.data import STDIN, open_source
+from .command.jobs import ANSWERS, Engine, Job, here
+from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags, takes
+from .command.output import Monitor, Sink, one_line
+from .command.ranks import Rank, help_out, lead
+from .command.report import FileResult, to_json, to_text
+from .command.resume import record, rows_done, settings_of, without_done
 from .errors import EndoRewardError
-from .jobs import ANSWERS, Engine, Job, here
-from .options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags, takes
-from .output import Monitor, Sink, one_line
-from .ranks import Rank, help_out, lead
-from .report import FileResult, to_json, to_text
-from .resume import record, rows_done, settings_of, without_done
 
 BAD_INPUT = 2  # exit code
 
@@ -192,7 +192,7 @@ def plot(file: File, flags: RowFlags) -> None:
 @takes(ModelFlags)
 def demo(flags: ModelFlags) -> None:
     """A demonstration without a network: real text against corrupted, right answers against wrong."""
-    from .demo import show
+    from .command.demo import show
 
     show(flags)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
-from endoreward_fast import pipeline
+from endoreward_fast.command import pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,9 +8,9 @@ import pytest
 from typer.testing import CliRunner
 
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
-from endoreward_fast import pipeline
 from endoreward_fast.cli import app
-from endoreward_fast.output import ERRORS_SHOWN
+from endoreward_fast.command import pipeline
+from endoreward_fast.command.output import ERRORS_SHOWN
 
 ROOT = Path(__file__).resolve().parents[1]
 

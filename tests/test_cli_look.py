@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from cli_harness import put, run
-from endoreward_fast import EndoRewardModel, look, pipeline
+from endoreward_fast import EndoRewardModel
+from endoreward_fast.command import look, pipeline
+from endoreward_fast.command.plots import FEWEST, POINTS, Kind, picture
 from endoreward_fast.heatmap import Card, Row, Token
 from endoreward_fast.palette import DARK, LEVELS
-from endoreward_fast.plots import FEWEST, POINTS, Kind, picture
 
 ROW = {"prompt": "What is the capital of France?", "completions": ["Paris", "Rome <script>x</script>"]}
 PAIRS = [{"prompt": f"What is {n} + 1?", "chosen": str(n + 1), "rejected": "wrong " * n} for n in range(1, 8)]

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from endoreward_fast.candidates import MissingColumns, arrange, plan
-from endoreward_fast.data import open_source
+from endoreward_fast.command.candidates import MissingColumns, arrange, plan
+from endoreward_fast.command.data import open_source
 from endoreward_fast.errors import EndoRewardError
 
 ROWS = [{"prompt": "p é", "completion": "c\u2028d"}, {"prompt": "q", "completion": "e\nf"}]

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from endoreward_fast.evaluation import (
+from endoreward_fast.command.evaluation import (
     Accuracy,
     Judged,
     block,
@@ -16,7 +16,7 @@ from endoreward_fast.evaluation import (
     rm_bench_part,
     wilson,
 )
-from endoreward_fast.report import FileResult, to_json, to_text
+from endoreward_fast.command.report import FileResult, to_json, to_text
 
 
 def judged(chosen, rejected, domain=None, subset=None, file="f"):

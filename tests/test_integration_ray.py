@@ -10,7 +10,7 @@ import pytest
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError, EndoRewardModel
-from endoreward_fast.options import EngineFlags
+from endoreward_fast.command.options import EngineFlags
 
 ray = pytest.importorskip("ray", reason="Ray Data is not installed")
 pyarrow = pytest.importorskip("pyarrow")

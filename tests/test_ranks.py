@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from cli_harness import LengthScorer, put, rows_of, run
-from endoreward_fast import EndoRewardError, pipeline
-from endoreward_fast.data import open_source
-from endoreward_fast.jobs import Finished, Job, Windows, note_idle
-from endoreward_fast.options import RowFlags
-from endoreward_fast.output import Monitor
-from endoreward_fast.ranks import PART, Board, Rank, _InOrder, help_out, lead
-from endoreward_fast.resume import key_of, without_done
+from endoreward_fast import EndoRewardError
+from endoreward_fast.command import pipeline
+from endoreward_fast.command.data import open_source
+from endoreward_fast.command.jobs import Finished, Job, Windows, note_idle
+from endoreward_fast.command.options import RowFlags
+from endoreward_fast.command.output import Monitor
+from endoreward_fast.command.ranks import PART, Board, Rank, _InOrder, help_out, lead
+from endoreward_fast.command.resume import key_of, without_done
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--max-tokens-per-batch", "32")  # windows of about a thousand characters

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from cli_harness import LengthScorer, put, rows_of, run
-from endoreward_fast import pipeline
-from endoreward_fast.resume import key_of, rows_done
+from endoreward_fast.command import pipeline
+from endoreward_fast.command.resume import key_of, rows_done
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -18,12 +18,12 @@ import pickle
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..command.jobs import Engine, Finished, Job, Windows, Write, note_idle
+from ..command.options import EngineFlags
+from ..command.output import Monitor
+from ..command.pipeline import Item
 from ..errors import EndoRewardError
-from ..jobs import Engine, Finished, Job, Windows, Write, note_idle
 from ..model import EndoRewardModel
-from ..options import EngineFlags
-from ..output import Monitor
-from ..pipeline import Item
 from ..scoring import ScoreOptions
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ..demo_data import CORRUPTIONS, Passage, Problem, corrupted, passages, problems, steered
+from ..errors import EndoRewardError
 from . import pipeline
-from .demo_data import CORRUPTIONS, Passage, Problem, corrupted, passages, problems, steered
-from .errors import EndoRewardError
 from .evaluation import Accuracy, wilson
 from .options import ModelFlags
 from .output import Monitor

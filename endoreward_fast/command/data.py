@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .errors import EndoRewardError
+from ..errors import EndoRewardError
 
 STDIN = "-"
 UTF8_BOM = b"\xef\xbb\xbf"

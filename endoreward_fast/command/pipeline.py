@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..errors import EndoRewardError
 from .candidates import MissingColumns, Task, arrange, plan
 from .data import Record, Source
-from .errors import EndoRewardError
 from .output import Aside, Monitor, compact
 
 if TYPE_CHECKING:
-    from .model import RowScore
+    from ..model import RowScore
     from .options import ModelFlags, RowFlags
 
 WINDOW = 32
@@ -33,7 +33,7 @@ class Scorer(Protocol):
 
 def load_scorer(flags: ModelFlags) -> Scorer:
     """The model that `flags` name. Imports torch and transformers: call it after the cheap checks."""
-    from .model import EndoRewardModel
+    from ..model import EndoRewardModel
 
     _quieten(flags)
     return EndoRewardModel.from_pretrained(flags.model, dtype=flags.dtype, device=flags.device)
@@ -41,7 +41,7 @@ def load_scorer(flags: ModelFlags) -> Scorer:
 
 def load_reward_model(flags: ModelFlags, name: str) -> Scorer:
     """The trained reward model `name`, in the same dtype and on the same device."""
-    from .reward_model import RewardModel
+    from ..reward_model import RewardModel
 
     _quieten(flags)
     return RewardModel.from_pretrained(name, dtype=flags.dtype, device=flags.device)
@@ -49,7 +49,7 @@ def load_reward_model(flags: ModelFlags, name: str) -> Scorer:
 
 def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Scorer]:
     """The model that `scorer` is as its own judge, in each of the ways named."""
-    from .judges import JUDGES
+    from ..judges import JUDGES
 
     return {name: JUDGES[name](scorer) for name in names}
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import EndoRewardError
 from . import pipeline
-from .errors import EndoRewardError
 from .options import RowFlags
 from .output import Monitor, to_line
 from .pipeline import Item, Scorer

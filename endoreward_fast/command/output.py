@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from ..errors import EndoRewardError
 from .data import STDIN
-from .errors import EndoRewardError
 
 UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 ERRORS_SHOWN = 20  # row errors named on standard error; the others are counted

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import EndoRewardError
 from .data import Record, Source
-from .errors import EndoRewardError
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
 """columns that a command writes, or keeps the input's own of that name beside: they say nothing of which row it is"""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional, TypeVar, get_type_hints
 
 import typer
 
-from .errors import EndoRewardError
+from ..errors import EndoRewardError
 
 REDUCTIONS = ("sum", "mean")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import EndoRewardError
 from .data import is_messages, kind_of
-from .errors import EndoRewardError
 
 PROMPT = ("prompt", "question")
 COMPLETION = ("completion", "response", "answer")

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..errors import EndoRewardError
+from ..palette import LIGHT
 from . import pipeline
 from .data import STDIN, open_source
-from .errors import EndoRewardError
 from .options import RowFlags
 from .output import Monitor, Sink
-from .palette import LIGHT
 from .pipeline import Item
 
 PICTURE = "rewards.png"

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..errors import EndoRewardError
+from ..heatmap import Card, Row, Token, best_of, counted, limit_of_rows, number, page, visible
+from ..notebook import tokens_of
+from ..palette import DARK, LEVELS, level_of
 from . import pipeline
 from .data import Record, Source, open_source
-from .errors import EndoRewardError
-from .heatmap import Card, Row, Token, best_of, counted, limit_of_rows, number, page, visible
-from .notebook import tokens_of
 from .options import RowFlags
 from .output import Monitor, Sink
-from .palette import DARK, LEVELS, level_of
 from .pipeline import Item
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..errors import EndoRewardError
 from . import pipeline
 from .data import open_source
-from .errors import EndoRewardError
 from .jobs import Engine, Finished, Job, Windows, Write, note_idle
 from .options import RowFlags
 from .output import Monitor
