@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Barrier, Thread
 
 import psutil
 import pytest
@@ -153,13 +153,29 @@ def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------- ranks as threads, a made-up scorer
+class Together(LengthScorer):
+    """Scores its first window only when every rank has one."""
+
+    def __init__(self, barrier, scored):
+        super().__init__()
+        self.barrier, self.scored = barrier, scored
+
+    def iter_scores(self, rows, **options):
+        self.scored.extend(row["completion"] for row in rows)
+        if self.barrier is not None:
+            self.barrier.wait(20)
+            self.barrier = None
+        return super().iter_scores(rows, **options)
+
+
 def shared(monkeypatch, job, source, *, ranks=3, done=()):
     """What `ranks` of them write of `source`, a row a window: (lines, the monitor, what stopped them)."""
     store = torch.distributed.HashStore()
     monkeypatch.setattr(Board, "of_launch", classmethod(lambda cls: cls(store)))
-    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: LengthScorer())
+    barrier, scored = Barrier(ranks), []
+    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: Together(barrier, scored))
     done = Counter(map(key_of, done))
-    others = [Thread(target=help_out, args=(job, Rank(r, ranks, r), str(source))) for r in range(1, ranks)]
+    others = [Thread(target=help_out, args=(job, Rank(r, ranks, r), str(source)), daemon=True) for r in range(1, ranks)]
     for other in others:
         other.start()
     lines, monitor, stopped = [], Monitor(quiet=True), None
@@ -168,9 +184,12 @@ def shared(monkeypatch, job, source, *, ranks=3, done=()):
         lead(job, Rank(0, ranks, 0), done)(pipeline.windows(opened, "score", job.flags), lines.append, monitor)
     except EndoRewardError as error:
         stopped = str(error)
+    else:
+        assert all(Board.of_launch().has(f"rank {r} left") for r in range(1, ranks))  # rank 0 is the last to go
     for other in others:
         other.join(30)
         assert not other.is_alive()
+    assert stopped or len(scored) == sum("completion" in json.loads(line) for line in lines)  # each of them once
     return [json.loads(line) for line in lines], monitor, stopped
 
 
@@ -187,7 +206,7 @@ def test_every_row_comes_once_and_in_order(monkeypatch, tmp_path, ranks):
     found, monitor, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), source, ranks=ranks)
     assert stopped is None and len(found) == 25
     assert [row["score"] for row in found[:20]] == [-float(1 + i % 7) for i in range(20)]
-    assert (monitor.rows, monitor.failed) == (25, 2)
+    assert (monitor.rows, monitor.failed, monitor._done) == (25, 2, 25)
     assert monitor.tokens == sum(1 + i % 7 for i in range(20)) + 6
 
 
@@ -276,7 +295,7 @@ def test_each_rank_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for rank, flags, device in (
         (Rank(0, 8, 0), RowFlags(), "cuda:0"),
-        (Rank(7, 8, 3), RowFlags(device="cuda"), "cuda:3"),
+        (Rank(6, 8, 3), RowFlags(device="cuda"), "cuda:3"),
         (Rank(7, 8, 7), RowFlags(), "cuda:3"),  # more ranks than devices share them
         (Rank(7, 8, 3), RowFlags(device="cpu"), "cpu"),
         (Rank(7, 8, 3), RowFlags(device="cuda:1"), "cuda:1"),
