@@ -39,11 +39,11 @@ def expected(**options):
     )
 
 
-@pytest.mark.parametrize(("actors", "options"), [(1, {}), (2, {"reduction": "mean"})])
-def test_scores_do_not_depend_on_how_the_rows_are_spread(cluster, actors, options):
+def test_scores_do_not_depend_on_how_the_rows_are_spread(cluster):
+    options = {"reduction": "mean"}
     found = ray.data.from_items(ROWS).map_batches(
         ScoreRows, fn_constructor_kwargs={"model": "pocket"} | options, batch_format="pyarrow", batch_size=6,
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=ray.data.ActorPoolStrategy(size=2),
     ).take_all()  # fmt: skip
     by_id = {row["id"]: row for row in found}
     assert len(by_id) == len(found) == len(ROWS)

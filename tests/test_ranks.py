@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from threading import Barrier, Thread
 
@@ -58,7 +59,7 @@ def ended(process):
     return process.returncode, said
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [(TORCHRUN, 2), (TORCHRUN, 3), (ACCELERATE, 2)])
+@pytest.mark.parametrize(("launcher", "ranks"), [(TORCHRUN, 3), (ACCELERATE, 2)])
 def test_the_output_is_that_of_one_process_to_the_byte(tmp_path, launcher, ranks):
     rows = [*questions(60), "not json", {"prompt": "p"}, *questions(90)]
     source, alone, shared = put(tmp_path, *rows), tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
@@ -75,20 +76,6 @@ def test_the_output_is_that_of_one_process_to_the_byte(tmp_path, launcher, ranks
     if ranks == 2:  # rank 0 alone speaks, and once
         assert said.count("endoreward: line 61: not valid JSON") == 1
         assert said.count("endoreward: scored 150 of 152 rows") == 1
-
-
-def test_a_limit_and_a_file_that_breaks_off_are_the_same_to_ranks(tmp_path):
-    whole = put(tmp_path, *questions(150)).read_bytes()
-    torn, alone, shared = tmp_path / "torn.jsonl.gz", tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
-    torn.write_bytes(gzip.compress(whole, 0)[:-3000])
-    for flags, failed in ((("--limit", "40"), False), ((), True)):
-        code, _ = ended(launched(["score", torn, *flags, *SMALL, "-o", alone]))
-        assert (code != 0) == failed
-        code, said = ended(launched(["score", torn, *flags, *SMALL, "-o", shared], (*TORCHRUN, "2")))
-        assert (code != 0) == failed, said
-        assert said.count("to its end") == failed
-        assert 30 < shared.read_text().count("\n") < 150
-        assert shared.read_bytes() == alone.read_bytes()
 
 
 def kill_rank_1(process):
@@ -117,7 +104,7 @@ def test_a_rank_that_is_killed_loses_nothing(tmp_path, restarts):
         assert code == 0, said
     else:
         assert code != 0 and 0 < out.read_text().count("\n") < 600
-        assert ended(launched([*command, out], (*TORCHRUN, "2")))[0] == 0
+        run(*command, out, "-q")
     run("score", source, "-o", alone, "-q")
     found, wanted = rows_of(out.read_text()), rows_of(alone.read_text())
     assert [row["id"] for row in found] == [row["id"] for row in wanted]
@@ -225,6 +212,15 @@ def test_what_stops_ranks_comes_after_the_rows_before_it(monkeypatch, tmp_path):
     source = put(tmp_path, *lengths(7), {"prompt": "p"}, *lengths(3))  # which reading finds
     found, _, stopped = shared(monkeypatch, Job("score", replace(A_ROW_A_WINDOW, strict=True)), source)
     assert stopped.startswith("line 8: ") and [row["id"] for row in found] == list(range(7))
+
+
+def test_a_file_that_breaks_off_is_said_after_its_rows(monkeypatch, tmp_path):
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress(put(tmp_path, *lengths(150)).read_bytes(), 0)[:-3000])
+    alone = [record.row["id"] for record in islice(open_source(str(torn)).records, 100)]
+    found, _, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), torn)
+    assert f"cannot read {torn} to its end" in stopped
+    assert [row["id"] for row in found[:100]] == alone and 100 <= len(found) < 150
 
 
 # ---------------------------------------------------------------- the parts

@@ -63,9 +63,9 @@ def test_what_is_wrong_with_an_output_is_seen(tmp_path, change, said):
 
 
 def test_a_short_run_of_the_command(tmp_path):
-    run = soak.soak(700, ["--max-tokens-per-batch", "512"], every=0.02)
+    run = soak.soak(400, ["--max-tokens-per-batch", "512"], every=0.02)
     assert [w for w in run["wrong"] if not w.startswith("memory")] == []  # too short to speak of memory
-    assert 350 < run["readings"][-1]["rows"] <= 700
+    assert 200 < run["readings"][-1]["rows"] <= 400
     assert 100 < run["mib"]["last"] < 4000 and len(run["rows_per_s"]) == soak.TENTHS
-    assert "700 rows --max-tokens-per-batch 512" in soak.sentence(run)
+    assert "400 rows --max-tokens-per-batch 512" in soak.sentence(run)
     assert soak.draw([run], tmp_path / "soak.png").stat().st_size > 10_000
