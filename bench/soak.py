@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,8 @@ from endoreward_fast.demo_data import problems
 
 ROWS, SAMPLE, TENTHS = 100_000, 500, 10
 UNUSABLE = 100  # every so many rows one has no completion
-GROWTH = 0.02  # of resident memory over the second half; of 500 MiB and 50,000 rows, 200 bytes a row
+GROWTH = 0.01  # of resident memory over the second half: more is no longer flat
+BATCH = 1024  # tokens: small windows, so that memory's up and down with each is small and often beside what a leak adds
 TOLERANCE = 1e-4  # scores in another batch: float noise
 MIB = 1 << 20
 
@@ -54,20 +56,26 @@ def rows_of(count: int) -> list[dict]:
     return rows
 
 
-def watched(command: list[str], output: Path, every: float) -> tuple[int, list[Reading]]:
-    """Run `command` to its end; (exit code, what was seen of it every so many seconds)."""
+def watched(command: list[str], output: Path, every: float) -> tuple[int, list[Reading], str]:
+    """Run `command` to its end; (exit code, what was seen of it every so many seconds, what it said)."""
     started, readings, lines = time.perf_counter(), [], 0
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process, open(output, "w+b") as written:
+    with (
+        tempfile.TemporaryFile("w+") as said,
+        subprocess.Popen(command, stderr=said) as process,
+        open(output, "w+b") as written,
+    ):
         memory = psutil.Process(process.pid).memory_info
         while process.poll() is None:
             time.sleep(every)
             lines += sum(chunk.count(b"\n") for chunk in iter(lambda: written.read(MIB), b""))
             try:
-                readings.append(Reading(time.perf_counter() - started, lines, memory().rss / MIB))
+                readings.append(Reading(round(time.perf_counter() - started, 2), lines, round(memory().rss / MIB, 1)))
             except psutil.NoSuchProcess:
                 break
+        said.seek(0)
+        text = said.read()
     # Before the first row it loads the model; one that has ended, and was not asked how, has no memory.
-    return process.returncode, [r for r in readings if r.rows and r.mib]
+    return process.returncode, [r for r in readings if r.rows and r.mib], text
 
 
 def growth(readings: list[Reading]) -> float:
@@ -119,8 +127,8 @@ def soak(count: int, flags: list[str], every: float) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "rows.jsonl", Path(folder) / "scored.jsonl"
         source.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        command = [sys.executable, "-m", "endoreward_fast", "score", str(source), "-o", str(output), "-q", *flags]
-        code, readings = watched(command, output, every)
+        command = [sys.executable, "-m", "endoreward_fast", "score", str(source), "-o", str(output), *flags]
+        code, readings, said = watched(command, output, every)
         wrong = mistakes(rows, output)
     if code != 2:  # rows that cannot be scored are among them
         wrong.append(f"exit code {code}, not 2")
@@ -130,35 +138,44 @@ def soak(count: int, flags: list[str], every: float) -> dict:
     return {
         "flags": flags, "rows": count, "growth_of_second_half": grown, "wrong": wrong,
         "mib": {"first": readings[0].mib, "last": readings[-1].mib, "highest": max(r.mib for r in readings)},
-        "rows_per_s": by_tenths(readings), "readings": [asdict(r) for r in readings],
+        "rows_per_s": by_tenths(readings), "tokens": _tokens(said), "readings": [asdict(r) for r in readings],
     }  # fmt: skip
+
+
+def _tokens(said: str) -> int:
+    """Through the model, prompts included, as the command says at its end."""
+    found = re.search(r"rows, ([\d,]+) tokens", said)
+    if found is None:
+        raise SystemExit(f"the command did not say how many tokens it scored: {said[-500:]!r}")
+    return int(found[1].replace(",", ""))
 
 
 def sentence(run: dict) -> str:
     """One line for people."""
     pace, mib, wrong = run["rows_per_s"], run["mib"], "; ".join(run["wrong"])
+    typical = np.median(pace)
     return (
         f"{run['rows']:,} rows{' '.join(['', *run['flags']])}: {mib['last']:.0f} MiB at the end (highest "
-        f"{mib['highest']:.0f}), {run['growth_of_second_half']:+.2%} over the second half; {np.median(pace):,.0f} "
-        f"rows/s (tenths from {min(pace):,.0f} to {max(pace):,.0f}); {wrong or 'every row there, as it should be'}"
+        f"{mib['highest']:.0f}), {run['growth_of_second_half']:+.2%} over the second half; {typical:,.0f} rows/s "
+        f"(tenths from {min(pace):,.0f} to {max(pace):,.0f}), {typical * run['tokens'] / run['rows']:,.0f} tokens/s; "
+        f"{wrong or 'every row there, as it should be'}"
     )
 
 
 def draw(runs: list[dict], path: Path) -> Path:
-    """Memory against time, throughput against rows done."""
+    """Memory and throughput against rows done."""
     from bench.charts import INK, plt, quiet
 
     figure, (of_memory, of_pace) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for run, colour in zip(runs, ("#d1495b", "#00798c"), strict=False):
-        label = " ".join(["score", *run["flags"]])
+        label = " ".join(["score", *run["flags"][2:]])
         seen = run["readings"]
-        of_memory.plot([r["seconds"] / 60 for r in seen], [r["mib"] for r in seen], color=colour, lw=1, label=label)
+        of_memory.plot([r["rows"] / 1000 for r in seen], [r["mib"] for r in seen], color=colour, lw=1, label=label)
         edges = np.linspace(seen[0]["rows"], seen[-1]["rows"], TENTHS + 1) / 1000
         of_pace.stairs(run["rows_per_s"], edges, color=colour, lw=1.8, label=label, baseline=None)
-    of_memory.set_xlabel("minutes")
-    of_pace.set_xlabel("thousand rows written")
     for axis, title in ((of_memory, "resident memory, MiB"), (of_pace, "rows a second, by tenths of the run")):
         axis.set_title(title, loc="left", fontsize=10, color=INK)
+        axis.set_xlabel("thousand rows written")
         axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
         axis.legend(frameon=False, fontsize=9, loc="upper right")
         quiet(axis)
@@ -173,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=harness.RESULTS)
     args = parser.parse_args(arguments)
     runs = []
-    for count, flags in ((args.rows, []), (args.rows // 2, ["--per-token"])):
+    small = ["--max-tokens-per-batch", str(BATCH)]
+    for count, flags in ((args.rows, small), (args.rows // 2, [*small, "--per-token"])):
         runs.append(soak(count, flags, args.every))
         print(sentence(runs[-1]), flush=True)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
