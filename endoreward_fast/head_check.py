@@ -21,6 +21,7 @@ from .gathered import weights_come_and_go
 
 if TYPE_CHECKING:
     from .heads import Head
+    from .sharded import VocabShard
 
 REAL, KNOWN = 4, 4  # positions of the check's rows: real head outputs, then known ones
 SAMPLED_ROWS = 4096  # of the head's weight: enough to catch a wrong matmul, no fp32 copy of a 256k vocabulary
@@ -138,10 +139,10 @@ def self_check(model: nn.Module, head: "Head") -> str | None:
             shapes = ", ".join(str(tuple(call.hidden.shape)) for call in calls) or "nothing"
             return f"its output head is fed {shapes}, not one (batch, tokens, size)"
         wrong = _recipe_mismatch(head, calls[0], logits, known)
-        if is_dtensor(head.module.weight):
+        if calls[0].shard is not None:
             from .sharded import agreed
 
-            wrong = agreed(wrong, head.module.weight)
+            wrong = agreed(wrong, calls[0].shard.group)
         return wrong or _capture_mismatch(model, head, calls[0].hidden, tokens)
 
 
@@ -225,20 +226,24 @@ class _Call(NamedTuple):
     """(K, D) fp32"""
     bias: Tensor | None
     """(K,) fp32"""
+    shard: "VocabShard | None"
+    """whose the rows are, if they are not all here"""
 
     @classmethod
     def of(cls, head: "Head", hidden: Tensor) -> "_Call":
         odd = why_not_plain(head.module)
         if odd is not None:
-            return cls(hidden, odd, None, None, None)
-        weight, bias, start = head.weight, head.bias, 0
+            return cls(hidden, odd, None, None, None, None)
+        weight, bias, shard = head.module.weight, getattr(head.module, "bias", None), None
         if is_dtensor(weight):
             from .sharded import rows_here
 
-            (weight, start), (bias, _) = rows_here(weight), rows_here(bias)
-        size = len(weight)
+            (weight, shard), (bias, _) = rows_here(weight), rows_here(bias)
+        start = shard.start if shard else 0
+        size = len(weight) if head.vocab_size is None else max(0, min(len(weight), head.vocab_size - start))
         rows = torch.linspace(0, max(0, size - 1), min(size, SAMPLED_ROWS)).long().to(weight.device)
-        return cls(hidden, None, start + rows, weight[rows].float(), None if bias is None else bias[rows].float())
+        bias = None if bias is None else bias[rows].float()
+        return cls(hidden, None, start + rows, weight[rows].float(), bias, shard)
 
 
 def _run_with_known_values(
@@ -252,6 +257,7 @@ def _run_with_known_values(
         calls.append(_Call.of(head, plain(args[0])))
 
     def plant(module: nn.Module, args: tuple[Tensor, ...], y: Any) -> Any:
+        _refuse_parts_of_logits(model, head, y)
         if not isinstance(y, Tensor) or y.dim() != 3 or y.shape[:2] != tokens.shape:
             return y
         planted.append(_known_values(y[:, REAL:].shape, y))
@@ -260,12 +266,25 @@ def _run_with_known_values(
     handles = [head.module.register_forward_pre_hook(look), head.module.register_forward_hook(plant)]
     try:
         logits = logits_of(_forward(model, tokens))
+    except EndoRewardError:
+        raise
     except Exception as error:
         raise EndoRewardError(f"{describe(model)} does not run on token ids alone: {_one_line(error)}") from error
     finally:
         for handle in handles:
             handle.remove()
     return calls, logits, planted[0] if len(planted) == 1 else None
+
+
+def _refuse_parts_of_logits(model: nn.Module, head: "Head", y: Any) -> None:
+    """Neither the head's recipe nor the model's own logits can be read where each process has some columns of them."""
+    weight = head.module.weight
+    if is_dtensor(y) or (is_dtensor(weight) and isinstance(y, Tensor) and y.shape[-1] != weight.shape[0]):
+        raise EndoRewardError(
+            f"{describe(model)}: its output head gives each process a part of the logits, {type(y).__name__} "
+            f"{tuple(y.shape)}, not a plain tensor of all {weight.shape[0]}: lay them out whole, as ColwiseParallel("
+            "output_layouts=Replicate()) does"
+        )
 
 
 def _refuse_unless_causal(model: nn.Module, logits: Tensor, tokens: Tensor) -> None:

@@ -85,15 +85,26 @@ class Head:
 
     @property
     def weight(self) -> Tensor:
-        """(V, D), live: it follows the model when it is trained, moved or re-tied."""
+        """(V, D), live: it follows the model when it is trained, moved or re-tied.
+
+        A DTensor keeps its padding, since cutting one gathers it: what reads it is told `vocab_size`.
+        """
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight if self.recipe.vocab_size is None else weight[: self.recipe.vocab_size]
+        return self._words(weight)
 
     @property
     def bias(self) -> Tensor | None:
         """(V,) or None."""
         bias = getattr(self.module, "bias", None)
-        return bias if bias is None or self.recipe.vocab_size is None else bias[: self.recipe.vocab_size]
+        return None if bias is None else self._words(bias)
+
+    def _words(self, rows: Tensor) -> Tensor:
+        return rows if self.vocab_size is None or is_dtensor(rows) else rows[: self.vocab_size]
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Rows of the weight from here on are padding; None: none is."""
+        return self.recipe.vocab_size
 
     @property
     def logit_scale(self) -> float:
@@ -134,7 +145,7 @@ class Head:
         seen = Seen()
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            hidden = plain(args[0]).to(self.weight.device)
+            hidden = plain(args[0]).to(self.module.weight.device)
             seen.calls.append(hidden if reader is None else reader(hidden))
             seen.fed = int(is_dtensor(self.module.weight))  # whose matmul wants a row at least
             return (args[0][..., : seen.fed, :], *args[1:])

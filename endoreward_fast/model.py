@@ -216,7 +216,7 @@ class EndoRewardModel(nn.Module):
                 return of_logits(states, tokens, **wanted)
             return of_hidden(
                 states, self.head.weight, tokens, bias=self.head.bias, logit_scale=self.head.logit_scale,
-                softcap=self.head.softcap, **wanted,
+                softcap=self.head.softcap, vocab_size=self.head.vocab_size, **wanted,
             )  # fmt: skip
 
         return self._run(arguments, read)

@@ -5,9 +5,10 @@
     share_r   = exp(lse_r - lse)                               lse = logsumexp_r lse_r
     entropy   = sum_r share_r (H_r - ln share_r)               logit_mean = sum_r (sum z) / V
 
-One all_gather of at most seven float32 a row in the forward; in the backward every shard takes its share of the
-upstream gradients, and one all_reduce adds up what the shards say of `hidden`. As in every tensor-parallel layer, all
-ranks hold the same hidden states, and have to be given the same upstream gradients.
+One all_gather of six float32 a row in the forward (on the CPU one of a single number before it, see `_refuse_unequal`);
+in the backward every shard takes its share of the upstream gradients, and one all_reduce adds up what the shards say
+of `hidden`. As in every tensor-parallel layer, all ranks hold the same hidden states and ask for the same gradients,
+and have to be given the same upstream gradients.
 """
 
 from typing import Any, NamedTuple
@@ -32,17 +33,18 @@ class VocabShard(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """What each shard says of each row: (N,) float32 of one, (shards, N) of all."""
+    """What each shard says, float32: of each row (shards, N), and of itself (shards,)."""
 
     shift: Tensor
     log_total: Tensor
     target_logit: Tensor
     """0 where another shard has the target"""
-    has_target: Tensor
-    """1 or 0"""
     entropy: Tensor
     total: Tensor
     """sum of z"""
+    target: Tensor
+    """which token was asked for, -100 off the mask: float32 counts to 2^24"""
+    start: Tensor
     size: Tensor
     """vocabulary entries"""
 
@@ -54,8 +56,9 @@ def sharded_linear_stats(
 ) -> list[Tensor]:  # fmt: skip
     """`ops.linear_stats` of the whole vocabulary from this process's rows of it; `targets` are of the whole one.
 
-    Every rank returns the same. On the CPU, IndexError for a target that no shard has and ValueError for one that two
-    have, on every rank alike; on a device such a row comes back NaN.
+    Every rank returns the same. On the CPU, on every rank alike, IndexError for a target outside the vocabulary, and
+    ValueError for shards that overlap or leave a gap and for ranks that were given different targets, masks or numbers
+    of rows. On a device such rows come back NaN; the number of rows is not compared there.
     """
     head = {"logit_scale": logit_scale, "softcap": softcap, "alpha": alpha, "impl": impl}
     wanted = {"entropy": entropy, "logit_mean": logit_mean}
@@ -65,12 +68,14 @@ def sharded_linear_stats(
 class _ShardedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, targets, mask, successor, shard, head, wanted):
-        here = (targets >= shard.start) & (targets < shard.start + len(weight))
-        own = torch.where(here, targets - shard.start, NO_TARGET)
+        asked = targets if mask is None else torch.where(mask, targets, NO_TARGET)
+        here = (asked >= shard.start) & (asked < shard.start + len(weight))
+        own = torch.where(here, asked - shard.start, NO_TARGET)
+        _refuse_unequal(len(targets), targets.device, shard.group)
         local = _local_stats(hidden, weight, bias, own, mask, head, wanted)
-        shards = _gather(local, here, len(weight), shard.group)
+        shards = _gather(local, asked, shard.start, len(weight), shard.group)
         whole, log_share = _merge(shards, head["alpha"])
-        lost = _lost(targets, mask, shards)
+        lost = _lost(asked, shards)
         whole = RowStats(
             whole.lse, whole.target_logit, whole.entropy if wanted["entropy"] else None,
             whole.logit_mean if wanted["logit_mean"] else None, whole.shift, whole.log_total,
@@ -78,7 +83,7 @@ class _ShardedLinear(torch.autograd.Function):
         whole = _only(mask, poisoned(whole, lost))
         rewards = None if successor is None else rewards_of(whole, targets, successor, head["alpha"])
         ctx.shard, ctx.head = shard, head
-        ctx.fraction = len(weight) / shards.size[:, 0].sum().item() if len(targets) else 0.0
+        ctx.fraction = len(weight) / shards.size.sum()
         share = log_share[dist.get_rank(shard.group)]
         ctx.save_for_backward(hidden, weight, bias, own, targets, mask, successor, share, *local, *whole)
         ctx.set_materialize_grads(False)
@@ -101,7 +106,8 @@ class _ShardedLinear(torch.autograd.Function):
             )  # fmt: skip
             found = [g if need else None for g, need in zip(out, needs, strict=True)]
         if needs[0]:
-            whole_gradient = found[0].float()  # in low precision each addition would round once more
+            # In low precision each addition would round once more; and what is added is memory, whatever its strides.
+            whole_gradient = found[0].float().contiguous()
             dist.all_reduce(whole_gradient, group=ctx.shard.group)
             found[0] = whole_gradient.to(hidden.dtype)
         return *found, *(None,) * 6
@@ -120,16 +126,32 @@ def _local_stats(hidden, weight, bias, own, mask, head, wanted) -> RowStats:
     return RowStats(*(f if f.numel() == len(own) else torch.zeros_like(out[0]) for f in out))
 
 
-def _gather(local: RowStats, here: Tensor, size: int, group: Any) -> Shards:
-    """Every shard's numbers: the one collective of the forward."""
-    sizes = torch.full_like(local.lse, size)
-    mine = Shards(
-        local.shift, local.log_total, local.target_logit, here.float(), local.entropy, local.logit_mean * size, sizes
+def _refuse_unequal(rows: int, device: torch.device, group: Any) -> None:
+    """ValueError, on every rank, unless all have as many rows: gloo would end the process in the middle of a gather.
+
+    On a device, reading what was gathered would stall the stream.
+    """
+    if device.type != "cpu":
+        return
+    counts = [torch.empty(1) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.full((1,), float(rows)), group=group)
+    numbers = torch.cat(counts)
+    if (numbers != rows).any():
+        raise ValueError(
+            f"the processes that share a head gave {numbers.long().tolist()} rows: expected the same rows on every one"
+        )
+
+
+def _gather(local: RowStats, asked: Tensor, start: int, size: int, group: Any) -> Shards:
+    """Every shard's numbers: the one collective of the forward that grows with N."""
+    rows = torch.stack(
+        [local.shift, local.log_total, local.target_logit, local.entropy, local.logit_mean * size, asked.float()]
     )
-    stacked = torch.stack(mine)
-    gathered = [torch.empty_like(stacked) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, stacked, group=group)
-    return Shards(*torch.stack(gathered, 1))
+    mine = torch.cat([rows.flatten(), *(rows.new_full((1,), x) for x in (start, size))])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    everyone = torch.stack(gathered)
+    return Shards(*everyone[:, :-2].unflatten(1, rows.shape).unbind(1), everyone[:, -2], everyone[:, -1])
 
 
 def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
@@ -139,10 +161,11 @@ def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
     offset = (shards.shift - finite) / alpha + shards.log_total  # -inf for a shard of nothing, or of nothing but -inf
     log_total = torch.logsumexp(offset, 0)
     log_share = offset - _finite(log_total)
+    vocab = shards.size.sum()
     entropy = (log_share.exp() * (shards.entropy - _finite(log_share))).sum(0).clamp(min=0.0)
-    mean = shards.total.sum(0) / shards.size.sum(0)
+    entropy = torch.minimum(entropy, vocab.double().log().float())
     lse = finite / alpha + log_total
-    return RowStats(lse, shards.target_logit.sum(0), entropy, mean, shift, log_total), log_share
+    return RowStats(lse, shards.target_logit.sum(0), entropy, shards.total.sum(0) / vocab, shift, log_total), log_share
 
 
 def _share_of(upstream: RowGrads, local: RowStats, whole: RowStats, log_share: Tensor, fraction: float) -> RowGrads:
@@ -165,21 +188,30 @@ def _only(mask: Tensor | None, stats: RowStats) -> RowStats:
     return stats if mask is None else RowStats(*(None if f is None else torch.where(mask, f, 0.0) for f in stats))
 
 
-def _lost(targets: Tensor, mask: Tensor | None, shards: Shards) -> Tensor:
-    """Rows whose target is in no shard, or in more than one."""
-    holders = shards.has_target.sum(0)
-    lost = (targets != NO_TARGET) & (holders != 1)
-    if mask is not None:
-        lost = lost & mask
-    if targets.device.type == "cpu" and lost.any():
-        row = int(lost.nonzero()[0])
-        vocab = int(shards.size[:, 0].sum())
-        if holders[row] > 1:
+def _lost(asked: Tensor, shards: Shards) -> Tensor:
+    """Rows (N,) whose statistics mean nothing; on the CPU an error says why, the same on every rank."""
+    start, size, vocab = shards.start, shards.size, shards.size.sum()
+    before = (size * (start < start.unsqueeze(1))).sum(1)  # entries in shards that begin further down
+    split = ((size == 0) | (start == before)).all() & ((start + size) * (size > 0)).amax().eq(vocab)
+    unlike = (shards.target != shards.target[:1]).any(0)
+    outside = (asked != NO_TARGET) & ((asked < 0) | (asked >= vocab))
+    if asked.device.type == "cpu":
+        if not split:
+            spans = ", ".join(f"[{int(a)}, {int(a + n)})" for a, n in zip(start, size, strict=True))
+            raise ValueError(f"shards of the vocabulary overlap or leave a gap: {spans}; expected each row in one")
+        if unlike.any():
+            row = int(unlike.nonzero()[0])
+            given = [int(target) for target in shards.target[:, row]]
             raise ValueError(
-                f"target {int(targets[row])} is in {int(holders[row])} shards of the vocabulary: they overlap"
+                f"the processes that share a head were given different targets, {given} at row {row} (-100: none, or "
+                "off the mask): expected the same rows on every one"
             )
-        raise IndexError(f"target {int(targets[row])} at row {row} is outside the vocabulary's shards, {vocab} rows")
-    return lost
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise IndexError(
+                f"target {int(asked[row])} at row {row} is outside the vocabulary's shards, {int(vocab)} rows"
+            )
+    return ~split | unlike | outside
 
 
 # ------------------------------------------------------------------------------------------- which rows are held here
@@ -204,6 +236,11 @@ def localize(
         hidden = hidden.to_local()
     if hasattr(weight, "ds_id") and not weight.numel():
         raise ValueError("weight is empty: DeepSpeed ZeRO-3 keeps it elsewhere; gather it with GatheredParameters")
+    if shard is not None:
+        if not isinstance(shard.start, int) or shard.start < 0:
+            raise ValueError(f"shard.start={shard.start!r}: expected the number of a row, an int >= 0")
+        if dist.get_rank(shard.group) < 0:
+            raise ValueError("shard.group does not have this process in it")
     if vocab_size is not None:
         if vocab_size < 1:
             raise ValueError(f"vocab_size={vocab_size}: expected 1 or more")
@@ -240,12 +277,9 @@ def why_not_readable(weight: Tensor) -> str | None:
     return None
 
 
-def rows_here(x: Tensor | None) -> tuple[Tensor | None, int]:
-    """What of a head's weight or bias lies here, and which row it begins with."""
-    if not isinstance(x, DTensor):
-        return x, 0
-    local, shard = _of_dtensor(x)
-    return local, shard.start if shard else 0
+def rows_here(x: Tensor | None) -> tuple[Tensor | None, VocabShard | None]:
+    """What of a head's weight or bias lies here, and which of its rows that is; None: all of them."""
+    return _of_dtensor(x) if isinstance(x, DTensor) else (x, None)
 
 
 def same_everywhere(x: Tensor) -> Tensor:
@@ -253,11 +287,8 @@ def same_everywhere(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) and all(p.is_replicate() for p in x.placements) else x
 
 
-def agreed(reason: str | None, weight: Tensor) -> str | None:
-    """The first rank's reason not to read the head: the ranks have to take the same path."""
-    _, shard = _of_dtensor(weight)
-    if shard is None:
-        return reason
-    reasons: list[str | None] = [None] * dist.get_world_size(shard.group)
-    dist.all_gather_object(reasons, reason, group=shard.group)
+def agreed(reason: str | None, group: Any) -> str | None:
+    """The first rank's reason not to read the head that they share: the ranks have to take the same path."""
+    reasons: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reasons, reason, group=group)
     return next((r for r in reasons if r is not None), None)

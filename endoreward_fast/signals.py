@@ -73,7 +73,7 @@ def token_stats(
 def linear_token_stats(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, mask: Tensor | None = None, terminal: Tensor | None = None,
     bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None, alpha: float = 1.0,
-    impl: Impl = "auto",
+    impl: Impl = "auto", vocab_size: int | None = None,
 ) -> TokenStats:  # fmt: skip
     """TokenStats from hidden states (B, T, D) and the head's weight (V, D), logits never written to memory. Arguments
     as in `linear_token_rewards`."""
@@ -83,8 +83,9 @@ def linear_token_stats(
     stats = linear_vocab_stats(
         hidden, weight, plan.targets.view_as(tokens), mask=plan.needed.view_as(tokens), bias=bias,
         logit_scale=logit_scale, softcap=softcap, alpha=alpha, entropy=True, logit_mean=True, impl=impl,
+        vocab_size=vocab_size,
     )  # fmt: skip
-    return _of_tokens(stats, plan, alpha, weight.shape[0])
+    return _of_tokens(stats, plan, alpha, min(weight.shape[0], vocab_size or weight.shape[0]))
 
 
 def _of_tokens(stats: VocabStats, plan: RowPlan, alpha: float, vocab: int) -> TokenStats:

@@ -6,13 +6,18 @@ import os
 import sys
 import traceback
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM, PhiConfig
 
 import endoreward_fast as er
+from endoreward_fast.heads import Head, HeadRecipe
 from endoreward_fast.sharded import VocabShard, agreed
 from tiny_models import ROWS as ROWS_OF_TEXT
 from tiny_models import TOKENIZER, build, random_rows
@@ -28,6 +33,7 @@ HEADS = {
     "common offset": {"bias": True, "offset": 3e4},
     "a shard of -inf": {"bias": True, "ruled_out": "shard"},
     "a row of -inf": {"bias": True, "ruled_out": "all"},
+    "transposed": {"transposed": True},
 }
 
 
@@ -37,6 +43,8 @@ def data(name, world):
     options = dict(HEADS[name])
     hidden, weight = torch.randn(ROWS, DIM), torch.randn(PADDED, DIM)
     bias = torch.randn(PADDED) + options.pop("offset", 0.0) if options.pop("bias", False) else None
+    if options.pop("transposed", False):  # in memory, the rows side by side
+        hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
     ruled_out = options.pop("ruled_out", None)
     if ruled_out:
         bias[: CUTS[world][0] if ruled_out == "shard" else None] = -torch.inf
@@ -52,14 +60,15 @@ def rows_of(rank, world):
 
 
 def leaves(hidden, weight, bias):
-    return [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    return [None if x is None else x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
 
 
-def statistics(name, rank, world, impl="chunked", group=None, dtype=torch.float32):
+def statistics(name, rank, world, impl="chunked", group=None, dtype=torch.float32, wide=False):
+    """`wide`: float32 hidden states beside a weight of `dtype`."""
     hidden, weight, bias, targets, mask, upstream, options = data(name, world)
     targets[4] = VOCAB + 7  # nowhere, and off the mask: nobody asks
     part = rows_of(rank, world)
-    h, w, b = leaves(hidden.to(dtype), weight[part].to(dtype), None if bias is None else bias[part])
+    h, w, b = leaves(hidden if wide else hidden.to(dtype), weight[part].to(dtype), None if bias is None else bias[part])
     out = er.linear_vocab_stats(
         h, w, targets, mask=mask, bias=b, entropy=True, logit_mean=True, impl=impl,
         shard=VocabShard(group, part.start), **options,
@@ -100,7 +109,7 @@ def of_dtensors(rank, world):
     }.items():
         said[kind] = message(wrong)
     grads = [h.grad, split.grad.full_tensor()]
-    verdict = agreed("rank 1 sees other logits" if rank == 1 else None, split)
+    verdict = agreed("rank 1 sees other logits" if rank == 1 else None, mesh.get_group())
     return {"out": [f.detach() for f in out], "grads": grads, "lse": replicated.lse, "said": said, "agreed": verdict}
 
 
@@ -109,26 +118,39 @@ def uneven():
     return build(LlamaConfig, tie_word_embeddings=False, vocab_size=385)
 
 
+# Embeddings that are split with the head; a softcap; a bias.
+MODELS_SPLIT = {
+    "untied": uneven,
+    "tied": partial(build, LlamaConfig, tie_word_embeddings=True),
+    "capped": partial(build, Gemma2Config),
+    "biased": partial(build, PhiConfig),
+}
+
+
 def of_a_model(rank, world, folder):
     """transformers' own tensor parallelism: tp_plan="auto"."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    model = AutoModelForCausalLM.from_pretrained(f"{folder}/model", tp_plan="auto")
-    scorer = er.EndoRewardModel(model, TOKENIZER)
-    with torch.no_grad():
-        rewards = scorer(torch.stack(random_rows(12, 12)), entropy=True)
-    scores = [row.score for row in scorer.score(ROWS_OF_TEXT)]
+    scorer = er.EndoRewardModel(AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"), TOKENIZER)
+    return of_scorer(scorer) | {"rows": len(scorer.head.weight.to_local())}
+
+
+def of_scorer(scorer):
+    """Rewards, their gradients by name, and scores of text."""
+    rewards = scorer(torch.stack(random_rows(12, 12)), entropy=True)
+    (rewards.reward * torch.linspace(-1, 1, 12)).sum().backward()
+    grads = {name: p.grad for name, p in scorer.model.named_parameters()}
     return {
         "linear": scorer.head.linear,
-        "rows": len(scorer.head.weight.to_local()),
-        "out": [*rewards],
-        "scores": scores,
+        "out": [f.detach() for f in rewards],
+        "grads": {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()},
+        "scores": [row.score for row in scorer.score(ROWS_OF_TEXT)] if scorer.tokenizer else None,
     }
 
 
 def message(call):
     try:
         call()
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, er.EndoRewardError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing was said"
 
@@ -136,17 +158,105 @@ def message(call):
 def refused(rank, world):
     hidden, weight, _, targets, _, _, _ = data("plain", world)
     part = rows_of(rank, world)
+    alone = dist.new_group([0])
 
-    def ask(**changes):
-        given = {"targets": targets, "start": part.start, "impl": "chunked"} | changes
-        shard = VocabShard(None, given["start"])
-        return lambda: er.linear_vocab_stats(hidden, weight[part], given["targets"], shard=shard, impl=given["impl"])
+    def say(rows=ROWS, targets=targets, start=part.start, group=None, **options):
+        options = {"impl": "chunked"} | options
+        shard = VocabShard(group, start)
+        return message(
+            lambda: er.linear_vocab_stats(hidden[:rows], weight[part], targets[:rows], shard=shard, **options)
+        )
 
     return {
-        "outside": message(ask(targets=torch.full((ROWS,), VOCAB))),
-        "overlap": message(ask(start=0)),
-        "reference": message(ask(impl="reference")),
+        "outside": say(targets=torch.full((ROWS,), VOCAB)),
+        "below": say(targets=torch.full((ROWS,), -1)),
+        "overlap": say(start=0, targets=torch.full((ROWS,), -100)),
+        "one off": say(start=part.start + (rank > 0), targets=torch.full((ROWS,), -100)),
+        "reference": say(impl="reference"),
+        "rows": say(rows=ROWS - rank),
+        "targets": say(targets=torch.full((ROWS,), rank)),
+        "masks": say(mask=torch.arange(ROWS) >= rank),
+        "start": say(start=-1) + say(start=1.0),
+        "outsider": say(group=alone) if rank else None,
     }
+
+
+def in_low_precision(rank, world):
+    """(hidden, weight): statistics"""
+    half, bfloat = torch.float16, torch.bfloat16
+    kinds = {(half, half): {}, (bfloat, bfloat): {}, (torch.float32, bfloat): {"wide": True}}
+    return {kinds_: statistics("plain", rank, world, dtype=kinds_[1], **options) for kinds_, options in kinds.items()}
+
+
+def cut_short(rank, world):
+    """lse of the words before `vocab_size`, that ends at a shard's edge, in one, or leaves but the first a part."""
+    hidden, weight, _, _, _, _, _ = data("plain", world)
+    part, targets = rows_of(rank, world), torch.zeros(ROWS, dtype=torch.long)
+    return {
+        vocab: er.linear_vocab_stats(
+            hidden, weight[part], targets, logit_mean=True, shard=VocabShard(None, part.start), vocab_size=vocab
+        )[::3]
+        for vocab in (3, CUTS[world][0], VOCAB - 20, VOCAB, PADDED)
+    }
+
+
+def of_nothing(rank, world):
+    """No row at all, or none on the mask: statistics, rewards, and gradients of them."""
+    hidden, weight, _, targets, _, _, _ = data("plain", world)
+    part, found = rows_of(rank, world), []
+    shard = VocabShard(None, part.start)
+    for rows in (0, 12):
+        h, w, _ = leaves(hidden[:rows], weight[part], None)
+        mask = torch.zeros(rows, dtype=torch.bool)
+        out = er.linear_vocab_stats(
+            h, w, targets[:rows], mask=mask, entropy=True, logit_mean=True, shard=shard, impl="chunked"
+        )
+        rewards = er.linear_token_rewards(
+            h.view(2, rows // 2, DIM), w, targets[:rows].view(2, -1), mask=mask.view(2, -1), entropy=True, shard=shard,
+        )  # fmt: skip
+        sum(f.sum() for f in (*out, *rewards)).backward()
+        found += [*out, *rewards, h.grad, w.grad]
+    return [f.detach() for f in found]
+
+
+def frozen(rank, world):
+    """One of hidden and weight is not trained; and a backward that comes twice. The traffic of each."""
+    hidden, weight, _, targets, mask, upstream, _ = data("plain", world)
+    part, found = rows_of(rank, world), {}
+    for which in ("hidden", "weight", "neither"):
+        h, w, _ = leaves(hidden, weight[part], None)
+        h.requires_grad_(which != "hidden"), w.requires_grad_(which != "weight")
+
+        def both(h=h, w=w):
+            out = er.linear_vocab_stats(
+                h, w, targets, mask=mask, entropy=True, logit_mean=True, shard=VocabShard(None, part.start)
+            )
+            loss = sum((f * g).sum() for f, g in zip(out, upstream, strict=True))
+            wanted = [x for x in (h, w) if x.requires_grad]
+            return [torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2)]
+
+        (first, again), sent = counted(both)
+        found[which] = {"grads": first, "again": again, "sent": [name for name, _, _ in sent]}
+    return found
+
+
+def in_modes(rank, world):
+    """lse, and the gradient of hidden where there is one, without gradients, and under autocast."""
+    hidden, weight, _, targets, _, _, _ = data("plain", world)
+    part = rows_of(rank, world)
+
+    def lse(h, w):
+        return er.linear_vocab_stats(h, w, targets, shard=VocabShard(None, part.start)).lse
+
+    h, w, _ = leaves(hidden, weight[part], None)
+    with torch.no_grad():
+        found = {"no_grad": [lse(h, w)]}
+    with torch.inference_mode():
+        found["inference"] = [lse(hidden, weight[part]).clone()]
+    with torch.autocast(hidden.device.type, torch.bfloat16):
+        out = lse(h, w)
+    found["autocast"] = [out.detach(), *torch.autograd.grad(out.sum(), (h, w))]
+    return found
 
 
 def in_a_group(rank, world):
@@ -155,24 +265,77 @@ def in_a_group(rank, world):
     return statistics("plain", rank - (world - 2), 2, group=group) if rank >= world - 2 else None
 
 
-def traffic(rank, world, dtype):
-    """Numbers sent by each collective, of a forward and a backward."""
+def counted(call):
+    """What call() gives, and the numbers that each of its collectives sends."""
     sent = []
     gather, reduce = dist.all_gather, dist.all_reduce
 
-    def counted(call, place):
+    def noted(collective, place):
         def run(*args, **options):
-            sent.append((call.__name__, args[place].numel(), str(args[place].dtype)))
-            return call(*args, **options)
+            sent.append((collective.__name__, args[place].numel(), str(args[place].dtype)))
+            return collective(*args, **options)
 
         return run
 
-    dist.all_gather, dist.all_reduce = counted(gather, 1), counted(reduce, 0)
+    dist.all_gather, dist.all_reduce = noted(gather, 1), noted(reduce, 0)
     try:
-        statistics("plain", rank, world, dtype=dtype)
+        with CommDebugMode() as everything:  # others would show here
+            found = call()
     finally:
         dist.all_gather, dist.all_reduce = gather, reduce
-    return sent
+    assert everything.get_total_counts() == len(sent)
+    return found, sent
+
+
+def of_two_meshes(rank, world):
+    """Tensor parallelism within pairs of ranks, FSDP2 across them: the head is a DTensor while it runs, and split in
+    two ways when it does not."""
+    model = uneven()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "words"))
+    parallelize_module(model, mesh["words"], {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    for part in (*model.model.layers, model.lm_head, model):
+        fully_shard(part, mesh=mesh["data"])
+    return of_scorer(er.EndoRewardModel(model, TOKENIZER))
+
+
+def of_a_padded_head(rank, world):
+    """A head whose last words are padding, split: what it takes to read the others, and to ask for its weight."""
+    model = uneven()
+    model.__class__ = Cut
+    mesh = init_device_mesh("cpu", (world,))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    head = Head(model, recipe=HeadRecipe(vocab_size=Cut.words))
+    scorer = er.EndoRewardModel(uneven())
+    scorer.model, scorer.head = model, head
+    with CommDebugMode() as asked:
+        assert len(head.weight) == 385 and head.bias is None
+    stats = scorer.stats(torch.stack(random_rows(12, 12)))
+    return of_scorer(scorer) | {
+        "asked": asked.get_total_counts(),
+        "vocab": stats.vocab,
+        "mean": stats.logit_mean.detach(),
+    }
+
+
+class Cut(LlamaForCausalLM):
+    """A model that cuts the padding of its head off, as Inkling does."""
+
+    words = 300
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.logits = output.logits[..., : self.words]
+        return output
+
+
+def of_logits_in_parts(rank, world):
+    """Why models whose logits stay split are refused."""
+    mesh = init_device_mesh("cpu", (world,))
+
+    def load(**options):
+        return lambda: er.EndoRewardModel(parallelize_module(uneven(), mesh, {"lm_head": ColwiseParallel(**options)}))
+
+    return [message(load()), message(load(use_local_output=False))]
 
 
 def work(rank, world, folder):
@@ -189,9 +352,18 @@ def work(rank, world, folder):
     )
     found = {name: statistics(name, rank, world) for name in HEADS}
     found |= {"rewards": rewards(rank, world), "dtensor": of_dtensors(rank, world), "group": in_a_group(rank, world)}
-    found["traffic"] = {dtype: traffic(rank, world, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    found["traffic"] = {
+        dtype: counted(partial(statistics, "plain", rank, world, dtype=dtype))[1]
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    for case in (in_low_precision, cut_short, of_nothing, frozen, in_modes):
+        found[case.__name__] = case(rank, world)
     if backend == "gloo" and world == 2:
-        found["model"] = of_a_model(rank, world, folder)
+        found["model"] = {name: of_a_model(rank, world, f"{folder}/{name}") for name in MODELS_SPLIT}
+        found["padded"] = of_a_padded_head(rank, world)
+        found["parts"] = of_logits_in_parts(rank, world)
+    if backend == "gloo" and world == 4:
+        found["meshes"] = of_two_meshes(rank, world)
     found["refused"] = refused(rank, world) if backend == "gloo" else None
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.barrier()
@@ -213,7 +385,8 @@ def fork(rank, world, folder):
 
 
 if __name__ == "__main__":
-    uneven().save_pretrained(f"{sys.argv[1]}/model")  # here: among several ranks only the first one writes
+    for name, model in MODELS_SPLIT.items():  # here: among several ranks only the first one writes
+        model().save_pretrained(f"{sys.argv[1]}/{name}")
     failed = 0
     for world in WORLDS:
         children = [fork(rank, world, sys.argv[1]) for rank in range(world)]

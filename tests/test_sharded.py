@@ -1,5 +1,6 @@
 """A vocabulary split over 2, 3 and 4 real processes (shard_ranks.py) against the whole one, to the error budget."""
 
+import math
 import os
 import subprocess
 import sys
@@ -11,8 +12,10 @@ import torch
 import endoreward_fast as er
 import shard_ranks
 from endoreward_fast import reference
+from endoreward_fast.heads import Head, HeadRecipe
+from endoreward_fast.sharded import Shards, _merge
 from shard_ranks import HEADS, PADDED, VOCAB, WORLDS, data, rows_of
-from tiny_models import ROWS, TOKENIZER, random_rows
+from tiny_models import TOKENIZER, random_rows
 
 WORLD = pytest.mark.parametrize("world", WORLDS)
 F64 = torch.float64
@@ -118,13 +121,14 @@ def test_a_dtensor_knows_its_own_shard(world, found, assert_within_budget):
 
 @WORLD
 def test_one_gather_and_one_sum_of_a_few_numbers_a_row(world, found):
-    """In float32, whatever the hidden states are."""
+    """In float32, whatever the hidden states are. On the CPU the number of rows is compared first."""
     for rank in found[world]:
         for sent in rank["traffic"].values():
-            assert sent == [
-                ("all_gather", 7 * shard_ranks.ROWS, "torch.float32"),
+            assert sent[-2:] == [
+                ("all_gather", 6 * shard_ranks.ROWS + 2, "torch.float32"),
                 ("all_reduce", shard_ranks.ROWS * shard_ranks.DIM, "torch.float32"),
             ]
+            assert sent[:-2] == ([] if rank["refused"] is None else [("all_gather", 1, "torch.float32")])
         assert len(rank["traffic"]) == 2
 
 
@@ -149,27 +153,168 @@ def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
         assert (
             said["outside"] == f"IndexError: target {VOCAB} at row 0 is outside the vocabulary's shards, {VOCAB} rows"
         )
-        assert "shards of the vocabulary: they overlap" in said["overlap"]
+        assert said["below"].startswith("IndexError: target -1 at row 0 is outside")
+        edges = [0, *shard_ranks.CUTS[world], VOCAB]
+        for case, starts in {"overlap": [0] * world, "one off": [0, *(x + 1 for x in edges[1:-1])]}.items():
+            spans = ", ".join(
+                f"[{a}, {a + n})" for a, n in zip(starts, torch.tensor(edges).diff().tolist(), strict=True)
+            )
+            assert said[case].startswith(f"ValueError: shards of the vocabulary overlap or leave a gap: {spans};")
         assert "reads a whole head, and this one is sharded" in said["reference"]
+        assert f"gave {[shard_ranks.ROWS - r for r in range(world)]} rows: expected the same" in said["rows"]
+        assert f"were given different targets, {[*range(world)]} at row 0" in said["targets"]
+        assert f"were given different targets, {[0] + [-100] * (world - 1)} at row 0" in said["masks"]
+        assert "shard.start=-1: expected" in said["start"] and "shard.start=1.0: expected" in said["start"]
+    assert all("does not have this process in it" in rank["refused"]["outsider"] for rank in found[world][1:])
 
 
-def test_a_tensor_parallel_model_is_read_shard_by_shard(found):
+@WORLD
+def test_low_precision_is_that_of_one_process(world, found, assert_within_budget):
+    """Which rounds the logits as its matmul does: on some machines, to bfloat16."""
+    hidden, weight, _, targets, mask, upstream, _ = data("plain", world)
+    options = {"mask": mask, "entropy": True, "logit_mean": True}
+    for h_dtype, w_dtype in found[world][0]["in_low_precision"]:
+        h, w, _ = shard_ranks.leaves(hidden.to(h_dtype), weight[:VOCAB].to(w_dtype), None)
+        oracle = reference.linear_vocab_stats(h, w, targets, dtype=F64, **options)
+        alone = er.linear_vocab_stats(h, w, targets, impl="chunked", **options)
+        sum((f * g).sum() for f, g in zip(alone, upstream, strict=True)).backward()
+        for r, rank in enumerate(found[world]):
+            ours = rank["in_low_precision"][h_dtype, w_dtype]
+            for field, one in zip(oracle._fields, ours["out"], strict=True):
+                assert_within_budget(one, getattr(alone, field), getattr(oracle, field), scale=20.0, name=field)
+            of_hidden, of_weight, _ = ours["grads"]
+            for one, other, parts in ((of_hidden, h.grad, world), (of_weight, w.grad[rows_of(r, world)], 1)):
+                # Each part is rounded by half an eps, and both sums are.
+                room = 2e-5 + (parts / 2 + 1) * torch.finfo(one.dtype).eps * float(h.grad.abs().max())
+                assert one.dtype == other.dtype
+                torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=room)
+
+
+@WORLD
+def test_vocab_size_may_end_anywhere(world, found):
+    hidden, weight, _, _, _, _, _ = data("plain", world)
+    for rank in found[world]:
+        for vocab, (lse, mean) in rank["cut_short"].items():
+            z = hidden.double() @ weight[: min(vocab, VOCAB)].double().T
+            torch.testing.assert_close(lse.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(mean.double(), z.mean(-1), rtol=1e-6, atol=1e-5)
+        assert len(rank["cut_short"]) == 5
+
+
+@WORLD
+def test_no_rows_and_none_on_the_mask(world, found):
+    for rank in found[world]:
+        for x in rank["of_nothing"]:
+            assert (x == 0).all()
+        assert [len(x) for x in rank["of_nothing"][:4]] == [0] * 4
+        assert [x.shape for x in rank["of_nothing"][10:14]] == [(12,)] * 4
+
+
+@WORLD
+def test_what_is_frozen_is_not_sent(world, found):
+    _, (hidden, weight, _) = whole("plain", world, F64)
+    first = [] if found[world][0]["refused"] is None else ["all_gather"]
+    for r, rank in enumerate(found[world]):
+        wanted = {
+            "hidden": [weight[rows_of(r, world)]],
+            "weight": [hidden],
+            "neither": [hidden, weight[rows_of(r, world)]],
+        }
+        for which, oracle in wanted.items():
+            for grads in (rank["frozen"][which]["grads"], rank["frozen"][which]["again"]):
+                for ours, exact in zip(grads, oracle, strict=True):
+                    torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=2e-5)
+            sums = ["all_reduce"] * (0 if which == "hidden" else 2)  # two backwards
+            assert rank["frozen"][which]["sent"] == [*first, "all_gather", *sums]
+
+
+@WORLD
+def test_without_gradients_and_under_autocast(world, found):
+    hidden, weight, _, targets, _, _, _ = data("plain", world)
+    for r, rank in enumerate(found[world]):
+        modes = rank["in_modes"]
+        for kind, (lse, *grads) in modes.items():
+            h, w, _ = shard_ranks.leaves(hidden, weight[:VOCAB], None)
+            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=kind == "autocast"):
+                alone = er.linear_vocab_stats(h, w, targets).lse
+            alone.sum().backward()
+            assert lse.dtype == torch.float32
+            torch.testing.assert_close(lse, alone.detach(), rtol=1e-6, atol=1e-5)
+            for ours, theirs in zip(grads, (h.grad, w.grad[rows_of(r, world)]), strict=bool(grads)):
+                room = 2**-7 * world if kind == "autocast" else 2e-5  # bfloat16 at 1 to 4, each shard's part
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=room)
+        assert set(modes) == {"no_grad", "inference", "autocast"}
+
+
+def assert_like_one_process(ours, model, atol=2e-5):
+    theirs = shard_ranks.of_scorer(er.EndoRewardModel(model, TOKENIZER))
+    assert ours["linear"]
+    for one, other in zip(ours["out"], theirs["out"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=atol)
+    for name, gradient in theirs["grads"].items():
+        assert (ours["grads"][name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+    if ours["scores"]:
+        assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", shard_ranks.MODELS_SPLIT)
+def test_a_tensor_parallel_model_is_read_shard_by_shard(name, found):
     """transformers' tp_plan="auto"; at load every rank checks its own rows against the model's own logits."""
     if "model" not in found[2][0]:
         pytest.skip("shown on the CPU")
-    scorer = er.EndoRewardModel(shard_ranks.uneven(), TOKENIZER)
-    with torch.no_grad():
-        rewards = scorer(torch.stack(random_rows(12, 12)), entropy=True)
-    scores = [row.score for row in scorer.score(ROWS)]
-    assert [rank["model"]["rows"] for rank in found[2]] == [193, 192]
     for rank in found[2]:
-        assert rank["model"]["linear"]
-        for ours, theirs in zip(rank["model"]["out"], rewards, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
-        assert rank["model"]["scores"] == pytest.approx(scores, abs=1e-3)
+        assert_like_one_process(rank["model"][name], shard_ranks.MODELS_SPLIT[name]())
+    if name == "untied":
+        assert [rank["model"][name]["rows"] for rank in found[2]] == [193, 192]
+
+
+def test_a_head_that_fsdp_shards_once_more(found):
+    """Where it does not run it is split by both; at load the ranks that share it agree while it does."""
+    if "meshes" not in found[4][0]:
+        pytest.skip("shown on the CPU")
+    for rank in found[4]:
+        assert_like_one_process(rank["meshes"], shard_ranks.uneven())
+
+
+def test_padding_of_a_split_head_is_cut_without_gathering_it(found):
+    if "padded" not in found[2][0]:
+        pytest.skip("shown on the CPU")
+    scorer = er.EndoRewardModel(shard_ranks.uneven())
+    scorer.model.__class__ = shard_ranks.Cut
+    scorer.head = Head(scorer.model, recipe=HeadRecipe(vocab_size=300))
+    theirs, stats = shard_ranks.of_scorer(scorer), scorer.stats(torch.stack(random_rows(12, 12)))
+    for rank in found[2]:
+        ours = rank["padded"]
+        assert ours["linear"] and ours["asked"] == 0 and ours["vocab"] == stats.vocab == 300
+        torch.testing.assert_close(ours["mean"], stats.logit_mean, rtol=1e-5, atol=1e-6)
+        for one, other in zip(ours["out"], theirs["out"], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+        for name, gradient in theirs["grads"].items():
+            assert (ours["grads"][name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_a_model_whose_logits_stay_split_is_refused_by_name(found):
+    if "parts" not in found[2][0]:
+        pytest.skip("shown on the CPU")
+    for rank in found[2]:
+        local, global_ = rank["parts"]
+        assert "gives each process a part of the logits, Tensor (2, 8, 19" in local and "all 385" in local
+        assert "part of the logits, DTensor (2, 8, 385)" in global_ and "output_layouts=Replicate()" in global_
 
 
 # --- without processes
+
+
+def test_entropy_is_at_most_that_of_equal_words():
+    """Where all logits are equal, the shards' shares and entropies round; the whole must not come out above ln V."""
+    for vocab in (2, 3, 5, 31, 100, 157, 301):
+        sizes = torch.arange(1.0, vocab).unsqueeze(1)
+        sizes = torch.stack([sizes, vocab - sizes])  # (2, V - 1, 1): every way to cut it in two
+        for pair in sizes.unbind(1):
+            zero = torch.zeros_like(pair)
+            shards = Shards(zero, pair.log(), zero, pair.log(), zero, zero, zero[:, 0], pair[:, 0])
+            entropy = _merge(shards, 1.0)[0].entropy
+            assert entropy <= torch.tensor(math.log(vocab)), (vocab, pair)
 
 
 @pytest.mark.parametrize("impl", ["chunked", "reference"])
