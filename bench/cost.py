@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 FLOAT32, BF16 = 4, 2
-WIRE_FLOATS = 7
+WIRE_FLOATS = 6
 """float32 that each vocabulary shard sends of a row: endoreward_fast.sharded.Shards"""
 TILE, PIECE = 32 << 20, 2048
 """bytes of logits at a time, and vocabulary entries that leave two float32 a row behind: endoreward_fast.workspace"""

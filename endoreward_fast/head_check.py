@@ -278,7 +278,7 @@ def _run_with_known_values(
 
 def _refuse_parts_of_logits(model: nn.Module, head: "Head", y: Any) -> None:
     """Neither the head's recipe nor the model's own logits can be read where each process has some columns of them."""
-    weight = head.module.weight
+    weight = getattr(head.module, "weight", None)  # a head of several modules has none
     if is_dtensor(y) or (is_dtensor(weight) and isinstance(y, Tensor) and y.shape[-1] != weight.shape[0]):
         raise EndoRewardError(
             f"{describe(model)}: its output head gives each process a part of the logits, {type(y).__name__} "

@@ -134,7 +134,8 @@ def test_one_line_for_a_model_of_ones_own(capsys):
 
 
 def test_constants_are_the_packages():
-    assert len(sharded.Shards._fields) == cost.WIRE_FLOATS
+    of_itself = {"start", "size"}  # one number a shard, not one a row
+    assert len({*sharded.Shards._fields} - of_itself) == cost.WIRE_FLOATS
     assert (4 * workspace.FORWARD_TILE, workspace.PIECE) == (cost.TILE, cost.PIECE)
     assert ScoreOptions().max_tokens_per_batch == BATCH.tokens
 
@@ -165,7 +166,7 @@ def test_shards_split_the_head_and_ranks_the_rows():
     assert (8 * rank.head, 8 * rank.body) == (whole.head, whole.body)
     assert whole.head_share + whole.body / (whole.body + whole.head) == pytest.approx(1)
     assert 8 * shard.head_bytes == whole.head_bytes == rank.head_bytes
-    assert shard.wire_bytes == 28 * BATCH.states and rank.wire_bytes == whole.wire_bytes == 0
+    assert shard.wire_bytes == 24 * BATCH.states and rank.wire_bytes == whole.wire_bytes == 0
     assert cost.cost(MODEL, BATCH, ranks=3).projections == whole.projections * 3 // 8  # the one with the most rows
 
 
