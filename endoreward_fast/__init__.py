@@ -13,16 +13,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .errors import EndoRewardError
-    from .functional import (
-        linear_token_rewards,
-        linear_vocab_stats,
-        rewards_to_go,
-        sequence_score,
-        terminal_at,
-        token_rewards,
-        vocab_stats,
-    )
+    from .functional import linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
     from .model import EndoRewardModel
+    from .returns import rewards_to_go, sequence_score, terminal_at
     from .sharded import VocabShard
     from .types import TokenRewards, VocabStats
 
@@ -34,9 +27,9 @@ _MODULE_OF = {
     "VocabStats": "types",
     "linear_token_rewards": "functional",
     "linear_vocab_stats": "functional",
-    "rewards_to_go": "functional",
-    "sequence_score": "functional",
-    "terminal_at": "functional",
+    "rewards_to_go": "returns",
+    "sequence_score": "returns",
+    "terminal_at": "returns",
     "token_rewards": "functional",
     "vocab_stats": "functional",
 }

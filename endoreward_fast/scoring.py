@@ -13,9 +13,9 @@ from .batching import does_not_fit, in_batches
 from .boundary import token_texts
 from .encoding import Encoded, Encoder, Row, Truncate
 from .errors import EndoRewardError
-from .functional import sequence_score
 from .gathered import weights_come_and_go
 from .notebook import html_of_table
+from .returns import sequence_score
 from .signals import SIGNALS, select
 from .types import TokenRewards
 

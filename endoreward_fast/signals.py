@@ -23,8 +23,9 @@ from torch import Tensor
 
 from .checks import check_linear, check_logits, check_rewards
 from .errors import EndoRewardError
-from .functional import Impl, linear_vocab_stats, sequence_score, vocab_stats
+from .functional import Impl, linear_vocab_stats, vocab_stats
 from .reference import shift_left
+from .returns import sequence_score
 from .rows import RowPlan, plan_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
 

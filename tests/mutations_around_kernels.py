@@ -110,7 +110,7 @@ REWARDS = {
         f"{IDENTITIES}::test_gradients_are_slopes[logits-fused]",
     ),
     "the mean of no tokens": Mutation(
-        "functional.py", "mask.sum(-1).clamp(min=1)", "mask.sum(-1)", f"{MAIN}::test_sequence_score"
+        "returns.py", "mask.sum(-1).clamp(min=1)", "mask.sum(-1)", f"{MAIN}::test_sequence_score"
     ),
 }
 

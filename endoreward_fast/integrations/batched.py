@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ..functional import sequence_score
+from ..returns import sequence_score
 from ..scoring import RowScore, ScoreOptions
 from ..vocabulary import refuse_other_vocabulary
 from .generated import NOT_FINITE, ending_ids, score_completions, scorer_of

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import EndoRewardError
-from ..functional import rewards_to_go
 from ..model import EndoRewardModel
+from ..returns import rewards_to_go
 from ..scoring import evaluating
 from ..vocabulary import refuse_other_vocabulary
 from .generated import Ids

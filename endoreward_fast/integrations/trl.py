@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..chat import with_system
 from ..errors import EndoRewardError
-from ..functional import sequence_score
 from ..model import EndoRewardModel
+from ..returns import sequence_score
 from ..scoring import ScoreOptions
 from ..vocabulary import refuse_other_vocabulary
 from .generated import NOT_FINITE, Ids, ending_ids, generated_row, score_completions, scorer_of

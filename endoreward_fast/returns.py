@@ -1,0 +1,71 @@
+"""Rewards of tokens -> one number per sequence, or what was earned from each token on; and where an episode ends."""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sequence_score(
+    reward: Tensor, mask: Tensor, *, reduction: Literal["sum", "mean"] = "sum", gamma: float = 1.0, floor: float = 0.0
+) -> Tensor:
+    """One number per sequence: sum_h max(gamma^(h - 1), floor) r_h, h counting the scored tokens of the row from 1.
+
+    "mean" divides it by their number. reward and mask (B, T) -> float32 (B,); a row with no scored token scores 0.
+    The sum is the paper's own score; it favours short completions, as a summed log-probability does.
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction={reduction!r}: expected 'sum' or 'mean'")
+    _check_reward_and_mask(reward, mask, gamma)
+    if not 0 <= floor < math.inf:
+        raise ValueError(f"floor={floor}: expected a finite number >= 0")
+    weighted = reward.float()
+    if gamma != 1.0 or floor > 1.0:
+        steps = mask.cumsum(-1) - 1
+        discount = torch.pow(torch.tensor(gamma, dtype=torch.float32, device=reward.device), steps.float())
+        weighted = _discounted(discount.clamp(min=floor), weighted)
+    total = torch.where(mask, weighted, 0.0).sum(-1)
+    return total / mask.sum(-1).clamp(min=1) if reduction == "mean" else total
+
+
+def rewards_to_go(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
+    """G_h = r_h + gamma G_{h+1} over the scored tokens of each row: what a policy-gradient step weighs token h by.
+
+    reward and mask (B, T) -> float32 (B, T), 0 off the mask; tokens off the mask are passed over, not discounted.
+    """
+    _check_reward_and_mask(reward, mask, gamma)
+    # G_t = r_t + c_t G_{t+1}, c = gamma on the mask and 1 off it: a linear recurrence, by doubling windows in
+    # log2(T) steps. `decay` is the product of c over a token's window.
+    to_go = torch.where(mask, reward.float(), 0.0)
+    decay = torch.full_like(to_go, gamma).masked_fill(~mask, 1.0)
+    window = 1
+    while window < reward.shape[1]:
+        to_go = to_go + _discounted(decay, F.pad(to_go[:, window:], (0, window)))
+        decay = decay * F.pad(decay[:, window:], (0, window))
+        window *= 2
+    return torch.where(mask, to_go, 0.0)
+
+
+def _discounted(discount: Tensor, reward: Tensor) -> Tensor:
+    """discount * reward, and 0 where the discount has underflowed: a reward of -inf is then too far to count."""
+    return torch.where(discount == 0, 0.0, discount * reward)
+
+
+def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> Tensor:
+    """Bool (B, T): scored tokens that are a real end of sequence. The others are bootstrapped (cut off by a limit)."""
+    if mask.shape != tokens.shape or mask.dtype != torch.bool:
+        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype}: expected {tuple(tokens.shape)} bool, as tokens")
+    if eos_token_id is None:
+        raise ValueError("eos_token_id is None: expected the id, or ids, that end a sequence")
+    return mask & torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device))
+
+
+def _check_reward_and_mask(reward: Tensor, mask: Tensor, gamma: float) -> None:
+    if reward.ndim != 2 or mask.shape != reward.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"reward {tuple(reward.shape)} and mask {tuple(mask.shape)} {mask.dtype}: expected (B, T), mask bool"
+        )
+    if not 0 < gamma <= 1:
+        raise ValueError(f"gamma={gamma}: expected a discount in (0, 1]")
