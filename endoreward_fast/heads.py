@@ -17,17 +17,8 @@ from torch import Tensor, nn
 
 from .errors import EndoRewardError
 from .gathered import behind, weights_come_and_go
-from .head_check import (
-    describe,
-    find_head,
-    is_dtensor,
-    logits_of,
-    plain,
-    refuse_bad_weights,
-    self_check,
-    why_not_plain,
-    without_cache,
-)
+from .head_check import logits_of, self_check, without_cache
+from .head_kind import describe, find_head, is_dtensor, plain, refuse_bad_weights, why_not_plain
 from .head_recipes import HeadRecipe, recipe_for
 
 __all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for", "without_cache"]

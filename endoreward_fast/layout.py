@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import EndoRewardError
-from .head_check import check_tokens, describe, left_as_it_was, uncompiled
+from .head_check import check_tokens, left_as_it_was
+from .head_kind import describe, uncompiled
 
 States = Callable[[dict[str, Tensor]], Tensor]
 

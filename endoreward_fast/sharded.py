@@ -265,7 +265,7 @@ def _of_dtensor(weight: DTensor) -> tuple[Tensor, VocabShard | None]:
     return weight.to_local(), VocabShard(weight.device_mesh.get_group(dim), start)
 
 
-# -------------------------------------------------------------------------------- for the check of a head (head_check)
+# ---------------------------------------------------------------------- for the check of a head (head_check, head_kind)
 
 
 def why_not_readable(weight: Tensor) -> str | None:

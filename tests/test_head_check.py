@@ -13,7 +13,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, ChameleonForConditionalGeneration
 
 from endoreward_fast.errors import EndoRewardError
-from endoreward_fast.head_check import refuse_bad_weights, why_not_plain
+from endoreward_fast.head_kind import refuse_bad_weights, why_not_plain
 from endoreward_fast.heads import Head
 
 transformers.logging.set_verbosity_error()
