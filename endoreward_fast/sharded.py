@@ -261,7 +261,7 @@ def _of_dtensor(weight: DTensor) -> tuple[Tensor, VocabShard | None]:
         )
     [dim] = split
     each = -(-weight.shape[0] // weight.device_mesh.size(dim))  # as torch.chunk: the last ones may have less, or none
-    start = min(weight.shape[0], each * weight.device_mesh.get_local_rank(dim))
+    start = each * weight.device_mesh.get_local_rank(dim)
     return weight.to_local(), VocabShard(weight.device_mesh.get_group(dim), start)
 
 

@@ -7,6 +7,7 @@ import sys
 import traceback
 from datetime import timedelta
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM, PhiConfig
 
 import endoreward_fast as er
+from endoreward_fast import sharded
 from endoreward_fast.heads import Head, HeadRecipe
 from endoreward_fast.sharded import VocabShard, agreed
 from tiny_models import ROWS as ROWS_OF_TEXT
@@ -109,8 +111,16 @@ def of_dtensors(rank, world):
     }.items():
         said[kind] = message(wrong)
     grads = [h.grad, split.grad.full_tensor()]
+    few = er.linear_vocab_stats(hidden, distribute_tensor(weight[:5], mesh, [Shard(0)]), targets.clamp(max=4)).lse
     verdict = agreed("rank 1 sees other logits" if rank == 1 else None, mesh.get_group())
-    return {"out": [f.detach() for f in out], "grads": grads, "lse": replicated.lse, "said": said, "agreed": verdict}
+    return {
+        "out": [f.detach() for f in out],
+        "grads": grads,
+        "lse": replicated.lse,
+        "few": few,
+        "said": said,
+        "agreed": verdict,
+    }
 
 
 def uneven():
@@ -208,9 +218,11 @@ def of_nothing(rank, world):
     for rows in (0, 12):
         h, w, _ = leaves(hidden[:rows], weight[part], None)
         mask = torch.zeros(rows, dtype=torch.bool)
-        out = er.linear_vocab_stats(
-            h, w, targets[:rows], mask=mask, entropy=True, logit_mean=True, shard=shard, impl="chunked"
-        )
+        with patch.object(sharded, "linear_stats", wraps=sharded.linear_stats) as local:
+            out = er.linear_vocab_stats(
+                h, w, targets[:rows], mask=mask, entropy=True, logit_mean=True, shard=shard, impl="chunked"
+            )
+        assert all(call.args[4] is mask for call in local.call_args_list)  # rows off the mask cost nothing
         rewards = er.linear_token_rewards(
             h.view(2, rows // 2, DIM), w, targets[:rows].view(2, -1), mask=mask.view(2, -1), entropy=True, shard=shard,
         )  # fmt: skip

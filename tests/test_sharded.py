@@ -13,7 +13,7 @@ import endoreward_fast as er
 import shard_ranks
 from endoreward_fast import reference
 from endoreward_fast.heads import Head, HeadRecipe
-from endoreward_fast.sharded import Shards, _merge
+from endoreward_fast.sharded import Shards, _lost, _merge
 from shard_ranks import HEADS, PADDED, VOCAB, WORLDS, data, rows_of
 from tiny_models import TOKENIZER, random_rows
 
@@ -113,6 +113,8 @@ def test_a_dtensor_knows_its_own_shard(world, found, assert_within_budget):
         gradient = rank["dtensor"]["grads"][1]
         torch.testing.assert_close(gradient.double(), weight, rtol=2e-5, atol=2e-5)
         assert gradient.shape == (PADDED, shard_ranks.DIM) and (gradient[VOCAB:] == 0).all()
+        few = (data("plain", world)[0].double() @ data("plain", world)[1][:5].double().T).logsumexp(-1)
+        torch.testing.assert_close(rank["dtensor"]["few"].double(), few, rtol=1e-6, atol=1e-5)  # 4 ranks: one has none
         assert rank["dtensor"]["agreed"] == "rank 1 sees other logits"  # or one would gather and another not
         said = rank["dtensor"]["said"]
         assert "split over one mesh dimension by vocabulary, Shard(0), and not by its width" in said["by width"]
@@ -303,6 +305,23 @@ def test_a_model_whose_logits_stay_split_is_refused_by_name(found):
 
 
 # --- without processes
+
+
+@pytest.mark.parametrize(
+    "spans", [[(0, 5), (3, 3), (8, 3)], [(0, 5), (0, 6)], [(1, 5), (6, 5)], [(5, 0), (0, 4), (6, 5)]]
+)
+def test_shards_that_do_not_make_up_a_vocabulary(spans):
+    """Even where an overlap and a gap cancel in the number of rows."""
+    start, size = torch.tensor(spans, dtype=torch.float32).T
+    rows = torch.zeros(len(spans), 4)
+    with pytest.raises(ValueError, match="overlap or leave a gap"):
+        _lost(rows[0].long(), Shards(*[rows] * 6, start, size))
+
+
+def test_shards_in_any_order_with_empty_ones_anywhere():
+    start, size = torch.tensor([(6, 5), (2, 0), (0, 6), (99, 0)], dtype=torch.float32).T
+    rows = torch.zeros(4, 3)
+    assert not _lost(rows[0].long(), Shards(*[rows] * 6, start, size)).any()
 
 
 def test_entropy_is_at_most_that_of_equal_words():
