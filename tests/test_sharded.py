@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import endoreward_fast as er
+import shard_models
 import shard_ranks
 from endoreward_fast import reference
 from endoreward_fast.heads import Head, HeadRecipe
@@ -249,7 +250,7 @@ def test_without_gradients_and_under_autocast(world, found):
 
 
 def assert_like_one_process(ours, model, atol=2e-5):
-    theirs = shard_ranks.of_scorer(er.EndoRewardModel(model, TOKENIZER))
+    theirs = shard_models.of_scorer(er.EndoRewardModel(model, TOKENIZER))
     assert ours["linear"]
     for one, other in zip(ours["out"], theirs["out"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=atol)
@@ -259,13 +260,13 @@ def assert_like_one_process(ours, model, atol=2e-5):
         assert ours["scores"] == pytest.approx(theirs["scores"], abs=1e-3)
 
 
-@pytest.mark.parametrize("name", shard_ranks.MODELS_SPLIT)
+@pytest.mark.parametrize("name", shard_models.MODELS_SPLIT)
 def test_a_tensor_parallel_model_is_read_shard_by_shard(name, found):
     """transformers' tp_plan="auto"; at load every rank checks its own rows against the model's own logits."""
     if "model" not in found[2][0]:
         pytest.skip("shown on the CPU")
     for rank in found[2]:
-        assert_like_one_process(rank["model"][name], shard_ranks.MODELS_SPLIT[name]())
+        assert_like_one_process(rank["model"][name], shard_models.MODELS_SPLIT[name]())
     if name == "untied":
         assert [rank["model"][name]["rows"] for rank in found[2]] == [193, 192]
 
@@ -275,16 +276,16 @@ def test_a_head_that_fsdp_shards_once_more(found):
     if "meshes" not in found[4][0]:
         pytest.skip("shown on the CPU")
     for rank in found[4]:
-        assert_like_one_process(rank["meshes"], shard_ranks.uneven())
+        assert_like_one_process(rank["meshes"], shard_models.uneven())
 
 
 def test_padding_of_a_split_head_is_cut_without_gathering_it(found):
     if "padded" not in found[2][0]:
         pytest.skip("shown on the CPU")
-    scorer = er.EndoRewardModel(shard_ranks.uneven())
-    scorer.model.__class__ = shard_ranks.Cut
+    scorer = er.EndoRewardModel(shard_models.uneven())
+    scorer.model.__class__ = shard_models.Cut
     scorer.head = Head(scorer.model, recipe=HeadRecipe(vocab_size=300))
-    theirs, stats = shard_ranks.of_scorer(scorer), scorer.stats(torch.stack(random_rows(12, 12)))
+    theirs, stats = shard_models.of_scorer(scorer), scorer.stats(torch.stack(random_rows(12, 12)))
     for rank in found[2]:
         ours = rank["padded"]
         assert ours["linear"] and ours["asked"] == 0 and ours["vocab"] == stats.vocab == 300

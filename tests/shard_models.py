@@ -1,0 +1,104 @@
+"""Models whose head is split over processes, and what is asked of them on every rank: part of shard_ranks.py."""
+
+import os
+from functools import partial
+
+import torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM, PhiConfig
+
+import endoreward_fast as er
+from endoreward_fast.heads import Head, HeadRecipe
+from tiny_models import ROWS, TOKENIZER, build, random_rows
+
+
+def uneven():
+    """A model whose 385 words two ranks cannot share evenly."""
+    return build(LlamaConfig, tie_word_embeddings=False, vocab_size=385)
+
+
+# Embeddings that are split with the head; a softcap; a bias.
+MODELS_SPLIT = {
+    "untied": uneven,
+    "tied": partial(build, LlamaConfig, tie_word_embeddings=True),
+    "capped": partial(build, Gemma2Config),
+    "biased": partial(build, PhiConfig),
+}
+
+
+def of_a_model(rank, world, folder):
+    """transformers' own tensor parallelism: tp_plan="auto"."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    scorer = er.EndoRewardModel(AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"), TOKENIZER)
+    return of_scorer(scorer) | {"rows": len(scorer.head.weight.to_local())}
+
+
+def of_scorer(scorer):
+    """Rewards, their gradients by name, and scores of text."""
+    rewards = scorer(torch.stack(random_rows(12, 12)), entropy=True)
+    (rewards.reward * torch.linspace(-1, 1, 12)).sum().backward()
+    grads = {name: p.grad for name, p in scorer.model.named_parameters()}
+    return {
+        "linear": scorer.head.linear,
+        "out": [f.detach() for f in rewards],
+        "grads": {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()},
+        "scores": [row.score for row in scorer.score(ROWS)] if scorer.tokenizer else None,
+    }
+
+
+def of_two_meshes(rank, world):
+    """Tensor parallelism within pairs of ranks, FSDP2 across them: the head is a DTensor while it runs, and split in
+    two ways when it does not."""
+    model = uneven()
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "words"))
+    parallelize_module(model, mesh["words"], {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    for part in (*model.model.layers, model.lm_head, model):
+        fully_shard(part, mesh=mesh["data"])
+    return of_scorer(er.EndoRewardModel(model, TOKENIZER))
+
+
+def of_a_padded_head(rank, world):
+    """A head whose last words are padding, split: what it takes to read the others, and to ask for its weight."""
+    model = uneven()
+    model.__class__ = Cut
+    mesh = init_device_mesh("cpu", (world,))
+    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    head = Head(model, recipe=HeadRecipe(vocab_size=Cut.words))
+    scorer = er.EndoRewardModel(uneven())
+    scorer.model, scorer.head = model, head
+    with CommDebugMode() as asked:
+        assert len(head.weight) == 385 and head.bias is None
+    stats = scorer.stats(torch.stack(random_rows(12, 12)))
+    return of_scorer(scorer) | {
+        "asked": asked.get_total_counts(),
+        "vocab": stats.vocab,
+        "mean": stats.logit_mean.detach(),
+    }
+
+
+class Cut(LlamaForCausalLM):
+    """A model that cuts the padding of its head off, as Inkling does."""
+
+    words = 300
+
+    def forward(self, *args, **options):
+        output = super().forward(*args, **options)
+        output.logits = output.logits[..., : self.words]
+        return output
+
+
+def of_logits_in_parts(rank, world):
+    """Why models whose logits stay split are refused."""
+    mesh = init_device_mesh("cpu", (world,))
+
+    def why(**options):
+        try:
+            er.EndoRewardModel(parallelize_module(uneven(), mesh, {"lm_head": ColwiseParallel(**options)}))
+        except er.EndoRewardError as error:
+            return str(error)
+        return "nothing was said"
+
+    return [why(), why(use_local_output=False)]
