@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +31,8 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    """The hub's client reads the environment once, when it is imported: too early for a variable set here."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def run(*args, code=0, **kw):
@@ -141,10 +141,8 @@ def test_a_model_that_is_nowhere_is_said_in_one_line(lines):
     assert result.stdout == ""
 
 
-def test_demo_measures_better_than_chance(capfd):
-    started = time.process_time()
+def test_demo_measures_better_than_chance():
     text = run("demo").stdout
-    assert time.process_time() - started < 60  # seconds on all cores together; 10 to 15 on a quiet machine
     measured = re.findall(r"^  (\S.*?) +([\d.]+)% +\[ *(\d+), *(\d+)\] +chance (\d+)%", text, re.MULTILINE)
     accuracies = {name: (float(low), float(chance)) for name, _, low, _, chance in measured}
     for name in ("swap words", "shuffle letters", "replace characters", "right one of four on top"):
