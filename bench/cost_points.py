@@ -25,9 +25,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from bench import cost, cost_tables, harness
+from bench import cost_model, cost_tables, harness
 from bench.cases import DTYPES
-from bench.cost import Batch, Decoder
+from bench.cost_model import Batch, Decoder
 from bench.memory import _status_kib
 from endoreward_fast import EndoRewardModel, linear_token_rewards
 
@@ -49,7 +49,7 @@ class Point:
 
     @property
     def model(self) -> Decoder:
-        return replace(cost.find(self.shape), **self.changes)
+        return replace(cost_model.find(self.shape), **self.changes)
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 def flops_of(model: Decoder) -> dict:
     batch = Batch(2, 64, 32)
     body, head = counted(config_of(model), batch)
-    found = cost.cost(model, batch, dense=True)
+    found = cost_model.cost(model, batch, dense=True)
     numel = sum(p.numel() for p in on_meta(config_of(model)).parameters())
     return {
         "name": model.name, "counted_body": body, "formula_body": found.body, "counted_head": head,
@@ -181,7 +181,7 @@ def timed(point: Point, rounds: int) -> dict:
     with torch.inference_mode():
         times = harness.interleave(calls_of(point), rounds)
     peers = {name: harness.spread(t, times[WHOLE]) for name, t in times.items()}
-    found = cost.cost(point.model, point.batch, element=DTYPES[point.dtype].itemsize)
+    found = cost_model.cost(point.model, point.batch, element=DTYPES[point.dtype].itemsize)
     return {
         "name": point.name, **asdict(point.batch), "rounds": rounds, "baseline": WHOLE,
         "body_flops": found.body, "head_flops": found.head, "predicted_share": found.head_share,
@@ -195,7 +195,7 @@ def timed(point: Point, rounds: int) -> dict:
 
 def weighed(point: Point) -> dict:
     """Extra MiB of one call, and what the formulas say."""
-    found = cost.cost(point.model, point.batch, element=DTYPES[point.dtype].itemsize)
+    found = cost_model.cost(point.model, point.batch, element=DTYPES[point.dtype].itemsize)
     return {
         "name": point.name, **asdict(point.batch),
         "extra_mib": {name: in_a_process("weigh", name) for name in (BODY, WHOLE, EAGER)},
@@ -255,7 +255,7 @@ def run(folder: Path | None, rounds: int, *, tables_only: bool) -> None:
     if tables_only:
         print("\n\n".join(cost_tables.markdown(t) for t in (*tables.values(), points_table(read(folder)))))
         return
-    record = {"counted": [flops_of(model) for model in cost.MODELS], "timed": [], "weighed": None}
+    record = {"counted": [flops_of(model) for model in cost_model.MODELS], "timed": [], "weighed": None}
     environment = harness.environment()
     for i, point in enumerate(POINTS):
         record["timed"].append(settled(i, rounds))

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from bench.cost import MODELS, Batch, Decoder, cost, find
+from bench.cost_model import MODELS, Batch, Decoder, cost, find
 
 Table = tuple[list[str], list[list[str]]]
 """headings, rows"""

@@ -8,29 +8,29 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, GPT2Config, Qwen3MoeConfig
 
-from bench import cost, cost_points, cost_tables
-from bench.cost import Batch, Decoder
+from bench import cost, cost_model, cost_points, cost_tables
+from bench.cost_model import Batch, Decoder
 from endoreward_fast import EndoRewardModel, chunked, loading, sharded, workspace
 from endoreward_fast.kernels.combine import Partials
 from endoreward_fast.scoring import ScoreOptions
 
 PAGE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text()
 RECORD = cost_points.read()
-MODEL, BATCH = cost.find("Qwen2.5-7B"), cost_tables.TYPICAL
+MODEL, BATCH = cost_model.find("Qwen2.5-7B"), cost_tables.TYPICAL
 
 
 def share(model=MODEL, batch=BATCH, **options):
-    return cost.cost(model, batch, **options).head_share
+    return cost_model.cost(model, batch, **options).head_share
 
 
 # ------------------------------------------------------------------------------------------------ torch's own counting
 
 
-@pytest.mark.parametrize("model", cost.MODELS, ids=lambda model: model.name)
+@pytest.mark.parametrize("model", cost_model.MODELS, ids=lambda model: model.name)
 def test_published_shapes_take_the_flops_that_torch_counts(model):
     """Whole models on the meta device; their sizes are those that the name promises, by their parameters."""
     config = cost_points.config_of(model)
-    assert cost.of_config(config, model.name) == model
+    assert cost_model.of_config(config, model.name) == model
     found = cost_points.flops_of(model)
     assert found["counted_body"] == found["formula_body"]
     assert found["counted_head"] == found["formula_head"]
@@ -43,7 +43,7 @@ def test_published_shapes_take_the_flops_that_torch_counts(model):
      ("Gemma-2-9B", 9.24), ("Qwen3-30B-A3B", 30.5), ("Llama-3.1-70B", 70.6), ("Llama-3.1-405B", 406)],
 )  # fmt: skip
 def test_published_shapes_have_the_published_number_of_parameters(name, billions):
-    assert cost.find(name).weights / 1e9 == pytest.approx(billions, rel=5e-3)
+    assert cost_model.find(name).weights / 1e9 == pytest.approx(billions, rel=5e-3)
 
 
 TINY = dict(
@@ -73,7 +73,7 @@ of_operator._get_raw = True  # the counter then hands over tensors, not their sh
 
 
 @pytest.mark.parametrize(("count", "cut"), [(7, False), (7, True), (0, True)])
-@pytest.mark.parametrize("family", cost.UNDERSTOOD)
+@pytest.mark.parametrize("family", cost_model.UNDERSTOOD)
 def test_scoring_takes_the_flops_of_the_formula(family, count, cut):
     """The package's own pass, head and all, on a real model."""
     model, batch = tiny(family), Batch(rows=3, length=20, scored=count, cut=cut)
@@ -85,7 +85,7 @@ def test_scoring_takes_the_flops_of_the_formula(family, count, cut):
     counter = FlopCounterMode(display=False, custom_mapping={operator: of_operator})
     with torch.inference_mode(), counter:
         scorer.rewards_of_padded(ids, scored, terminal)
-    found = cost.cost(cost.of_config(model.config), batch, dense=True)
+    found = cost_model.cost(cost_model.of_config(model.config), batch, dense=True)
     by_operator = counter.get_flop_counts()["Global"]
     assert by_operator[operator] == found.head
     assert counter.get_total_flops() == found.body + found.head
@@ -93,7 +93,7 @@ def test_scoring_takes_the_flops_of_the_formula(family, count, cut):
 
 def test_the_packages_own_matmuls_take_the_heads_flops():
     """What runs inside that operator: tiles of one matmul, which all together read each state and each row once."""
-    config = cost.of_config(tiny("llama").config)
+    config = cost_model.of_config(tiny("llama").config)
     matmul = {torch.ops.aten.addmm_: lambda out, a, b, **options: 2 * a[0] * a[1] * b[1]}
     for batch in (Batch(2, 9, 3), Batch(2, 9, 3, cut=True), Batch(1, 9, 8), Batch(3, 9, 0, cut=True)):
         hidden, weight = torch.ones(batch.states, 64), torch.ones(600, 64)
@@ -102,7 +102,7 @@ def test_the_packages_own_matmuls_take_the_heads_flops():
                 hidden, weight, torch.zeros(batch.states, dtype=torch.long), bias=None, logit_scale=1.0, softcap=None,
                 alpha=1.0, entropy=False, logit_mean=False,
             )  # fmt: skip
-        assert counter.get_total_flops() == cost.cost(config, batch).head
+        assert counter.get_total_flops() == cost_model.cost(config, batch).head
 
 
 def test_attention_sees_the_keys_that_a_mask_leaves():
@@ -111,16 +111,16 @@ def test_attention_sees_the_keys_that_a_mask_leaves():
     near = far - far.tril(-window)
     model = Decoder("windowed", 5, 64, 4, 2, 16, 96, 600, window=window, windowed=2)
     expected = 4 * 3 * (2 * int(near.sum()) + 3 * int(far.sum())) * 4 * 16
-    assert cost.cost(model, Batch(3, length, 1)).attention == expected
-    assert cost.cost(model, Batch(3, length, 1), dense=True).attention == 4 * 3 * 5 * length**2 * 4 * 16
+    assert cost_model.cost(model, Batch(3, length, 1)).attention == expected
+    assert cost_model.cost(model, Batch(3, length, 1), dense=True).attention == 4 * 3 * 5 * length**2 * 4 * 16
 
 
 def test_families_with_other_layers_are_refused_by_name():
     for config in (GPT2Config(), DeepseekV3Config()):
         with pytest.raises(ValueError, match=f"model_type '{config.model_type}': the formulas are those of llama"):
-            cost.of_config(config)
+            cost_model.of_config(config)
     with pytest.raises(ValueError, match="layers without experts"):
-        cost.of_config(Qwen3MoeConfig(mlp_only_layers=[0]))
+        cost_model.of_config(Qwen3MoeConfig(mlp_only_layers=[0]))
     with pytest.raises(ValueError, match="scored=8: expected 0 to 7, of 8 tokens"):
         Batch(1, 8, 8)
 
@@ -135,16 +135,16 @@ def test_one_line_for_a_model_of_ones_own(capsys):
 
 def test_constants_are_the_packages():
     of_itself = {"start", "size"}  # one number a shard, not one a row
-    assert len({*sharded.Shards._fields} - of_itself) == cost.WIRE_FLOATS
-    assert (4 * workspace.FORWARD_TILE, workspace.PIECE) == (cost.TILE, cost.PIECE)
+    assert len({*sharded.Shards._fields} - of_itself) == cost_model.WIRE_FLOATS
+    assert (4 * workspace.FORWARD_TILE, workspace.PIECE) == (cost_model.TILE, cost_model.PIECE)
     assert ScoreOptions().max_tokens_per_batch == BATCH.tokens
 
 
 def test_memory_is_what_is_made():
-    found, states = cost.cost(MODEL, BATCH), BATCH.states
+    found, states = cost_model.cost(MODEL, BATCH), BATCH.states
     left = Partials.empty(-(-MODEL.vocab // workspace.PIECE), states, "meta", entropy=False, logit_mean=False)
     assert found.workspace_bytes == 4 * (workspace.FORWARD_TILE + left.m.numel() + left.s.numel())
-    assert cost.cost(MODEL, Batch(1, 8, 7)).workspace_bytes == 4 * 7 * (MODEL.vocab + 2 * 75)  # less than a tile
+    assert cost_model.cost(MODEL, Batch(1, 8, 7)).workspace_bytes == 4 * 7 * (MODEL.vocab + 2 * 75)  # less than a tile
     assert found.eager_bytes == 4 * 8192 * 152064
 
 
@@ -152,7 +152,7 @@ def test_memory_was_measured():
     """By a process's pages, so with the matmul library's buffers: some MiB above what is made. Eager makes its logits,
     and logsumexp as much again; ours neither."""
     weighed = RECORD["weighed"]
-    found = cost.cost(cost_points.WEIGHED.model, cost_points.WEIGHED.batch, element=4)
+    found = cost_model.cost(cost_points.WEIGHED.model, cost_points.WEIGHED.batch, element=4)
     activations, logits = found.activation_bytes / 2**20, found.eager_bytes / 2**20
     assert activations < weighed["extra_mib"]["body"] < activations + 16
     assert weighed["extra_mib"]["eager"] == pytest.approx(2 * logits, rel=0.01)
@@ -160,14 +160,16 @@ def test_memory_was_measured():
 
 
 def test_shards_split_the_head_and_ranks_the_rows():
-    whole = cost.cost(MODEL, BATCH)
-    shard, rank = cost.cost(MODEL, BATCH, shards=8), cost.cost(MODEL, BATCH, ranks=8)
+    whole = cost_model.cost(MODEL, BATCH)
+    shard, rank = cost_model.cost(MODEL, BATCH, shards=8), cost_model.cost(MODEL, BATCH, ranks=8)
     assert (8 * shard.head, shard.body) == (whole.head, whole.body)
     assert (8 * rank.head, 8 * rank.body) == (whole.head, whole.body)
     assert whole.head_share + whole.body / (whole.body + whole.head) == pytest.approx(1)
     assert 8 * shard.head_bytes == whole.head_bytes == rank.head_bytes
     assert shard.wire_bytes == 24 * BATCH.states and rank.wire_bytes == whole.wire_bytes == 0
-    assert cost.cost(MODEL, BATCH, ranks=3).projections == whole.projections * 3 // 8  # the one with the most rows
+    assert (
+        cost_model.cost(MODEL, BATCH, ranks=3).projections == whole.projections * 3 // 8
+    )  # the one with the most rows
 
 
 # ------------------------------------------------------------------------------------------ what grows with what
@@ -183,7 +185,7 @@ def test_the_heads_share_falls_with_width_layers_and_length():
     assert share(replace(MODEL, layers=2 * MODEL.layers)) < share()
     assert share(replace(MODEL, hidden=2 * MODEL.hidden, heads=2 * MODEL.heads, mlp=2 * MODEL.mlp)) < share()
     assert share(batch=replace(BATCH, length=2 * BATCH.length, scored=2 * BATCH.scored)) < share()
-    by_size = [share(cost.find(name)) for name in ("Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.1-405B")]
+    by_size = [share(cost_model.find(name)) for name in ("Llama-3.1-8B", "Llama-3.1-70B", "Llama-3.1-405B")]
     assert by_size == sorted(by_size, reverse=True)
 
 
@@ -192,12 +194,12 @@ def test_the_heads_share_is_that_of_any_number_of_rows_and_ranks():
 
 
 def test_weights_are_read_once_a_batch_and_experts_as_they_are_met():
-    one, two = (cost.cost(MODEL, replace(BATCH, rows=rows)) for rows in (1, 2))
+    one, two = (cost_model.cost(MODEL, replace(BATCH, rows=rows)) for rows in (1, 2))
     assert one.weight_bytes == two.weight_bytes == 2 * (MODEL.weights - MODEL.head_weights)  # not the embedding's
-    experts = cost.find("Qwen3-30B-A3B")
+    experts = cost_model.find("Qwen3-30B-A3B")
     assert experts.experts_met(1) == pytest.approx(experts.active)
     assert 127.9 < experts.experts_met(256) < 128
-    assert cost.cost(experts, Batch(1, 2, 1)).weight_bytes < cost.cost(experts, BATCH).weight_bytes / 5
+    assert cost_model.cost(experts, Batch(1, 2, 1)).weight_bytes < cost_model.cost(experts, BATCH).weight_bytes / 5
 
 
 # ------------------------------------------------------------------------------------------------------- the measuring
@@ -211,7 +213,7 @@ def test_a_point_is_timed_after_its_rewards_were_found_right(batch, monkeypatch)
     found = cost_points.timed(point, rounds=2)
     assert found["peers"]["whole"]["ratio"] == 1.0
     assert found["measured_share"] == found["peers"]["head"]["ratio"] > 0
-    assert found["predicted_share"] == cost.cost(point.model, batch).head_share
+    assert found["predicted_share"] == cost_model.cost(point.model, batch).head_share
     right = EndoRewardModel.rewards_of_padded
     monkeypatch.setattr(
         EndoRewardModel, "rewards_of_padded", lambda self, ids, scored, end: right(self, ids, scored, ~end)
@@ -251,7 +253,7 @@ def test_the_pages_tables_are_printed(capsys):
 def test_the_record_is_of_these_formulas():
     assert [case["name"] for case in RECORD["timed"]] == [point.name for point in cost_points.POINTS]
     for case, point in zip(RECORD["timed"], cost_points.POINTS, strict=True):
-        found = cost.cost(point.model, point.batch)
+        found = cost_model.cost(point.model, point.batch)
         assert (case["body_flops"], case["head_flops"]) == (found.body, found.head)
         assert case["predicted_share"] == found.head_share
     for case in RECORD["counted"]:
@@ -273,7 +275,10 @@ def test_what_the_page_says_of_the_measured_shares():
 
 
 def test_what_the_page_says_of_the_models():
-    shares = {m.name: [cost.cost(m, replace(BATCH, scored=n)).head_share for n in (512, 1023)] for m in cost.MODELS}
+    shares = {
+        m.name: [cost_model.cost(m, replace(BATCH, scored=n)).head_share for n in (512, 1023)]
+        for m in cost_model.MODELS
+    }
     assert all(0.15 < s < 0.3 for name in ("Qwen2.5-0.5B", "Gemma-3-1B") for s in shares[name])
     assert all(s < 0.02 for name in ("Llama-3.1-70B", "Llama-3.1-405B") for s in shares[name])
-    assert all(4e9 < cost.cost(m, BATCH).eager_bytes < 9e9 for m in cost.MODELS)
+    assert all(4e9 < cost_model.cost(m, BATCH).eager_bytes < 9e9 for m in cost_model.MODELS)
