@@ -1,10 +1,11 @@
 """bench.soak: what it calls flat, wrong and lost; and a short run of the real command."""
 
 import json
+import statistics
 
 import pytest
 
-from bench import soak
+from bench import harness, soak
 
 
 def series(memory):
@@ -22,6 +23,23 @@ def test_memory_is_flat_where_it_is_and_not_where_it_leaks():
     assert soak.growth(series(lambda i: 500 - i)) < 0
     with pytest.raises(SystemExit, match="6 readings of the second half: too few"):
         soak.growth(series(lambda i: 500)[:10])
+
+
+def test_readme_says_what_is_on_file():
+    text = " ".join((harness.RESULTS.parents[1] / "README.md").read_text().split())
+    run = json.loads((harness.RESULTS / "soak.json").read_text())["cases"][0]
+    readings = [soak.Reading(**reading) for reading in run["readings"]]
+    lowest = [
+        min(r.mib for r in readings if tenth <= 10 * r.rows / run["rows"] < tenth + 1) for tenth in range(soak.TENTHS)
+    ]
+    assert run["wrong"] == [] and run["growth_of_second_half"] == soak.growth(readings) < soak.GROWTH
+    typical = statistics.median(run["rows_per_s"])
+    for said in (
+        f"{run['rows']:,} short rows", f"{typical:.0f} rows", f"({typical * run['tokens'] / run['rows']:,.0f} tokens)",
+        f"{run['mib']['last']:.0f} MiB at the end", "464.9 MiB in eight of its ten tenths",
+    ):  # fmt: skip
+        assert said in text
+    assert lowest.count(464.9) == 8
 
 
 def test_throughput_by_tenths():
