@@ -261,14 +261,18 @@ def test_the_record_is_of_these_formulas():
 
 
 def test_what_the_page_says_of_the_measured_shares():
-    assert all(0.8 <= case["measured_share"] / case["predicted_share"] <= 1.2 for case in RECORD["timed"])
+    [few] = [case for case in RECORD["timed"] if not 0.8 <= case["measured_share"] / case["predicted_share"] <= 1.2]
+    assert (few["name"], few["scored"]) == ("Qwen2.5-0.5B, fp32", 128)
+    assert f"{few['measured_share'] / few['predicted_share'] - 1:.0%} above" in PAGE
     eager = [case["peers"]["eager"]["ratio"] for case in RECORD["timed"]]
     assert f"{min(eager):.2f} to {max(eager):.2f} of our time" in PAGE
     rates = [case["body_gflops_per_s"] / case["head_gflops_per_s"] for case in RECORD["timed"]]
     assert f"{1 - rates[-1]:.0%} fewer with experts" in PAGE and f"up to {1 - min(rates[:-1]):.0%} fewer" in PAGE
     parts = [case["peers"]["head"]["ratio"] + case["peers"]["body"]["ratio"] for case in RECORD["timed"]]
-    assert f"up to {1 / min(parts) - 1:.0%} longer than its two parts" in PAGE
-    assert sum("earlier" in case for case in RECORD["timed"]) == 3
+    assert f"between {1 - 1 / max(parts):.0%} less and {1 / min(parts) - 1:.0%} more than its two parts" in PAGE
+    assert not any("earlier" in case for case in RECORD["timed"])
+    widths = [case["peers"]["head"]["ratio_high"] / case["peers"]["head"]["ratio_low"] for case in RECORD["timed"]]
+    assert RECORD["timed"][widths.index(max(widths))]["name"] == "Gemma-3-1B, fp32"
     extra = RECORD["weighed"]["extra_mib"]
     said = f"body {extra['body']:.0f} MiB", f"whole pass {extra['whole']:.0f}", f"eager {extra['eager']:.0f} "
     assert all(text in PAGE.replace("\n", " ") for text in said)
