@@ -8,7 +8,7 @@ import torch
 
 Result = TypeVar("Result")
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "error: out of memory", "Triton Error [CUDA]: out of memory", "_ALLOC_FAILED")
-"""said by what has no exception of its own for it: the CPU's allocator, the driver, a kernel's launch, cuBLAS and cuDNN"""
+"""said by what has no exception of its own for it: the CPU's allocator, the driver, a kernel's launch, cuBLAS, cuDNN"""
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -28,9 +28,9 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
 
 
 class Room:
-    """What a model's batches may hold, as far as memory has shown it: where it ran out once, all later ones are smaller.
+    """What a model's batches may hold, as memory has shown: where it ran out once, all later ones are smaller.
 
-    It belongs to the model and the device it is on; what is asked for without it would run out of memory in every call.
+    It belongs to the model and the device it is on: without it every call would run out of memory anew.
     """
 
     def __init__(self) -> None:
