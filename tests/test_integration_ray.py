@@ -10,11 +10,13 @@ import pytest
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.command.jobs import Finished, Job
 from endoreward_fast.command.options import EngineFlags
+from endoreward_fast.command.output import Monitor
 
 ray = pytest.importorskip("ray", reason="Ray Data is not installed")
 pyarrow = pytest.importorskip("pyarrow")
-from endoreward_fast.integrations.ray import ScoreRows, actors  # noqa: E402
+from endoreward_fast.integrations.ray import ScoreRows, actors, on_ray  # noqa: E402
 
 ROWS = [{"id": i, "prompt": f"What is {i} + 3?", "completion": str(i + 3), "messages": None} for i in range(20)]
 ROWS[7] |= {"prompt": None, "completion": None, "messages": [{"role": "user", "content": "?"}]}  # nothing to score
@@ -95,6 +97,23 @@ def test_an_actor_that_is_killed_is_replaced_and_loses_nothing(cluster, tmp_path
     assert all(row["score"] == (wanted[row["id"]] and pytest.approx(wanted[row["id"]], abs=1e-4)) for row in found)
 
 
+def test_rows_that_kill_every_actor_end_the_run(cluster):
+    class Deadly(Job):
+        def load(self):
+            return None
+
+        def finish(self, items, scorer):
+            if items == ["deadly"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return Finished([(items[0], items[0], None)])
+
+    windows, lines = iter([["a"], ["b"], ["deadly"], ["c"]]), []
+    flags = EngineFlags(engine="ray", actors=1)
+    with pytest.raises(EndoRewardError, match="an actor died 4 times over the same rows: "):
+        on_ray(Deadly("score", flags), flags)(windows, lines.append, Monitor(quiet=True))
+    assert lines == ["a", "b"][: len(lines)]
+
+
 # ---------------------------------------------------------------- the command
 def test_the_commands_output_is_that_of_one_process(cluster, monkeypatch, tmp_path):
     rows = [{k: v for k, v in row.items() if v is not None} for row in ROWS] * 4
@@ -157,6 +176,16 @@ def test_actors_are_as_many_as_there_is_room_for():
     ):
         with pytest.raises(EndoRewardError, match=said):
             actors(flags, nodes)
+
+
+def test_a_cluster_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path):
+    def absent(**options):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", absent)
+    said = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q", code=2).stderr
+    assert said == "endoreward: --engine ray: Could not find any running Ray instance.\n"
 
 
 def test_flags_that_cannot_work_are_said_at_once(tmp_path):

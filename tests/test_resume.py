@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from cli_harness import LengthScorer, put, rows_of, run
+from endoreward_fast import EndoRewardError
 from endoreward_fast.command import pipeline
+from endoreward_fast.command.output import Sink, _lock
 from endoreward_fast.command.resume import key_of, rows_done
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +134,24 @@ def test_what_ends_before_its_first_row_leaves_nothing_that_resume_trips_over(sc
 def test_a_device_is_written_and_gets_no_settings_beside_it(scorer, tmp_path):
     run("score", put(tmp_path, *rows(2)), "-o", os.devnull, "-q")
     assert not Path(f"{os.devnull}.settings.json").exists()
+
+
+def test_a_run_that_fails_takes_no_other_runs_output_away(scorer, monkeypatch, tmp_path):
+    """It removes the file it made and wrote nothing to: while it has the lock, and whoever waited for it sees that."""
+    out, free = tmp_path / "out.jsonl", []
+
+    def unlink(path):
+        with open(path, "ab") as file:
+            free.append(_lock(file))
+        os.remove(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(EndoRewardError, match="first"), Sink(str(out)):
+        raise EndoRewardError("first")
+    assert free == [False] and not out.exists()
+    monkeypatch.setattr("endoreward_fast.command.output._lock", lambda file: os.remove(out) or True)
+    with pytest.raises(EndoRewardError, match="written by another run"):
+        Sink(str(out))
 
 
 def test_keys_survive_being_written_and_read(scorer, tmp_path):

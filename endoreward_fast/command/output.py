@@ -68,7 +68,7 @@ class Sink:
         except OSError as error:
             raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
         self._fresh = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
-        if self._fresh and not _lock(self._file):
+        if self._fresh and not (_lock(self._file) and _is_at(self._file, path)):
             self._file.close()
             raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
 
@@ -110,13 +110,16 @@ class Sink:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is getattr(sys.stdout, "buffer", None):
             return
+        made_for_nothing = self._path if kind and self._created and self._fresh else None
+        if made_for_nothing and sys.platform != "win32":
+            os.unlink(made_for_nothing)  # while it is locked: afterwards it may be the next run's
         try:
             self._file.close()  # which writes what could not be written before, on a full disk
         except OSError as error:
             if kind is None:
                 raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
-        if kind and self._created and self._fresh and self._path:
-            os.unlink(self._path)  # made by us, and nothing came of it
+        if made_for_nothing and sys.platform == "win32":
+            os.unlink(made_for_nothing)
 
 
 def _lock(file: BinaryIO) -> bool:
@@ -135,6 +138,11 @@ def _lock(file: BinaryIO) -> bool:
     except OSError:
         return True  # a file system that has no locks
     return True
+
+
+def _is_at(file: BinaryIO, path: str) -> bool:
+    """Whether `path` still names it: whoever had the lock may have removed it."""
+    return os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
 
 
 def _same(a: str, b: str) -> bool:

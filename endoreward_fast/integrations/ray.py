@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 ADDED = ("score", "tokens", "error")
+RETRIES = 3
+"""of a window whose actor died under it: Ray's own number has no end, and rows may be what kills it"""
 
 
 class ScoreRows:
@@ -105,7 +107,10 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
 
     ours = not ray.is_initialized()
     if ours:
-        ray.init(logging_level="error", log_to_driver=False)
+        try:
+            ray.init(logging_level="error", log_to_driver=False)
+        except ConnectionError as error:  # RAY_ADDRESS names none
+            raise EndoRewardError(f"--engine ray: {error}") from error
     size = actors(flags, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
@@ -134,9 +139,16 @@ def _in_order(packed: list[dict[str, bytes]], job: Job, actors: int, num_gpus: f
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     pool = ray.data.ActorPoolStrategy(size=min(actors, len(packed)))
-    scored = data.map(ScoreWindow, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, num_cpus=num_cpus)
-    for row in scored.iter_rows():
-        yield row["finished"]
+    scored = data.map(
+        ScoreWindow, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, num_cpus=num_cpus,
+        max_task_retries=RETRIES,
+    )  # fmt: skip
+    try:
+        for row in scored.iter_rows():
+            yield row["finished"]
+    except ray.exceptions.RayActorError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise EndoRewardError(f"an actor died {RETRIES + 1} times over the same rows: {reason}") from error
 
 
 def actors(flags: EngineFlags, nodes: list[dict[str, float]]) -> dict[str, Any]:
