@@ -7,6 +7,8 @@ from typing import TypeVar
 import torch
 
 Result = TypeVar("Result")
+OUT_OF_MEMORY = ("DefaultCPUAllocator", "error: out of memory", "Triton Error [CUDA]: out of memory", "_ALLOC_FAILED")
+"""said by what has no exception of its own for it: the CPU's allocator, the driver, a kernel's launch, cuBLAS, cuDNN"""
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
@@ -25,25 +27,44 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
         start += count
 
 
+class Room:
+    """What a model's batches may hold, as memory has shown: where it ran out once, all later ones are smaller.
+
+    It belongs to the model and the device it is on: without it every call would run out of memory anew.
+    """
+
+    def __init__(self) -> None:
+        self.tokens: int | None = None
+        """padding included; None: it has not run out yet"""
+
+    def within(self, max_tokens: int) -> int:
+        """What a batch may hold, of the `max_tokens` that are asked for."""
+        return max_tokens if self.tokens is None else min(self.tokens, max_tokens)
+
+    def ran_out(self, tokens: int, max_tokens: int) -> None:
+        """A batch of `tokens` did not fit: later ones hold half of it. One warning, the first time."""
+        if self.tokens is None:
+            said = f"out of memory with max_tokens_per_batch={max_tokens}: it is halved, again if need be"
+            warnings.warn(said, stacklevel=3)
+        self.tokens = max(1, tokens // 2)
+
+
 def in_batches(
-    run: Callable[[list[int]], Result], lengths: Sequence[int], max_tokens: int
+    run: Callable[[list[int]], Result], lengths: Sequence[int], max_tokens: int, room: Room
 ) -> Iterator[tuple[list[int], Result | None]]:
     """(positions, run(positions)) of `batches`, every position once.
 
-    Where memory runs out, the batch is halved, and so is what a batch may hold from then on, with one warning; a row
-    that does not fit by itself comes with None.
+    Where memory runs out, the batch is halved, and `room` keeps what a batch may hold from then on; a row that does not
+    fit by itself comes with None.
     """
-    left, budget = list(range(len(lengths))), max_tokens
+    left = list(range(len(lengths)))
     while left:
         done: set[int] = set()
-        for batch in batches([lengths[i] for i in left], budget):
+        for batch in batches([lengths[i] for i in left], room.within(max_tokens)):
             places = [left[i] for i in batch]
             result = _if_it_fits(run, places)
             if result is None and len(places) > 1:
-                if budget == max_tokens:
-                    said = f"out of memory with max_tokens_per_batch={max_tokens}: it is halved, again if need be"
-                    warnings.warn(said, stacklevel=2)
-                budget = max(1, len(places) * lengths[places[0]] // 2)
+                room.ran_out(len(places) * lengths[places[0]], max_tokens)
                 break
             done.update(places)
             yield places, result
@@ -61,8 +82,8 @@ def _if_it_fits(run: Callable[[list[int]], Result], places: list[int]) -> Result
         return run(places)
     except (torch.OutOfMemoryError, MemoryError):
         pass
-    except RuntimeError as error:  # the CPU's allocator has no exception of its own
-        if "DefaultCPUAllocator" not in str(error):
+    except RuntimeError as error:
+        if not any(said in str(error) for said in OUT_OF_MEMORY):
             raise
     # Not in the handler: the exception holds on to the tensors of every frame that it came through.
     if torch.cuda.is_available():

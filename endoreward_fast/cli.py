@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from .command import look, pipeline, plots, side_by_side
 from .command.data import STDIN, open_source
-from .command.jobs import ANSWERS, Engine, Job, here
+from .command.jobs import ANSWERS, Engine, Job, here, nothing_left
 from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags, takes
 from .command.output import Monitor, Sink, one_line
 from .command.ranks import Rank, help_out, lead
@@ -41,6 +41,21 @@ class _Group(TyperGroup):
             raise typer.Exit(BAD_INPUT) from None
 
 
+class _OneProcess(TyperCommand):
+    """A command that ranks cannot share."""
+
+    def invoke(self, ctx: Any) -> Any:
+        rank = Rank.from_environment()
+        if rank.alone:
+            return super().invoke(ctx)
+        if not rank.first:
+            raise typer.Exit(BAD_INPUT)
+        raise EndoRewardError(
+            f"{ctx.info_name} runs in one process: start it without a launcher ({' and '.join(ANSWERS)} share their "
+            "rows)"
+        )
+
+
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
@@ -61,19 +76,11 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
-    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    rank = Rank.from_environment()
-    if not rank.alone and ctx.invoked_subcommand not in ANSWERS:
-        if not rank.first:
-            raise typer.Exit(BAD_INPUT)
-        raise EndoRewardError(
-            f"{ctx.invoked_subcommand} runs in one process: start it without a launcher ({' and '.join(ANSWERS)} share "
-            "their rows)"
-        )
+    """Flags of the command itself."""
 
 
 @app.command()
@@ -99,27 +106,34 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
         raise EndoRewardError("several processes cannot share standard input or a pipe: name a file that each can read")
     settings = settings_of(job.command, version("endoreward-fast"), flags.to_json(), job.per_token)
-    done = rows_done(str(flags.output), settings) if resume else Counter()
     # Only then: settings beside rows of an earlier run would have --resume take those for this one's.
     on_replace = partial(record, str(flags.output), settings)
-    with Sink(flags.output, (file,), append=bool(done), on_replace=on_replace) as sink:
+    with Sink(flags.output, (file,), on_replace=on_replace) as sink:
+        done = rows_done(str(flags.output), settings) if resume else Counter()
         source = open_source(file, flags.limit)
         if done:
+            sink.append()
             source = without_done(source, done)
-        windows = pipeline.checked(pipeline.windows(source, job.command, flags), source.name)
-        run = _engine(job, flags, rank, done)
+        first, windows = pipeline.peek(pipeline.windows(source, job.command, flags))
+        if first and not done:  # what is left of a run may well be just what cannot be scored
+            pipeline.check_usable(first, source.name)
+        run = _engine(job, flags, rank, file, done, idle=not first)
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
             run(windows, sink.write, monitor)
     if monitor.failed:
         raise typer.Exit(BAD_INPUT)
 
 
-def _engine(job: Job, flags: EngineFlags, rank: Rank, done: Counter[str]) -> Engine:
-    """Where the rows are scored; what must be there for it is there, or an EndoRewardError."""
-    if flags.engine == LOCAL:
-        return here(job) if rank.alone else lead(job, rank, done)
-    if not rank.alone:
+def _engine(job: Job, flags: EngineFlags, rank: Rank, file: str, done: Counter[str], *, idle: bool) -> Engine:
+    """Where the rows are scored; what must be there for it is there, or an EndoRewardError. `idle`: there are none."""
+    if flags.engine != LOCAL and not rank.alone:
         raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
+    if not rank.alone:
+        return lead(job, rank, file, done, idle=idle)
+    if idle:
+        return nothing_left
+    if flags.engine == LOCAL:
+        return here(job)
     if importlib.util.find_spec("ray") is None:
         raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
     from .integrations.ray import on_ray
@@ -127,7 +141,7 @@ def _engine(job: Job, flags: EngineFlags, rank: Rank, done: Counter[str]) -> Eng
     return on_ray(job, flags)
 
 
-@app.command("eval")
+@app.command("eval", cls=_OneProcess)
 @takes(EvalFlags)
 def evaluate(
     files: Annotated[list[str], typer.Argument(help="Preference files: RM-Bench, RewardBench, or your own.")],
@@ -166,7 +180,7 @@ def evaluate(
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command()
+@app.command(cls=_OneProcess)
 @takes(RowFlags)
 def show(
     flags: RowFlags,
@@ -180,7 +194,7 @@ def show(
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command()
+@app.command(cls=_OneProcess)
 @takes(RowFlags)
 def plot(file: File, flags: RowFlags) -> None:
     """Draw FILE's scores, their dependence on length, and reward by position, into --output (rewards.png)."""
@@ -188,7 +202,7 @@ def plot(file: File, flags: RowFlags) -> None:
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command()
+@app.command(cls=_OneProcess)
 @takes(ModelFlags)
 def demo(flags: ModelFlags) -> None:
     """A demonstration without a network: real text against corrupted, right answers against wrong."""

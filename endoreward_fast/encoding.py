@@ -258,6 +258,6 @@ def _kind(value: Any) -> str:
 def _too_long(tokens: int, completion: int, limit: int, truncate: Truncate) -> str:
     text = f"{tokens} tokens, the limit is {limit}"
     if truncate is None:
-        return f'{text}; truncate="prompt" or "completion" would cut it'
+        return f'{text}; truncate (--truncate) "prompt" or "completion" would cut it'
     which = f"completion's {completion}" if truncate == "prompt" else f"prompt's {tokens - completion}"
     return f'{text}; truncate="{truncate}" leaves no room beside the {which}'

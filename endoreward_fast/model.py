@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .batching import Room
 from .encoding import Row
 from .errors import EndoRewardError
 from .functional import Impl, linear_token_rewards, token_rewards
@@ -46,6 +47,7 @@ class EndoRewardModel(nn.Module):
         self.tokenizer = tokenizer
         self.head = Head(model)
         self.layouts = LayoutCheck(model, self._states)
+        self.room = Room()  # of scoring; a new one forgets that memory ran out
         if tokenizer is not None:
             refuse_larger_vocabulary(tokenizer, self.vocab_size)
 

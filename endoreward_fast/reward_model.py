@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batching import does_not_fit, in_batches
+from .batching import Room, does_not_fit, in_batches
 from .boundary import tokenize
 from .chat import conversation
 from .encoding import Row, dialogue, prompt_and_completion, wants_chat
@@ -31,7 +31,7 @@ class RewardModel:
     source = "such as Skywork-Reward, 2410.18451"
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.room = model, tokenizer, Room()
         config: Any = model.config
         refuse_other_than_one_output(config, type(model).__name__)
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -66,7 +66,11 @@ class RewardModel:
                 yield position, RowScore(None, 0, None, error=str(error))
         budget = 1 if self.pad is None else chosen.max_tokens_per_batch
         lengths = [len(ids) for _, ids, _ in ready]
-        for batch, scores in in_batches(lambda batch: self._classify([ready[i][1] for i in batch]), lengths, budget):
+
+        def run(batch: list[int]) -> list[float]:
+            return self._classify([ready[i][1] for i in batch])
+
+        for batch, scores in in_batches(run, lengths, budget, self.room):
             if on_tokens is not None:
                 on_tokens(sum(lengths[i] for i in batch))
             for i, score in zip(batch, scores or [None] * len(batch), strict=True):
@@ -117,6 +121,6 @@ def _cut(ids: list[int], limit: int, truncate: str | None) -> list[int]:
     """Without the oldest tokens but the first ("prompt"), or without the last ("completion")."""
     if truncate is None:
         raise EndoRewardError(
-            f'{len(ids)} tokens, the limit is {limit}; truncate="prompt" or "completion" would cut it'
+            f'{len(ids)} tokens, the limit is {limit}; truncate (--truncate) "prompt" or "completion" would cut it'
         )
     return ids[:limit] if truncate == "completion" else [*ids[:1], *ids[len(ids) - limit + 1 :]]

@@ -111,7 +111,8 @@ class ScoreOptions:
     append_eos: bool = True
     """end completions of text with an end-of-sequence or end-of-turn token"""
     max_tokens_per_batch: int = 8192
-    """padding included; a longer row runs alone"""
+    """padding included; a longer row runs alone. Where memory runs out it is halved, for the scorer's later calls too
+    (`EndoRewardModel.room`)"""
     per_token: bool = False
     """fill RowScore.tokens"""
     texts: bool = True
@@ -155,7 +156,7 @@ def score_rows(scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOpt
         return _score_batch(scorer, [ready[i][1] for i in batch], options)
 
     lengths = [len(encoded.input_ids) for _, encoded in ready]
-    for batch, scores in in_batches(run, lengths, options.max_tokens_per_batch):
+    for batch, scores in in_batches(run, lengths, options.max_tokens_per_batch, scorer.room):
         if on_tokens is not None:
             on_tokens(sum(lengths[i] for i in batch))
         for i, score in zip(batch, scores or [_does_not_fit(ready[i][1]) for i in batch], strict=True):

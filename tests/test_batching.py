@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from endoreward_fast.batching import batches, in_batches
+from endoreward_fast.batching import Room, batches, in_batches
 
 
 @given(lengths=st.lists(st.integers(0, 200), max_size=60), budget=st.integers(1, 500))
@@ -56,7 +56,7 @@ def test_where_memory_runs_out_batches_are_halved_and_no_row_is_lost(lengths, bu
     memory = Memory(room, lengths)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = list(in_batches(memory.run, lengths, budget))
+        found = list(in_batches(memory.run, lengths, budget, Room()))
     assert sorted(i for places, _ in found for i in places) == list(range(len(lengths)))
     for places, result in found:
         assert result == (None if lengths[places[0]] > room else [lengths[i] for i in places])
@@ -69,8 +69,38 @@ def test_where_memory_runs_out_batches_are_halved_and_no_row_is_lost(lengths, bu
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_memory_runs_out_in_three_ways(error):
     with pytest.warns(UserWarning, match="out of memory with max_tokens_per_batch=9: it is halved"):
-        found = list(in_batches(Memory(4, [3, 3, 3], error).run, [3, 3, 3], 9))
+        found = list(in_batches(Memory(4, [3, 3, 3], error).run, [3, 3, 3], 9, Room()))
     assert [result for _, result in found] == [[3]] * 3
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_memory_runs_out_beside_the_allocator(said):
+    def run(places):
+        if len(places) > 1:
+            raise RuntimeError(said)
+        return places
+
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert [result for _, result in in_batches(run, [1, 1], 2, Room())] == [[0], [1]]
+
+
+def test_what_memory_has_room_for_is_remembered_and_said_once():
+    """Windows of ten rows each, as the command has them: only the first runs out."""
+    room, memory = Room(), Memory(30, [10] * 10)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            found = list(in_batches(memory.run, memory.lengths, 100, room))
+            assert sorted(i for places, _ in found for i in places) == list(range(10))
+    assert (memory.failed, len(said), room.tokens) == (2, 1, 25)
+    assert [len(places) for places, _ in in_batches(memory.run, memory.lengths, 10, room)] == [1] * 10  # asked for less
 
 
 def test_any_other_error_is_not_swallowed():
@@ -78,4 +108,4 @@ def test_any_other_error_is_not_swallowed():
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        list(in_batches(fail, [1, 1], 8))
+        list(in_batches(fail, [1, 1], 8, Room()))

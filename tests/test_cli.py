@@ -65,6 +65,18 @@ def test_a_column_of_the_same_name_is_kept_beside_the_new_one(scorer, tmp_path):
     assert (out["input_score"], out["score"]) == ("mine", -3.0)
 
 
+def test_what_json_has_no_number_for_is_null(scorer, tmp_path):
+    """Most readers but Python's own take a file with NaN for no JSON at all."""
+    line = json.dumps({**PAIR, "x": [float("nan"), {"y": -float("inf")}, 1.5], "note": "NaN"})
+    assert "NaN" in line
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    out = json.loads(run("score", put(tmp_path, line)).stdout, parse_constant=refuse)
+    assert (out["x"], out["note"], out["score"]) == ([None, {"y": None}, 1.5], "NaN", -3.0)
+
+
 def test_half_a_surrogate_pair_in_another_column_survives(scorer, tmp_path):
     out = run("score", put(tmp_path, {**PAIR, "note": "\ud83d"})).stdout
     assert json.loads(out)["note"] == "\ud83d"

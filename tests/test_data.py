@@ -180,6 +180,15 @@ def test_parquet(tmp_path):
 
         parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
         assert rows(path) == ROWS
+        long = pyarrow.Table.from_pylist([{"prompt": str(i), "completion": "c" * i} for i in range(2000)])
+        parquet.write_table(long, path, row_group_size=100)
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(EndoRewardError, match=r"cannot read .*a\.parquet: "):
+            read(path)
+        path.write_bytes(whole[:9000] + bytes(500) + whole[9500:])
+        with pytest.raises(EndoRewardError, match=r"cannot read .*a\.parquet to its end: "):
+            read(path)
     else:
         path.write_bytes(b"PAR1" + bytes(20))
         with pytest.raises(EndoRewardError, match="is Parquet: `pip install pyarrow` to read it"):

@@ -10,11 +10,13 @@ import pytest
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.command.jobs import Finished, Job
 from endoreward_fast.command.options import EngineFlags
+from endoreward_fast.command.output import Monitor
 
 ray = pytest.importorskip("ray", reason="Ray Data is not installed")
 pyarrow = pytest.importorskip("pyarrow")
-from endoreward_fast.integrations.ray import ScoreRows, actors  # noqa: E402
+from endoreward_fast.integrations.ray import ScoreRows, actors, on_ray  # noqa: E402
 
 ROWS = [{"id": i, "prompt": f"What is {i} + 3?", "completion": str(i + 3), "messages": None} for i in range(20)]
 ROWS[7] |= {"prompt": None, "completion": None, "messages": [{"role": "user", "content": "?"}]}  # nothing to score
@@ -95,8 +97,26 @@ def test_an_actor_that_is_killed_is_replaced_and_loses_nothing(cluster, tmp_path
     assert all(row["score"] == (wanted[row["id"]] and pytest.approx(wanted[row["id"]], abs=1e-4)) for row in found)
 
 
+def test_rows_that_kill_every_actor_end_the_run(cluster, monkeypatch):
+    class Deadly(Job):
+        def load(self):
+            return None
+
+        def finish(self, items, scorer):
+            if items == ["deadly"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return Finished([(items[0], items[0], None)])
+
+    monkeypatch.setattr("endoreward_fast.integrations.ray.RETRIES", 1)
+    windows, lines = iter([["a"], ["b"], ["deadly"], ["c"]]), []
+    flags = EngineFlags(engine="ray", actors=1)
+    with pytest.raises(EndoRewardError, match="an actor died 2 times over the same rows: "):
+        on_ray(Deadly("score", flags), flags)(windows, lines.append, Monitor(quiet=True))
+    assert lines == ["a", "b"][: len(lines)]
+
+
 # ---------------------------------------------------------------- the command
-def test_the_commands_output_is_that_of_one_process(cluster, tmp_path):
+def test_the_commands_output_is_that_of_one_process(cluster, monkeypatch, tmp_path):
     rows = [{k: v for k, v in row.items() if v is not None} for row in ROWS] * 4
     source = put(tmp_path, *rows[:30], "not json", *rows[30:])
     flags = ("score", source, "--max-tokens-per-batch", "64", "-q", "-o")
@@ -112,6 +132,8 @@ def test_the_commands_output_is_that_of_one_process(cluster, tmp_path):
     there.write_text("".join(whole.splitlines(keepends=True)[:50]) + '{"id"')
     run(*flags, there, "--engine", "ray", "--resume", code=2)
     assert there.read_text().count("\n") == whole.count("\n") == 81
+    monkeypatch.setattr(ray, "init", None)  # with nothing left to score Ray is not started
+    monkeypatch.setattr(ray, "nodes", None)
     run(*flags, here, "--engine", "ray", "--resume")  # another engine's output is no other configuration
     assert here.read_text().count("\n") == 81
 
@@ -138,17 +160,33 @@ def test_a_file_that_breaks_off_is_said_after_its_rows(cluster, tmp_path):
 def test_actors_are_as_many_as_there_is_room_for():
     plain = EngineFlags(engine="ray")
     one = {"num_gpus": 1.0, "num_cpus": 1.0}
-    assert actors(plain, {"CPU": 64.0, "GPU": 8.0}, 1) == {"actors": 8, **one}
-    assert actors(plain, {"CPU": 64.0}, 3) == {"actors": 3, "num_gpus": 0.0, "num_cpus": 1.0}
-    halves = replace(plain, gpus_per_actor=0.5)
-    assert actors(halves, {"CPU": 64.0, "GPU": 8.0}, 1) == {"actors": 16, "num_gpus": 0.5, "num_cpus": 1.0}
-    assert actors(replace(plain, actors=2), {"CPU": 4.0, "GPU": 8.0}, 1) == {"actors": 2, **one}
-    for flags, said in (
-        (replace(plain, actors=9), "--actors 9 with --gpus-per-actor 1: the cluster has 8 GPUs"),
-        (replace(plain, cpus_per_actor=16.0), "--actors 8 with --cpus-per-actor 16: the cluster has 64 cores"),
+    big, small, head = {"CPU": 64.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 1.0}, {"CPU": 0.0}
+    cores = {"CPU": 32.0}
+    assert actors(plain, [big]) == {"actors": 8, **one}
+    assert actors(plain, [head, big, small]) == {"actors": 9, **one}
+    assert actors(plain, [cores] * 3) == {"actors": 3, "num_gpus": 0.0, "num_cpus": 1.0}
+    assert actors(plain, [head, cores])["actors"] == 1  # no model on a machine without cores
+    for each, count in ((0.5, 18), (0.1, 90), (0.2, 45), (0.6, 9), (2.0, 4)):
+        assert actors(replace(plain, gpus_per_actor=each, cpus_per_actor=0.1), [big, small])["actors"] == count
+    assert actors(replace(plain, actors=2), [{"CPU": 4.0, "GPU": 8.0}]) == {"actors": 2, **one}
+    for flags, nodes, said in (
+        (replace(plain, actors=9), [big], "--actors 9 with --gpus-per-actor 1 and --cpus-per-actor 1: .* room for 8"),
+        (replace(plain, cpus_per_actor=16.0), [big], "--actors 8 with .* --cpus-per-actor 16: .* room for 4"),
+        (replace(plain, gpus_per_actor=2.0, actors=1), [small, small], "room for 0"),  # no machine has two
+        (replace(plain, cpus_per_actor=64.0), [cores, cores], "--actors 1 .* room for 0"),
     ):
         with pytest.raises(EndoRewardError, match=said):
-            actors(flags, {"CPU": 64.0, "GPU": 8.0}, 1)
+            actors(flags, nodes)
+
+
+def test_a_cluster_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path):
+    def absent(**options):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", absent)
+    said = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q", code=2).stderr
+    assert said == "endoreward: --engine ray: Could not find any running Ray instance.\n"
 
 
 def test_flags_that_cannot_work_are_said_at_once(tmp_path):
@@ -158,5 +196,6 @@ def test_flags_that_cannot_work_are_said_at_once(tmp_path):
         (("--actors", "2"), "are for --engine ray"),
         (("--engine", "ray", "--actors", "0"), "--actors must be 1 or more"),
         (("--engine", "ray", "--gpus-per-actor", "-1"), "--gpus-per-actor must be 0 or more, got -1.0"),
+        (("--engine", "ray", "--cpus-per-actor", "1.5"), "--cpus-per-actor must be a whole number where it is above 1"),
     ):
         assert said in run("score", source, *flags, code=2).stderr

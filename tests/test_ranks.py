@@ -3,9 +3,11 @@
 import gzip
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -19,11 +21,12 @@ import torch
 from cli_harness import LengthScorer, put, rows_of, run
 from endoreward_fast import EndoRewardError
 from endoreward_fast.command import pipeline
+from endoreward_fast.command.board import Board, call
 from endoreward_fast.command.data import open_source
 from endoreward_fast.command.jobs import Finished, Job, Windows, note_idle
 from endoreward_fast.command.options import RowFlags
 from endoreward_fast.command.output import Monitor
-from endoreward_fast.command.ranks import PART, Board, Rank, _InOrder, help_out, lead
+from endoreward_fast.command.ranks import Rank, _InOrder, help_out, lead
 from endoreward_fast.command.resume import key_of, without_done
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,8 +138,22 @@ def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "many")
     monkeypatch.setenv("MASTER_PORT", "1")
     assert "WORLD_SIZE is 'many': expected a number" in run("score", "-", code=2).stderr
+    for port, number, said in (
+        ("1", "2", "RANK is 2 where WORLD_SIZE is 2"),
+        ("a", "0", "MASTER_PORT is 'a': expected"),
+    ):
+        for name, value in (("WORLD_SIZE", "2"), ("RANK", number), ("MASTER_PORT", port)):
+            monkeypatch.setenv(name, value)
+        assert said in run("score", "-", code=2).stderr
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert Rank.from_environment() == Rank(0, 1, 0)
+
+
+@pytest.mark.parametrize("command", ["score", "rank", "eval", "show", "plot", "demo"])
+def test_help_needs_no_launch(monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and nothing else, as on a machine in a job of its own
+    assert f"{command} [OPTIONS]" in run(command, "--help").stdout
+    assert run("--version").stdout.startswith("endoreward ")
 
 
 # ---------------------------------------------------------------- ranks as threads, a made-up scorer
@@ -157,8 +174,8 @@ class Together(LengthScorer):
 
 def shared(monkeypatch, job, source, *, ranks=3, done=()):
     """What `ranks` of them write of `source`, a row a window: (lines, the monitor, what stopped them)."""
-    store = torch.distributed.HashStore()
-    monkeypatch.setattr(Board, "of_launch", classmethod(lambda cls: cls(store)))
+    board = Board(torch.distributed.HashStore())
+    monkeypatch.setattr(Board, "of_launch", lambda: board)
     barrier, scored = Barrier(ranks), []
     monkeypatch.setattr(pipeline, "load_scorer", lambda flags: Together(barrier, scored))
     done = Counter(map(key_of, done))
@@ -167,12 +184,14 @@ def shared(monkeypatch, job, source, *, ranks=3, done=()):
         other.start()
     lines, monitor, stopped = [], Monitor(quiet=True), None
     opened = without_done(open_source(str(source), job.flags.limit), done)
+    first, windows = pipeline.peek(pipeline.windows(opened, "score", job.flags))
     try:
-        lead(job, Rank(0, ranks, 0), done)(pipeline.windows(opened, "score", job.flags), lines.append, monitor)
+        lead(job, Rank(0, ranks, 0), str(source), done, idle=not first)(windows, lines.append, monitor)
     except EndoRewardError as error:
         stopped = str(error)
     else:
-        assert all(Board.of_launch().has(f"rank {r} left") for r in range(1, ranks))  # rank 0 is the last to go
+        attempt = board.part(board.get("attempt"))
+        assert all(attempt.has(f"rank {r} left") for r in range(1, ranks))  # rank 0 is the last to go
     for other in others:
         other.join(30)
         assert not other.is_alive()
@@ -223,21 +242,59 @@ def test_a_file_that_breaks_off_is_said_after_its_rows(monkeypatch, tmp_path):
     assert [row["id"] for row in found[:100]] == alone and 100 <= len(found) < 150
 
 
+def test_where_all_is_done_no_rank_loads_a_model(monkeypatch, tmp_path):
+    rows = lengths(4)
+    monkeypatch.setattr(Job, "load", None)
+    found, monitor, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), put(tmp_path, *rows), done=rows)
+    assert (found, monitor.rows, stopped) == ([], 0, None)
+
+
+@pytest.mark.parametrize("more", [-3, 3])
+def test_ranks_that_read_different_rows_do_not_wait_for_each_other(monkeypatch, tmp_path, more):
+    """The input grows, or is cut, between rank 0's reading and the others'."""
+    source = put(tmp_path, *lengths(9))
+    theirs = put(tmp_path, *lengths(9 + more), name="theirs.jsonl")
+    monkeypatch.setattr("endoreward_fast.command.ranks.open_source", lambda file, limit: open_source(theirs, limit))
+    found, _, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), source)
+    assert "the ranks read different rows" in stopped and "--resume goes on" in stopped
+    assert [row["id"] for row in found] == list(range(len(found)))
+
+
+def test_an_input_that_is_another_on_another_machine_is_refused(monkeypatch, tmp_path):
+    board, source = Board(torch.distributed.HashStore()), put(tmp_path, *lengths(9))
+    monkeypatch.setattr(Board, "of_launch", lambda: board)
+    leader = Thread(target=call, args=(board, 2, {"done": {}, "size": 1234}), daemon=True)
+    leader.start()
+    with pytest.raises(EndoRewardError, match=r"in.jsonl is not the one that rank 0 reads, which has 1,234 bytes"):
+        help_out(Job("score", A_ROW_A_WINDOW), Rank(1, 2, 1), str(source))
+    leader.join(20)
+
+
+def test_what_a_rank_is_warned_of_is_said_once_by_rank_0(monkeypatch, tmp_path, capsys):
+    def warned(self, rows, **options):
+        warnings.warn("out of memory with max_tokens_per_batch=1: it is halved", stacklevel=2)
+        return LengthScorer.iter_scores(self, rows, **options)
+
+    (items,) = pipeline.windows(open_source(put(tmp_path, *lengths(2))), "score", RowFlags())
+    monkeypatch.setattr(Together, "iter_scores", warned)
+    monitor = Monitor()
+    for _ in range(2):
+        found = Job("score", RowFlags()).finish(items, Together(None, []))
+        Finished.from_json(found.to_json()).hand_on(lambda line: None, monitor)
+    assert capsys.readouterr().err == "endoreward: out of memory with max_tokens_per_batch=1: it is halved\n"
+
+
 # ---------------------------------------------------------------- the parts
-def test_messages_of_any_size_travel_whole_and_leave_nothing():
-    store = torch.distributed.HashStore()
-    board = Board(store)
-    text = "ü" * PART + "end"  # two bytes each: three parts
-    board.put("a", text)
-    assert store.num_keys() == 4 and board.has("a") and not board.has("b")
-    assert board.get("a") == text == board.take("a")
-    assert store.num_keys() == 0
-    assert [board.claim(), board.claim()] == [0, 1]
+def test_a_store_that_cannot_be_reached_is_one_clear_line(rank_0_of_2, monkeypatch, tmp_path):
+    with socket.create_server(("localhost", 0)) as taken:
+        monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        said = run("score", put(tmp_path, *lengths(1)), "-o", tmp_path / "out", code=2).stderr
+    assert said.startswith("endoreward: the ranks' common store at localhost:") and said.count("\n") == 1
 
 
 def test_windows_are_written_in_order_whoever_finishes_first(tmp_path):
     board, lines, monitor = Board(torch.distributed.HashStore()), [], Finished()
-    output = _InOrder(board, lambda line: (lines.append(line), monitor.rows.append((line, "", None))), monitor)
+    output = _InOrder(board, 2, lambda line: (lines.append(line), monitor.rows.append((line, "", None))), monitor)
     windows = {n: Finished([(f"{n}\n", f"line {n}", None)], tokens=n) for n in range(4)}
     board.put("window 1", windows[1].to_json())
     output.own[2] = windows[2]
@@ -279,8 +336,8 @@ def test_reading_that_fails_comes_after_what_was_read():
         read.raise_error()
 
 
-def test_workers_without_rows_are_named_unless_there_was_nothing_to_do(capsys):
-    for windows, said in ((0, ""), (1, "only 1 of 2 ranks had rows"), (2, "")):
+def test_workers_without_rows_are_named(capsys):
+    for windows, said in ((1, "only 1 of 2 ranks had rows"), (2, "")):
         note_idle(Monitor(), windows, 2, "ranks")
         err = capsys.readouterr().err
         assert said in err and bool(err) == bool(said)

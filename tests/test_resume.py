@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from cli_harness import LengthScorer, put, rows_of, run
+from endoreward_fast import EndoRewardError
 from endoreward_fast.command import pipeline
+from endoreward_fast.command.output import Sink, _lock
 from endoreward_fast.command.resume import key_of, rows_done
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,6 +106,10 @@ def test_bad_input_is_one_clear_line(scorer, tmp_path):
     result = run("score", source, "-o", out, "--resume", "-q", code=2)
     assert "out.jsonl.settings.json does not say how it was made" in result.stderr and out.read_text() == "{}\n"
     run("score", source, "-o", out, "-q")
+    Path(f"{out}.settings.json").write_text('{"settings": [1]}')
+    said = run("score", source, "-o", out, "--resume", "-q", code=2).stderr
+    assert "does not say how it was made" in said
+    run("score", source, "-o", out, "-q")
     out.write_text("[1]\n")
     assert "line 1 is not a row of results" in run("score", source, "-o", out, "--resume", "-q", code=2).stderr
 
@@ -130,11 +136,125 @@ def test_a_device_is_written_and_gets_no_settings_beside_it(scorer, tmp_path):
     assert not Path(f"{os.devnull}.settings.json").exists()
 
 
-def test_keys_survive_being_written_and_read():
-    row = {"id": 1, "text": "ü\ud800", "x": 0.1, "score": 3, "when": Path("a")}
-    written = json.loads(json.dumps({**row, "input_score": 3, "score": 7, "flags": []}, default=str))
-    assert key_of(row) == key_of(written) != key_of(row | {"x": 0.2})
+def test_a_run_that_fails_takes_no_other_runs_output_away(scorer, monkeypatch, tmp_path):
+    """It removes the file it made and wrote nothing to: while it has the lock, and whoever waited for it sees that."""
+    out, free = tmp_path / "out.jsonl", []
+
+    def unlink(path):
+        with open(path, "ab") as file:
+            free.append(_lock(file))
+        os.remove(path)
+
+    monkeypatch.setattr(os, "unlink", unlink)
+    with pytest.raises(EndoRewardError, match="first"), Sink(str(out)):
+        raise EndoRewardError("first")
+    assert free == [False] and not out.exists()
+    monkeypatch.setattr("endoreward_fast.command.output._lock", lambda file: os.remove(out) or True)
+    with pytest.raises(EndoRewardError, match="written by another run"):
+        Sink(str(out))
+
+
+def test_keys_survive_being_written_and_read(scorer, tmp_path):
+    """Whatever columns a row has, by the names that the command writes too, and scored before or not."""
+    own = [
+        {"text": "ü\ud800\u2028", "x": 0.1, "when": "2026"}, {"x": float("nan"), "y": float("inf")}, {"score": 3},
+        {"score": 3, "input_score": 4}, {"score": 4, "input_score": 3, "input_input_score": 5},
+        {"error": None, "flags": ["a"], "best": 1}, {"flags": []}, {"scores": 1}, {"x": {"b": 1, "a": 2}}, {"x": -0.0},
+    ]  # fmt: skip
+    wanted = [{"prompt": "p", "completion": text} | columns for columns in own for text in ("aa", "", "LONG")]
+    for command, pair in (("score", {}), ("rank", {"completions": ["a", "LONG"]})):
+        source, out = put(tmp_path, *(row | pair for row in wanted)), tmp_path / f"{command}.jsonl"
+        run(command, source, "-o", out, "--per-token", "-q", code=2)
+        lines = out.read_text().split("\n")[:-1]
+        assert len(lines) == len(wanted)
+        for missing in range(len(lines)):  # each row by itself is known by its line
+            out.write_text("".join(line + "\n" for i, line in enumerate(lines) if i != missing))
+            run(command, source, "-o", out, "--per-token", "-q", "--resume", code=(0, 2))
+            assert Counter(out.read_text().split("\n")[:-1]) == Counter(lines), lines[missing]
+    when = {"when": Path("a"), "x": 0.1}
+    assert key_of(when) == key_of({"x": 0.1, "when": "a"}) != key_of(when | {"x": 0.2})
     assert rows_done("nowhere.jsonl", {}) == Counter()
+
+
+def test_columns_of_a_file_scored_before_all_stay(scorer, tmp_path):
+    out = tmp_path / "in.jsonl"
+    put(tmp_path, {"prompt": "p", "completion": "aa", "score": 0, "input_score": 1})
+    for again in range(2):
+        out.write_text(run("score", out, "-q").stdout)
+        (row,) = rows_of(out.read_text())
+        assert row["score"] == -2.0 and {0, 1} <= set(row.values()) and len(row) == 5 + again
+
+
+def test_what_cannot_be_scored_may_be_all_that_is_left(scorer, tmp_path):
+    """A run of nothing else is refused before a model is loaded; the end of one that was cut off is not."""
+    source, out = put(tmp_path, *rows(3), "not json", {"prompt": "p"}), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q", code=2)
+    whole = out.read_text()
+    out.write_text("".join(whole.splitlines(keepends=True)[:3]))
+    said = run("score", source, "-o", out, "--resume", "-q", code=2).stderr
+    assert out.read_text() == whole and "2 of 2 rows could not be scored" in said
+
+
+def test_where_all_is_done_no_model_is_loaded(scorer, monkeypatch, tmp_path):
+    source, out = put(tmp_path, *rows(3)), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q")
+    monkeypatch.setattr(pipeline, "load_scorer", None)
+    assert "scored 0 of 0 rows" in run("score", source, "-o", out, "--resume").stderr
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "reordered"])
+def test_another_input_goes_by_its_rows(scorer, change, tmp_path):
+    first, out = rows(8), tmp_path / "out.jsonl"
+    longer = [*rows(12)[8:10], *first, *rows(12)[10:]]
+    second = {"shorter": first[:5], "longer": longer, "reordered": first[::-1]}[change]
+    run("score", put(tmp_path, *first), "-o", out, "-q")
+    run("score", put(tmp_path, *second), "-o", out, "--resume", "-q")
+    assert [row["id"] for row in rows_of(out.read_text())] == list(range(12 if change == "longer" else 8))
+
+
+def test_lines_that_an_editor_changed_are_known_or_refused(scorer, tmp_path):
+    source, out = put(tmp_path, *rows(4)), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q")
+    lines = out.read_text().splitlines()
+    resorted = [json.dumps(dict(sorted(json.loads(line).items()))) for line in lines]
+    for edited in ("\r\n".join([*lines, ""]), "\n".join(lines), "\n".join([*resorted, ""])):
+        out.write_bytes(edited.encode())
+        run("score", source, "-o", out, "--resume", "-q")
+        assert sorted(row["id"] for row in rows_of(out.read_text())) == [0, 1, 2, 3]
+    out.write_text("\n".join([lines[0], json.dumps(rows(2)[1]), ""]))  # no score in it
+    assert "line 2 is not a row of results" in run("score", source, "-o", out, "--resume", "-q", code=2).stderr
+
+
+def test_a_link_goes_by_the_settings_of_what_it_names(scorer, tmp_path):
+    source, link = put(tmp_path, *rows(3)), tmp_path / "latest"
+    for alpha in ("1", "2"):
+        out = tmp_path / f"alpha{alpha}.jsonl"
+        link.unlink(missing_ok=True)
+        link.symlink_to(out)
+        run("score", source, "-o", link, "-q", "--alpha", alpha)
+    run("score", source, "-o", link, "-q", "--alpha", "2", "--resume")
+    link.unlink()
+    link.symlink_to(tmp_path / "alpha1.jsonl")
+    said = run("score", source, "-o", link, "-q", "--alpha", "2", "--resume", code=2).stderr
+    assert "was made with alpha=1.0, not 2.0" in said
+
+
+@pytest.mark.parametrize("flags", [[], ["--resume"]])
+def test_two_runs_do_not_write_one_output(scorer, flags, tmp_path):
+    """What a killed launcher leaves behind may still be at work when the next run begins."""
+    source, out = put(tmp_path, *rows(4)), tmp_path / "out.jsonl"
+    score, told = scorer.iter_scores, []
+
+    def meanwhile(samples, **options):
+        scorer.iter_scores = score
+        told.append(run("score", source, "-o", out, *flags, "-q", code=2).stderr)
+        return score(samples, **options)
+
+    scorer.iter_scores = meanwhile
+    run("score", source, "-o", out, "-q")
+    assert "out.jsonl is being written by another run" in told[0]
+    assert [row["id"] for row in rows_of(out.read_text())] == list(range(4))
+    run("score", source, "-o", out, "-q", "--resume")  # it has let go
 
 
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path):

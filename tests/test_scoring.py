@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.batching import Room
 from tiny_models import EOS, MODELS, ROWS, TOKENIZER, VOCAB, build, byte_tokenizer, expected_score, random_rows
 
 
@@ -213,18 +214,24 @@ def test_rows_that_memory_has_no_room_for_are_said_and_stop_no_other(llama):
     """A model with room for 60 tokens, padding included."""
     texts = ["a" * n for n in (5, 10, 20, 30, 80)]
     rows = [{"prompt": "p", "completion": text} for text in texts]
-    wanted = llama.score(rows)
+    wanted, failed = llama.score(rows), []
 
     def room(module, args, kwargs):
         if kwargs["input_ids"].numel() > 60:
+            failed.append(kwargs["input_ids"].shape)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     handle = llama.model.register_forward_pre_hook(room, with_kwargs=True)
+    llama.room = Room()
     try:
         with pytest.warns(UserWarning, match="it is halved, again if need be"):
             found = llama.score(rows)
+        times = len(failed)
+        llama.score(rows[:4])
+        assert len(failed) == times  # it remembers
     finally:
         handle.remove()
+        llama.room = Room()
     assert [row.score for row in found[:4]] == pytest.approx([row.score for row in wanted[:4]], abs=1e-4)
     assert found[4].score is None and found[4].num_tokens == wanted[4].num_tokens
     assert found[4].error == f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit by themselves"

@@ -271,9 +271,21 @@ def _cell(column: str, text: str) -> Any:
 def _parquet(stream: BinaryIO, name: str) -> Iterator[Record]:
     if importlib.util.find_spec("pyarrow") is None:
         raise EndoRewardError(f"{name} is Parquet: `pip install pyarrow` to read it, or save it as JSON Lines")
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     data: Any = stream if stream.seekable() else io.BytesIO(stream.read())
-    batches = parquet.ParquetFile(data).iter_batches(batch_size=256)
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-    return (_record(f"row {number}", row) for number, row in enumerate(rows, start=1))
+    try:
+        batches = parquet.ParquetFile(data).iter_batches(batch_size=256)
+    except (ArrowException, OSError) as error:
+        raise EndoRewardError(f"cannot read {name}: {error}") from None
+    return _parquet_records(batches, name)
+
+
+def _parquet_records(batches: Iterator[Any], name: str) -> Iterator[Record]:
+    from pyarrow import ArrowException
+
+    try:
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from (_record(f"row {number}", row) for number, row in enumerate(rows, start=1))
+    except (ArrowException, OSError) as error:
+        raise EndoRewardError(f"cannot read {name} to its end: {error}") from None

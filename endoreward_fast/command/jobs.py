@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,19 +31,23 @@ class Finished:
     tokens: int = 0
     stopped: str | None = None
     """why there are no more"""
+    notes: list[str] = field(default_factory=list)
+    """warnings"""
 
     def to_json(self) -> str:
         """One text."""
-        return json.dumps([self.rows, self.tokens, self.stopped])
+        return json.dumps([self.rows, self.tokens, self.stopped, self.notes])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Finished:
         """And back."""
-        rows, tokens, stopped = json.loads(text)
-        return cls([(line, where, problem) for line, where, problem in rows], tokens, stopped)
+        rows, tokens, stopped, notes = json.loads(text)
+        return cls([(line, where, problem) for line, where, problem in rows], tokens, stopped, notes)
 
     def hand_on(self, write: Write, monitor: Monitor) -> None:
         """Write the rows. Raises EndoRewardError where it was stopped."""
+        for note in self.notes:
+            monitor.note(note)
         for line, where, problem in self.rows:
             write(line)
             monitor.on_row(where, problem)
@@ -89,10 +95,26 @@ class Job:
         """One window, kept for who writes it; an EndoRewardError is part of it."""
         found = Finished()
         try:
-            self.score(items, scorer, lambda line: found.rows.append((line, "", None)), found)
+            with warnings_to(found.notes.append):
+                self.score(items, scorer, lambda line: found.rows.append((line, "", None)), found)
         except EndoRewardError as error:
             found.stopped = str(error)
         return found
+
+
+@contextmanager
+def warnings_to(tell: Callable[[str], None]) -> Iterator[None]:
+    """Python's warnings inside go to `tell`, at the end."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            yield
+        finally:
+            for warning in caught:
+                tell(str(warning.message))
+
+
+def nothing_left(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
+    """The Engine that needs no model: all is done already."""
 
 
 def here(job: Job) -> Engine:
@@ -101,7 +123,8 @@ def here(job: Job) -> Engine:
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
         for items in windows:
-            job.score(items, scorer, write, monitor)
+            with warnings_to(monitor.note):
+                job.score(items, scorer, write, monitor)
 
     return run
 
@@ -130,8 +153,8 @@ class Windows:
 
 
 def note_idle(monitor: Monitor, windows: int, workers: int, name: str) -> None:
-    """Say so if there were fewer windows than `workers`; none at all is no news: all is done already."""
-    if 0 < windows < workers:
+    """Say so if there were fewer windows than `workers`."""
+    if windows < workers:
         monitor.note(
             f"only {windows} of {workers} {name} had rows: each takes about {pipeline.WINDOW} characters for every "
             "token of a batch at a time; with a smaller --max-tokens-per-batch more of them share"

@@ -117,6 +117,8 @@ class EngineFlags(RowFlags):
         for flag, value in (("--gpus-per-actor", self.gpus_per_actor), ("--cpus-per-actor", self.cpus_per_actor)):
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise EndoRewardError(f"{flag} must be 0 or more, got {value}")
+            if value is not None and value > 1 and value % 1:
+                raise EndoRewardError(f"{flag} must be a whole number where it is above 1, got {value}")
         if self.engine == LOCAL and (self.actors is not None or self.gpus_per_actor is not None):
             raise EndoRewardError("--actors and --gpus-per-actor are for --engine ray")
 

@@ -25,25 +25,33 @@ def compact(value: float, digits: int = 9) -> float:
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """JSON in one line: one to every reader, also to those that break lines where Unicode does."""
-    return json.dumps(row, ensure_ascii=False, default=str).translate(UNICODE_BREAKS) + "\n"
+    """JSON in one line: one to every reader, also to those that break lines where Unicode does.
+
+    What JSON has no spelling for becomes null (NaN, infinities) or text (dates).
+    """
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(plain(row), ensure_ascii=False)
+    return text.translate(UNICODE_BREAKS) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """`value` as it is read again once it is written."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 class Sink:
     """Output to a path, or to standard output where the path is None or "-".
 
-    Opening checks that the path can be written and touches nothing there; the first write replaces it, or with `append`
-    goes on behind it. `on_replace` is called as soon as what was there is gone; a device or a pipe is never replaced.
-    Raises EndoRewardError if the path cannot be written or is one of `inputs`.
+    Opening checks that the path can be written, keeps other runs from it, and touches nothing there; the first write
+    replaces it, or after `append` goes on behind it. `on_replace` is called as soon as what was there is gone; a device
+    or a pipe is never replaced. Raises EndoRewardError if the path cannot be written, is one of `inputs`, or is being
+    written by another run.
     """
 
     def __init__(
-        self,
-        path: str | None,
-        inputs: tuple[str, ...] = (),
-        *,
-        append: bool = False,
-        on_replace: Callable[[], None] | None = None,
+        self, path: str | None, inputs: tuple[str, ...] = (), *, on_replace: Callable[[], None] | None = None
     ) -> None:
         self._on_replace = on_replace
         self.name = "standard output" if path in (None, STDIN) else str(path)
@@ -59,7 +67,14 @@ class Sink:
             self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__
         except OSError as error:
             raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
-        self._fresh = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode) and not append
+        self._fresh = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
+        if self._fresh and not (_lock(self._file) and _is_at(self._file, path)):
+            self._file.close()
+            raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
+
+    def append(self) -> None:
+        """Keep what is there."""
+        self._fresh = False
 
     def write(self, text: str | bytes) -> None:
         """Write `text` and push it through to the operating system."""
@@ -95,13 +110,39 @@ class Sink:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is getattr(sys.stdout, "buffer", None):
             return
+        made_for_nothing = self._path if kind and self._created and self._fresh else None
+        if made_for_nothing and sys.platform != "win32":
+            os.unlink(made_for_nothing)  # while it is locked: afterwards it may be the next run's
         try:
             self._file.close()  # which writes what could not be written before, on a full disk
         except OSError as error:
             if kind is None:
                 raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
-        if kind and self._created and self._fresh and self._path:
-            os.unlink(self._path)  # made by us, and nothing came of it
+        if made_for_nothing and sys.platform == "win32":
+            os.unlink(made_for_nothing)
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether nobody else has it. Whoever does lets go of it when its process ends, however that ends.
+
+    What is left of a launch whose launcher was killed would otherwise write its rows beside those of the next.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system that has no locks
+    return True
+
+
+def _is_at(file: BinaryIO, path: str) -> bool:
+    """Whether `path` still names it: whoever had the lock may have removed it."""
+    return os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
 
 
 def _same(a: str, b: str) -> bool:
@@ -118,6 +159,7 @@ class Monitor:
     def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True) -> None:
         self.quiet = quiet
         self.rows = self.tokens = self.failed = self.missed = 0
+        self._noted: set[str] = set()
         self._done = 0
         self._started = time.perf_counter()
         self._progress: Any = None
@@ -173,8 +215,9 @@ class Monitor:
             self._progress.update(self._bar, completed=self._done, rate=f"{self.rate:,.0f} tokens/s")
 
     def note(self, text: str) -> None:
-        """Say `text`, unless quiet."""
-        if not self.quiet:
+        """Say `text`, once, unless quiet."""
+        if not self.quiet and text not in self._noted:
+            self._noted.add(text)
             self.say(text)
 
     def say(self, text: str) -> None:

@@ -152,13 +152,17 @@ def check_usable(items: list[Item], name: str) -> None:
         raise EndoRewardError(f"{name}: {worst.record.where}: {worst.error}")
 
 
+def peek(batches: Iterator[list[Item]]) -> tuple[list[Item], Iterator[list[Item]]]:
+    """The first of `batches`, read now; empty where there is none. And all of them."""
+    first = next(batches, [])
+    return first, itertools.chain([first] if first else (), batches)
+
+
 def checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
     """`batches`, of which the first is read and found usable now: before a model is loaded."""
-    first = next(batches, None)
-    if first is None:
-        return iter(())  # all of it is done already
+    first, batches = peek(batches)
     check_usable(first, name)
-    return itertools.chain([first], batches)
+    return batches
 
 
 def score_items(
@@ -234,9 +238,17 @@ def _with_columns(item: Item, new: dict[str, Any], layout: Any, per_token: bool)
             new["error"] = arrange(layout, item.problem)
         if per_token:
             new["token_rewards"] = arrange(layout, lambda i: _token_table(results[i]))
-    # An input column of the same name (a file scored before) is kept beside the new one.
-    kept = {f"input_{k}" if k in new else k: v for k, v in (item.record.row or {}).items()}
-    return {**kept, **new}
+    row = item.record.row or {}
+    return {**{_kept_as(name, new, row): value for name, value in row.items()}, **new}
+
+
+def _kept_as(name: str, new: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """An input column's name beside the new ones: one of the same name (a file scored before) stays, as input_..."""
+    taken = name in new
+    while taken:
+        name = f"input_{name}"
+        taken = name in row  # scored twice before
+    return name
 
 
 def _token_table(result: RowScore) -> dict[str, list[Any]] | None:

@@ -8,28 +8,24 @@ batches whoever has it, so that scores do not depend on how many ranks there are
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 from ..errors import EndoRewardError
 from . import pipeline
+from .board import PAUSE, Board, call, come, reached
 from .data import open_source
-from .jobs import Engine, Finished, Job, Windows, Write, note_idle
+from .jobs import Engine, Finished, Job, Windows, Write, note_idle, warnings_to
 from .options import RowFlags
 from .output import Monitor
 from .pipeline import Item
 from .resume import without_done
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PART = 4 << 20
-"""bytes: torch's store takes messages of up to 8 MiB"""
-PAUSE = 0.02
-"""seconds between two looks into the store"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,11 @@ class Rank:
                 f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {absent} is not set: start it by torchrun or "
                 "accelerate launch, or unset WORLD_SIZE"
             )
-        return cls(*(_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        found = cls(*(_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+        if not found.rank < found.size:
+            raise EndoRewardError(f"RANK is {found.rank} where WORLD_SIZE is {found.size}: they count from 0")
+        _number("MASTER_PORT")
+        return found
 
     @property
     def alone(self) -> bool:
@@ -82,70 +82,20 @@ def _number(name: str) -> int:
     return int(text)
 
 
-class Board:
-    """The launch's key-value store, with messages of any size."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    @classmethod
-    def of_launch(cls) -> Board:
-        """The one that the launcher's environment names."""
-        from torch.distributed import PrefixStore, rendezvous
-
-        # The launcher keeps its store when it starts ranks anew; what earlier ones left there is not for them.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return cls(PrefixStore(f"endoreward {attempt}", next(rendezvous("env://"))[0]))
-
-    def put(self, key: str, text: str) -> None:
-        """Leave a message; its number of parts last, as that is what is waited for."""
-        data = text.encode()
-        parts = [data[start : start + PART] for start in range(0, len(data), PART)]
-        for n, part in enumerate(parts):
-            self._store.set(f"{key} part {n}", part)
-        self._store.set(key, str(len(parts)))
-
-    def has(self, key: str) -> bool:
-        """Whether the message is there."""
-        return bool(self._store.check([key]))
-
-    def get(self, key: str) -> str:
-        """The message, as soon as it is there."""
-        while not self.has(key):
-            time.sleep(PAUSE)
-        return b"".join(self._store.get(part) for part in self._parts(key)).decode()
-
-    def take(self, key: str) -> str:
-        """The message, which nobody else wants."""
-        text = self.get(key)
-        for name in (*self._parts(key), key):
-            self._store.delete_key(name)
-        return text
-
-    def _parts(self, key: str) -> list[str]:
-        return [f"{key} part {n}" for n in range(int(self._store.get(key)))]
-
-    def claim(self) -> int:
-        """The number of the next window that nobody has."""
-        return int(self._store.add("claimed", 1)) - 1
-
-
-START = "start"
+def _left(rank: int) -> str:
+    return f"rank {rank} left"
 
 
 def _window(index: int) -> str:
     return f"window {index}"
 
 
-def _left(rank: int) -> str:
-    return f"rank {rank} left"
-
-
 class _InOrder:
     """Finished windows on their way into the output."""
 
-    def __init__(self, board: Board, write: Write, monitor: Monitor) -> None:
+    def __init__(self, board: Board, size: int, write: Write, monitor: Monitor) -> None:
         self._board, self._write, self._monitor = board, write, monitor
+        self._everybody_left = [_left(rank) for rank in range(1, size)]
         self.own: dict[int, Finished] = {}
         """rank 0's, by number"""
         self._due = 0
@@ -153,26 +103,49 @@ class _InOrder:
     def hand_on(self, until: int = 0) -> None:
         """Write what is there, up to the first that is missing; those before window `until` are waited for."""
         while self._due < until or self._due in self.own or self._board.has(_window(self._due)):
-            found = self.own.pop(self._due, None) or Finished.from_json(self._board.take(_window(self._due)))
+            found = self.own.pop(self._due, None) or self._others(_window(self._due))
             self._due += 1
             found.hand_on(self._write, self._monitor)
 
+    def _others(self, window: str) -> Finished:
+        while not self._board.has(window):
+            if self._board.has(*self._everybody_left) and not self._board.has(window):
+                raise EndoRewardError(OTHER_INPUT)  # whoever claimed it found no such window
+            time.sleep(PAUSE)
+        return Finished.from_json(self._board.take(window))
 
-def lead(job: Job, rank: Rank, done: Counter[str]) -> Engine:
+    def see_off(self, windows: int) -> None:
+        """Wait for all to go: a store may end with rank 0, and they still speak to it. They read as many `windows`?"""
+        for left in self._everybody_left:
+            while not self._board.has(left):
+                time.sleep(PAUSE)
+            if int(self._board.get(left)) != windows:
+                raise EndoRewardError(OTHER_INPUT)
+
+
+OTHER_INPUT = (
+    "the ranks read different rows: the input was changed meanwhile, or is another on another machine; with one that "
+    "stays as it is, --resume goes on"
+)
+
+
+def lead(job: Job, rank: Rank, file: str, done: Counter[str], *, idle: bool) -> Engine:
     """Rank 0's part: its share of the windows, and writing everybody's. `done`: rows of an earlier run."""
-    board = Board.of_launch()
-    board.put(START, json.dumps(done))
+    with reached():
+        board = call(Board.of_launch(), rank.size, {"done": done, "size": Path(file).stat().st_size})
+    if idle:
+        return lambda windows, write, monitor: _InOrder(board, rank.size, write, monitor).see_off(0)
     job = replace(job, flags=rank.flags(job.flags))
     scorer = job.load()
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
-        read, output = Windows(windows), _InOrder(board, write, monitor)
-        for index, items in _claimed(read, board):
-            output.own[index] = job.finish(items, scorer)
-            output.hand_on()
-        output.hand_on(until=read.count)
-        for other in range(1, rank.size):
-            board.get(_left(other))  # a store may end with rank 0, and they still speak to it
+        read, output = Windows(windows), _InOrder(board, rank.size, write, monitor)
+        with reached():
+            for index, items in _claimed(read, board):
+                output.own[index] = job.finish(items, scorer)
+                output.hand_on()
+            output.hand_on(until=read.count)
+            output.see_off(read.count)
         note_idle(monitor, read.count, rank.size, "ranks")
         read.raise_error()
 
@@ -190,13 +163,19 @@ def _claimed(windows: Windows, board: Board) -> Iterator[tuple[int, list[Item]]]
 
 def help_out(job: Job, rank: Rank, file: str) -> None:
     """Every other rank's part. What is wrong with the input rank 0 says."""
-    board = Board.of_launch()
-    done = Counter(json.loads(board.get(START)))
-    job = replace(job, flags=rank.flags(job.flags))
-    source = open_source(file, job.flags.limit)
-    if done:
-        source = without_done(source, done)
-    scorer = job.load()
-    for number, items in _claimed(Windows(pipeline.windows(source, job.command, job.flags)), board):
-        board.put(_window(number), job.finish(items, scorer).to_json())
-    board.put(_left(rank.rank), "")
+    with reached():
+        board, about = come(Board.of_launch(), rank.rank)
+        source, done = open_source(file, job.flags.limit), Counter(about["done"])
+        if Path(file).stat().st_size != about["size"]:
+            raise EndoRewardError(f"{file} is not the one that rank 0 reads, which has {about['size']:,} bytes")
+        if done:
+            source = without_done(source, done)
+        job = replace(job, flags=rank.flags(job.flags))
+        first, windows = pipeline.peek(pipeline.windows(source, job.command, job.flags))
+        read = Windows(windows)
+        if first:
+            with warnings_to(lambda warning: None):  # the same as rank 0's
+                scorer = job.load()
+            for number, items in _claimed(read, board):
+                board.put(_window(number), job.finish(items, scorer).to_json())
+        board.put(_left(rank.rank), str(read.count))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,9 +16,12 @@ from typing import Any
 
 from ..errors import EndoRewardError
 from .data import Record, Source
+from .output import plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
-"""columns that a command writes, or keeps the input's own of that name beside: they say nothing of which row it is"""
+"""columns that a command adds behind the row's own"""
+FIRST = {"score": "score", "rank": "scores"}
+"""the first of them, which every row gets"""
 IRRELEVANT = frozenset({"limit", "max_tokens_per_batch", "device"})
 """flags that change no score beyond float noise"""
 
@@ -54,7 +58,7 @@ def rows_done(output: str, settings: Mapping[str, Any]) -> Counter[str]:
                     file.truncate(end)  # it was being written when the run ended
                     break
                 end += len(line)
-                done[key_of(_row(line, f"{output}, line {number}"))] += 1
+                done[_key_of_result(line, FIRST[settings["command"]], f"{output}, line {number}")] += 1
     except OSError as error:
         raise EndoRewardError(f"cannot read {output}: {error.strerror}") from None
     return done
@@ -76,23 +80,43 @@ def _remaining(records: Iterator[Record], done: Counter[str]) -> Iterator[Record
 
 
 def key_of(row: Mapping[str, Any]) -> str:
-    """A hash of the columns that a row came with."""
-    return _hash({k: v for k, v in row.items() if k not in ADDED and k.removeprefix("input_") not in ADDED})
+    """A hash of a row of the input: the same for it and for what of it is kept in the output."""
+    # A column whose name is taken there is kept as input_..., which these names do without.
+    return _hash(sorted(json.dumps([_own_name(name), plain(row[name])], sort_keys=True) for name in row))
+
+
+def _own_name(name: str) -> str:
+    own = name
+    while own.startswith("input_"):
+        own = own.removeprefix("input_")
+    return own if own in ADDED else name
+
+
+def _key_of_result(line: bytes, first: str, where: str) -> str:
+    """`key_of` the row that this line of the output was made of; `first` is the first column that was added to it."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or first not in row:
+        raise EndoRewardError(f"--resume: {where} is not a row of results")
+    names = list(row)
+    added = ADDED.intersection(names[names.index(first) :])
+    return key_of({name: value for name, value in row.items() if name not in added})
 
 
 def _hash(value: Any) -> str:
-    # Through JSON and back: what is written (dates as text, say) is what is read again.
-    plain = json.loads(json.dumps(value, default=str))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _beside(output: str) -> Path:
-    return Path(f"{output}.settings.json")
+    # Beside the file itself: a link to it may come to name another.
+    return Path(f"{os.path.realpath(output)}.settings.json")
 
 
 def _refuse_other(output: str, settings: Mapping[str, Any]) -> None:
     try:
-        before = json.loads(_beside(output).read_text(encoding="utf-8"))["settings"]
+        before = dict(json.loads(_beside(output).read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         raise EndoRewardError(
             f"--resume: {output} is there, but {_beside(output).name} does not say how it was made"
@@ -103,13 +127,3 @@ def _refuse_other(output: str, settings: Mapping[str, Any]) -> None:
             raise EndoRewardError(
                 f"--resume: {output} was made with {name}={was!r}, not {now!r}: scores would not compare"
             )
-
-
-def _row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise EndoRewardError(f"--resume: {where} is not a row of results")
-    return row

@@ -15,10 +15,11 @@ command takes and writes in the order of the input.
 
 import logging
 import pickle
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..command.jobs import Engine, Finished, Job, Windows, Write, note_idle
+from ..command.jobs import Engine, Finished, Job, Windows, Write, note_idle, warnings_to
 from ..command.options import EngineFlags
 from ..command.output import Monitor
 from ..command.pipeline import Item
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 ADDED = ("score", "tokens", "error")
+RETRIES = 3
+"""of a window whose actor died under it: Ray's own number has no end, and rows may be what kills it"""
 
 
 class ScoreRows:
@@ -79,15 +82,19 @@ class ScoreWindow:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.refusal: str | None = None
+        self.notes: list[str] = []
         try:
-            self.scorer = job.load()
+            with warnings_to(self.notes.append):
+                self.scorer = job.load()
         except EndoRewardError as error:  # told with the first window: Ray would start this actor again and again
             self.refusal = str(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         if self.refusal:
             return {"finished": Finished(stopped=self.refusal).to_json()}
-        return {"finished": self.job.finish(pickle.loads(row["window"]), self.scorer).to_json()}
+        finished = self.job.finish(pickle.loads(row["window"]), self.scorer)
+        finished.notes[:0] = self.notes
+        return {"finished": finished.to_json()}
 
 
 def on_ray(job: Job, flags: EngineFlags) -> Engine:
@@ -100,8 +107,11 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
 
     ours = not ray.is_initialized()
     if ours:
-        ray.init(logging_level="error", log_to_driver=False)
-    size = actors(flags, ray.cluster_resources(), len(ray.nodes()))
+        try:
+            ray.init(logging_level="error", log_to_driver=False)
+        except ConnectionError as error:  # RAY_ADDRESS names none
+            raise EndoRewardError(f"--engine ray: {error}") from error
+    size = actors(flags, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
         read = Windows(windows)
@@ -122,8 +132,6 @@ def _in_order(packed: list[dict[str, bytes]], job: Job, actors: int, num_gpus: f
     """What ScoreWindow makes of each window, in their order."""
     import ray.data
 
-    if not packed:
-        return
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.ERROR)  # the command has a bar and words of its own; Ray's log files keep theirs
@@ -131,23 +139,43 @@ def _in_order(packed: list[dict[str, bytes]], job: Job, actors: int, num_gpus: f
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     pool = ray.data.ActorPoolStrategy(size=min(actors, len(packed)))
-    scored = data.map(ScoreWindow, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, num_cpus=num_cpus)
-    for row in scored.iter_rows():
-        yield row["finished"]
+    scored = data.map(
+        ScoreWindow, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, num_cpus=num_cpus,
+        max_task_retries=RETRIES,
+    )  # fmt: skip
+    try:
+        for row in scored.iter_rows():
+            yield row["finished"]
+    except ray.exceptions.RayActorError as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise EndoRewardError(f"an actor died {RETRIES + 1} times over the same rows: {reason}") from error
 
 
-def actors(flags: EngineFlags, cluster: dict[str, float], nodes: int) -> dict[str, Any]:
+def actors(flags: EngineFlags, nodes: list[dict[str, float]]) -> dict[str, Any]:
     """How many actors of which size: by default one a GPU, or one a machine where there is none.
 
-    Raises EndoRewardError for more than there is room for: Ray would wait for machines to come.
+    `nodes`: what each machine that is up has, as Ray names it (CPU, GPU). Raises EndoRewardError for more than there is
+    room for: Ray would wait for machines to come.
     """
-    gpus, cores = cluster.get("GPU", 0.0), cluster.get("CPU", 0.0)
-    each = flags.gpus_per_actor if flags.gpus_per_actor is not None else float(gpus > 0)
-    count = flags.actors or (max(1, int(gpus // each)) if each else nodes)
-    for flag, wanted, there, what in (
-        ("--gpus-per-actor", each, gpus, "GPUs"),
-        ("--cpus-per-actor", flags.cpus_per_actor, cores, "cores"),
-    ):
-        if count * wanted > there:
-            raise EndoRewardError(f"--actors {count} with {flag} {wanted:g}: the cluster has {there:g} {what}")
+    gpus = any(node.get("GPU") for node in nodes)
+    each = flags.gpus_per_actor if flags.gpus_per_actor is not None else float(gpus)
+    on_gpus = [_on_gpus(node.get("GPU", 0.0), each) for node in nodes]
+    on_cores = [_times(node.get("CPU", 0.0), flags.cpus_per_actor) for node in nodes]
+    count = flags.actors or max(1, sum(on_gpus) if each else sum(fit > 0 for fit in on_cores))
+    room = sum(map(min, on_gpus, on_cores))
+    if count > room:
+        raise EndoRewardError(
+            f"--actors {count} with --gpus-per-actor {each:g} and --cpus-per-actor {flags.cpus_per_actor:g}: "
+            f"the cluster has room for {room}"
+        )
     return {"actors": count, "num_gpus": each, "num_cpus": flags.cpus_per_actor}
+
+
+def _on_gpus(gpus: float, each: float) -> int:
+    """An actor with less than a GPU does not stand on two of them."""
+    return int(gpus) * _times(1, each) if 0 < each < 1 else _times(gpus, each)
+
+
+def _times(there: float, each: float) -> int:
+    """How often `each` fits; 1 / 0.1 is 10, and 1 // 0.1 is 9."""
+    return int(there / each + 1e-6) if each else sys.maxsize
