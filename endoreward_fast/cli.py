@@ -63,7 +63,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="The reward inside every causal language model: r = Q(s, a) - V(s'), read from its own logits.",
 )
-File = Annotated[str, typer.Argument(help="JSON Lines, JSON, CSV or TSV, gzipped or not; - is standard input.")]
+File = Annotated[str, typer.Argument(help="JSON Lines, JSON, CSV, TSV, Parquet, or gzipped; - is standard input.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with --output where an earlier run was cut off.")]
 PerToken = Annotated[bool, typer.Option("--per-token", help="Add token_rewards: one number for every scored token.")]
 
