@@ -19,24 +19,20 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 class Limits:
     """How much one device may hold at a time, in elements of float32 (4 bytes)."""
 
-    tile: int  # one (rows, vocab) buffer of the linear path; forward holds two, backward three
+    tile: int  # one (rows, vocab) buffer; the forward holds two, the backward three
     native_tile: int  # the same for the forward of a native low-precision matmul, which likes wider ones
-    stored_tile: int  # the same for stored logits
     rows: int  # rows of a linear tile
     copy: int  # one upcast copy: a chunk of weight, a tile of hidden, an accumulator of a gradient
     rows_per_sweep: int  # rows that share one sweep over the vocabulary: bounds the per-chunk partials
 
 
 # On the CPU all of it together stays under 64 MiB whatever N is, on a GPU under 256 MiB.
-CPU_LIMITS = Limits(tile=MIB // 2, native_tile=4 * MIB, stored_tile=MIB, rows=512, copy=2 * MIB, rows_per_sweep=2048)
-GPU_LIMITS = Limits(
-    tile=16 * MIB, native_tile=16 * MIB, stored_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384
-)
-# Columns of stored logits that are reduced together. Wider is faster, but log_softmax adds up a row in as many plain
-# float32 additions as its width over the vector's: from 64K a constant row with one peak leaves the error budget.
-LOGITS_CHUNK = 16384
+CPU_LIMITS = Limits(tile=MIB // 2, native_tile=4 * MIB, rows=512, copy=2 * MIB, rows_per_sweep=2048)
+GPU_LIMITS = Limits(tile=16 * MIB, native_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
+# Columns that are reduced together, at most. From 32K on torch shares the sum of a single row among its threads: that
+# row's bits would then depend on whether it is alone.
+CHUNK = 8192
 FEW_ROWS = 16  # up to here a native bfloat16 matmul wins on any CPU: reading `weight` is what takes the time
-LINEAR_CHUNK = 8192  # most columns of a linear tile, when it has few rows
 
 
 def limits_for(device: torch.device) -> Limits:
@@ -52,9 +48,9 @@ class Tiles:
 
 def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     """Tile shape of the logits path. Few rows: more chunks side by side, so that every core has work."""
-    chunk = min(LOGITS_CHUNK, vocab)
+    chunk = min(CHUNK, vocab)
     # At most half of it all: large buffers for little work are memory that the system has to clear first.
-    tile = min(limits_for(device).stored_tile, num_rows * vocab // 2)
+    tile = min(limits_for(device).tile, num_rows * vocab // 2)
     rows = even_share(num_rows, max(1, tile // chunk))
     return Tiles(rows, chunk * max(1, tile // (rows * chunk)), chunk)
 
@@ -63,7 +59,7 @@ def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False) -> T
     """Tile shape of the linear path: as wide as the tile's budget, and that of its operands' float32 copies, allow."""
     limits = limits_for(hidden.device)
     num_rows, dim = hidden.shape
-    most_rows, most_vocab, tile = limits.rows, min(LINEAR_CHUNK, weight.shape[0]), limits.tile
+    most_rows, most_vocab, tile = limits.rows, min(CHUNK, weight.shape[0]), limits.tile
     in_float32 = hidden.dtype == weight.dtype == torch.float32
     if uses_native_matmul(hidden, weight) and not backward:
         tile = limits.native_tile

@@ -5,7 +5,8 @@
 //
 // A row is cut into spans of SPAN columns, a span into blocks that stay in the first-level cache while they are read
 // twice (maximum, then exp). Spans are the unit of work and merge in order, so that a row's bits depend on neither the
-// rows around it nor the number of threads. Sums are float32 within a block, float64 beyond it.
+// rows around it nor the number of threads. Sums are float32 within a block, strip by strip so that no lane adds up more
+// than 16 numbers at a time, and float64 beyond it.
 
 #include <algorithm>
 #include <cmath>
@@ -16,7 +17,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, BLOCK = 2048, SPAN = 16384, ROWS_AT_A_TIME = 256;
+constexpr int64_t LANES = 16, STRIP = 256, BLOCK = 2048, SPAN = 16384, ROWS_AT_A_TIME = 256;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
@@ -139,11 +140,17 @@ State reduce_span(const T* z, int64_t stride, int64_t count, double alpha) {
     state.rise_to(peak, alpha);
     const float shift = state.peak == -INFINITY ? 0.0f : static_cast<float>(state.peak);
     Floats total{}, weighted{};
-    for (int64_t i = 0; i < length; i += LANES) {
-      const Floats x = scaled(read(block + i), shift);
-      const Floats e = exp_below(x);
-      total += e;
-      if (ENTROPY) weighted += e * x;
+    for (int64_t strip = 0; strip < length; strip += STRIP) {
+      const int64_t end = std::min(strip + STRIP, length);
+      Floats strip_total{}, strip_weighted{};
+      for (int64_t i = strip; i < end; i += LANES) {
+        const Floats x = scaled(read(block + i), shift);
+        const Floats e = exp_below(x);
+        strip_total += e;
+        if (ENTROPY) strip_weighted += e * x;
+      }
+      total += strip_total;
+      if (ENTROPY) weighted += strip_weighted;
     }
     state.total += sum_of(total);
     if (ENTROPY) state.weighted += sum_of(weighted);

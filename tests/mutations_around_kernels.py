@@ -4,10 +4,13 @@ from mutations import HARD, IDENTITIES, MAIN, OPS, PROPERTIES, Mutation
 
 CHUNKED = {
     "0 times the logarithm of 0": Mutation(
+        "chunked.py", "y.clamp_(min=EXP_IS_ZERO)", "y", f"{PROPERTIES}::test_within_the_budget[chunked-logits-stats]"
+    ),
+    "a row added up lane by lane": Mutation(
         "chunked.py",
-        "log_p.clamp_(min=EXP_IS_ZERO)",
-        "log_p",
-        f"{PROPERTIES}::test_within_the_budget[chunked-logits-stats]",
+        "total = weight.sum(-1)",
+        "total = torch.log_softmax(y, -1).amax(-1).neg().exp()",
+        f"{HARD}::test_one_token_that_stands_out_among_equal_ones[chunked]",
     ),
     "the caller's logits as a workspace": Mutation(
         "chunked.py",
@@ -69,6 +72,12 @@ COMPILED = {
         "length, buffer, -INFINITY);",
         "length, buffer, 0);",
         f"{HARD}::test_odd_vocabularies[compiled-all negative-50257]",
+    ),
+    "compiled: a lane of 128 numbers in one strip": Mutation(
+        "compiled.cpp",
+        "STRIP = 256",
+        "STRIP = 2048",
+        f"{HARD}::test_one_token_that_stands_out_among_equal_ones[compiled]",
     ),
     "compiled: -inf minus -inf": Mutation(
         "compiled.cpp",

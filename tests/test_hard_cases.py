@@ -83,6 +83,28 @@ def test_entropy_of_equal_logits_is_at_most_ln_v(vocab, impl, device):
     assert 0 <= out.entropy.item() <= torch.tensor(math.log(vocab)).item()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_one_token_that_stands_out_among_equal_ones(impl, device, assert_within_budget):
+    """Next to it every addition of an equal one rounds the same way: a plain sum drifts with the length of the row."""
+    logits = torch.zeros(4, 50257, device=device)
+    logits[:, 0] = torch.tensor([2.0, 9.0, 11.0, 13.0])
+    targets = torch.tensor([0, 1, 0, -100], device=device)
+    ours = _stats(logits, targets, impl)
+    _check(ours, logits, targets, assert_within_budget)
+
+    def gradient(call, dtype):
+        z = logits.detach().clone().to(dtype).requires_grad_()
+        out = call(z)
+        (out.lse.sum() + 2 * out.entropy.sum() - out.target_logit.sum()).backward()
+        return z.grad
+
+    assert_within_budget(
+        gradient(lambda z: _stats(z, targets, impl), torch.float32),
+        gradient(lambda z: reference.vocab_stats(z, targets, entropy=True), torch.float32),
+        gradient(lambda z: reference.vocab_stats(z, targets, entropy=True, dtype=F64), F64),
+    )
+
+
 @pytest.mark.parametrize("offset", [-2e4, 1e4, 1e6])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_common_offset_leaves_probabilities_alone(offset, impl, device, assert_within_budget):

@@ -27,7 +27,9 @@ def tiles(request, monkeypatch):
 
 
 def _case(head, dtype, device):
-    hidden, weight = torch.randn(20, 24, device=device), torch.randn(333, 24, device=device)
+    # In eighths, whose products add up exactly in float32: how the library's matmul rounds depends on the chip and the
+    # tile's shape, and where one token has all the probability, a gradient takes that for its own error.
+    hidden, weight = (torch.randn(n, 24, device=device).mul(8).round().div(8) for n in (20, 333))
     targets = torch.randint(0, 333, (20,), device=device)
     targets[::6] = -100
     head = {"bias": None, "logit_scale": 1.0, "softcap": None, "alpha": 1.0} | head
@@ -60,8 +62,8 @@ def test_statistics_and_gradients(head, dtype, tiles, device, assert_within_budg
     gradients = [g for g in gradients if g is not None]
     for ours, eager, oracle in zip(gradients, eager_gradients, oracle_gradients, strict=True):
         assert ours.dtype == dtype
-        if dtype == torch.float32:  # made from other tiles, logits differ from the forward's in the last bits: |z| < 60
-            assert_within_budget(ours, eager, oracle, scale=60.0)
+        if dtype == torch.float32:
+            assert_within_budget(ours, eager, oracle, scale=10.0)
         else:  # dy is held in this dtype, so its rounding is summed over: in units of the largest gradient
             unit = torch.finfo(dtype).eps * oracle.abs().max()
             assert (ours.double() - oracle).abs().max() <= 2 * unit
