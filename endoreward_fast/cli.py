@@ -22,7 +22,7 @@ from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
 from .command.output import Monitor, Sink, one_line
 from .command.ranks import Rank, help_out, lead
 from .command.report import FileResult, to_json, to_text
-from .command.resume import record, rows_done, settings_of, without_done
+from .command.resume import record, rows_done, rows_left, settings_of
 from .errors import EndoRewardError
 
 BAD_INPUT = 2  # exit code
@@ -109,11 +109,10 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
     # Only then: settings beside rows of an earlier run would have --resume take those for this one's.
     on_replace = partial(record, str(flags.output), settings)
     with Sink(flags.output, (file,), on_replace=on_replace) as sink:
-        done = rows_done(str(flags.output), settings) if resume else Counter()
-        source = open_source(file, flags.limit)
+        done = rows_done(str(flags.output), settings, flags.id) if resume else Counter()
+        source = rows_left(file, flags, done)
         if done:
             sink.append()
-            source = without_done(source, done)
         first, windows = pipeline.peek(pipeline.windows(source, job.command, flags))
         if first and not done:  # what is left of a run may well be just what cannot be scored
             pipeline.check_usable(first, source.name)

@@ -24,10 +24,10 @@ from endoreward_fast.command import pipeline
 from endoreward_fast.command.board import Board, call
 from endoreward_fast.command.data import open_source
 from endoreward_fast.command.jobs import Finished, Job, Windows, note_idle
-from endoreward_fast.command.options import RowFlags
+from endoreward_fast.command.options import EngineFlags
 from endoreward_fast.command.output import Monitor
 from endoreward_fast.command.ranks import Rank, _InOrder, help_out, lead
-from endoreward_fast.command.resume import key_of, without_done
+from endoreward_fast.command.resume import key_of, rows_left
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ("--max-tokens-per-batch", "32")  # windows of about a thousand characters
@@ -178,12 +178,12 @@ def shared(monkeypatch, job, source, *, ranks=3, done=()):
     monkeypatch.setattr(Board, "of_launch", lambda: board)
     barrier, scored = Barrier(ranks), []
     monkeypatch.setattr(pipeline, "load_scorer", lambda flags: Together(barrier, scored))
-    done = Counter(map(key_of, done))
+    done = Counter(key_of(row, job.flags.id) for row in done)
     others = [Thread(target=help_out, args=(job, Rank(r, ranks, r), str(source)), daemon=True) for r in range(1, ranks)]
     for other in others:
         other.start()
     lines, monitor, stopped = [], Monitor(quiet=True), None
-    opened = without_done(open_source(str(source), job.flags.limit), done)
+    opened = rows_left(str(source), job.flags, done)
     first, windows = pipeline.peek(pipeline.windows(opened, "score", job.flags))
     try:
         lead(job, Rank(0, ranks, 0), str(source), done, idle=not first)(windows, lines.append, monitor)
@@ -199,7 +199,7 @@ def shared(monkeypatch, job, source, *, ranks=3, done=()):
     return [json.loads(line) for line in lines], monitor, stopped
 
 
-A_ROW_A_WINDOW = RowFlags(max_tokens_per_batch=1)
+A_ROW_A_WINDOW = EngineFlags(max_tokens_per_batch=1)
 
 
 def lengths(count):
@@ -221,6 +221,9 @@ def test_ranks_keep_to_the_limit_and_leave_out_what_is_done(monkeypatch, tmp_pat
     job = Job("score", replace(A_ROW_A_WINDOW, limit=15))
     found, *_ = shared(monkeypatch, job, put(tmp_path, *rows), done=rows[2:9])
     assert [row["id"] for row in found] == [0, 1, *range(9, 15)]
+    by_id = replace(job, flags=replace(job.flags, id="id"))
+    found, *_ = shared(monkeypatch, by_id, put(tmp_path, *rows), done=[{"id": n} for n in (0, 3)])
+    assert [row["id"] for row in found] == [1, 2, *range(4, 15)]
 
 
 def test_what_stops_ranks_comes_after_the_rows_before_it(monkeypatch, tmp_path):
@@ -254,7 +257,7 @@ def test_ranks_that_read_different_rows_do_not_wait_for_each_other(monkeypatch, 
     """The input grows, or is cut, between rank 0's reading and the others'."""
     source = put(tmp_path, *lengths(9))
     theirs = put(tmp_path, *lengths(9 + more), name="theirs.jsonl")
-    monkeypatch.setattr("endoreward_fast.command.ranks.open_source", lambda file, limit: open_source(theirs, limit))
+    monkeypatch.setattr("endoreward_fast.command.ranks.rows_left", lambda file, *about: rows_left(theirs, *about))
     found, _, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), source)
     assert "the ranks read different rows" in stopped and "--resume goes on" in stopped
     assert [row["id"] for row in found] == list(range(len(found)))
@@ -275,11 +278,11 @@ def test_what_a_rank_is_warned_of_is_said_once_by_rank_0(monkeypatch, tmp_path, 
         warnings.warn("out of memory with max_tokens_per_batch=1: it is halved", stacklevel=2)
         return LengthScorer.iter_scores(self, rows, **options)
 
-    (items,) = pipeline.windows(open_source(put(tmp_path, *lengths(2))), "score", RowFlags())
+    (items,) = pipeline.windows(open_source(put(tmp_path, *lengths(2))), "score", EngineFlags())
     monkeypatch.setattr(Together, "iter_scores", warned)
     monitor = Monitor()
     for _ in range(2):
-        found = Job("score", RowFlags()).finish(items, Together(None, []))
+        found = Job("score", EngineFlags()).finish(items, Together(None, []))
         Finished.from_json(found.to_json()).hand_on(lambda line: None, monitor)
     assert capsys.readouterr().err == "endoreward: out of memory with max_tokens_per_batch=1: it is halved\n"
 
@@ -311,14 +314,14 @@ def test_windows_are_written_in_order_whoever_finishes_first(tmp_path):
 
 def test_a_window_is_finished_with_what_stopped_it(tmp_path):
     rows = [{"prompt": "p", "completion": text} for text in ("a\u2028", "bb", "LONG")]
-    flags = RowFlags(strict=True)
+    flags = EngineFlags(strict=True)
     (items,) = pipeline.windows(open_source(put(tmp_path, *rows)), "score", flags)
     found = Job("score", flags).finish(items, LengthScorer())
     assert Finished.from_json(found.to_json().encode()) == found
     assert "line 3: 9 tokens" in found.stopped
     assert [where for _, where, _ in found.rows] == ["line 3"]  # scored last first: what is done is kept
-    (items,) = pipeline.windows(open_source(put(tmp_path, *rows)), "score", RowFlags())
-    found = Job("score", RowFlags()).finish(items, LengthScorer())
+    (items,) = pipeline.windows(open_source(put(tmp_path, *rows)), "score", EngineFlags())
+    found = Job("score", EngineFlags()).finish(items, LengthScorer())
     assert [(where, problem and problem[:8]) for _, where, problem in found.rows] == [
         ("line 1", None), ("line 2", None), ("line 3", "9 tokens"),
     ]  # fmt: skip
@@ -347,15 +350,15 @@ def test_each_rank_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for rank, flags, device in (
-        (Rank(0, 8, 0), RowFlags(), "cuda:0"),
-        (Rank(6, 8, 3), RowFlags(device="cuda"), "cuda:3"),
-        (Rank(7, 8, 7), RowFlags(), "cuda:3"),  # more ranks than devices share them
-        (Rank(7, 8, 3), RowFlags(device="cpu"), "cpu"),
-        (Rank(7, 8, 3), RowFlags(device="cuda:1"), "cuda:1"),
+        (Rank(0, 8, 0), EngineFlags(), "cuda:0"),
+        (Rank(6, 8, 3), EngineFlags(device="cuda"), "cuda:3"),
+        (Rank(7, 8, 7), EngineFlags(), "cuda:3"),  # more ranks than devices share them
+        (Rank(7, 8, 3), EngineFlags(device="cpu"), "cpu"),
+        (Rank(7, 8, 3), EngineFlags(device="cuda:1"), "cuda:1"),
     ):
         assert rank.flags(flags).device == device
         assert rank.flags(flags).quiet == (rank.rank > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each its own alone
-    assert Rank(1, 2, 1).flags(RowFlags()).device == "cuda:0"
+    assert Rank(1, 2, 1).flags(EngineFlags()).device == "cuda:0"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert Rank(1, 2, 1).flags(RowFlags()).device is None
+    assert Rank(1, 2, 1).flags(EngineFlags()).device is None

@@ -202,6 +202,37 @@ def test_where_all_is_done_no_model_is_loaded(scorer, monkeypatch, tmp_path):
     assert "scored 0 of 0 rows" in run("score", source, "-o", out, "--resume").stderr
 
 
+@pytest.mark.parametrize("column", ["id", "score", "input_score"])
+def test_a_given_id_says_which_row_it_is(scorer, column, tmp_path):
+    """Whatever became of its other columns, and also where the output keeps it by another name."""
+    first, out = (
+        [{column: f"n{i}", "prompt": "p", "completion": "a" * (1 + i)} for i in range(6)],
+        tmp_path / "out.jsonl",
+    )
+    run("score", put(tmp_path, *first[:4], first[3]), "-o", out, "-q", "--id", column)
+    before = out.read_text()
+    later = [{"seen": "2026", **row, "completion": "b"} for row in (*first, first[3])]  # n3 stands there twice
+    run("score", put(tmp_path, *later), "-o", out, "--resume", "-q", "--id", column)
+    assert out.read_text().startswith(before)
+    assert [row["score"] for row in rows_of(out.read_text())] == [-1.0, -2.0, -3.0, -4.0, -4.0, -1.0, -1.0]
+    run("score", put(tmp_path, *later), "-o", out, "--resume", "-q")  # by all columns: five others
+    assert len(rows_of(out.read_text())) == 12
+
+
+def test_a_row_without_the_id_is_an_error(scorer, tmp_path):
+    rows_, out = [*rows(2), {"prompt": "p", "completion": "a"}, rows(3)[2] | {"id": None}, "not json"], tmp_path / "o"
+    result = run("score", put(tmp_path, *rows_), "-o", out, "--id", "id", code=2)
+    assert (
+        "line 3: it has no 'id', the column that --id names" in result.stderr and "line 4: it has no" in result.stderr
+    )
+    whole = out.read_text()
+    assert [row["score"] for row in rows_of(whole)] == [-1.0, -2.0, None, None, None]
+    run("score", put(tmp_path, *rows_), "-o", out, "--id", "id", "--resume", "-q")
+    assert out.read_text() == whole
+    result = run("score", put(tmp_path, *rows(2)), "--id", "di", code=2)  # before a model is loaded
+    assert result.stderr.endswith("line 1: it has no 'di', the column that --id names\n")
+
+
 @pytest.mark.parametrize("change", ["shorter", "longer", "reordered"])
 def test_another_input_goes_by_its_rows(scorer, change, tmp_path):
     first, out = rows(8), tmp_path / "out.jsonl"

@@ -35,7 +35,7 @@ COLUMNS = TEXTS | LISTS
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the input, or why it could not be read."""
+    """One row of the input, or why it cannot be used."""
 
     where: str
     """ "line 3" or "row 3", counted from 1: how messages name it"""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import EndoRewardError
 from . import pipeline
-from .options import RowFlags
+from .options import EngineFlags
 from .output import Monitor, to_line
 from .pipeline import Item, Scorer
 
@@ -76,7 +76,7 @@ class Job:
 
     command: str
     """of ANSWERS"""
-    flags: RowFlags
+    flags: EngineFlags
     per_token: bool = False
 
     def load(self) -> Scorer:

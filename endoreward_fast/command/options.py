@@ -100,7 +100,7 @@ class RowFlags(ModelFlags):
 
 @dataclass(frozen=True)
 class EngineFlags(RowFlags):
-    """And where rows are scored. Scores do not depend on it."""
+    """And where rows are scored, and how they are known again. Scores do not depend on it."""
 
     engine: Annotated[str, typer.Option(help="local: this process, or the ranks of torchrun; ray: a Ray cluster.")] = (
         LOCAL
@@ -108,6 +108,7 @@ class EngineFlags(RowFlags):
     actors: Annotated[Count, typer.Option(help="Ray: models at work; default: one a GPU, else one a machine.")] = None
     gpus_per_actor: Annotated[Share, typer.Option(help="Ray: 0.5 puts two models on a GPU; default: 1, if any.")] = None
     cpus_per_actor: Annotated[float, typer.Option(help="Ray: cores of each.")] = 1.0
+    id: Annotated[Text, typer.Option(help="Column by which --resume knows a row again; default: all of them.")] = None
 
     def check(self) -> None:
         super().check()

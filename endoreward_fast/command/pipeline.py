@@ -137,7 +137,7 @@ def windows(source: Source, command: str, flags: RowFlags) -> Iterator[list[Item
 
 
 def _item(record: Record, command: str) -> Item:
-    if record.row is None:
+    if record.row is None or record.error:
         return Item(record, None, record.error)
     try:
         return Item(record, plan(record.row, command))

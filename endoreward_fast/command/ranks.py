@@ -18,12 +18,11 @@ from pathlib import Path
 from ..errors import EndoRewardError
 from . import pipeline
 from .board import PAUSE, Board, call, come, reached
-from .data import open_source
 from .jobs import Engine, Finished, Job, Windows, Write, note_idle, warnings_to
-from .options import RowFlags
+from .options import EngineFlags
 from .output import Monitor
 from .pipeline import Item
-from .resume import without_done
+from .resume import rows_left
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -64,7 +63,7 @@ class Rank:
         """Whether this one reads the command, writes and speaks."""
         return self.rank == 0
 
-    def flags(self, flags: RowFlags) -> RowFlags:
+    def flags(self, flags: EngineFlags) -> EngineFlags:
         """`flags` for this rank: a device of its own, and a word only from the first."""
         import torch
 
@@ -165,11 +164,9 @@ def help_out(job: Job, rank: Rank, file: str) -> None:
     """Every other rank's part. What is wrong with the input rank 0 says."""
     with reached():
         board, about = come(Board.of_launch(), rank.rank)
-        source, done = open_source(file, job.flags.limit), Counter(about["done"])
+        source = rows_left(file, job.flags, Counter(about["done"]))
         if Path(file).stat().st_size != about["size"]:
             raise EndoRewardError(f"{file} is not the one that rank 0 reads, which has {about['size']:,} bytes")
-        if done:
-            source = without_done(source, done)
         job = replace(job, flags=rank.flags(job.flags))
         first, windows = pipeline.peek(pipeline.windows(source, job.command, job.flags))
         read = Windows(windows)

@@ -1,7 +1,8 @@
 """Going on with a run that was cut off: which rows its output holds already, and whether it was made the same way.
 
 Beside an output OUT stands OUT.settings.json: what the numbers depend on, and a hash of it. A row is known again by a
-hash of its own columns; equal rows are counted, so that each is scored as often as it stands in the input.
+hash of its own columns, or of the one that --id names; equal rows are counted, so that each is scored as often as it
+stands in the input.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import EndoRewardError
-from .data import Record, Source
+from .data import Record, Source, open_source
+from .options import EngineFlags
 from .output import plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
@@ -41,7 +44,7 @@ def record(output: str, settings: Mapping[str, Any]) -> None:
         raise EndoRewardError(f"cannot write {_beside(output)}: {error.strerror}") from None
 
 
-def rows_done(output: str, settings: Mapping[str, Any]) -> Counter[str]:
+def rows_done(output: str, settings: Mapping[str, Any], column: str | None = None) -> Counter[str]:
     """How often each row stands in `output`; none if that is not there yet, or empty. A torn last line is cut off.
 
     Raises EndoRewardError: an output without its settings or with others, a line that is no row.
@@ -58,31 +61,44 @@ def rows_done(output: str, settings: Mapping[str, Any]) -> Counter[str]:
                     file.truncate(end)  # it was being written when the run ended
                     break
                 end += len(line)
-                done[_key_of_result(line, FIRST[settings["command"]], f"{output}, line {number}")] += 1
+                row = _row_of_result(line, FIRST[settings["command"]], f"{output}, line {number}")
+                done[key_of(row, column)] += 1
     except OSError as error:
         raise EndoRewardError(f"cannot read {output}: {error.strerror}") from None
     return done
 
 
-def without_done(source: Source, done: Counter[str]) -> Source:
-    """`source` without the rows that are done already."""
+def rows_left(file: str, flags: EngineFlags, done: Counter[str]) -> Source:
+    """The rows of `file` that are not done. One without what --id names is an error: it could not be known again."""
+    source = open_source(file, flags.limit)
+    if flags.id is not None:
+        source = replace(source, records=_identified(source.records, flags.id))
+    if not done:
+        return source
     left = None if source.total is None else max(0, source.total - done.total())
-    return Source(source.name, _remaining(source.records, Counter(done)), left)
+    return Source(source.name, _remaining(source.records, Counter(done), flags.id), left)
 
 
-def _remaining(records: Iterator[Record], done: Counter[str]) -> Iterator[Record]:
+def _identified(records: Iterator[Record], column: str) -> Iterator[Record]:
     for found in records:
-        key = key_of(found.row or {})
+        known = found.row is None or found.row.get(column) is not None
+        yield found if known else replace(found, error=f"it has no {column!r}, the column that --id names")
+
+
+def _remaining(records: Iterator[Record], done: Counter[str], column: str | None) -> Iterator[Record]:
+    for found in records:
+        key = key_of(found.row or {}, column)
         if done[key]:
             done[key] -= 1
         else:
             yield found
 
 
-def key_of(row: Mapping[str, Any]) -> str:
-    """A hash of a row of the input: the same for it and for what of it is kept in the output."""
+def key_of(row: Mapping[str, Any], column: str | None = None) -> str:
+    """A hash of a row of the input, or of one column: the same for it and for what of it is kept in the output."""
     # A column whose name is taken there is kept as input_..., which these names do without.
-    return _hash(sorted(json.dumps([_own_name(name), plain(row[name])], sort_keys=True) for name in row))
+    own = ((_own_name(name), row[name]) for name in row if column is None or _own_name(name) == _own_name(column))
+    return _hash(sorted(json.dumps([name, plain(value)], sort_keys=True) for name, value in own))
 
 
 def _own_name(name: str) -> str:
@@ -92,8 +108,8 @@ def _own_name(name: str) -> str:
     return own if own in ADDED else name
 
 
-def _key_of_result(line: bytes, first: str, where: str) -> str:
-    """`key_of` the row that this line of the output was made of; `first` is the first column that was added to it."""
+def _row_of_result(line: bytes, first: str, where: str) -> dict[str, Any]:
+    """What is kept of the row that this line of the output was made of; `first` is the first column added to it."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -102,7 +118,7 @@ def _key_of_result(line: bytes, first: str, where: str) -> str:
         raise EndoRewardError(f"--resume: {where} is not a row of results")
     names = list(row)
     added = ADDED.intersection(names[names.index(first) :])
-    return key_of({name: value for name, value in row.items() if name not in added})
+    return {name: value for name, value in row.items() if name not in added}
 
 
 def _hash(value: Any) -> str:
