@@ -57,11 +57,6 @@ class Encoded:
     flags: tuple[str, ...] = ()
     """what is worth knowing about the row: keys of FLAGS"""
 
-    @property
-    def note(self) -> str | None:
-        """The flags in words, or None."""
-        return "; ".join(FLAGS[flag] for flag in self.flags) or None
-
 
 @dataclass(frozen=True)
 class Encoder:

@@ -2,7 +2,7 @@
 
 Pure text from plain numbers: nothing here imports torch. Whatever comes from a model or a file passes `visible` and
 html.escape. A tooltip is the token's own aria-label, shown by CSS on hover and on focus; the page's script moves it
-below its token and the focus by arrow keys, and nothing is lost without it.
+below its token, or above where the window ends, and the focus by arrow keys; nothing is lost without it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Card:
     score: float | None
     tokens: Sequence[Token] = ()
     note: str | None = None
-    """why it has no score"""
+    """why it has no score, or what is worth knowing about it"""
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,9 @@ STYLE = """\
 .endoreward .score { font-weight: 600; font-variant-numeric: tabular-nums }
 .endoreward .count, .endoreward .note { color: var(--muted); font-size: .85rem }
 .endoreward .note { margin: 0 0 .5rem }
-.endoreward .tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; tab-size: 4 }
-.endoreward .t { border-radius: 3px; padding: .12em 0; margin-right: 1px; cursor: default }
+.endoreward .tokens { white-space: break-spaces; overflow-wrap: anywhere; line-height: 1.9; tab-size: 4 }
+.endoreward .t { border-radius: 3px; padding: .12em 0; margin-right: 1px; cursor: default;
+  scroll-margin-bottom: 9rem }
 .endoreward .t s, .endoreward .t small { text-decoration: none; font-size: .85em }
 .endoreward [class*=" n"]:not(.nan), .endoreward i[class^="n"] { box-shadow: inset 0 -2px var(--below) }
 .endoreward .nan { outline: 1px dashed var(--muted) }
@@ -219,6 +220,7 @@ STYLE = """\
   font: 12.5px/1.5 ui-monospace, monospace; text-decoration: none; background: var(--ink); color: var(--paper);
   border-radius: 6px; padding: .5rem .7rem; box-shadow: 0 4px 14px #0006; pointer-events: none; direction: ltr }
 .endoreward .tokens:has(.t:hover) .t:focus:not(:hover)::after { content: none }
+.endoreward .t.up::after { transform: translateY(calc(-100% - 2.9em)) }
 .endoreward .quiet .t::after { content: none !important }
 @media print {
   .endoreward { color-scheme: light !important }
@@ -228,6 +230,7 @@ STYLE = """\
 """
 
 SCRIPT = """
+const TIP = 130;  /* pixels that a tooltip takes */
 const token = event => event.target.closest && event.target.closest('.endoreward .t');
 const below = event => {
   const t = token(event);
@@ -236,6 +239,8 @@ const below = event => {
   const at = t.getClientRects()[0].left - card.getBoundingClientRect().left;
   card.classList.remove('quiet');
   card.style.setProperty('--x', Math.max(0, Math.min(at, room)) + 'px');
+  const box = t.getBoundingClientRect();
+  t.classList.toggle('up', innerHeight - box.bottom < TIP && box.top > TIP);
 };
 document.addEventListener('mouseover', below);
 document.addEventListener('focusin', below);

@@ -20,10 +20,10 @@ def tokens_of(table: TokenTable) -> list[Token]:
     return [Token(text, f"#{token_id}", *numbers) for text, token_id, *numbers in columns]
 
 
-def html_of_table(table: TokenTable, score: float | None = None, error: str | None = None) -> str:
+def html_of_table(table: TokenTable, score: float | None = None, note: str | None = None) -> str:
     """A heatmap of one row; its score, by default, the plain sum of the rewards."""
-    score = sum(table.rewards) if score is None and error is None else score
-    return fragment([Row("", "", [Card("completion", score, tokens_of(table), error)])])
+    score = sum(table.rewards) if score is None and note is None else score
+    return fragment([Row("", "", [Card("completion", score, tokens_of(table), note)])])
 
 
 def html_of_rewards(rewards: TokenRewards) -> str | None:

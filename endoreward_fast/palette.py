@@ -30,6 +30,17 @@ class Theme:
         return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in ends)
 
 
+# On a terminal of 256 colours, by number: olive, brown, orange below 0; navy, teal, blue above; all dark enough for white.
+# The 19 levels of a Theme would fall onto 9 of those colours, some of another hue.
+BELOW_256, ZERO_256, ABOVE_256 = (58, 94, 130), 234, (17, 24, 25)
+
+
+def terminal_256(level: int) -> int:
+    """The number of `level`'s colour on a terminal of 256: three steps on either side of 0."""
+    steps = BELOW_256 if level < 0 else ABOVE_256
+    return steps[-(-abs(level) * len(steps) // LEVELS) - 1] if level else ZERO_256
+
+
 LIGHT = Theme(zero="#ffffff", above="#5aa5e8", below="#f0923a", ink="#14171c", line="#7a3500")
 DARK = Theme(zero="#16191f", above="#1d66ad", below="#a84f08", ink="#ffffff", line="#ffc48a")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .batching import does_not_fit, in_batches
 from .boundary import token_texts
-from .encoding import Encoded, Encoder, Row, Truncate
+from .encoding import FLAGS, Encoded, Encoder, Row, Truncate
 from .errors import EndoRewardError
 from .gathered import weights_come_and_go
 from .notebook import html_of_table
@@ -61,9 +61,14 @@ class RowScore:
     signals: Mapping[str, float] | None = None
     """with signals: each one's score by its name"""
 
+    @property
+    def note(self) -> str | None:
+        """Why it has no score, or its flags in words, or None."""
+        return self.error or "; ".join(FLAGS[flag] for flag in self.flags) or None
+
     def _repr_html_(self) -> str | None:
         """For notebooks: with per_token a heatmap; else None, so their plain text."""
-        return None if self.tokens is None else html_of_table(self.tokens, self.score, self.error)
+        return None if self.tokens is None else html_of_table(self.tokens, self.score, self.note)
 
 
 Scores = Iterator[tuple[int, RowScore]]

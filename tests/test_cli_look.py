@@ -1,20 +1,26 @@
 """`endoreward show` and `endoreward plot`, with the embedded model."""
 
 import json
+import math
 import re
 import sys
+from html import escape
 
 import pytest
+from rich.color import Color
 
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.command import look, pipeline
+from endoreward_fast.command.options import ModelFlags
 from endoreward_fast.command.plots import FEWEST, POINTS, Kind, picture
 from endoreward_fast.heatmap import Card, Row, Token
-from endoreward_fast.palette import DARK, LEVELS
+from endoreward_fast.palette import DARK, LEVELS, terminal_256
+from sight import BLINDNESS, lab, luminance
 
 ROW = {"prompt": "What is the capital of France?", "completions": ["Paris", "Rome <script>x</script>"]}
 PAIRS = [{"prompt": f"What is {n} + 1?", "chosen": str(n + 1), "rejected": "wrong " * n} for n in range(1, 8)]
+SIGNS = range(-LEVELS, LEVELS + 1)
 ASKED = ("--prompt", ROW["prompt"], "--completion", "Paris", "--completion", "Rome <script>x</script>")
 
 
@@ -71,12 +77,65 @@ def test_one_scale_on_the_terminal_too():
     console = Console(force_terminal=True, color_system="truecolor", width=80)
     cards = [Card("a", 4.0, [Token("x", "", 4.0)]), Card("b", 2.0, [Token("y", "", 2.0)])]
     with console.capture() as capture:
-        look.print_rows([Row("", "", cards)], console, coloured=True)
+        look.print_rows([Row("", "", cards)], console, "truecolor")
     out = capture.get()
     assert "≤ -4.00" in out and "≥ +4.00" in out and "1 token" in out and "1 tokens" not in out
     for text, level in (("x", LEVELS), ("y", round(LEVELS / 2))):
         channels = ";".join(str(int(DARK.background(level)[i : i + 2], 16)) for i in (1, 3, 5))
         assert f"48;2;{channels}m{text}" in out
+
+
+def test_256_colours_are_steps_of_the_same_hues():
+    """White reads on each (4.5), they are brighter further from 0, and the two hues are told apart by everybody."""
+    steps = {level: Color.parse(f"color({terminal_256(level)})").get_truecolor().hex for level in SIGNS}
+    for level, colour in steps.items():
+        assert 1.05 / (luminance(colour) + 0.05) >= 4.5, level
+        if level:
+            assert (lab(colour, "none")[2] > 0) == (level < 0)  # yellow against blue
+            for kind in BLINDNESS:
+                assert math.dist(lab(colour, kind), lab(steps[-level], kind)) > 20, (level, kind)
+        if abs(level) > 1:
+            assert luminance(colour) >= luminance(steps[level - 1 if level > 0 else level + 1])
+    assert len(set(steps.values())) == 7
+
+
+def test_a_terminal_of_256_colours_gets_those(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    out = run("show", *ASKED, "-q").stdout
+    assert "48;5;130m" in out and "48;5;25m" in out and "48;2;" not in out and "[+" not in out
+
+
+def test_every_token_reaches_the_terminal(monkeypatch):
+    text = "| name" + " " * 150 + "| value |"
+    for colours in ("truecolor", ""):
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("COLORTERM", colours)
+        out = run("show", "--prompt", "p", "--completion", text, "-q").stdout
+        assert " " * 150 in re.sub(r"\x1b\[[\d;]*m|\[[+-][\d.]+\]", "", out)
+
+
+def test_what_is_worth_knowing_of_a_row_is_shown(tmp_path):
+    path = put(tmp_path, {"prompt": "p", "completions": ["", "one two three four five"]})
+    target, flags = tmp_path / "out.html", ("--max-length", 9, "--truncate", "completion", "-q")
+    run("show", path, *flags, "--html", target)
+    for said in (run("show", path, *flags).stdout, target.read_text()):
+        assert "the completion is empty: score 0" in said and "tokens were cut to fit the limit" in said
+
+
+def test_how_the_scores_were_made_is_said(tmp_path):
+    target, flags = tmp_path / "out.html", ("--reduction", "mean", "--gamma", "0.5", "--system", "Answer in words.")
+    path = put(tmp_path, *PAIRS)
+    title = "pocket: mean of token rewards, gamma 0.5, system prompt 'Answer in words.'"
+    assert title in run("show", path, *flags, "-q").stdout
+    run("show", path, *flags, "--html", target, "-q")
+    assert f"<h1>{escape(title)}</h1>" in target.read_text()
+    run("plot", path, *flags, "-o", tmp_path / "out.svg", "-q")
+    assert "mean of token rewards, gamma 0.5" in (tmp_path / "out.svg").read_text()
+    assert "[...] is the reward of the token before it" in run("show", *ASKED, "-q").stdout
+    assert ModelFlags(alpha=2.0, floor=0.1, gamma=0.9).described() == (
+        "pocket: sum of token rewards, alpha 2, gamma 0.9, floor 0.1"
+    )
 
 
 def test_a_row_without_completions_says_so(tmp_path):
@@ -150,6 +209,17 @@ def test_arguments_that_cannot_work_are_refused_before_a_model_is_loaded(args, m
 # --- plot
 
 
+def test_two_completions_have_no_correlation_and_what_is_not_drawn_is_named(tmp_path):
+    target = tmp_path / "out.svg"
+    run("plot", put(tmp_path, *PAIRS[:2]), "-o", target)
+    assert "correlation" not in target.read_text() and "chosen and rejected: fewer than 5 have" in target.read_text()
+    few = [{"prompt": "p", "completion": text} for text in ("", "", "", "a", "b", "c")]
+    run("plot", put(tmp_path, *few), "-o", target)
+    assert "completions: fewer than 5 have a token" in target.read_text()
+    run("plot", put(tmp_path, *PAIRS), "-o", target)
+    assert "fewer than" not in target.read_text()
+
+
 def test_plot_draws_png_and_the_same_svg_twice(tmp_path):
     path = put(tmp_path, *PAIRS)
     png, svgs = tmp_path / "out.png", [tmp_path / "a.svg", tmp_path / "b.svg"]
@@ -167,7 +237,7 @@ def test_plot_of_single_completions_and_of_one_row(tmp_path):
     target = tmp_path / "out.svg"
     run("plot", put(tmp_path, {"prompt": "p", "completion": "q"}), "-o", target)
     assert "completions (1)" in target.read_text()
-    assert "fewer than 5 completions" in target.read_text()
+    assert "completions: fewer than 5 have a token" in target.read_text()
     assert "correlation" not in target.read_text()
 
 

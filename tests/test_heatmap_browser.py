@@ -136,6 +136,45 @@ def test_tab_reaches_every_token_and_shows_its_numbers(tab, drawn):
     assert "attr(" not in tab.run(f"{TIP.format(4)}.content") and "+1.0000" in tab.run(f"{TIP.format(4)}.content")
 
 
+def span_of_tip(tab, i):
+    """Top and bottom of the i-th token's tooltip in the window, None where it has none; the window's height."""
+    top = f"""(tip => {{
+      const box = document.querySelectorAll('.t')[{i}].getBoundingClientRect();
+      return [box.bottom + parseFloat(tip.marginTop) + new DOMMatrix(tip.transform).m42, parseFloat(tip.height)];
+    }})({TIP.format(i)})"""
+    start, height = tab.run(top)
+    return start, start + height, tab.run("innerHeight")
+
+
+def test_a_tooltip_lies_in_the_window_and_not_on_its_token(tab, drawn):
+    for height in (360, 460, 560):
+        tab.open(drawn, height=height)
+        for i in (0, 20, len(TOKENS) + 79):  # the last token, with nothing below that could be scrolled to
+            tab.run(f"document.querySelectorAll('.t')[{i}].focus()")
+            start, end, room = span_of_tip(tab, i)
+            box = tab.run(f"document.querySelectorAll('.t')[{i}].getClientRects()[0].toJSON()")
+            assert start >= 0 and end <= room, (height, i)
+            assert end <= box["top"] + 8 or start >= box["bottom"] - 8, (height, i)
+        tab.open(drawn, height=height)
+        tab.run("scrollTo(0, 0)")
+        near = "[...document.querySelectorAll('.t')].findLastIndex(t => t.getBoundingClientRect().bottom < innerHeight)"
+        i = tab.run(near)
+        box = tab.run(f"document.querySelectorAll('.t')[{i}].getClientRects()[0].toJSON()")
+        tab.point(box["left"] + 2, box["top"] + 6)
+        start, end, room = span_of_tip(tab, i)
+        assert shown(tab, i) and start >= 0 and end <= room, (height, i)
+        tab.point(1, 1)
+
+
+def test_a_run_of_spaces_stays_in_its_card(tab, tmp_path):
+    path = tmp_path / "table.html"
+    tokens = [Token(text, "", -1.0) for text in ("| name", *[" " * 16] * 9, " | value |")]
+    path.write_text(page([Row("", "", [Card("a", 1.0, tokens), Card("b", 1.0, tokens)])], "t"), encoding="utf-8")
+    tab.open(path, width=700)
+    out = "t => [...t.getClientRects()].some(r => r.right > t.closest('article').getBoundingClientRect().right)"
+    assert tab.run(f"[...document.querySelectorAll('.t')].filter({out}).length") == 0
+
+
 def test_arrows_move_and_escape_hides(tab, drawn):
     tab.open(drawn)
     for key, at in (("Tab", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import EndoRewardError
 from ..heatmap import Card, Row, Token, best_of, counted, limit_of_rows, number, page, visible
 from ..notebook import tokens_of
-from ..palette import DARK, LEVELS, level_of
+from ..palette import DARK, LEVELS, level_of, terminal_256
 from . import pipeline
 from .data import Record, Source, open_source
 from .options import RowFlags
@@ -39,7 +39,7 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
                 )
             if file and flags.limit is None and len(rows) == SHOWN:
                 monitor.note(f"the first {SHOWN} rows at most are shown: --limit for more or fewer")
-        sink.write(page(rows, f"Token rewards: {flags.model}") if html else _text(rows, sink))
+        sink.write(page(rows, flags.described()) if html else _text(rows, sink, flags.described()))
     return not monitor.failed
 
 
@@ -63,7 +63,7 @@ def row_of(item: Item) -> Row:
     for i in range(len(item.task.samples)):
         table = item.results[i].tokens
         tokens = () if table is None else tokens_of(table)
-        cards.append(Card(labels[i], item.score(i), tokens, item.problem(i)))
+        cards.append(Card(labels[i], item.score(i), tokens, item.problem(i) or item.results[i].note))
     if not cards:
         return Row(item.record.where, "", [Card("no completion", None)])
     return Row(item.record.where, _prompt(item.task.samples[0]), cards)
@@ -88,23 +88,25 @@ def _prompt(sample: dict[str, Any]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def _text(rows: Sequence[Row], sink: Sink) -> str:
+def _text(rows: Sequence[Row], sink: Sink, title: str) -> str:
     """For a terminal: coloured where it can be, else with each token's reward behind it."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(soft_wrap=False, highlight=False, markup=False, emoji=False)
     with console.capture() as capture:
-        print_rows(rows, console, coloured=sink.is_stdout and _has_colours(console))
+        console.print(Text(visible(title), "bold"), soft_wrap=True)
+        print_rows(rows, console, _colours(console) if sink.is_stdout else None)
     return capture.get()
 
 
-def _has_colours(console: Console) -> bool:
-    """Sixteen are too few: white on their yellow cannot be read, and half of the levels fall together."""
-    return not console.no_color and console.color_system in ("256", "truecolor")
+def _colours(console: Console) -> str | None:
+    """ "256", "truecolor" or None. Sixteen are too few: white on their yellow cannot be read."""
+    return console.color_system if not console.no_color and console.color_system in ("256", "truecolor") else None
 
 
-def print_rows(rows: Sequence[Row], console: Console, *, coloured: bool) -> None:
-    """Draw `rows` on a rich console."""
+def print_rows(rows: Sequence[Row], console: Console, colours: str | None) -> None:
+    """Draw `rows` on a rich console; without colours each token's reward stands behind it."""
     from rich.text import Text
 
     limit = limit_of_rows(rows)
@@ -120,32 +122,32 @@ def print_rows(rows: Sequence[Row], console: Console, *, coloured: bool) -> None
                 console.print(Text(visible(card.note)), soft_wrap=True)
             line = Text()
             for token in card.tokens:
-                _append(line, token, limit, coloured)
-            console.print(line, soft_wrap=not coloured)
+                _append(line, token, limit, colours)
+            console.print(line, soft_wrap=True)  # wrapped by rich, a line would lose the spaces at its end
         console.print()
-    if coloured:
-        console.print(_scale(limit))
+    console.print(_scale(limit, colours) if colours else "[...] is the reward of the token before it", soft_wrap=True)
 
 
-def _append(line: Any, token: Token, limit: float, coloured: bool) -> None:
+def _append(line: Any, token: Token, limit: float, colours: str | None) -> None:
     text = visible(token.text).replace("\n", "↵\n") or f"[{token.name}]"
-    if coloured:
-        line.append(text, style_of(level_of(token.reward, limit)))
+    if colours:
+        line.append(text, style_of(level_of(token.reward, limit), colours))
     else:
         line.append(f"{text}[{number(token.reward)}]")
 
 
-def style_of(level: int | None) -> str:
+def style_of(level: int | None, colours: str) -> str:
     """Both colours are set, so that it reads on any terminal; underlined below 0, as in the page."""
     if level is None:
         return "reverse"
-    return f"{'underline ' if level < 0 else ''}{DARK.ink} on {DARK.background(level)}"
+    background = DARK.background(level) if colours == "truecolor" else f"color({terminal_256(level)})"
+    return f"{'underline ' if level < 0 else ''}{DARK.ink} on {background}"
 
 
-def _scale(limit: float) -> Any:
+def _scale(limit: float, colours: str) -> Any:
     from rich.text import Text
 
     line = Text(f"≤ {number(-limit)} ")
     for level in range(-LEVELS, LEVELS + 1):
-        line.append(" ", style_of(level))
+        line.append(" ", style_of(level, colours))
     return line.append(f" ≥ {number(limit)}  reward of a token")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Annotated, Any, Optional, TypeVar, get_type_hints
@@ -62,6 +63,16 @@ class ModelFlags:
         if not (self.floor >= 0 and math.isfinite(self.floor)):
             raise EndoRewardError(f"--floor must be 0 or more, got {self.floor}")
         _at_least_one("--max-tokens-per-batch", self.max_tokens_per_batch)
+
+    def described(self) -> str:
+        """The model and what a score of it is: a title for what is drawn of them."""
+        parts = [f"{self.model}: {self.reduction} of token rewards"]
+        parts += [f"{name} {getattr(self, name):g}" for name in ("alpha", "gamma") if getattr(self, name) != 1]
+        if self.floor:
+            parts.append(f"floor {self.floor:g}")
+        if self.system is not None:
+            parts.append(f"system prompt {textwrap.shorten(self.system, 60, placeholder=' …')!r}")
+        return ", ".join(parts)
 
     def scoring(self) -> dict[str, Any]:
         """What EndoRewardModel.iter_scores takes."""

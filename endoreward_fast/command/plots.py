@@ -22,7 +22,7 @@ PICTURE = "rewards.png"
 FORMATS = (".png", ".svg")
 COLOURS = {"chosen": "#1d66ad", "rejected": "#d97a1c", "completions": "#5b6470"}
 FEWEST = 5
-"""tokens at a position for a mean to be drawn there"""
+"""completions that a mean at a position is drawn of, or a correlation computed"""
 POINTS = 60
 """means along a line at most: a thousand positions would be noise and nothing else"""
 
@@ -61,11 +61,16 @@ class Kind:
             self.squares[position] += step * (reward - self.means[position])
         self.lengths.append(length)
 
+    @property
+    def reached(self) -> int:
+        """Positions that at least FEWEST completions have a token at."""
+        return sum(n >= FEWEST for n in self.counts)  # counts never rise
+
     def by_position(self, together: int = 1) -> list[tuple[float, float, float]]:
         """(middle position, from 1; mean reward; its standard error) of each `together` positions in a row, as far as
         at least FEWEST completions reach."""
-        reached = sum(n >= FEWEST for n in self.counts)  # counts never rise
-        groups = [slice(start, min(start + together, reached)) for start in range(0, reached, together)]
+        starts = range(0, self.reached, together)
+        groups = [slice(start, min(start + together, self.reached)) for start in starts]
         return [((g.start + 1 + g.stop) / 2, *self._pooled(g)) for g in groups]
 
     def _pooled(self, group: slice) -> tuple[float, float]:
@@ -98,7 +103,7 @@ def plot(file: str, flags: RowFlags) -> bool:
                 )
         if not kinds:
             raise EndoRewardError(f"{source.name}: no completion has a score: there is nothing to draw")
-        sink.write(picture(kinds, f"{flags.model}: {flags.reduction} of token rewards", suffix or FORMATS[0]))
+        sink.write(picture(kinds, flags.described(), suffix or FORMATS[0]))
     return not monitor.failed
 
 
@@ -121,10 +126,10 @@ def _kinds(layout: Any, name: str = "completions") -> Iterator[tuple[int, str]]:
 
 
 def correlation(xs: list[int], ys: list[float]) -> float | None:
-    """Pearson's; None where one of them does not vary."""
+    """Pearson's; None where one of them does not vary, or of fewer than FEWEST: two points always lie on a line."""
     import numpy as np
 
-    if len(set(xs)) < 2 or len(set(ys)) < 2:
+    if len(xs) < FEWEST or len(set(xs)) < 2 or len(set(ys)) < 2:
         return None
     return float(np.corrcoef(xs, ys)[0, 1])
 
@@ -169,10 +174,12 @@ def picture(kinds: dict[str, Kind], title: str, suffix: str) -> bytes:
 
 def _by_position(axis: Any, kinds: dict[str, Kind]) -> str:
     """Draw mean rewards along the completion; what to call it."""
-    reached = max(sum(n >= FEWEST for n in kind.counts) for kind in kinds.values())
+    reached = max(kind.reached for kind in kinds.values())
+    if left_out := [name for name, kind in kinds.items() if not kind.reached]:
+        said = f"{' and '.join(left_out)}: fewer than {FEWEST} have a token"
+        axis.text(0.5, 0.9, said, transform=axis.transAxes, ha="center", fontsize=9, color=LIGHT.ink)
     if not reached:
-        axis.text(0.5, 0.6, f"fewer than {FEWEST} completions", transform=axis.transAxes, ha="center")
-        axis.set_yticks([]), axis.set_xlim(1, 2)
+        axis.set_axis_off()
     together = -(-reached // POINTS) or 1
     for name, kind in kinds.items():
         if points := kind.by_position(together):
