@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from bench import cost_model, cost_points, cost_tables
+from endoreward_fast import loading
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model is None:
         cost_points.run(args.out, args.rounds, tables_only=args.markdown)
         return
-    model = cost_model.of_config(AutoConfig.from_pretrained(args.model), args.model)
+    place = loading.pocket_path() if args.model == loading.POCKET else args.model
+    try:
+        model = cost_model.of_config(AutoConfig.from_pretrained(place), args.model)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"bench.cost: {args.model}: {' '.join(str(error).split())}") from None
     cost_tables.show(cost_tables.TYPICAL.described, cost_tables.shapes_table((model,)))
 
 

@@ -30,7 +30,7 @@ class Theme:
         return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in ends)
 
 
-# On a terminal of 256 colours, by number: olive, brown, orange below 0; navy, teal, blue above; all dark enough for white.
+# On a terminal of 256 colours, by number: olive, brown, orange below 0; navy, teal, blue above; dark enough for white.
 # The 19 levels of a Theme would fall onto 9 of those colours, some of another hue.
 BELOW_256, ZERO_256, ABOVE_256 = (58, 94, 130), 234, (17, 24, 25)
 

@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaForCausalLM, PhiConfig
+from transformers.distributed import DistributedConfig
 
 import endoreward_fast as er
 from endoreward_fast.heads import Head, HeadRecipe
@@ -30,9 +31,10 @@ MODELS_SPLIT = {
 
 
 def of_a_model(rank, world, folder):
-    """transformers' own tensor parallelism: tp_plan="auto"."""
+    """transformers' own tensor parallelism."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
-    scorer = er.EndoRewardModel(AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto"), TOKENIZER)
+    split = DistributedConfig(tp_plan="auto")
+    scorer = er.EndoRewardModel(AutoModelForCausalLM.from_pretrained(folder, distributed_config=split), TOKENIZER)
     return of_scorer(scorer) | {"rows": len(scorer.head.weight.to_local())}
 
 

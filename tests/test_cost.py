@@ -1,5 +1,6 @@
 """bench/cost.py against torch's flop counter, against what the package does, and against the page that quotes it."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,6 +251,16 @@ def test_the_pages_tables_are_printed(capsys):
     assert all(part in PAGE for part in capsys.readouterr().out.strip().split("\n\n"))
 
 
+def test_a_models_line_is_printed_and_one_without_a_formula_refused_in_one_line(capsys, tmp_path):
+    cost.main(["--model", "pocket"])
+    config = AutoConfig.from_pretrained(loading.pocket_path())
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "pocket" in line]
+    assert f" {2e-9 * config.hidden_size * config.vocab_size:.3g} " in line
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=f"^bench.cost: {re.escape(str(tmp_path))}: [^\n]*$"):
+        cost.main(["--model", str(tmp_path)])
+
+
 def test_the_record_is_of_these_formulas():
     assert [case["name"] for case in RECORD["timed"]] == [point.name for point in cost_points.POINTS]
     for case, point in zip(RECORD["timed"], cost_points.POINTS, strict=True):
@@ -260,6 +271,16 @@ def test_the_record_is_of_these_formulas():
         assert (case["counted_body"], case["counted_head"]) == (case["formula_body"], case["formula_head"])
 
 
+def measured_shares():
+    return [(case, case["measured_share"]) for case in RECORD["timed"]]
+
+
+def by_rates(case):
+    """The predicted share where head and body are not equally fast."""
+    f, relative = case["predicted_share"], case["head_gflops_per_s"] / case["body_gflops_per_s"]
+    return f / (f + (1 - f) * relative)
+
+
 def test_what_the_page_says_of_the_measured_shares():
     [few] = [case for case in RECORD["timed"] if not 0.8 <= case["measured_share"] / case["predicted_share"] <= 1.2]
     assert (few["name"], few["scored"]) == ("Qwen2.5-0.5B, fp32", 128)
@@ -268,6 +289,11 @@ def test_what_the_page_says_of_the_measured_shares():
     assert f"{min(eager):.2f} to {max(eager):.2f} of our time" in PAGE
     rates = [case["body_gflops_per_s"] / case["head_gflops_per_s"] for case in RECORD["timed"]]
     assert f"{1 - rates[-1]:.0%} fewer with experts" in PAGE and f"up to {1 - min(rates[:-1]):.0%} fewer" in PAGE
+    nearer = [abs(by_rates(case) - share) < abs(case["predicted_share"] - share) for case, share in measured_shares()]
+    assert (sum(nearer), len(nearer)) == (7, 10) and "of ten measured shares seven are nearer" in PAGE.replace(
+        "\n", " "
+    )
+    assert eager.index(max(eager)) == RECORD["timed"].index(few)
     parts = [case["peers"]["head"]["ratio"] + case["peers"]["body"]["ratio"] for case in RECORD["timed"]]
     assert f"between {1 - 1 / max(parts):.0%} less and {1 / min(parts) - 1:.0%} more than its two parts" in PAGE
     assert not any("earlier" in case for case in RECORD["timed"])
