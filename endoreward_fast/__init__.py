@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from .functional import linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
     from .model import EndoRewardModel
     from .returns import rewards_to_go, sequence_score, terminal_at
-    from .sharded import VocabShard
+    from .shards import VocabShard
     from .types import TokenRewards, VocabStats
 
 _MODULE_OF = {
     "EndoRewardError": "errors",
     "EndoRewardModel": "model",
     "TokenRewards": "types",
-    "VocabShard": "sharded",
+    "VocabShard": "shards",
     "VocabStats": "types",
     "linear_token_rewards": "functional",
     "linear_vocab_stats": "functional",

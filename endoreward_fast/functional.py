@@ -23,7 +23,7 @@ from .checks import check_linear, check_logits, check_reverse_mode, check_reward
 from .types import NO_TARGET, TokenRewards, VocabStats
 
 if TYPE_CHECKING:
-    from .sharded import VocabShard
+    from .shards import VocabShard
 
 Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
@@ -205,11 +205,11 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def _localize(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: "VocabShard | None", vocab_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, "VocabShard | None"]:
-    """sharded.localize, which imports torch.distributed.tensor (half a second): for plain tensors there is no need."""
+    """shards.localize, which imports torch.distributed.tensor (half a second): for plain tensors there is no need."""
     plain = shard is None and vocab_size is None and type(weight) in (Tensor, torch.nn.Parameter)
     if plain and type(hidden) in (Tensor, torch.nn.Parameter) and weight.numel():
         return hidden, weight, bias, None
-    from .sharded import localize
+    from .shards import localize
 
     return localize(hidden, weight, bias, shard, vocab_size)
 

@@ -22,7 +22,7 @@ from .head_kind import describe, find_head, is_compiled, is_dtensor, plain, unco
 
 if TYPE_CHECKING:
     from .heads import Head
-    from .sharded import VocabShard
+    from .shards import VocabShard
 
 REAL, KNOWN = 4, 4  # positions of the check's rows: real head outputs, then known ones
 SAMPLED_ROWS = 4096  # of the head's weight: enough to catch a wrong matmul, no fp32 copy of a 256k vocabulary
@@ -42,12 +42,17 @@ def self_check(model: nn.Module, head: "Head") -> str | None:
         if len(calls) != 1 or known is None:
             shapes = ", ".join(str(tuple(call.hidden.shape)) for call in calls) or "nothing"
             return f"its output head is fed {shapes}, not one (batch, tokens, size)"
-        wrong = _recipe_mismatch(head, calls[0], logits, known)
-        if calls[0].shard is not None:
-            from .sharded import agreed
+        wrong = _agreed(_recipe_mismatch(head, calls[0], logits, known), calls[0].shard)
+        # Only then: a forward pass of a split model is one that all ranks take part in.
+        return wrong or _agreed(_capture_mismatch(model, head, calls[0].hidden, tokens), calls[0].shard)
 
-            wrong = agreed(wrong, calls[0].shard.group)
-        return wrong or _capture_mismatch(model, head, calls[0].hidden, tokens)
+
+def _agreed(reason: str | None, shard: "VocabShard | None") -> str | None:
+    if shard is None:
+        return reason
+    from .shards import agreed
+
+    return agreed(reason, shard.group)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -140,9 +145,9 @@ class _Call(NamedTuple):
             return cls(hidden, odd, None, None, None, None)
         weight, bias, shard = head.module.weight, getattr(head.module, "bias", None), None
         if is_dtensor(weight):
-            from .sharded import rows_here
+            from .shards import head_here
 
-            (weight, shard), (bias, _) = rows_here(weight), rows_here(bias)
+            weight, bias, shard = head_here(weight, bias)
         start = shard.start if shard else 0
         size = len(weight) if head.vocab_size is None else max(0, min(len(weight), head.vocab_size - start))
         rows = torch.linspace(0, max(0, size - 1), min(size, SAMPLED_ROWS)).long().to(weight.device)
@@ -218,12 +223,14 @@ def _recipe_mismatch(head: "Head", call: _Call, logits: Tensor, known: Tensor) -
     if not ((got - expected).abs() <= 4 * eps * expected.abs() + 1e-6).all():
         return f"what it does to its head's output is not {head.recipe}"
 
+    if not len(call.rows):
+        return None  # what this process holds is all padding
     y = call.hidden[:, :REAL].to(call.rows.device).float() @ call.weight.T
     if call.bias is not None:
         y = y + call.bias
     expected = head.recipe.finish(y)
     got = logits[:, :REAL].to(y.device)[..., call.rows].float()
-    size = expected.abs() + expected.std(-1, keepdim=True)
+    size = expected.abs() + expected.std(-1, keepdim=True, correction=0)
     if not ((got - expected).abs() <= 4 * max(eps, TF32_EPS) * size).all():
         return "its logits are not hidden @ weight.T + bias"
     return None

@@ -36,8 +36,20 @@ def find_head(model: nn.Module) -> nn.Module:
     return head
 
 
-def refuse_bad_weights(model: nn.Module) -> None:
-    """EndoRewardError naming the first parameter that was never loaded, or holds NaN or infinity.
+def refuse_bad_weights(model: nn.Module, head: nn.Module) -> None:
+    """EndoRewardError naming a parameter that was never loaded, or holds NaN or infinity: on all ranks that share the
+    head alike."""
+    fault, weight = _bad_weight(model), getattr(head, "weight", None)
+    if is_dtensor(weight):
+        from .shards import agreed_by_its_shards
+
+        fault = agreed_by_its_shards(fault, weight)
+    if fault is not None:
+        raise EndoRewardError(f"{describe(model)}: {fault}")
+
+
+def _bad_weight(model: nn.Module) -> str | None:
+    """The first such parameter here.
 
     Reads each weight once (15 GB/s on two CPU cores, any dtype; a sum in bfloat16 runs at 0.4) and waits for a
     device once. aminmax passes NaN on.
@@ -46,7 +58,7 @@ def refuse_bad_weights(model: nn.Module) -> None:
     finite: dict[torch.device, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not offloaded:
-            raise EndoRewardError(f"{describe(model)}: parameter {name!r} was never loaded (meta device)")
+            return f"parameter {name!r} was never loaded (meta device)"
         local = parameter.detach()
         local = local.to_local() if hasattr(local, "to_local") else local  # this process's shard of a DTensor
         plain = local.dtype in PLAIN_DTYPES and type(local) in (Tensor, nn.Parameter)
@@ -55,7 +67,8 @@ def refuse_bad_weights(model: nn.Module) -> None:
     for found in finite.values():
         for name, fine in zip(found, torch.stack(list(found.values())).tolist(), strict=True):
             if not fine:
-                raise EndoRewardError(f"{describe(model)}: parameter {name!r} has NaN or infinite values")
+                return f"parameter {name!r} has NaN or infinite values"
+    return None
 
 
 def is_dtensor(x: Any) -> bool:
@@ -67,7 +80,7 @@ def plain(x: Tensor) -> Tensor:
     """A tensor that every rank holds whole, as itself and not as a DTensor."""
     if not is_dtensor(x):
         return x
-    from .sharded import same_everywhere
+    from .shards import same_everywhere
 
     return same_everywhere(x)
 
@@ -82,9 +95,9 @@ def why_not_plain(head: nn.Module) -> str | None:
     if "forward" in vars(head) and not hasattr(head, "_hf_hook") and not is_dtensor(weight):
         return "the forward of its output head was replaced"
     if is_dtensor(weight):
-        from .sharded import why_not_readable
+        from .shards import why_not_readable
 
-        return why_not_readable(weight)
+        return why_not_readable(weight, getattr(head, "bias", None))
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
         return f"the weight of its output head is a {type(weight).__name__}, not a plain tensor"
     if weight.is_meta:

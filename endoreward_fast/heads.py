@@ -61,7 +61,7 @@ class Head:
 
     def __init__(self, model: nn.Module, *, recipe: HeadRecipe | None = None) -> None:
         self.module = find_head(model)
-        refuse_bad_weights(model)
+        refuse_bad_weights(model, self.module)
         self.recipe = recipe_for(model) if recipe is None else recipe
         self.reason = self_check(model, self)
         if self.reason is not None:

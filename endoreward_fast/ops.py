@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .fused import obstacle_to_kernels
 from .reference import outside_vocabulary
-from .rows import RowGrads, RowRewards, RowStats, stats_grads
+from .rows import RowGrads, RowRewards, RowStats, stats_grads, successor_among
 
 _op = torch.library.custom_op
 # Which rows a mask picks is read back to the host, which stalls the stream and cannot be captured.
@@ -114,12 +114,7 @@ def linear_stats(
     if mask is None:
         return outputs(*forward(hidden, targets, successor))
     rows = mask.nonzero().squeeze(1)
-    if successor is not None:
-        # Row numbers change with the others gone; a successor is never one of those.
-        place = mask.cumsum(0) - 1
-        successor = successor[rows]
-        successor = torch.where(successor >= 0, place[successor.clamp(min=0)], -1)
-    stats, rewards = forward(hidden[rows], targets[rows], successor)
+    stats, rewards = forward(hidden[rows], targets[rows], successor_among(successor, mask, rows))
     return outputs(_spread(stats, rows, len(targets)), rewards and _spread(rewards, rows, len(targets)))
 
 

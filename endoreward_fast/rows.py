@@ -67,6 +67,15 @@ def plan_rows(tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_s
     )
 
 
+def successor_among(successor: Tensor | None, mask: Tensor, rows: Tensor) -> Tensor | None:
+    """`successor` of the rows that a mask keeps, numbered without the others, of which it never is one."""
+    if successor is None:
+        return None
+    place = mask.cumsum(0) - 1
+    successor = successor[rows]
+    return torch.where(successor >= 0, place[successor.clamp(min=0)], -1)
+
+
 def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float) -> RowRewards:
     """The reward formulas on statistics of rows: what the combine kernel does, in torch."""
     chosen = targets != NO_TARGET

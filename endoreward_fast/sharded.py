@@ -5,10 +5,10 @@
     share_r   = exp(lse_r - lse)                               lse = logsumexp_r lse_r
     entropy   = sum_r share_r (H_r - ln share_r)               logit_mean = sum_r (sum z) / V
 
-One all_gather of six float32 a row in the forward (on the CPU one of a single number before it, see `_refuse_unequal`);
-in the backward every shard takes its share of the upstream gradients, and one all_reduce adds up what the shards say
-of `hidden`. As in every tensor-parallel layer, all ranks hold the same hidden states and ask for the same gradients,
-and have to be given the same upstream gradients.
+Rows off the mask are taken out first. One all_gather of six float32 a row in the forward (on the CPU one of a single
+number before it, see `_refuse_unequal`); in the backward every shard takes its share of the upstream gradients, and one
+all_reduce adds up what the shards say of `hidden`. As in every tensor-parallel layer, all ranks hold the same hidden
+states and ask for the same gradients, and have to be given the same upstream gradients.
 """
 
 from typing import Any, NamedTuple
@@ -16,20 +16,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .ops import linear_stats, linear_stats_backward, outputs, row_grads
-from .rows import RowGrads, RowStats, poisoned, rewards_of
+from .rows import RowGrads, RowStats, poisoned, rewards_of, successor_among
+from .shards import VocabShard
 from .types import NO_TARGET
-
-
-class VocabShard(NamedTuple):
-    """Which rows of a head's weight this process holds: those from `start` on, of the whole vocabulary."""
-
-    group: Any
-    """torch.distributed process group whose ranks hold the shards; None: the default group"""
-    start: int
-    """the whole vocabulary's row that the local weight begins with"""
 
 
 class Shards(NamedTuple):
@@ -43,10 +34,12 @@ class Shards(NamedTuple):
     total: Tensor
     """sum of z"""
     target: Tensor
-    """which token was asked for, -100 off the mask: float32 counts to 2^24"""
+    """which token was asked for: float32 counts to 2^24"""
     start: Tensor
     size: Tensor
     """vocabulary entries"""
+    mask: Tensor
+    """a number that tells which rows of the batch these are"""
 
 
 def sharded_linear_stats(
@@ -62,30 +55,40 @@ def sharded_linear_stats(
     """
     head = {"logit_scale": logit_scale, "softcap": softcap, "alpha": alpha, "impl": impl}
     wanted = {"entropy": entropy, "logit_mean": logit_mean}
-    return list(_ShardedLinear.apply(hidden, weight, bias, targets, mask, successor, shard, head, wanted))
+    count = len(targets)
+    rows = torch.arange(count, device=targets.device) if mask is None else mask.nonzero().squeeze(1)
+    if mask is not None:
+        hidden, targets, successor = hidden[rows], targets[rows], successor_among(successor, mask, rows)
+    out = _ShardedLinear.apply(hidden, weight, bias, targets, successor, _fingerprint(rows), shard, head, wanted)
+    if mask is None:
+        return list(out)
+    made = [True, True, entropy, logit_mean, True, True] + [True] * (len(out) - 6)
+    return [f.new_zeros(count).index_copy(0, rows, f) if m else f for f, m in zip(out, made, strict=True)]
 
 
 class _ShardedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden, weight, bias, targets, mask, successor, shard, head, wanted):
-        asked = targets if mask is None else torch.where(mask, targets, NO_TARGET)
-        here = (asked >= shard.start) & (asked < shard.start + len(weight))
-        own = torch.where(here, asked - shard.start, NO_TARGET)
+    def forward(ctx: Any, hidden, weight, bias, targets, successor, fingerprint, shard, head, wanted):
+        here = (targets >= shard.start) & (targets < shard.start + len(weight))
+        own = torch.where(here, targets - shard.start, NO_TARGET)
         _refuse_unequal(len(targets), targets.device, shard.group)
-        local = _local_stats(hidden, weight, bias, own, mask, head, wanted)
-        shards = _gather(local, asked, shard.start, len(weight), shard.group)
+        local = _local_stats(hidden, weight, bias, own, head, wanted)
+        shards = _gather(local, targets, (shard.start, len(weight), fingerprint), shard.group)
+        if targets.device.type == "cpu":
+            _refuse_lost(targets, shards)
         whole, log_share = _merge(shards, head["alpha"])
-        lost = _lost(asked, shards)
+        lost = _lost(targets, shards)
         whole = RowStats(
             whole.lse, whole.target_logit, whole.entropy if wanted["entropy"] else None,
             whole.logit_mean if wanted["logit_mean"] else None, whole.shift, whole.log_total,
         )  # fmt: skip
-        whole = _only(mask, poisoned(whole, lost))
-        rewards = None if successor is None else rewards_of(whole, targets, successor, head["alpha"])
+        # Before the statistics are: the value of a lost row's state is right, in the row before.
+        rewards = successor if successor is None else rewards_of(whole, targets, successor, head["alpha"])
+        rewards, whole = rewards and poisoned(rewards, lost), poisoned(whole, lost)
         ctx.shard, ctx.head = shard, head
         ctx.fraction = len(weight) / shards.size.sum()
-        share = log_share[dist.get_rank(shard.group)]
-        ctx.save_for_backward(hidden, weight, bias, own, targets, mask, successor, share, *local, *whole)
+        share = torch.where(lost, torch.nan, log_share[dist.get_rank(shard.group)])
+        ctx.save_for_backward(hidden, weight, bias, own, targets, successor, share, *local, *whole)
         ctx.set_materialize_grads(False)
         found = outputs(whole, rewards)
         ctx.mark_non_differentiable(found[4], found[5])
@@ -93,7 +96,7 @@ class _ShardedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads):
-        hidden, weight, bias, own, targets, mask, successor, log_share, *stats = ctx.saved_tensors
+        hidden, weight, bias, own, targets, successor, log_share, *stats = ctx.saved_tensors
         local, whole = RowStats(*stats[:6]), RowStats(*stats[6:])
         upstream = row_grads(list(grads), targets, successor, whole, ctx.head["alpha"])
         ours = _share_of(upstream, local, whole, log_share, ctx.fraction)
@@ -101,7 +104,7 @@ class _ShardedLinear(torch.autograd.Function):
         found = [torch.zeros_like(x) if need else None for x, need in zip((hidden, weight, bias), needs, strict=True)]
         if len(weight):
             out = linear_stats_backward(
-                hidden, weight, bias, own, mask, outputs(local, None), *ours, ctx.head["logit_scale"],
+                hidden, weight, bias, own, None, outputs(local, None), *ours, ctx.head["logit_scale"],
                 ctx.head["softcap"], ctx.head["alpha"], needs, ctx.head["impl"],
             )  # fmt: skip
             found = [g if need else None for g, need in zip(out, needs, strict=True)]
@@ -113,14 +116,14 @@ class _ShardedLinear(torch.autograd.Function):
         return *found, *(None,) * 6
 
 
-def _local_stats(hidden, weight, bias, own, mask, head, wanted) -> RowStats:
+def _local_stats(hidden, weight, bias, own, head, wanted) -> RowStats:
     """This shard's statistics; one that has no rows says what a row of -inf would."""
     if not len(weight):
         zero = hidden.new_zeros(len(own), dtype=torch.float32)
         dead = torch.full_like(zero, -torch.inf)
         return RowStats(dead, zero, zero, zero, dead, dead)
     out = linear_stats(
-        hidden, weight, bias, own, mask, None, head["logit_scale"], head["softcap"], head["alpha"], wanted["entropy"],
+        hidden, weight, bias, own, None, None, head["logit_scale"], head["softcap"], head["alpha"], wanted["entropy"],
         wanted["logit_mean"], head["impl"],
     )[: len(RowStats._fields)]  # fmt: skip
     return RowStats(*(f if f.numel() == len(own) else torch.zeros_like(out[0]) for f in out))
@@ -133,25 +136,31 @@ def _refuse_unequal(rows: int, device: torch.device, group: Any) -> None:
     """
     if device.type != "cpu":
         return
-    counts = [torch.empty(1) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, torch.full((1,), float(rows)), group=group)
+    counts = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.full((1,), rows, dtype=torch.int64), group=group)
     numbers = torch.cat(counts)
     if (numbers != rows).any():
         raise ValueError(
-            f"the processes that share a head gave {numbers.long().tolist()} rows: expected the same rows on every one"
+            f"the processes that share a head gave {numbers.tolist()} rows (on their masks): expected the same rows on "
+            "every one"
         )
 
 
-def _gather(local: RowStats, asked: Tensor, start: int, size: int, group: Any) -> Shards:
-    """Every shard's numbers: the one collective of the forward that grows with N."""
-    rows = torch.stack(
-        [local.shift, local.log_total, local.target_logit, local.entropy, local.logit_mean * size, asked.float()]
-    )
-    mine = torch.cat([rows.flatten(), *(rows.new_full((1,), x) for x in (start, size))])
+def _fingerprint(rows: Tensor) -> Tensor:
+    """A whole number below 2^24, exact in float32, that two unlike sets of row numbers hardly share."""
+    prime = 16777213
+    return ((rows + 1).square() % prime).sum() % prime
+
+
+def _gather(local: RowStats, targets: Tensor, about: tuple[Any, ...], group: Any) -> Shards:
+    """Every shard's numbers, and `about` it start, size and mask: the collective that grows with the rows."""
+    total = local.logit_mean * about[1]
+    rows = torch.stack([local.shift, local.log_total, local.target_logit, local.entropy, total, targets.float()])
+    mine = torch.cat([rows.flatten(), *(rows.new_ones(1) * x for x in about)])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(gathered, mine, group=group)
     everyone = torch.stack(gathered)
-    return Shards(*everyone[:, :-2].unflatten(1, rows.shape).unbind(1), everyone[:, -2], everyone[:, -1])
+    return Shards(*everyone[:, : -len(about)].unflatten(1, rows.shape).unbind(1), *everyone[:, -len(about) :].unbind(1))
 
 
 def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
@@ -184,111 +193,43 @@ def _finite(x: Tensor) -> Tensor:
     return torch.where(x == -torch.inf, 0.0, x)
 
 
-def _only(mask: Tensor | None, stats: RowStats) -> RowStats:
-    return stats if mask is None else RowStats(*(None if f is None else torch.where(mask, f, 0.0) for f in stats))
+def _lost(targets: Tensor, shards: Shards) -> Tensor:
+    """Rows (N,) whose statistics mean nothing, the same on every rank."""
+    vocab = shards.size.sum()
+    outside = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
+    return outside | ~_split(shards) | _unlike(shards) | (shards.mask != shards.mask[0]).any()
 
 
-def _lost(asked: Tensor, shards: Shards) -> Tensor:
-    """Rows (N,) whose statistics mean nothing; on the CPU an error says why, the same on every rank."""
-    start, size, vocab = shards.start, shards.size, shards.size.sum()
-    before = (size * (start < start.unsqueeze(1))).sum(1)  # entries in shards that begin further down
-    split = ((size == 0) | (start == before)).all() & ((start + size) * (size > 0)).amax().eq(vocab)
-    unlike = (shards.target != shards.target[:1]).any(0)
-    outside = (asked != NO_TARGET) & ((asked < 0) | (asked >= vocab))
-    if asked.device.type == "cpu":
-        if not split:
-            spans = ", ".join(f"[{int(a)}, {int(a + n)})" for a, n in zip(start, size, strict=True))
-            raise ValueError(f"shards of the vocabulary overlap or leave a gap: {spans}; expected each row in one")
-        if unlike.any():
-            row = int(unlike.nonzero()[0])
-            given = [int(target) for target in shards.target[:, row]]
-            raise ValueError(
-                f"the processes that share a head were given different targets, {given} at row {row} (-100: none, or "
-                "off the mask): expected the same rows on every one"
-            )
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise IndexError(
-                f"target {int(asked[row])} at row {row} is outside the vocabulary's shards, {int(vocab)} rows"
-            )
-    return ~split | unlike | outside
+def _split(shards: Shards) -> Tensor:
+    """Whether each row of the vocabulary is in just one shard: what begins before a shard's end fills all up to it."""
+    start, size = shards.start, shards.size
+    before = (size * (start < start.unsqueeze(1))).sum(1)
+    with_it = (size * (start <= start.unsqueeze(1))).sum(1)
+    return ((size == 0) | ((before == start) & (with_it == start + size))).all()
 
 
-# ------------------------------------------------------------------------------------------- which rows are held here
+def _unlike(shards: Shards) -> Tensor:
+    """Rows (N,) for which the ranks were given different targets."""
+    return (shards.target != shards.target[:1]).any(0)
 
 
-def localize(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: VocabShard | None, vocab_size: int | None
-) -> tuple[Tensor, Tensor, Tensor | None, VocabShard | None]:
-    """Plain tensors of what this process holds, and which rows those are; `vocab_size` cuts off the padding behind it.
-
-    A DTensor weight that is sharded by vocabulary says itself which; gradients flow back into it. Raises ValueError for
-    one that is split otherwise, or that DeepSpeed's ZeRO-3 keeps elsewhere.
-    """
-    if isinstance(weight, DTensor):
-        if shard is not None:
-            raise ValueError("weight is a DTensor, which knows its own shard: leave `shard` out")
-        weight, shard = _of_dtensor(weight)
-        bias = bias.to_local() if isinstance(bias, DTensor) else bias
-    if isinstance(hidden, DTensor):
-        if not all(p.is_replicate() for p in hidden.placements):
-            raise ValueError(f"hidden is a DTensor placed {hidden.placements}: expected the same on every rank")
-        hidden = hidden.to_local()
-    if hasattr(weight, "ds_id") and not weight.numel():
-        raise ValueError("weight is empty: DeepSpeed ZeRO-3 keeps it elsewhere; gather it with GatheredParameters")
-    if shard is not None:
-        if not isinstance(shard.start, int) or shard.start < 0:
-            raise ValueError(f"shard.start={shard.start!r}: expected the number of a row, an int >= 0")
-        if dist.get_rank(shard.group) < 0:
-            raise ValueError("shard.group does not have this process in it")
-    if vocab_size is not None:
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size={vocab_size}: expected 1 or more")
-        kept = max(0, vocab_size - (shard.start if shard else 0))
-        weight, bias = weight[:kept], bias if bias is None else bias[:kept]
-    return hidden, weight, bias, shard
-
-
-def _of_dtensor(weight: DTensor) -> tuple[Tensor, VocabShard | None]:
-    """The local rows of a weight (V, D), and where they lie; None for a weight that is whole on every rank."""
-    split = [dim for dim, placement in enumerate(weight.placements) if not placement.is_replicate()]
-    if not split:
-        return weight.to_local(), None
-    if len(split) > 1 or not weight.placements[split[0]].is_shard(0):
+def _refuse_lost(targets: Tensor, shards: Shards) -> None:
+    """ValueError or IndexError, the same on every rank, if a row is lost. A device would have to be waited for."""
+    if not _split(shards):
+        ends = zip(shards.start, shards.size, strict=True)
+        spans = ", ".join(f"[{int(start)}, {int(start + size)})" for start, size in ends)
+        raise ValueError(f"shards of the vocabulary overlap or leave a gap: {spans}; expected each row in one")
+    if (shards.mask != shards.mask[0]).any():
+        raise ValueError("the processes that share a head were given different masks: expected the same on every one")
+    if (unlike := _unlike(shards)).any():
+        row = int(unlike.nonzero()[0])
+        given = [int(target) for target in shards.target[:, row]]
         raise ValueError(
-            f"weight is a DTensor placed {weight.placements}: it can be read split over one mesh dimension by "
-            "vocabulary, Shard(0), and not by its width or in parts to be added"
+            f"the processes that share a head were given different targets, {given} at row {row} of the mask's (-100: "
+            "none): expected the same rows on every one"
         )
-    [dim] = split
-    each = -(-weight.shape[0] // weight.device_mesh.size(dim))  # as torch.chunk: the last ones may have less, or none
-    start = each * weight.device_mesh.get_local_rank(dim)
-    return weight.to_local(), VocabShard(weight.device_mesh.get_group(dim), start)
-
-
-# ---------------------------------------------------------------------- for the check of a head (head_check, head_kind)
-
-
-def why_not_readable(weight: Tensor) -> str | None:
-    """Why a DTensor head cannot be read shard by shard; None if it can."""
-    try:
-        _of_dtensor(weight)
-    except ValueError as error:
-        return str(error).removeprefix("weight is ")
-    return None
-
-
-def rows_here(x: Tensor | None) -> tuple[Tensor | None, VocabShard | None]:
-    """What of a head's weight or bias lies here, and which of its rows that is; None: all of them."""
-    return _of_dtensor(x) if isinstance(x, DTensor) else (x, None)
-
-
-def same_everywhere(x: Tensor) -> Tensor:
-    """A replicated DTensor as the plain tensor that it is on every rank; a plain one as it is."""
-    return x.to_local() if isinstance(x, DTensor) and all(p.is_replicate() for p in x.placements) else x
-
-
-def agreed(reason: str | None, group: Any) -> str | None:
-    """The first rank's reason not to read the head that they share: the ranks have to take the same path."""
-    reasons: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(reasons, reason, group=group)
-    return next((r for r in reasons if r is not None), None)
+    if (lost := _lost(targets, shards)).any():
+        row, vocab = int(lost.nonzero()[0]), int(shards.size.sum())
+        raise IndexError(
+            f"target {int(targets[row])} at row {row} of the mask's is outside the vocabulary's shards, {vocab} rows"
+        )

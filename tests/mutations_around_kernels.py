@@ -137,7 +137,7 @@ OPERATORS = {
         f"{IDENTITIES}::test_batches_put_together_are_bitwise_the_batches_apart[fused-logits]",
     ),
     "row numbers of before the others went": Mutation(
-        "ops.py",
+        "rows.py",
         "place[successor.clamp(min=0)]",
         "successor.clamp(max=len(rows) - 1)",
         f"{IDENTITIES}::test_fewer_scored_tokens_leave_the_others_as_they_were[fused-linear]",

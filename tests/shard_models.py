@@ -1,7 +1,9 @@
 """Models whose head is split over processes, and what is asked of them on every rank: part of shard_ranks.py."""
 
 import os
+import warnings
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from torch.distributed.fsdp import fully_shard
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaF
 from transformers.distributed import DistributedConfig
 
 import endoreward_fast as er
+from endoreward_fast import head_check
 from endoreward_fast.heads import Head, HeadRecipe
 from tiny_models import ROWS, TOKENIZER, build, random_rows
 
@@ -66,8 +69,7 @@ def of_a_padded_head(rank, world):
     """A head whose last words are padding, split: what it takes to read the others, and to ask for its weight."""
     model = uneven()
     model.__class__ = Cut
-    mesh = init_device_mesh("cpu", (world,))
-    parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    whole_logits(model, world)
     head = Head(model, recipe=HeadRecipe(vocab_size=Cut.words))
     scorer = er.EndoRewardModel(uneven())
     scorer.model, scorer.head = model, head
@@ -90,6 +92,51 @@ class Cut(LlamaForCausalLM):
         output = super().forward(*args, **options)
         output.logits = output.logits[..., : self.words]
         return output
+
+
+def whole_logits(model, world):
+    """`model` with its head split by vocabulary, and logits laid out whole."""
+    mesh = init_device_mesh("cpu", (world,))
+    return parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+
+
+def of_a_bad_shard(rank, world):
+    """What is said of a head of which one rank's rows have NaN."""
+    model = whole_logits(uneven(), world)
+    if rank == 1:
+        with torch.no_grad():
+            model.lm_head.weight.to_local()[3, 3] = torch.nan
+    try:
+        er.EndoRewardModel(model)
+    except er.EndoRewardError as error:
+        return str(error)
+    return "nothing was said"
+
+
+def of_disagreement(rank, world):
+    """What is found of a head that one rank would not read, for what it sees at each of two points."""
+    found = {}
+    for place in ("_recipe_mismatch", "_capture_mismatch"):
+        seen = getattr(head_check, place)
+
+        def other(*args, seen=seen):
+            return seen(*args) or ("rank 1 sees noise" if rank == 1 else None)
+
+        with patch.object(head_check, place, other), warnings.catch_warnings(record=True):
+            found[place] = Head(whole_logits(uneven(), world)).reason
+    return found
+
+
+def of_little_left(rank, world):
+    """What is found of a padded head of which one rank keeps a word, or none."""
+    found = {}
+    for words in (194, 193, 100):
+        model = whole_logits(uneven(), world)
+        model.__class__ = type("CutShort", (Cut,), {"words": words})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found[words] = Head(model, recipe=HeadRecipe(vocab_size=words)).reason
+    return found
 
 
 def of_logits_in_parts(rank, world):

@@ -11,13 +11,22 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 import endoreward_fast as er
 from endoreward_fast import sharded
-from endoreward_fast.sharded import VocabShard, agreed
-from shard_models import MODELS_SPLIT, of_a_model, of_a_padded_head, of_logits_in_parts, of_two_meshes
+from endoreward_fast.shards import VocabShard, agreed
+from shard_models import (
+    MODELS_SPLIT,
+    of_a_bad_shard,
+    of_a_model,
+    of_a_padded_head,
+    of_disagreement,
+    of_little_left,
+    of_logits_in_parts,
+    of_two_meshes,
+)  # fmt: skip
 
 WORLDS = (2, 3, 4)
 ROWS, DIM, VOCAB, PADDED = 13, 24, 157, 160
@@ -36,6 +45,13 @@ HEADS = {
 
 def data(name, world):
     """hidden, weight, bias, targets, mask and upstream gradients: the same on every rank, and in the test."""
+    with torch.device("cpu"):  # a device draws other numbers
+        *tensors, options = _data(name, world)
+    here = torch.get_default_device()
+    return *(x if x is None else x.to(here) for x in tensors), options
+
+
+def _data(name, world):
     torch.manual_seed(list(HEADS).index(name))
     options = dict(HEADS[name])
     hidden, weight = torch.randn(ROWS, DIM), torch.randn(PADDED, DIM)
@@ -90,7 +106,7 @@ def rewards(rank, world, impl="chunked"):
 def of_dtensors(rank, world):
     """As tensor parallelism lays a head out: torch.chunk's rows, the last ones fewer; and padding left out."""
     hidden, weight, _, targets, mask, upstream, _ = data("plain", world)
-    mesh = init_device_mesh("cpu", (world,))
+    mesh = init_device_mesh(hidden.device.type, (world,))
     whole = weight.clone().requires_grad_()
     split = distribute_tensor(whole.detach(), mesh, [Shard(0)]).requires_grad_()
     same = distribute_tensor(weight, mesh, [Replicate()])
@@ -107,6 +123,14 @@ def of_dtensors(rank, world):
         said[kind] = message(wrong)
     grads = [h.grad, split.grad.full_tensor()]
     few = er.linear_vocab_stats(hidden, distribute_tensor(weight[:5], mesh, [Shard(0)]), targets.clamp(max=4)).lse
+    alike = distribute_tensor(hidden, mesh, [Replicate()])
+    whole_bias, beside = torch.linspace(-1, 1, PADDED), {}
+    for kind, bias in {
+        "split": distribute_tensor(whole_bias, mesh, [Shard(0)]),
+        "on every rank": distribute_tensor(whole_bias, mesh, [Replicate()]),
+        "in parts": DTensor.from_local(whole_bias, mesh, [Partial()]),
+    }.items():
+        beside[kind] = outcome(lambda bias=bias: er.linear_vocab_stats(alike, split, targets, bias=bias).lse.detach())
     verdict = agreed("rank 1 sees other logits" if rank == 1 else None, mesh.get_group())
     return {
         "out": [f.detach() for f in out],
@@ -115,15 +139,63 @@ def of_dtensors(rank, world):
         "few": few,
         "said": said,
         "agreed": verdict,
+        "bias": beside,
     }
 
 
-def message(call):
+def of_a_grid(rank, world):
+    """lse and gradients of a head split over one dimension of a 2 x 2 mesh, whichever; the other may split nothing."""
+    hidden, weight, _, targets, _, _, _ = data("plain", world)
+    found = {}
+    for shape, placed in (((2, 2), (Replicate(), Shard(0))), ((2, 2), (Shard(0), Replicate())),
+                          ((1, 4), (Shard(1), Shard(0))), ((4, 1), (Shard(0), Partial()))):  # fmt: skip
+        mesh = init_device_mesh(hidden.device.type, shape)
+        rows = distribute_tensor(weight[:VOCAB], mesh, [Replicate() if p.is_partial() else p for p in placed])
+        split = DTensor.from_local(rows.to_local(), mesh, placed, shape=rows.shape, stride=rows.stride())
+        h, w = hidden.clone().requires_grad_(), split.detach().requires_grad_()
+        lse = er.linear_vocab_stats(h, w, targets).lse
+        lse.sum().backward()
+        found[shape, str(placed)] = lse.detach(), h.grad
+    mesh = init_device_mesh(hidden.device.type, (2, 2))
+    split = distribute_tensor(weight[:VOCAB], mesh, [Replicate(), Shard(0)])
+    bias = distribute_tensor(torch.ones(VOCAB), mesh, [Shard(0), Replicate()])
+    return found, message(lambda: er.linear_vocab_stats(hidden, split, targets, bias=bias))
+
+
+def outcome(call):
+    """What call() gives, or why not."""
     try:
-        call()
+        return call()
     except (ValueError, IndexError) as error:
         return f"{type(error).__name__}: {error}"
-    return "nothing was said"
+
+
+def message(call):
+    found = outcome(call)
+    return found if isinstance(found, str) else "nothing was said"
+
+
+def as_on_a_device(rank, world):
+    """Where nothing can raise: rewards and gradients with a token that is no word, and with unlike targets."""
+    hidden, weight, _, _, _, _, _ = data("plain", world)
+    part, found = rows_of(rank, world), {}
+    tokens = (torch.arange(12).view(2, 6) * 13) % VOCAB
+    lost = tokens.clone()
+    lost[0, 3] = VOCAB + 5
+    unlike = tokens.clone()
+    unlike[1, 2] += rank
+    for kind, given in {"right": tokens, "outside": lost, "unlike": unlike, "start": tokens, "mask": tokens}.items():
+        h, w, _ = leaves(hidden[:12].view(2, 6, DIM), weight[part], None)
+        start = part.start + (kind == "start" and rank > 0)
+        mask = torch.ones(2, 6, dtype=torch.bool)
+        mask[:, 0] = False
+        if kind == "mask":
+            mask[0, 1 + rank] = False
+        with patch.object(sharded, "_refuse_lost", lambda targets, shards: None):
+            out = er.linear_token_rewards(h, w, given, mask=mask, shard=VocabShard(None, start))
+        out.logprob.sum().backward()
+        found[kind] = {"out": [f.detach() for f in out[:3]], "grads": [h.grad, w.grad]}
+    return found
 
 
 def refused(rank, world):
@@ -138,6 +210,17 @@ def refused(rank, world):
             lambda: er.linear_vocab_stats(hidden[:rows], weight[part], targets[:rows], shard=shard, **options)
         )
 
+    def say_rows(count):
+        many, asked = torch.zeros(count, DIM, dtype=torch.float32), torch.zeros(count, dtype=torch.long)
+        return message(lambda: er.linear_vocab_stats(many, weight[part], asked, shard=VocabShard(None, part.start)))
+
+    def in_bfloat16(call):
+        torch.set_default_dtype(torch.bfloat16)  # to which 257 is 256
+        try:
+            return call()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
     return {
         "outside": say(targets=torch.full((ROWS,), VOCAB)),
         "below": say(targets=torch.full((ROWS,), -1)),
@@ -147,6 +230,8 @@ def refused(rank, world):
         "rows": say(rows=ROWS - rank),
         "targets": say(targets=torch.full((ROWS,), rank)),
         "masks": say(mask=torch.arange(ROWS) >= rank),
+        "other masks": say(mask=torch.arange(ROWS) != rank, targets=torch.full((ROWS,), -100)),
+        "default dtype": in_bfloat16(lambda: say_rows(257 - rank)),
         "start": say(start=-1) + say(start=1.0),
         "outsider": say(group=alone) if rank else None,
     }
@@ -183,7 +268,7 @@ def of_nothing(rank, world):
             out = er.linear_vocab_stats(
                 h, w, targets[:rows], mask=mask, entropy=True, logit_mean=True, shard=shard, impl="chunked"
             )
-        assert not any(call.args[4].any() for call in local.call_args_list)  # rows off the mask cost nothing
+        assert all(len(call.args[0]) == 0 for call in local.call_args_list)  # rows off the mask cost nothing
         rewards = er.linear_token_rewards(
             h.view(2, rows // 2, DIM), w, targets[:rows].view(2, -1), mask=mask.view(2, -1), entropy=True, shard=shard,
         )  # fmt: skip
@@ -278,14 +363,16 @@ def work(rank, world, folder):
         dtype: counted(partial(statistics, "plain", rank, world, dtype=dtype))[1]
         for dtype in (torch.float32, torch.bfloat16)
     }
-    for case in (in_low_precision, cut_short, of_nothing, frozen, in_modes):
+    for case in (in_low_precision, cut_short, of_nothing, frozen, in_modes, as_on_a_device):
         found[case.__name__] = case(rank, world)
     if backend == "gloo" and world == 2:
         found["model"] = {name: of_a_model(rank, world, f"{folder}/{name}") for name in MODELS_SPLIT}
-        found["padded"] = of_a_padded_head(rank, world)
-        found["parts"] = of_logits_in_parts(rank, world)
+        for case in (of_a_padded_head, of_logits_in_parts, of_a_bad_shard, of_disagreement, of_little_left):
+            found[case.__name__] = case(rank, world)
     if backend == "gloo" and world == 4:
         found["meshes"] = of_two_meshes(rank, world)
+    if world == 4:
+        found["grid"] = of_a_grid(rank, world)
     found["refused"] = refused(rank, world) if backend == "gloo" else None
     torch.save(found, f"{folder}/{world}-{rank}.pt")
     dist.barrier()

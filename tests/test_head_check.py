@@ -166,7 +166,7 @@ def test_bad_weights_are_named(llama, name, value):
 def test_large_weights_are_not_bad_weights(llama):
     with torch.no_grad():
         llama.lm_head.weight.fill_(3e38)  # finite, though no sum of two of them is
-    refuse_bad_weights(llama)
+    refuse_bad_weights(llama, llama.lm_head)
 
 
 def test_weights_that_were_never_loaded():

@@ -1,5 +1,6 @@
 """A vocabulary split over 2, 3 and 4 real processes (shard_ranks.py) against the whole one, to the error budget."""
 
+import itertools
 import math
 import os
 import subprocess
@@ -14,7 +15,7 @@ import shard_models
 import shard_ranks
 from endoreward_fast import reference
 from endoreward_fast.heads import Head, HeadRecipe
-from endoreward_fast.sharded import Shards, _lost, _merge
+from endoreward_fast.sharded import Shards, _fingerprint, _lost, _merge, _refuse_lost, _split
 from shard_ranks import HEADS, PADDED, VOCAB, WORLDS, data, rows_of
 from tiny_models import TOKENIZER, random_rows
 
@@ -36,7 +37,10 @@ def found(tmp_path_factory):
         timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
-    return {world: [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)] for world in WORLDS}
+    return {
+        world: [torch.load(folder / f"{world}-{rank}.pt", map_location="cpu") for rank in range(world)]
+        for world in WORLDS
+    }
 
 
 def whole(name, world, dtype):
@@ -119,19 +123,27 @@ def test_a_dtensor_knows_its_own_shard(world, found, assert_within_budget):
         assert rank["dtensor"]["agreed"] == "rank 1 sees other logits"  # or one would gather and another not
         said = rank["dtensor"]["said"]
         assert "split over one mesh dimension by vocabulary, Shard(0), and not by its width" in said["by width"]
+        for kind, lse in rank["dtensor"]["bias"].items():
+            hidden_, weight_, _, _, _, _, _ = data("plain", world)
+            z = hidden_.double() @ weight_.double().T + torch.linspace(-1, 1, PADDED).double()
+            if kind == "in parts":
+                assert "bias is a DTensor placed (Partial(sum),) beside a weight placed (Shard(dim=0),)" in lse
+            else:
+                torch.testing.assert_close(lse.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-5)
         assert "leave `shard` out" in said["both"] and "expected the same on every rank" in said["hidden"]
 
 
 @WORLD
 def test_one_gather_and_one_sum_of_a_few_numbers_a_row(world, found):
-    """In float32, whatever the hidden states are. On the CPU the number of rows is compared first."""
+    """In float32, whatever the hidden states are; none of rows off the mask. On the CPU these are counted first."""
+    rows = int(data("plain", world)[4].sum())
     for rank in found[world]:
         for sent in rank["traffic"].values():
             assert sent[-2:] == [
-                ("all_gather", 6 * shard_ranks.ROWS + 2, "torch.float32"),
-                ("all_reduce", shard_ranks.ROWS * shard_ranks.DIM, "torch.float32"),
+                ("all_gather", 6 * rows + 3, "torch.float32"),
+                ("all_reduce", rows * shard_ranks.DIM, "torch.float32"),
             ]
-            assert sent[:-2] == ([] if rank["refused"] is None else [("all_gather", 1, "torch.float32")])
+            assert sent[:-2] == ([] if rank["refused"] is None else [("all_gather", 1, "torch.int64")])
         assert len(rank["traffic"]) == 2
 
 
@@ -154,9 +166,10 @@ def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
     for rank in found[world]:
         said = rank["refused"]
         assert (
-            said["outside"] == f"IndexError: target {VOCAB} at row 0 is outside the vocabulary's shards, {VOCAB} rows"
+            said["outside"]
+            == f"IndexError: target {VOCAB} at row 0 of the mask's is outside the vocabulary's shards, {VOCAB} rows"
         )
-        assert said["below"].startswith("IndexError: target -1 at row 0 is outside")
+        assert said["below"].startswith("IndexError: target -1 at row 0 of the mask's is outside")
         edges = [0, *shard_ranks.CUTS[world], VOCAB]
         for case, starts in {"overlap": [0] * world, "one off": [0, *(x + 1 for x in edges[1:-1])]}.items():
             spans = ", ".join(
@@ -164,9 +177,12 @@ def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
             )
             assert said[case].startswith(f"ValueError: shards of the vocabulary overlap or leave a gap: {spans};")
         assert "reads a whole head, and this one is sharded" in said["reference"]
-        assert f"gave {[shard_ranks.ROWS - r for r in range(world)]} rows: expected the same" in said["rows"]
+        fewer = [shard_ranks.ROWS - r for r in range(world)]
+        assert f"gave {fewer} rows (on their masks): expected the same" in said["rows"]
+        assert f"gave {fewer} rows (on their masks): expected the same" in said["masks"]
+        assert "were given different masks: expected the same on every one" in said["other masks"]
+        assert f"gave {[257 - r for r in range(world)]} rows" in said["default dtype"]
         assert f"were given different targets, {[*range(world)]} at row 0" in said["targets"]
-        assert f"were given different targets, {[0] + [-100] * (world - 1)} at row 0" in said["masks"]
         assert "shard.start=-1: expected" in said["start"] and "shard.start=1.0: expected" in said["start"]
     assert all("does not have this process in it" in rank["refused"]["outsider"] for rank in found[world][1:])
 
@@ -280,14 +296,14 @@ def test_a_head_that_fsdp_shards_once_more(found):
 
 
 def test_padding_of_a_split_head_is_cut_without_gathering_it(found):
-    if "padded" not in found[2][0]:
+    if "of_a_padded_head" not in found[2][0]:
         pytest.skip("shown on the CPU")
     scorer = er.EndoRewardModel(shard_models.uneven())
     scorer.model.__class__ = shard_models.Cut
     scorer.head = Head(scorer.model, recipe=HeadRecipe(vocab_size=300))
     theirs, stats = shard_models.of_scorer(scorer), scorer.stats(torch.stack(random_rows(12, 12)))
     for rank in found[2]:
-        ours = rank["padded"]
+        ours = rank["of_a_padded_head"]
         assert ours["linear"] and ours["asked"] == 0 and ours["vocab"] == stats.vocab == 300
         torch.testing.assert_close(ours["mean"], stats.logit_mean, rtol=1e-5, atol=1e-6)
         for one, other in zip(ours["out"], theirs["out"], strict=True):
@@ -297,10 +313,10 @@ def test_padding_of_a_split_head_is_cut_without_gathering_it(found):
 
 
 def test_a_model_whose_logits_stay_split_is_refused_by_name(found):
-    if "parts" not in found[2][0]:
+    if "of_logits_in_parts" not in found[2][0]:
         pytest.skip("shown on the CPU")
     for rank in found[2]:
-        local, global_ = rank["parts"]
+        local, global_ = rank["of_logits_in_parts"]
         assert "gives each process a part of the logits, Tensor (2, 8, 19" in local and "all 385" in local
         assert "part of the logits, DTensor (2, 8, 385)" in global_ and "output_layouts=Replicate()" in global_
 
@@ -309,20 +325,88 @@ def test_a_model_whose_logits_stay_split_is_refused_by_name(found):
 
 
 @pytest.mark.parametrize(
-    "spans", [[(0, 5), (3, 3), (8, 3)], [(0, 5), (0, 6)], [(1, 5), (6, 5)], [(5, 0), (0, 4), (6, 5)]]
-)
+    "spans",
+    [
+        [(0, 5), (3, 3), (8, 3)], [(0, 5), (0, 6)], [(1, 5), (6, 5)], [(5, 0), (0, 4), (6, 5)],
+        [(0, 3), (0, 3), (6, 2)], [(0, 9), (0, 9), (20, 9), (30, 9)],
+    ],
+)  # fmt: skip
 def test_shards_that_do_not_make_up_a_vocabulary(spans):
     """Even where an overlap and a gap cancel in the number of rows."""
-    start, size = torch.tensor(spans, dtype=torch.float32).T
-    rows = torch.zeros(len(spans), 4)
+    shards = shards_of(spans)
+    assert _lost(shards.target[0].long(), shards).all()
     with pytest.raises(ValueError, match="overlap or leave a gap"):
-        _lost(rows[0].long(), Shards(*[rows] * 6, start, size))
+        _refuse_lost(shards.target[0].long(), shards)
+
+
+def shards_of(spans):
+    start, size = torch.tensor(spans, dtype=torch.float32).T
+    return Shards(*[torch.zeros(len(spans), 3)] * 6, start, size, torch.zeros(len(spans)))
 
 
 def test_shards_in_any_order_with_empty_ones_anywhere():
-    start, size = torch.tensor([(6, 5), (2, 0), (0, 6), (99, 0)], dtype=torch.float32).T
-    rows = torch.zeros(4, 3)
-    assert not _lost(rows[0].long(), Shards(*[rows] * 6, start, size)).any()
+    shards = shards_of([(6, 5), (2, 0), (0, 6), (99, 0)])
+    assert not _lost(shards.target[0].long(), shards).any()
+
+
+def test_every_way_to_lay_out_three_shards():
+    for spans in itertools.product(itertools.product(range(5), range(4)), repeat=3):
+        held = sorted(row for start, size in spans for row in range(start, start + size))
+        assert bool(_split(shards_of(spans))) == (held == list(range(len(held)))), spans
+
+
+def test_masks_tell_themselves_apart():
+    """By one number, which float32 holds exactly."""
+    masks = [torch.rand(4096, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(300)]
+    masks += [torch.arange(4096) != i for i in range(300)]
+    found = [_fingerprint(mask.nonzero().squeeze(1)) for mask in masks]
+    assert len({int(n) for n in found}) == len(masks) and all(n.float().long() == n for n in found)
+
+
+@WORLD
+def test_where_nothing_can_raise_what_is_lost_is_nan(world, found, assert_within_budget):
+    """As on a device. The row before a lost one is right; gradients of what is lost are NaN, or a step would be taken
+    in a wrong direction without a word."""
+    right = [rank["as_on_a_device"]["right"] for rank in found[world]]
+    for r, rank in enumerate(found[world]):
+        for kind, places in (("outside", [(0, 3)]), ("unlike", [(1, 2)])):
+            lost = torch.zeros(2, 6, dtype=torch.bool)
+            lost[tuple(torch.tensor(places).T)] = True
+            ours = rank["as_on_a_device"][kind]
+            for field, same in zip(ours["out"], right[r]["out"], strict=True):
+                assert field[lost].isnan().all() and torch.equal(field[~lost], same[~lost]), kind
+            of_hidden, of_weight = ours["grads"]
+            chosen_in = lost.roll(-1, 1)  # the state is the one before
+            assert of_hidden[chosen_in].isnan().all() and not of_hidden[~chosen_in].isnan().any()
+            assert of_weight.isnan().any() or not len(of_weight)
+        for kind in ("start", "mask"):
+            ours = rank["as_on_a_device"][kind]
+            scored = ours["out"][1] != 0
+            assert scored.sum() >= 9 and all(field[scored].isnan().all() for field in ours["out"]), kind
+
+
+def test_a_head_split_over_one_dimension_of_a_mesh(found):
+    hidden, weight, _, _, _, _, _ = data("plain", 4)
+    h = hidden.double().requires_grad_()
+    (h @ weight[:VOCAB].double().T).logsumexp(-1).sum().backward()
+    for rank in found[4]:
+        cases, said = rank["grid"]
+        for lse, grad in cases.values():
+            z = hidden.double() @ weight[:VOCAB].double().T
+            torch.testing.assert_close(lse.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-5)
+            torch.testing.assert_close(grad.double(), h.grad, rtol=2e-5, atol=2e-5)
+        assert len(cases) == 4
+        assert "bias is a DTensor placed (Shard(dim=0), Replicate()) beside a weight placed (Replicate(), Shard" in said
+
+
+def test_what_one_rank_finds_wrong_with_a_head_is_every_ranks_verdict(found):
+    """Or the others would wait for it, or read the head otherwise."""
+    if "of_disagreement" not in found[2][0]:
+        pytest.skip("shown on the CPU")
+    for rank in found[2]:
+        assert "parameter 'lm_head.weight' has NaN or infinite values" in rank["of_a_bad_shard"]
+        assert rank["of_disagreement"] == dict.fromkeys(("_recipe_mismatch", "_capture_mismatch"), "rank 1 sees noise")
+        assert rank["of_little_left"] == {194: None, 193: None, 100: None}
 
 
 def test_entropy_is_at_most_that_of_equal_words():
@@ -332,7 +416,7 @@ def test_entropy_is_at_most_that_of_equal_words():
         sizes = torch.stack([sizes, vocab - sizes])  # (2, V - 1, 1): every way to cut it in two
         for pair in sizes.unbind(1):
             zero = torch.zeros_like(pair)
-            shards = Shards(zero, pair.log(), zero, pair.log(), zero, zero, zero[:, 0], pair[:, 0])
+            shards = Shards(zero, pair.log(), zero, pair.log(), zero, zero, zero[:, 0], pair[:, 0], zero[:, 0])
             entropy = _merge(shards, 1.0)[0].entropy
             assert entropy <= torch.tensor(math.log(vocab)), (vocab, pair)
 
