@@ -39,6 +39,13 @@ FLAGS = MappingProxyType(
         "template_rewrites": "the chat template would change the completion: it is scored as written",
     }
 )
+
+
+def in_words(flags: Collection[str]) -> str | None:
+    """What is worth knowing about a row, or None."""
+    return "; ".join(FLAGS[flag] for flag in flags) or None
+
+
 WANTED = "prompt and completion, or messages, or prompt_ids and completion_ids"
 
 
@@ -56,6 +63,11 @@ class Encoded:
     """tokens cut"""
     flags: tuple[str, ...] = ()
     """what is worth knowing about the row: keys of FLAGS"""
+
+    @property
+    def note(self) -> str | None:
+        """The flags in words, or None."""
+        return in_words(self.flags)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .batching import does_not_fit, in_batches
 from .boundary import token_texts
-from .encoding import FLAGS, Encoded, Encoder, Row, Truncate
+from .encoding import Encoded, Encoder, Row, Truncate, in_words
 from .errors import EndoRewardError
 from .gathered import weights_come_and_go
 from .notebook import html_of_table
@@ -64,7 +64,7 @@ class RowScore:
     @property
     def note(self) -> str | None:
         """Why it has no score, or its flags in words, or None."""
-        return self.error or "; ".join(FLAGS[flag] for flag in self.flags) or None
+        return self.error or in_words(self.flags)
 
     def _repr_html_(self) -> str | None:
         """For notebooks: with per_token a heatmap; else None, so their plain text."""

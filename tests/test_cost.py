@@ -135,7 +135,7 @@ def test_one_line_for_a_model_of_ones_own(capsys):
 
 
 def test_constants_are_the_packages():
-    of_itself = {"start", "size"}  # one number a shard, not one a row
+    of_itself = {"start", "size", "mask"}  # one number a shard, not one a row
     assert len({*sharded.Shards._fields} - of_itself) == cost_model.WIRE_FLOATS
     assert (4 * workspace.FORWARD_TILE, workspace.PIECE) == (cost_model.TILE, cost_model.PIECE)
     assert ScoreOptions().max_tokens_per_batch == BATCH.tokens
