@@ -49,7 +49,7 @@ class _OneProcess(TyperCommand):
         if rank.alone:
             return super().invoke(ctx)
         if not rank.first:
-            raise typer.Exit(BAD_INPUT)
+            raise typer.Exit  # with another code the launcher might end rank 0 before it has said why
         raise EndoRewardError(
             f"{ctx.info_name} runs in one process: start it without a launcher ({' and '.join(ANSWERS)} share their "
             "rows)"
@@ -114,6 +114,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
         if done:
             sink.append()
         first, windows = pipeline.peek(pipeline.windows(source, job.command, flags))
+        if not first and not done:
+            raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
         if first and not done:  # what is left of a run may well be just what cannot be scored
             pipeline.check_usable(first, source.name)
         run = _engine(job, flags, rank, file, done, idle=not first)

@@ -16,6 +16,7 @@ from endoreward_fast.command.output import Monitor
 
 ray = pytest.importorskip("ray", reason="Ray Data is not installed")
 pyarrow = pytest.importorskip("pyarrow")
+from endoreward_fast.integrations import ray as module  # noqa: E402
 from endoreward_fast.integrations.ray import ScoreRows, actors, on_ray  # noqa: E402
 
 ROWS = [{"id": i, "prompt": f"What is {i} + 3?", "completion": str(i + 3), "messages": None} for i in range(20)]
@@ -179,14 +180,29 @@ def test_actors_are_as_many_as_there_is_room_for():
             actors(flags, nodes)
 
 
-def test_a_cluster_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path):
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError, RuntimeError])
+def test_a_cluster_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path, kind):
     def absent(**options):
-        raise ConnectionError("Could not find any running Ray instance.")
+        raise kind("Could not find any running Ray instance.")
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", absent)
     said = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q", code=2).stderr
-    assert said == "endoreward: --engine ray: Could not find any running Ray instance.\n"
+    assert said == "endoreward: --engine ray: Could not find any running Ray instance. (RAY_ADDRESS)\n"
+
+
+def test_what_ray_prints_does_not_get_between_the_rows(cluster, monkeypatch, tmp_path):
+    """As it does, onto standard output, of an actor that died."""
+    in_order = module._in_order
+
+    def chatty(*args, **options):
+        for finished in in_order(*args, **options):
+            print("(raylet) a worker died")
+            yield finished
+
+    monkeypatch.setattr(module, "_in_order", chatty)
+    result = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q")
+    assert len(rows_of(result.stdout)) == 2 and "(raylet) a worker died" in result.stderr
 
 
 def test_flags_that_cannot_work_are_said_at_once(tmp_path):

@@ -333,3 +333,14 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
     found, wanted = rows_of(out.read_text()), rows_of(undisturbed.read_text())
     assert [row["id"] for row in found] == [row["id"] for row in wanted]
     assert [row["score"] for row in found] == pytest.approx([row["score"] for row in wanted], abs=1e-4)
+
+
+def test_an_input_without_rows_leaves_other_results_alone(scorer, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    source, out = tmp_path / "none.parquet", tmp_path / "out.jsonl"
+    parquet.write_table(pyarrow.table({"prompt": [], "completion": []}), source)
+    out.write_text("{}\n")
+    assert "none.parquet has no rows: there is nothing to score" in run("score", source, "-o", out, code=2).stderr
+    assert out.read_text() == "{}\n"

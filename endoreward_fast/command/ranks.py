@@ -106,6 +106,11 @@ class _InOrder:
             self._due += 1
             found.hand_on(self._write, self._monitor)
 
+    def keep_own(self) -> None:
+        """Write what rank 0 has finished, past what is missing: --resume fills holes."""
+        for number in sorted(self.own):
+            self.own.pop(number).hand_on(self._write, self._monitor)
+
     def _others(self, window: str) -> Finished:
         while not self._board.has(window):
             if self._board.has(*self._everybody_left) and not self._board.has(window):
@@ -140,10 +145,14 @@ def lead(job: Job, rank: Rank, file: str, done: Counter[str], *, idle: bool) -> 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
         read, output = Windows(windows), _InOrder(board, rank.size, write, monitor)
         with reached():
-            for index, items in _claimed(read, board):
-                output.own[index] = job.finish(items, scorer)
-                output.hand_on()
-            output.hand_on(until=read.count)
+            try:
+                for index, items in _claimed(read, board):
+                    output.own[index] = job.finish(items, scorer)
+                    output.hand_on()
+                output.hand_on(until=read.count)
+            except KeyboardInterrupt:
+                output.keep_own()
+                raise
             output.see_off(read.count)
         note_idle(monitor, read.count, rank.size, "ranks")
         read.raise_error()

@@ -13,9 +13,11 @@ is `on_ray`: Ray Data once more, over windows of rows that the command has read,
 command takes and writes in the order of the input.
 """
 
+import contextlib
 import logging
 import pickle
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -109,8 +111,8 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
     if ours:
         try:
             ray.init(logging_level="error", log_to_driver=False)
-        except ConnectionError as error:  # RAY_ADDRESS names none
-            raise EndoRewardError(f"--engine ray: {error}") from error
+        except (ConnectionError, ValueError, RuntimeError) as error:  # RAY_ADDRESS names none, or is no address
+            raise EndoRewardError(f"--engine ray: {error} (RAY_ADDRESS)") from error
     size = actors(flags, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
@@ -118,8 +120,11 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
         packed = [{"window": pickle.dumps(items)} for items in read]
         note_idle(monitor, read.count, size["actors"], "actors")
         try:
-            for finished in _in_order(packed, job, **size):
-                Finished.from_json(finished).hand_on(write, monitor)
+            with contextlib.redirect_stdout(
+                sys.stderr
+            ):  # Ray prints of actors that died, between rows on their way out
+                for finished in _in_order(packed, job, **size):
+                    Finished.from_json(finished).hand_on(write, monitor)
         finally:
             if ours:
                 ray.shutdown()
@@ -139,10 +144,12 @@ def _in_order(packed: list[dict[str, bytes]], job: Job, actors: int, num_gpus: f
     data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     pool = ray.data.ActorPoolStrategy(size=min(actors, len(packed)))
-    scored = data.map(
-        ScoreWindow, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, num_cpus=num_cpus,
-        max_task_retries=RETRIES,
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # and Ray below 2.64 is asked for
+        scored = data.map(
+            ScoreWindow, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, num_cpus=num_cpus,
+            max_task_retries=RETRIES,
+        )  # fmt: skip
     try:
         for row in scored.iter_rows():
             yield row["finished"]
