@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from bench import cost_model, cost_points, cost_tables
-from endoreward_fast import loading
+from endoreward_fast.checkpoint import place_of
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,9 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model is None:
         cost_points.run(args.out, args.rounds, tables_only=args.markdown)
         return
-    place = loading.pocket_path() if args.model == loading.POCKET else args.model
     try:
-        model = cost_model.of_config(AutoConfig.from_pretrained(place), args.model)
+        model = cost_model.of_config(AutoConfig.from_pretrained(place_of(args.model)), args.model)
     except (ValueError, OSError) as error:
         raise SystemExit(f"bench.cost: {args.model}: {' '.join(str(error).split())}") from None
     cost_tables.show(cost_tables.TYPICAL.described, cost_tables.shapes_table((model,)))

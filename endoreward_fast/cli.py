@@ -6,8 +6,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections import Counter
-from functools import partial
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Optional
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .checkpoint import weights_of
 from .command import look, pipeline, plots, side_by_side
 from .command.data import STDIN, open_source
 from .command.jobs import ANSWERS, Engine, Job, here, nothing_left
@@ -22,7 +23,7 @@ from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
 from .command.output import Monitor, Sink, one_line
 from .command.ranks import Rank, help_out, lead
 from .command.report import FileResult, to_json, to_text
-from .command.resume import record, rows_done, rows_left, settings_of
+from .command.resume import Done, lines_done, recorded, rows_done, rows_left, settings_of
 from .errors import EndoRewardError
 
 BAD_INPUT = 2  # exit code
@@ -100,37 +101,45 @@ def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Re
 def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None:
     rank = Rank.from_environment()
     if not rank.first:
-        return help_out(job, rank, file)
-    if resume and flags.output in (None, STDIN):
-        raise EndoRewardError("--resume goes on with a file: name it by --output")
+        return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
-        raise EndoRewardError("several processes cannot share standard input or a pipe: name a file that each can read")
-    settings = settings_of(job.command, version("endoreward-fast"), flags.to_json(), job.per_token)
-    # Only then: settings beside rows of an earlier run would have --resume take those for this one's.
-    on_replace = partial(record, str(flags.output), settings)
-    with Sink(flags.output, (file,), on_replace=on_replace) as sink:
-        done = rows_done(str(flags.output), settings, flags.id) if resume else Counter()
-        source = rows_left(file, flags, done)
-        if done:
+        raise EndoRewardError("several processes cannot share standard input or a pipe: name a file")
+    output = str(flags.output)
+
+    @cache
+    def settings() -> dict[str, Any]:
+        about = (version("endoreward-fast"), flags.to_json(), job.per_token, weights_of(flags.model))
+        return settings_of(job.command, *about)
+
+    with Sink(flags.output, (file,), emptying=lambda: recorded(output, settings())) as sink:
+        if resume and sink.is_stdout:
+            raise EndoRewardError("--resume goes on with a file: name it by --output")
+        done = rows_done(output, settings(), flags.id) if resume else Done()
+        if done.failed:
+            sink.append(lines_done(output, job.command))
+        elif done.rows:
             sink.append()
+        source = rows_left(file, flags, done.rows)
         first, windows = pipeline.peek(pipeline.windows(source, job.command, flags))
-        if not first and not done:
+        if not first and not done.rows:
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
-        if first and not done:  # what is left of a run may well be just what cannot be scored
+        if first and done == Done():  # what is left of a run may well be just what cannot be scored
             pipeline.check_usable(first, source.name)
-        run = _engine(job, flags, rank, file, done, idle=not first)
+        run = _engine(job, flags, rank, settings, idle=not first)
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
+            if done != Done():
+                monitor.note(f"{output} holds {done.described}")
             run(windows, sink.write, monitor)
     if monitor.failed:
         raise typer.Exit(BAD_INPUT)
 
 
-def _engine(job: Job, flags: EngineFlags, rank: Rank, file: str, done: Counter[str], *, idle: bool) -> Engine:
+def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dict[str, Any]], *, idle: bool) -> Engine:
     """Where the rows are scored; what must be there for it is there, or an EndoRewardError. `idle`: there are none."""
     if flags.engine != LOCAL and not rank.alone:
         raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
     if not rank.alone:
-        return lead(job, rank, file, done, idle=idle)
+        return lead(job, rank, settings()["weights"], idle=idle)
     if idle:
         return nothing_left
     if flags.engine == LOCAL:

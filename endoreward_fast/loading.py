@@ -1,23 +1,17 @@
 """A model's name -> the loaded model and its tokenizer, with one clear line for whatever can be wrong with the name."""
 
-from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
+from .checkpoint import first_line, place_of
 from .errors import EndoRewardError
 
-POCKET = "pocket"
 OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 SHARED = ("revision", "trust_remote_code", "token", "cache_dir")  # options that the tokenizer takes as well
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-
-
-def pocket_path() -> Path:
-    """The folder of the embedded demonstration model, in Hugging Face's format."""
-    return Path(__file__).parent / POCKET
 
 
 def load(
@@ -26,7 +20,7 @@ def load(
     """(model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
     from transformers import AutoModelForCausalLM
 
-    place = _place(name_or_path)
+    place = place_of(str(name_or_path))
     _refuse_unless_causal(_config(place, name_or_path, options), name_or_path)
     return _loaded(AutoModelForCausalLM, "a causal language model", place, name_or_path, dtype, device, options)
 
@@ -37,7 +31,7 @@ def load_classifier(
     """As `load`, a sequence classifier with one output. See `judges.RewardModel.from_pretrained`."""
     from transformers import AutoModelForSequenceClassification
 
-    place = _place(name_or_path)
+    place = place_of(str(name_or_path))
     _refuse_unless_reward_model(_config(place, name_or_path, options), name_or_path)
     return _loaded(AutoModelForSequenceClassification, "a reward model", place, name_or_path, dtype, device, options)
 
@@ -62,7 +56,7 @@ def _loaded(
         model, info = loaded
         model = model if target is None else model.to(target)
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-        raise EndoRewardError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+        raise EndoRewardError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
     absent = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if absent:
         raise EndoRewardError(
@@ -74,10 +68,6 @@ def _loaded(
     return model, tokenizer, reason
 
 
-def _place(name_or_path: str) -> str:
-    return str(pocket_path()) if name_or_path == POCKET else str(name_or_path)
-
-
 def _shared(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k in SHARED}
 
@@ -85,13 +75,10 @@ def _shared(options: dict[str, Any]) -> dict[str, Any]:
 def _config(place: str, name: str, options: dict[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    folder = Path(place).expanduser()
-    if not folder.is_dir() and (folder.is_absolute() or place.startswith((".", "~")) or place.count("/") > 1):
-        raise EndoRewardError(f"model {name!r}: there is no such folder")
     try:
         return AutoConfig.from_pretrained(place, **_shared(options))
     except (OSError, ValueError) as error:
-        raise EndoRewardError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+        raise EndoRewardError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _refuse_unless_causal(config: Any, name: str) -> None:
@@ -121,7 +108,7 @@ def _tokenizer(place: str, shared: dict[str, Any]) -> tuple[Any, str | None]:
     try:
         return AutoTokenizer.from_pretrained(place, **shared), None
     except (OSError, ValueError, ImportError, KeyError) as error:
-        return None, _one_line(error)  # token ids can be scored all the same; text is refused with this reason
+        return None, first_line(error)  # token ids can be scored all the same; text is refused with this reason
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
@@ -139,9 +126,5 @@ def _device(device: torch.device | str | None) -> torch.device:
         found = torch.device(device)
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError) as error:
-        raise EndoRewardError(f"device {str(device)!r} cannot be used: {_one_line(error)}") from error
+        raise EndoRewardError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
     return found
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).strip().partition("\n")[0].split()) or type(error).__name__

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from .batching import Room
+from .checkpoint import pocket_path
 from .encoding import Row
 from .errors import EndoRewardError
 from .functional import Impl, linear_token_rewards, token_rewards
 from .heads import Head, logits_of
 from .layout import LayoutCheck, lay_out
-from .loading import load, pocket_path
+from .loading import load
 from .scoring import OnTokens, Ranked, RowScore, ScoreOptions, Scores, TokenTable, in_order, score_rows
 from .signals import TokenStats, linear_token_stats, token_stats
 from .types import TokenRewards

@@ -40,7 +40,7 @@ def test_ranks_started_anew_do_not_meet_what_earlier_ones_left(board):
         assert [other.found for other in others] == [None, None]  # what began the attempt before is not for them
         mine = call(board, 3, {"attempt": attempt})
         assert [other.told() for other in others] == [attempt] * 2
-        assert [part.claim() for part in (mine, *(other.found[0] for other in others))] == [0, 1, 2]
+        assert [part.count("claimed") for part in (mine, *(other.found[0] for other in others))] == [1, 2, 3]
 
 
 def test_an_attempt_that_ended_before_all_had_come_is_left(board):
@@ -74,9 +74,9 @@ def test_a_rank_that_never_comes_is_named(board, monkeypatch):
 def test_messages_of_any_size_travel_whole_and_leave_nothing():
     store = torch.distributed.HashStore()
     board = Board(store)
-    text = "ü" * PART + "end"  # two bytes each: three parts
+    text = ("ü" * PART + "end").encode()  # two bytes each: three parts
     board.put("a", text)
     assert store.num_keys() == 4 and board.has("a") and not board.has("b")
     assert board.get("a") == text == board.take("a")
     assert store.num_keys() == 0
-    assert [board.claim(), board.claim()] == [0, 1]
+    assert [board.count("claimed"), board.count("claimed"), board.count("other", 0)] == [1, 2, 0]

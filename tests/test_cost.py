@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, GPT
 
 from bench import cost, cost_model, cost_points, cost_tables
 from bench.cost_model import Batch, Decoder
-from endoreward_fast import EndoRewardModel, chunked, loading, sharded, workspace
+from endoreward_fast import EndoRewardModel, chunked, sharded, workspace
+from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.kernels.combine import Partials
 from endoreward_fast.scoring import ScoreOptions
 
@@ -127,7 +128,7 @@ def test_families_with_other_layers_are_refused_by_name():
 
 
 def test_one_line_for_a_model_of_ones_own(capsys):
-    cost.main(["--model", str(loading.pocket_path())])
+    cost.main(["--model", str(pocket_path())])
     assert "0.000524" in capsys.readouterr().out  # 2 x 256 x 1024 flops a state
 
 
@@ -253,7 +254,7 @@ def test_the_pages_tables_are_printed(capsys):
 
 def test_a_models_line_is_printed_and_one_without_a_formula_refused_in_one_line(capsys, tmp_path):
     cost.main(["--model", "pocket"])
-    config = AutoConfig.from_pretrained(loading.pocket_path())
+    config = AutoConfig.from_pretrained(pocket_path())
     [line] = [line for line in capsys.readouterr().out.splitlines() if "pocket" in line]
     assert f" {2e-9 * config.hidden_size * config.vocab_size:.3g} " in line
     GPT2Config().save_pretrained(tmp_path)

@@ -16,8 +16,8 @@ import torch
 from transformers import AutoTokenizer
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.integrations.openrlhf import EndoReward
-from endoreward_fast.loading import pocket_path
 from tiny_models import byte_tokenizer, sampled_rewards
 
 INSTALLED = importlib.util.find_spec("openrlhf") is not None

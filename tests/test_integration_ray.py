@@ -2,8 +2,11 @@
 
 import gzip
 import os
+import pickle
 import signal
+import socket
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -103,17 +106,17 @@ def test_rows_that_kill_every_actor_end_the_run(cluster, monkeypatch):
         def load(self):
             return None
 
-        def finish(self, items, scorer):
+        def finish(self, number, items, scorer):
             if items == ["deadly"]:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return Finished([(items[0], items[0], None)])
+            return Finished(number, [(items[0], items[0], None)])
 
     monkeypatch.setattr("endoreward_fast.integrations.ray.RETRIES", 1)
     windows, lines = iter([["a"], ["b"], ["deadly"], ["c"]]), []
     flags = EngineFlags(engine="ray", actors=1)
     with pytest.raises(EndoRewardError, match="an actor died 2 times over the same rows: "):
         on_ray(Deadly("score", flags), flags)(windows, lines.append, Monitor(quiet=True))
-    assert lines == ["a", "b"][: len(lines)]
+    assert set(lines) <= {"a", "b", "c"}  # what was finished until then, past the deadly ones too
 
 
 # ---------------------------------------------------------------- the command
@@ -133,10 +136,34 @@ def test_the_commands_output_is_that_of_one_process(cluster, monkeypatch, tmp_pa
     there.write_text("".join(whole.splitlines(keepends=True)[:50]) + '{"id"')
     run(*flags, there, "--engine", "ray", "--resume", code=2)
     assert there.read_text().count("\n") == whole.count("\n") == 81
-    monkeypatch.setattr(ray, "init", None)  # with nothing left to score Ray is not started
+
+
+def test_with_nothing_left_to_score_ray_is_not_started(monkeypatch, tmp_path):
+    flags = ("score", put(tmp_path, *ROWS[:3]), "-q", "-o", tmp_path / "out.jsonl")
+    run(*flags)
+    monkeypatch.setattr(ray, "init", None)
     monkeypatch.setattr(ray, "nodes", None)
-    run(*flags, here, "--engine", "ray", "--resume")  # another engine's output is no other configuration
-    assert here.read_text().count("\n") == 81
+    run(*flags, "--engine", "ray", "--resume")  # another engine's output is no other configuration
+    assert len(rows_of((tmp_path / "out.jsonl").read_text())) == 3
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_whichever_window_comes_first_rows_stay_in_order(cluster, monkeypatch, interrupted):
+    """The first takes longest here. Ctrl-C then keeps what is behind it."""
+
+    def finished(packed, job, **size):
+        for number in (2, 1, 3):
+            yield Finished(number, [(f"{pickle.loads(packed[number]['items'])}", "", None)]).to_json()
+        if interrupted:
+            raise KeyboardInterrupt
+        yield Finished(0, [("first", "", None)]).to_json()
+
+    monkeypatch.setattr(module, "_finished", finished)
+    flags, lines = EngineFlags(engine="ray"), []
+    engine = on_ray(Job("score", flags), flags)
+    with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+        engine(iter([["a"], ["b"], ["c"], ["d"]]), lines.append, Monitor(quiet=True))
+    assert lines == [*["first"] * (not interrupted), "['b']", "['c']", "['d']"]
 
 
 def test_what_stops_the_command_comes_after_what_was_done(cluster, tmp_path):
@@ -191,16 +218,57 @@ def test_a_cluster_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path, ki
     assert said == "endoreward: --engine ray: Could not find any running Ray instance. (RAY_ADDRESS)\n"
 
 
+def test_an_address_where_nothing_answers_is_said_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", None)  # it would try for minutes
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        module._look_for(address)
+    for given in (address, f"ray://{address}"):
+        monkeypatch.setenv("RAY_ADDRESS", given)
+        said = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q", code=2).stderr
+        assert said == f"endoreward: --engine ray: nothing answers at {given} (RAY_ADDRESS): Connection refused\n"
+    for other in ("", "auto", "local", "somewhere"):
+        module._look_for(other)
+
+
+def test_a_warning_over_an_actors_model_comes_with_its_rows():
+    class Warned(Job):
+        def load(self):
+            warnings.warn("no usable tokenizer", stacklevel=2)
+
+        def finish(self, number, items, scorer):
+            return Finished(number, notes=["halved"])
+
+    actor = module.ScoreWindow(Warned("score", EngineFlags()))
+    found = Finished.from_json(actor({"number": 4, "items": pickle.dumps([])})["finished"])
+    assert (found.number, found.notes) == (4, ["no usable tokenizer", "halved"])
+
+
+def test_ray_is_left_as_it_was(cluster, monkeypatch):
+    """One that the command did not start is not ended by it, and one that it did is."""
+    ended = []
+    monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
+    monkeypatch.setattr(module, "_finished", lambda *args, **options: iter(()))
+    flags = EngineFlags(engine="ray")
+    on_ray(Job("score", flags), flags)(iter([["a"]]), print, Monitor(quiet=True))
+    assert ended == []
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    on_ray(Job("score", flags), flags)(iter([["a"]]), print, Monitor(quiet=True))
+    assert ended == [True]
+
+
 def test_what_ray_prints_does_not_get_between_the_rows(cluster, monkeypatch, tmp_path):
     """As it does, onto standard output, of an actor that died."""
-    in_order = module._in_order
+    finished = module._finished
 
     def chatty(*args, **options):
-        for finished in in_order(*args, **options):
+        for window in finished(*args, **options):
             print("(raylet) a worker died")
-            yield finished
+            yield window
 
-    monkeypatch.setattr(module, "_in_order", chatty)
+    monkeypatch.setattr(module, "_finished", chatty)
     result = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q")
     assert len(rows_of(result.stdout)) == 2 and "(raylet) a worker died" in result.stderr
 

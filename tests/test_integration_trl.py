@@ -7,8 +7,8 @@ import torch
 from transformers import LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.integrations.trl import EndoReward
-from endoreward_fast.loading import pocket_path
 from tiny_models import EOS as BYTE_EOS
 from tiny_models import TOKENIZER, alone, build, byte_tokenizer, sampled_rewards
 

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.integrations import verl as integration
 from endoreward_fast.integrations.verl import EndoRewardManager, TokenScore, compute_score
-from endoreward_fast.loading import pocket_path
 from tiny_models import byte_tokenizer, sampled_rewards
 from verl_contract import INSTALLED, colocated, config, streamed
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.demo_data import problems
-from endoreward_fast.loading import pocket_path
 
 pytest.importorskip("trl", reason="TRL asks for Python 3.11")
 pytest.importorskip("math_verify", reason="comes with TRL's extra")

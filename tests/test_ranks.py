@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,13 +21,14 @@ import torch
 
 from cli_harness import LengthScorer, put, rows_of, run
 from endoreward_fast import EndoRewardError
+from endoreward_fast.checkpoint import weights_of
 from endoreward_fast.command import pipeline
 from endoreward_fast.command.board import Board, call
 from endoreward_fast.command.data import open_source
-from endoreward_fast.command.jobs import Finished, Job, Windows, note_idle
+from endoreward_fast.command.jobs import Finished, InOrder, Job, Windows, note_idle
 from endoreward_fast.command.options import EngineFlags
 from endoreward_fast.command.output import Monitor
-from endoreward_fast.command.ranks import Rank, _InOrder, help_out, lead
+from endoreward_fast.command.ranks import Clerk, Rank, help_out, lead
 from endoreward_fast.command.resume import key_of, rows_left
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,30 +174,31 @@ class Together(LengthScorer):
         return super().iter_scores(rows, **options)
 
 
-def shared(monkeypatch, job, source, *, ranks=3, done=()):
+def shared(monkeypatch, job, source, *, ranks=3, done=(), load=None):
     """What `ranks` of them write of `source`, a row a window: (lines, the monitor, what stopped them)."""
     board = Board(torch.distributed.HashStore())
     monkeypatch.setattr(Board, "of_launch", lambda: board)
     barrier, scored = Barrier(ranks), []
-    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: Together(barrier, scored))
+    monkeypatch.setattr(pipeline, "load_scorer", load or (lambda flags: Together(barrier, scored)))
     done = Counter(key_of(row, job.flags.id) for row in done)
-    others = [Thread(target=help_out, args=(job, Rank(r, ranks, r), str(source)), daemon=True) for r in range(1, ranks)]
+    others = [Thread(target=help_out, args=(job, Rank(r, ranks, r)), daemon=True) for r in range(1, ranks)]
     for other in others:
         other.start()
     lines, monitor, stopped = [], Monitor(quiet=True), None
     opened = rows_left(str(source), job.flags, done)
     first, windows = pipeline.peek(pipeline.windows(opened, "score", job.flags))
     try:
-        lead(job, Rank(0, ranks, 0), str(source), done, idle=not first)(windows, lines.append, monitor)
+        lead(job, Rank(0, ranks, 0), weights_of("pocket"), idle=not first)(windows, lines.append, monitor)
     except EndoRewardError as error:
         stopped = str(error)
     else:
-        attempt = board.part(board.get("attempt"))
+        attempt = board.part(board.get("attempt").decode())
         assert all(attempt.has(f"rank {r} left") for r in range(1, ranks))  # rank 0 is the last to go
     for other in others:
         other.join(30)
         assert not other.is_alive()
-    assert stopped or len(scored) == sum("completion" in json.loads(line) for line in lines)  # each of them once
+    if not stopped and load is None:  # each of them once
+        assert len(scored) == sum("completion" in json.loads(line) for line in lines)
     return [json.loads(line) for line in lines], monitor, stopped
 
 
@@ -230,7 +233,7 @@ def test_what_stops_ranks_comes_after_the_rows_before_it(monkeypatch, tmp_path):
     bad = {"id": 7, "prompt": "p" * 20, "completion": "LONG"}
     source = put(tmp_path, *lengths(7), bad, *lengths(3))
     found, _, stopped = shared(monkeypatch, Job("score", replace(A_ROW_A_WINDOW, strict=True)), source)
-    assert stopped.startswith("line 8: 9 tokens") and [row["id"] for row in found] == list(range(8))
+    assert stopped.startswith("line 8: 9 tokens") and [row["id"] for row in found] == list(range(7))
     source = put(tmp_path, *lengths(7), {"prompt": "p"}, *lengths(3))  # which reading finds
     found, _, stopped = shared(monkeypatch, Job("score", replace(A_ROW_A_WINDOW, strict=True)), source)
     assert stopped.startswith("line 8: ") and [row["id"] for row in found] == list(range(7))
@@ -252,45 +255,199 @@ def test_where_all_is_done_no_rank_loads_a_model(monkeypatch, tmp_path):
     assert (found, monitor.rows, stopped) == ([], 0, None)
 
 
-@pytest.mark.parametrize("more", [-3, 3])
-def test_ranks_that_read_different_rows_do_not_wait_for_each_other(monkeypatch, tmp_path, more):
-    """The input grows, or is cut, between rank 0's reading and the others'."""
-    source = put(tmp_path, *lengths(9))
-    theirs = put(tmp_path, *lengths(9 + more), name="theirs.jsonl")
-    monkeypatch.setattr("endoreward_fast.command.ranks.rows_left", lambda file, *about: rows_left(theirs, *about))
-    found, _, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), source)
-    assert "the ranks read different rows" in stopped and "--resume goes on" in stopped
-    assert [row["id"] for row in found] == list(range(len(found)))
+@pytest.fixture
+def board(monkeypatch):
+    """Where rank 0 is alone of two: the other is up to the test."""
+    made = Board(torch.distributed.HashStore())
+    monkeypatch.setattr("endoreward_fast.command.ranks.call", lambda *about: made)
+    monkeypatch.setattr(Board, "of_launch", lambda: made)
+    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: LengthScorer())
+    return made
 
 
-def test_an_input_that_is_another_on_another_machine_is_refused(monkeypatch, tmp_path):
-    board, source = Board(torch.distributed.HashStore()), put(tmp_path, *lengths(9))
+def engine_and_windows(tmp_path, count):
+    source = put(tmp_path, *lengths(count))
+    windows = pipeline.windows(open_source(str(source)), "score", A_ROW_A_WINDOW)
+    return lead(Job("score", A_ROW_A_WINDOW), Rank(0, 2, 0), "", idle=False), windows
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_rank_0_keeps_what_was_handed_in(board, tmp_path, how):
+    """Past a window that another rank has not handed in, and may never: by Ctrl-C, or by the launcher."""
+    board.count("claimed")  # window 0, by a rank that is gone
+    engine, windows = engine_and_windows(tmp_path, 5)
+    lines = []
+    Thread(target=interrupt, args=(board, 4, how), daemon=True).start()
+    with pytest.raises(KeyboardInterrupt if how == signal.SIGINT else SystemExit) as caught:
+        engine(windows, lines.append, Monitor(quiet=True))
+    assert [json.loads(line)["id"] for line in lines] == [1, 2, 3, 4]
+    assert how == signal.SIGINT or caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # what it was before
+
+
+def interrupt(board, handed_in, how):
+    while board.count("handed in", 0) < handed_in:
+        time.sleep(0.01)
+    time.sleep(0.1)  # to be in the middle of waiting
+    os.kill(os.getpid(), how)
+
+
+def test_a_rank_that_is_not_heard_of_any_more_is_named(board, monkeypatch, tmp_path):
+    """A machine that is lost, which no launcher sees. What the others handed in is kept."""
+    monkeypatch.setattr("endoreward_fast.command.ranks.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.ranks.LOST", 0.5)
+    board.count("claimed")  # window 0, by rank 1, which is never heard of
+    board.count("handed in")  # and another that it died over
+    engine, windows = engine_and_windows(tmp_path, 4)
+    lines = []
+    with pytest.raises(EndoRewardError, match=r"rank 1 has not been heard of for 0 minutes: .*; --resume goes on"):
+        engine(windows, lines.append, Monitor(quiet=True))
+    assert [json.loads(line)["id"] for line in lines] == [1, 2, 3]
+
+
+def test_a_rank_that_takes_long_is_heard_of(monkeypatch, tmp_path):
+    """Longer than a lost one is waited for, over its model and over a window."""
+    monkeypatch.setattr("endoreward_fast.command.ranks.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.ranks.LOST", 0.4)
+
+    class Slow(LengthScorer):
+        def iter_scores(self, rows, **options):
+            time.sleep(0.9)
+            return super().iter_scores(rows, **options)
+
+    def load(flags):
+        if not flags.quiet:  # rank 0, which is there at once
+            return LengthScorer()
+        time.sleep(0.9)
+        return Slow()
+
+    found, _, stopped = shared(
+        monkeypatch, Job("score", A_ROW_A_WINDOW), put(tmp_path, *lengths(9)), ranks=2, load=load
+    )
+    assert stopped is None and [row["id"] for row in found] == list(range(9))
+
+
+def test_a_rank_that_is_lost_when_all_is_written_is_not_waited_for(board, monkeypatch, tmp_path):
+    monkeypatch.setattr("endoreward_fast.command.ranks.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.ranks.LOST", 0.3)
+    engine, windows = engine_and_windows(tmp_path, 4)
+    lines = []
+    engine(windows, lines.append, Monitor(quiet=True))
+    assert len(lines) == 4
+
+
+def hand_in(board, number, line):
+    finished = Finished(number, [(line, f"line {number + 1}", None)])
+    board.put(f"result {board.count('handed in')}", finished.to_json().encode())
+
+
+def test_what_others_hand_in_is_written_while_rank_0_is_at_work(board, monkeypatch, tmp_path):
+    board.count("claimed")  # window 0, by rank 1
+    lines, seen = [], []
+
+    class Watching(LengthScorer):
+        def iter_scores(self, rows, **options):
+            if not seen:
+                hand_in(board, 0, '{"id": 0}')
+                until(lambda: lines)
+                seen.extend(lines)
+            return super().iter_scores(rows, **options)
+
+    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: Watching())
+    engine, windows = engine_and_windows(tmp_path, 3)
+    board.put("rank 1 left", b"")
+    engine(windows, lines.append, Monitor(quiet=True))
+    assert seen == ['{"id": 0}'] and [json.loads(line)["id"] for line in lines] == [0, 1, 2]
+
+
+def until(seen):
+    deadline = time.monotonic() + 20
+    while not seen():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_only_so_many_windows_are_dealt_out_before_the_first_is_written():
+    """They are all that a kill of rank 0 loses."""
+    board, lines = Board(torch.distributed.HashStore()), []
+    output = InOrder(lines.append, Monitor(quiet=True))
+    clerk = Clerk(board, 2, Windows([n] for n in range(40)), output)
+    clerk.start()
+    try:
+        until(lambda: board.has("window 7"))
+        for number in (2, 3, 1):
+            hand_in(board, number, f"{number}")
+        time.sleep(0.2)
+        assert lines == [] and not board.has("window 8")
+        hand_in(board, 0, "0")
+        until(lambda: board.has("window 11"))
+        time.sleep(0.2)
+        assert lines == ["0", "1", "2", "3"] and not board.has("window 12")
+        hand_in(board, 6, "6")
+    finally:
+        clerk.leave()
+    clerk.raise_error()
+    assert board.get("end") == b"0"  # whoever waits for a window goes
+    output.keep()
+    assert lines[4:] == ["6"]
+
+
+def test_an_output_that_cannot_be_written_ends_rank_0(board, tmp_path):
+    def full(line):
+        raise EndoRewardError("cannot write out: No space left on device")
+
+    engine, windows = engine_and_windows(tmp_path, 40)
+    with pytest.raises(EndoRewardError, match="No space left"):
+        engine(windows, full, Monitor(quiet=True))
+
+
+def test_a_defect_in_the_clerk_is_raised_by_rank_0(board, tmp_path):
+    engine, _ = engine_and_windows(tmp_path, 1)
+    with pytest.raises(ZeroDivisionError):
+        engine(iter([1 / n] for n in (0,)), print, Monitor(quiet=True))
+
+
+def test_other_weights_by_the_same_name_are_refused(monkeypatch):
+    board = Board(torch.distributed.HashStore())
     monkeypatch.setattr(Board, "of_launch", lambda: board)
-    leader = Thread(target=call, args=(board, 2, {"done": {}, "size": 1234}), daemon=True)
+    leader = Thread(target=call, args=(board, 2, {"weights": "sha256 0", "idle": False}), daemon=True)
     leader.start()
-    with pytest.raises(EndoRewardError, match=r"in.jsonl is not the one that rank 0 reads, which has 1,234 bytes"):
-        help_out(Job("score", A_ROW_A_WINDOW), Rank(1, 2, 1), str(source))
+    with pytest.raises(EndoRewardError, match="model 'pocket' is not what rank 0 has by that name"):
+        help_out(Job("score", A_ROW_A_WINDOW), Rank(1, 2, 1))
     leader.join(20)
 
 
-def test_ctrl_c_keeps_what_rank_0_finished(monkeypatch, tmp_path):
-    """Past a window that another rank has not handed in, and may never."""
-    board, lines = Board(torch.distributed.HashStore()), []
-    monkeypatch.setattr("endoreward_fast.command.ranks.call", lambda *about: board)
-    monkeypatch.setattr(Board, "of_launch", lambda: board)
-    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: LengthScorer())
-    board.claim()  # window 0, by a rank that is gone
-    source = put(tmp_path, *lengths(5))
-    windows = pipeline.windows(open_source(str(source)), "score", A_ROW_A_WINDOW)
+def test_each_rank_scores_by_its_own_flags(monkeypatch, tmp_path):
+    """A device of its own, and quietly but for the first."""
+    loaded = []
 
-    def interrupt(seconds):
-        raise KeyboardInterrupt
+    def load(flags):
+        loaded.append((flags.device, flags.quiet))
+        return LengthScorer()
 
-    engine = lead(Job("score", A_ROW_A_WINDOW), Rank(0, 2, 0), str(source), Counter(), idle=False)
-    monkeypatch.setattr("endoreward_fast.command.ranks.time.sleep", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        engine(windows, lines.append, Monitor(quiet=True))
-    assert [json.loads(line)["id"] for line in lines] == [1, 2, 3, 4]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found, *_ = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), put(tmp_path, *lengths(5)), ranks=2, load=load)
+    assert len(found) == 5 and sorted(loaded) == [("cuda:0", False), ("cuda:1", True)]
+
+
+def test_a_warning_over_a_model_is_said_by_rank_0_alone(monkeypatch, tmp_path):
+    def load(flags):
+        warnings.warn("no usable tokenizer", stacklevel=2)
+        return LengthScorer()
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        board = Board(torch.distributed.HashStore())
+        monkeypatch.setattr(Board, "of_launch", lambda: board)
+        monkeypatch.setattr(pipeline, "load_scorer", load)
+        board.put("end", b"0")
+        monkeypatch.setattr(
+            "endoreward_fast.command.ranks.come",
+            lambda *about: (board, {"weights": weights_of("pocket"), "idle": False}),
+        )
+        help_out(Job("score", A_ROW_A_WINDOW), Rank(1, 2, 1))
+    assert caught == [] and board.has("rank 1 left")
 
 
 def test_what_a_rank_is_warned_of_is_said_once_by_rank_0(monkeypatch, tmp_path, capsys):
@@ -302,7 +459,7 @@ def test_what_a_rank_is_warned_of_is_said_once_by_rank_0(monkeypatch, tmp_path, 
     monkeypatch.setattr(Together, "iter_scores", warned)
     monitor = Monitor()
     for _ in range(2):
-        found = Job("score", EngineFlags()).finish(items, Together(None, []))
+        found = Job("score", EngineFlags()).finish(0, items, Together(None, []))
         Finished.from_json(found.to_json()).hand_on(lambda line: None, monitor)
     assert capsys.readouterr().err == "endoreward: out of memory with max_tokens_per_batch=1: it is halved\n"
 
@@ -315,33 +472,43 @@ def test_a_store_that_cannot_be_reached_is_one_clear_line(rank_0_of_2, monkeypat
     assert said.startswith("endoreward: the ranks' common store at localhost:") and said.count("\n") == 1
 
 
-def test_windows_are_written_in_order_whoever_finishes_first(tmp_path):
-    board, lines, monitor = Board(torch.distributed.HashStore()), [], Finished()
-    output = _InOrder(board, 2, lambda line: (lines.append(line), monitor.rows.append((line, "", None))), monitor)
-    windows = {n: Finished([(f"{n}\n", f"line {n}", None)], tokens=n) for n in range(4)}
-    board.put("window 1", windows[1].to_json())
-    output.own[2] = windows[2]
-    output.hand_on()
-    assert lines == []  # window 0 is missing
-    output.own[0] = windows[0]
-    output.hand_on()
-    assert lines == ["0\n", "1\n", "2\n"] and monitor.tokens == 3
-    board.put("window 3", Finished(windows[3].rows, 3, "line 9: no (--strict: stopped here)").to_json())
+def test_windows_are_written_in_order_whoever_finishes_first():
+    lines, monitor = [], Finished(-1)
+    output = InOrder(lambda line: (lines.append(line), monitor.rows.append((line, "", None))), monitor)
+    windows = [Finished(n, [(f"{n}\n", f"line {n}", None)], tokens=n) for n in range(6)]
+    output.add(windows[1])
+    output.add(windows[2])
+    assert lines == [] and output.due == 0
+    output.add(windows[0])
+    assert lines == ["0\n", "1\n", "2\n"] and monitor.tokens == 3 and output.due == 3
+    output.add(windows[5])
+    output.add(replace(windows[4], stopped="line 9: no (--strict: stopped here)"))
     with pytest.raises(EndoRewardError, match="line 9"):
-        output.hand_on(until=4)
-    assert lines[3] == "3\n"  # what was done before is written
+        output.add(windows[3])
+    assert lines[3:] == ["3\n", "4\n"]  # what was done before is written
+    output.keep()
+    assert lines[5:] == []  # and nothing behind it
+
+
+def test_what_waits_is_kept_past_gaps():
+    lines, monitor = [], Monitor(quiet=True)
+    output = InOrder(lines.append, monitor)
+    for number in (4, 2, 7):
+        output.add(Finished(number, [(str(number), "", None)], stopped="no" if number == 2 else None))
+    output.keep()
+    assert lines == ["2", "4", "7"] and monitor.rows == 3
 
 
 def test_a_window_is_finished_with_what_stopped_it(tmp_path):
     rows = [{"prompt": "p", "completion": text} for text in ("a\u2028", "bb", "LONG")]
     flags = EngineFlags(strict=True)
-    (items,) = pipeline.windows(open_source(put(tmp_path, *rows)), "score", flags)
-    found = Job("score", flags).finish(items, LengthScorer())
-    assert Finished.from_json(found.to_json().encode()) == found
-    assert "line 3: 9 tokens" in found.stopped
-    assert [where for _, where, _ in found.rows] == ["line 3"]  # scored last first: what is done is kept
+    (items,) = pipeline.windows(open_source(put(tmp_path, *rows[::-1])), "score", flags)
+    found = Job("score", flags).finish(7, items, LengthScorer())
+    assert Finished.from_json(found.to_json().encode()) == found and found.number == 7
+    assert "line 1: 9 tokens" in found.stopped
+    assert [where for _, where, _ in found.rows] == ["line 2", "line 3"]  # scored last first: what is done is kept
     (items,) = pipeline.windows(open_source(put(tmp_path, *rows)), "score", EngineFlags())
-    found = Job("score", EngineFlags()).finish(items, LengthScorer())
+    found = Job("score", EngineFlags()).finish(0, items, LengthScorer())
     assert [(where, problem and problem[:8]) for _, where, problem in found.rows] == [
         ("line 1", None), ("line 2", None), ("line 3", "9 tokens"),
     ]  # fmt: skip

@@ -13,8 +13,9 @@ import pytest
 from cli_harness import LengthScorer, put, rows_of, run
 from endoreward_fast import EndoRewardError
 from endoreward_fast.command import pipeline
+from endoreward_fast.command.options import EngineFlags
 from endoreward_fast.command.output import Sink, _lock
-from endoreward_fast.command.resume import key_of, rows_done
+from endoreward_fast.command.resume import IRRELEVANT, Done, key_of, rows_done
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -70,33 +71,105 @@ def test_equal_rows_are_counted_and_holes_filled(scorer, tmp_path):
     assert Counter(out.read_text().splitlines(keepends=True)) == Counter(lines)
 
 
-def test_rows_that_failed_are_done_too(scorer, tmp_path):
-    source, out = (
-        put(tmp_path, *rows(2), "not json", {"prompt": "p"}, {"prompt": "p", "completion": "LONG"}),
-        tmp_path / "o",
-    )
+def test_rows_that_failed_are_tried_again(scorer, tmp_path):
+    """Those that fail again are named again, and the exit code says so; those that do not have their scores."""
+    bad = ["not json", {"prompt": "p"}, {"id": 7, "prompt": "p", "completion": "LONG"}]
+    source, out = put(tmp_path, *rows(2), *bad, *rows(4)[2:]), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q", code=2)
     whole = out.read_text()
-    run("score", source, "-o", out, "--resume", "-q")
-    assert out.read_text() == whole and whole.count("\n") == 5
+    result = run("score", source, "-o", out, "--resume", code=2)
+    assert f"{out} holds 4 rows of an earlier run, and 3 without a score, which are tried again" in result.stderr
+    assert "line 3: not valid JSON" in result.stderr and "3 of 3 rows could not be scored" in result.stderr
+    assert Counter(out.read_text().splitlines()) == Counter(whole.splitlines())
+    score = scorer.iter_scores  # memory has room for it now, say
+    scorer.iter_scores = lambda samples, **o: score([s | {"completion": s["completion"].lower()} for s in samples], **o)
+    out.chmod(0o640)
+    run("score", source, "-o", out, "--resume", "-q", code=2)
+    found = rows_of(out.read_text())
+    assert Counter(row["score"] for row in found) == Counter([-1.0, -2.0, -3.0, -4.0, -4.0, None, None])
+    assert "error" not in next(row for row in found if row.get("id") == 7) and out.stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        (["--alpha", "2"], "was made with alpha=1.0, not 2.0: scores would not compare"),
-        (["--model", "other"], "was made with model='pocket', not 'other'"),
-        (["--per-token"], "was made with per_token=False, not True"),
-    ],
-)
-def test_another_configuration_is_refused(scorer, flags, said, tmp_path):
+def test_what_is_there_stays_until_the_first_row_is_written(scorer, tmp_path):
+    """And whole, whatever ends the run."""
+    bad = {"id": 9, "prompt": "p", "completion": "LONG"}
+    source, out = put(tmp_path, *rows(2), bad), tmp_path / "out.jsonl"
+    link = tmp_path / "latest"
+    link.symlink_to(out)
+    run("score", source, "-o", link, "-q", code=2)
+    whole = out.read_text()
+    longer = put(tmp_path, bad, *rows(4), name="longer.jsonl")
+    scorer.stop_after = 0
+    run("score", longer, "-o", link, "-q", "--resume", code=130)
+    assert out.read_text() == whole
+    scorer.stop_after = None
+    out.with_name("out.jsonl.part").mkdir()
+    said = run("score", longer, "-o", link, "-q", "--resume", code=2).stderr
+    assert f"cannot write {link}: Is a directory" in said and out.read_text() == whole
+    out.with_name("out.jsonl.part").rmdir()
+    run("score", longer, "-o", link, "-q", "--resume", code=2)
+    assert [row.get("id") for row in rows_of(out.read_text())] == [0, 1, 9, 2, 3] and link.is_symlink()
+
+
+def test_the_row_that_stopped_a_strict_run_is_not_done(scorer, tmp_path):
+    bad = {"id": 9, "prompt": "p", "completion": "LONG"}
+    source, out = put(tmp_path, *rows(2), bad, *rows(4)[2:]), tmp_path / "out.jsonl"
+    command = ("score", source, "-o", out, "-q", "--strict", "--max-tokens-per-batch", "1")
+    for again in ((), ("--resume",)):
+        said = run(*command, *again, code=2).stderr
+        assert said.startswith("endoreward: line 3: 9 tokens") and said.count("\n") == 1
+        assert [row["id"] for row in rows_of(out.read_text())] == [0, 1]
+    run("score", source, "-o", out, "-q", "--resume", code=2)
+    assert [row["id"] for row in rows_of(out.read_text())] == [0, 1, 9, 2, 3]
+
+
+OTHER = {
+    "dtype": "float16", "alpha": 2.0, "reduction": "mean", "gamma": 0.5, "floor": 0.25, "system": "s",
+    "chat": False, "max_length": 9, "truncate": "prompt",
+}  # fmt: skip
+"""another value of every flag that scores depend on"""
+
+
+def test_every_flag_is_compared_or_known_to_change_nothing():
+    assert {*OTHER, *IRRELEVANT} == EngineFlags().to_json().keys()
+
+
+@pytest.mark.parametrize("name", [*OTHER, "per_token", "version"])
+def test_another_configuration_is_refused(scorer, monkeypatch, name, tmp_path):
     source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
     before = out.read_text()
-    result = run("score", source, "-o", out, "--resume", *flags, "-q", code=2)
-    assert said in result.stderr and result.stderr.count("\n") == 1
-    assert out.read_text() == before
-    run("score", source, "-o", out, "--resume", "--max-tokens-per-batch", "9", "--limit", "1", "-q")  # change no score
+    if name == "version":
+        monkeypatch.setattr("endoreward_fast.cli.version", lambda package: "9.9")
+    flag, value = "--" + name.replace("_", "-"), OTHER.get(name, "9.9" if name == "version" else True)
+    flags = {"version": [], "per_token": [flag], "chat": ["--no-chat"]}.get(name, [flag, value])
+    said = run("score", source, "-o", out, "--resume", *flags, "-q", code=2).stderr
+    assert f"--resume: {out} was made with {name}=" in said and said.count("\n") == 1
+    assert said.endswith(f"not {value!r}: scores would not compare\n") and out.read_text() == before
+
+
+def test_another_command_is_refused_and_flags_that_change_no_score_are_not(scorer, tmp_path):
+    source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q")
+    said = run("rank", source, "-o", out, "--resume", "-q", code=2).stderr
+    assert "was made with command='score', not 'rank'" in said
+    run("score", source, "-o", out, "--resume", "--max-tokens-per-batch", "9", "--limit", "1", "--device", "cpu", "-q")
+
+
+def test_a_model_goes_by_its_weights(scorer, monkeypatch, tmp_path):
+    """Not by its name: the same folder may hold others, and others may hold the same."""
+    source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
+    monkeypatch.chdir(tmp_path)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors").write_bytes(bytes(100))
+    run("score", source, "-o", out, "-q", "--model", "./first")
+    for same in (tmp_path / "first", "./first/", "./second"):
+        run("score", source, "-o", out, "-q", "--model", same, "--resume")
+    (tmp_path / "first" / "model.safetensors").write_bytes(bytes(99) + b"1")
+    said = run("score", source, "-o", out, "-q", "--model", "./first", "--resume", code=2).stderr
+    assert f"{out} was made with the model './first' (sha256 " in said and "scores would not compare" in said
 
 
 def test_bad_input_is_one_clear_line(scorer, tmp_path):
@@ -129,6 +202,28 @@ def test_what_ends_before_its_first_row_leaves_nothing_that_resume_trips_over(sc
     out.write_text("")  # killed while the model was loaded
     run("score", source, "-o", out, "--resume", "-q")
     assert out.read_text() == before
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_settings_that_cannot_be_written_leave_old_results_alone(scorer, resume, tmp_path):
+    source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
+    if not resume:
+        out.write_text("mine\n")
+    Path(f"{out}.settings.json.part").mkdir()
+    said = run("score", source, "-o", out, "-q", *resume, code=2).stderr
+    assert f"cannot write {out}.settings.json: Is a directory" in said and said.count("\n") == 1
+    assert out.exists() == (not resume) and (resume or out.read_text() == "mine\n")
+
+
+@pytest.mark.parametrize("descriptor", ["stdout", "stderr"])
+def test_a_log_that_results_are_added_to_is_not_emptied(tmp_path, descriptor):
+    log = tmp_path / "log"
+    log.write_text("before\n")
+    command = [sys.executable, "-m", "endoreward_fast", "score", put(tmp_path, *rows(2)), "-q", "-o"]
+    with log.open("a") as file:
+        subprocess.run([*command, f"/dev/{descriptor}"], check=True, cwd=ROOT, timeout=120, **{descriptor: file})
+    assert log.read_text().startswith("before\n") and log.read_text().count('"score"') == 2
+    assert not Path(f"{log}.settings.json").exists()
 
 
 def test_a_device_is_written_and_gets_no_settings_beside_it(scorer, tmp_path):
@@ -173,7 +268,7 @@ def test_keys_survive_being_written_and_read(scorer, tmp_path):
             assert Counter(out.read_text().split("\n")[:-1]) == Counter(lines), lines[missing]
     when = {"when": Path("a"), "x": 0.1}
     assert key_of(when) == key_of({"x": 0.1, "when": "a"}) != key_of(when | {"x": 0.2})
-    assert rows_done("nowhere.jsonl", {}) == Counter()
+    assert rows_done("nowhere.jsonl", {}) == Done()
 
 
 def test_columns_of_a_file_scored_before_all_stay(scorer, tmp_path):
@@ -190,16 +285,18 @@ def test_what_cannot_be_scored_may_be_all_that_is_left(scorer, tmp_path):
     source, out = put(tmp_path, *rows(3), "not json", {"prompt": "p"}), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q", code=2)
     whole = out.read_text()
-    out.write_text("".join(whole.splitlines(keepends=True)[:3]))
-    said = run("score", source, "-o", out, "--resume", "-q", code=2).stderr
-    assert out.read_text() == whole and "2 of 2 rows could not be scored" in said
+    for kept in (3, 4, 5):
+        out.write_text("".join(whole.splitlines(keepends=True)[:kept]))
+        said = run("score", source, "-o", out, "--resume", "-q", code=2).stderr
+        assert out.read_text() == whole and "2 of 2 rows could not be scored" in said
 
 
 def test_where_all_is_done_no_model_is_loaded(scorer, monkeypatch, tmp_path):
     source, out = put(tmp_path, *rows(3)), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
     monkeypatch.setattr(pipeline, "load_scorer", None)
-    assert "scored 0 of 0 rows" in run("score", source, "-o", out, "--resume").stderr
+    said = run("score", source, "-o", out, "--resume").stderr
+    assert f"{out} holds 3 rows of an earlier run\n" in said and "scored 0 of 0 rows" in said
 
 
 @pytest.mark.parametrize("column", ["id", "score", "input_score"])
@@ -227,7 +324,7 @@ def test_a_row_without_the_id_is_an_error(scorer, tmp_path):
     )
     whole = out.read_text()
     assert [row["score"] for row in rows_of(whole)] == [-1.0, -2.0, None, None, None]
-    run("score", put(tmp_path, *rows_), "-o", out, "--id", "id", "--resume", "-q")
+    run("score", put(tmp_path, *rows_), "-o", out, "--id", "id", "--resume", "-q", code=2)
     assert out.read_text() == whole
     result = run("score", put(tmp_path, *rows(2)), "--id", "di", code=2)  # before a model is loaded
     assert result.stderr.endswith("line 1: it has no 'di', the column that --id names\n")

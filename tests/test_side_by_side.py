@@ -11,10 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
+from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.command.options import JUDGES as JUDGE_NAMES
 from endoreward_fast.command.options import SIGNALS as SIGNAL_NAMES
 from endoreward_fast.judges import JUDGES
-from endoreward_fast.loading import pocket_path
 from endoreward_fast.reward_model import RewardModel
 from endoreward_fast.signals import SIGNALS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from endoreward_fast.loading import pocket_path
+from endoreward_fast.checkpoint import pocket_path
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "trainers.md").read_text()

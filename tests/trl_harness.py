@@ -3,8 +3,8 @@
 import trl
 from datasets import Dataset
 
+from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.demo_data import problems
-from endoreward_fast.loading import pocket_path
 
 SETTINGS = {
     "per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 10, "max_steps": 2, "beta": 0.01,

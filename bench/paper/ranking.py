@@ -24,10 +24,10 @@ from torch import nn
 
 from bench.paper import output
 from endoreward_fast import EndoRewardModel
+from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.command.evaluation import Accuracy, wilson
 from endoreward_fast.demo_data import TASKS, Problem, problems
 from endoreward_fast.judges import JUDGES
-from endoreward_fast.loading import pocket_path
 from endoreward_fast.reward_model import RewardModel
 from endoreward_fast.signals import SIGNALS
 

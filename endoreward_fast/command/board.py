@@ -44,9 +44,8 @@ class Board:
 
         return Board(PrefixStore(name, self._store))
 
-    def put(self, key: str, text: str) -> None:
+    def put(self, key: str, data: bytes) -> None:
         """Leave a message; its number of parts last, as that is what is waited for."""
-        data = text.encode()
         parts = [data[start : start + PART] for start in range(0, len(data), PART)]
         for n, part in enumerate(parts):
             self._store.set(f"{key} part {n}", part)
@@ -56,23 +55,23 @@ class Board:
         """Whether the messages are there."""
         return bool(self._store.check(list(keys)))
 
-    def get(self, key: str) -> str:
+    def get(self, key: str) -> bytes:
         """The message, which must be there."""
-        return b"".join(self._store.get(part) for part in self._parts(key)).decode()
+        return b"".join(self._store.get(part) for part in self._parts(key))
 
-    def take(self, key: str) -> str:
+    def take(self, key: str) -> bytes:
         """The message, which must be there, and which nobody else wants."""
-        text = self.get(key)
+        data = self.get(key)
         for name in (*self._parts(key), key):
             self._store.delete_key(name)
-        return text
+        return data
 
     def _parts(self, key: str) -> list[str]:
         return [f"{key} part {n}" for n in range(int(self._store.get(key)))]
 
-    def claim(self) -> int:
-        """The number of the next window that nobody has."""
-        return int(self._store.add("claimed", 1)) - 1
+    def count(self, key: str, more: int = 1) -> int:
+        """What all ranks together have counted there so far, once `more` is added."""
+        return int(self._store.add(f"{key} count", more))
 
 
 @contextmanager
@@ -107,16 +106,16 @@ def _came(rank: int) -> str:
 def call(board: Board, size: int, about: dict[str, Any]) -> Board:
     """Rank 0: the board of an attempt, once all ranks have come to it; `about` is what they are told."""
     attempt = uuid4().hex
-    board.put(ATTEMPT, attempt)
+    board.put(ATTEMPT, attempt.encode())
     here = board.part(attempt)
     names = [_name_of(other, here) for other in range(1, size)]
-    here.put(START, json.dumps(about | {"ranks": names}))
+    here.put(START, json.dumps(about | {"ranks": names}).encode())
     return here
 
 
 def _name_of(rank: int, board: Board) -> str:
     _until(lambda: board.has(_came(rank)), f"rank {rank}")
-    return board.get(_came(rank))
+    return board.get(_came(rank)).decode()
 
 
 def come(board: Board, rank: int) -> tuple[Board, dict[str, Any]]:
@@ -125,20 +124,20 @@ def come(board: Board, rank: int) -> tuple[Board, dict[str, Any]]:
     while True:
         attempt = _next_attempt(board, attempt)
         here = board.part(attempt)
-        here.put(_came(rank), name)
+        here.put(_came(rank), name.encode())
         about = _about(board, attempt)
         if name in about["ranks"]:
             return here, about  # else it is an earlier attempt, and rank 0 is on its way
 
 
 def _next_attempt(board: Board, before: str) -> str:
-    _until(lambda: board.has(ATTEMPT) and board.get(ATTEMPT) != before, "rank 0")
-    return board.get(ATTEMPT)
+    _until(lambda: board.has(ATTEMPT) and board.get(ATTEMPT).decode() != before, "rank 0")
+    return board.get(ATTEMPT).decode()
 
 
 def _about(board: Board, attempt: str) -> dict[str, Any]:
     """What rank 0 tells at the start of the attempt; that nobody came to it, where another follows."""
     here = board.part(attempt)
-    _until(lambda: here.has(START) or board.get(ATTEMPT) != attempt, "another rank")
+    _until(lambda: here.has(START) or board.get(ATTEMPT).decode() != attempt, "another rank")
     found: dict[str, Any] = json.loads(here.get(START)) if here.has(START) else {"ranks": []}
     return found

@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import EndoRewardError
@@ -26,6 +26,8 @@ Engine = Callable[[Iterator[list[Item]], Write, Monitor], None]
 class Finished:
     """A window's rows as they are written, on their way to who writes them."""
 
+    number: int
+    """of the window in the input, from 0"""
     rows: list[tuple[str, str, str | None]] = field(default_factory=list)
     """line, where the row stood, what is wrong with it"""
     tokens: int = 0
@@ -36,13 +38,13 @@ class Finished:
 
     def to_json(self) -> str:
         """One text."""
-        return json.dumps([self.rows, self.tokens, self.stopped, self.notes])
+        return json.dumps([self.number, self.rows, self.tokens, self.stopped, self.notes])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Finished:
         """And back."""
-        rows, tokens, stopped, notes = json.loads(text)
-        return cls([(line, where, problem) for line, where, problem in rows], tokens, stopped, notes)
+        number, rows, tokens, stopped, notes = json.loads(text)
+        return cls(number, [(line, where, problem) for line, where, problem in rows], tokens, stopped, notes)
 
     def hand_on(self, write: Write, monitor: Monitor) -> None:
         """Write the rows. Raises EndoRewardError where it was stopped."""
@@ -91,15 +93,42 @@ class Job:
             strict=self.flags.strict,
         )  # fmt: skip
 
-    def finish(self, items: list[Item], scorer: Scorer) -> Finished:
-        """One window, kept for who writes it; an EndoRewardError is part of it."""
-        found = Finished()
+    def finish(self, number: int, items: list[Item], scorer: Scorer) -> Finished:
+        """Window `number`, kept for who writes it; an EndoRewardError is part of it."""
+        found = Finished(number)
         try:
             with warnings_to(found.notes.append):
                 self.score(items, scorer, lambda line: found.rows.append((line, "", None)), found)
         except EndoRewardError as error:
             found.stopped = str(error)
         return found
+
+
+class InOrder:
+    """Finished windows, in whatever order they come, on their way into the output in the order of the input."""
+
+    def __init__(self, write: Write, monitor: Monitor) -> None:
+        self._write, self._monitor = write, monitor
+        self._waiting: dict[int, Finished] = {}
+        self.due = 0
+        """the number of the next to be written"""
+
+    def add(self, finished: Finished) -> None:
+        """Write it once all before it are. Raises EndoRewardError: it was stopped, or cannot be written; no more is."""
+        self._waiting[finished.number] = finished
+        try:
+            while self.due in self._waiting:
+                self.due += 1
+                self._waiting.pop(self.due - 1).hand_on(self._write, self._monitor)
+        except EndoRewardError:
+            self._waiting.clear()
+            raise
+
+    def keep(self) -> None:
+        """Write what waits, past what is missing: nothing more comes, and --resume fills holes."""
+        for number in sorted(self._waiting):
+            finished = self._waiting.pop(number)
+            replace(finished, stopped=None).hand_on(self._write, self._monitor)
 
 
 @contextmanager

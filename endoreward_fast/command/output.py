@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -16,6 +19,7 @@ from ..errors import EndoRewardError
 from .data import STDIN
 
 UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+STDOUT, STDERR = 1, 2  # file descriptors
 ERRORS_SHOWN = 20  # row errors named on standard error; the others are counted
 
 
@@ -45,21 +49,23 @@ class Sink:
     """Output to a path, or to standard output where the path is None or "-".
 
     Opening checks that the path can be written, keeps other runs from it, and touches nothing there; the first write
-    replaces it, or after `append` goes on behind it. `on_replace` is called as soon as what was there is gone; a device
-    or a pipe is never replaced. Raises EndoRewardError if the path cannot be written, is one of `inputs`, or is being
-    written by another run.
+    empties it, within `emptying()`, or after `append` goes on behind what is there. A device, a pipe or what standard
+    output or error goes to is never emptied. Raises EndoRewardError if the path cannot be written, is one of `inputs`,
+    or is being written by another run.
     """
 
     def __init__(
-        self, path: str | None, inputs: tuple[str, ...] = (), *, on_replace: Callable[[], None] | None = None
-    ) -> None:
-        self._on_replace = on_replace
-        self.name = "standard output" if path in (None, STDIN) else str(path)
-        self._fresh = self._created = False
-        self._path = path
-        if path is None or path == STDIN:
-            self._file: BinaryIO = sys.stdout.buffer
+        self, path: str | None, inputs: tuple[str, ...] = (), *,
+        emptying: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self._emptying = emptying
+        self._before_first: Callable[[], None] | None = None
+        self._created = False
+        if path is None or path == STDIN or _is_open_as(path, STDOUT):
+            self.name, self._file = "standard output", sys.stdout.buffer
             return
+        self.name = path
+        self._file: BinaryIO
         if any(i != STDIN and _same(path, i) for i in inputs):
             raise EndoRewardError(f"{path} is the input: writing there would lose it")
         self._created = not os.path.lexists(path)
@@ -67,23 +73,45 @@ class Sink:
             self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__
         except OSError as error:
             raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
-        self._fresh = stat.S_ISREG(os.fstat(self._file.fileno()).st_mode)
-        if self._fresh and not (_lock(self._file) and _is_at(self._file, path)):
-            self._file.close()
-            raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
+        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode) and not _is_open_as(path, STDERR):
+            self._before_first = self._empty
+            if not (_lock(self._file) and _is_at(self._file, path)):
+                self._file.close()
+                raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
 
-    def append(self) -> None:
-        """Keep what is there."""
-        self._fresh = False
+    def append(self, kept: Iterable[bytes] | None = None) -> None:
+        """Keep what is there; or of that, from the first write on, the lines `kept`."""
+        self._before_first = None if kept is None else partial(self._rewrite, kept)
+
+    def _empty(self) -> None:
+        with self._emptying():
+            self._file.truncate(0)
+
+    def _rewrite(self, lines: Iterable[bytes]) -> None:
+        """Another file in the place of this one, which stays whole until that is."""
+        path = os.path.realpath(self.name)  # a link stays one
+        part = f"{path}.part"
+        try:
+            file = open(part, "wb")  # noqa: SIM115  it becomes the output
+            shutil.copymode(path, part)
+            _lock(file)
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException:
+            with suppress(OSError):  # it could not even be begun
+                os.unlink(part)
+            raise
+        self._file.close()
+        self._file = file
 
     def write(self, text: str | bytes) -> None:
         """Write `text` and push it through to the operating system."""
         try:
-            if self._fresh:
-                self._file.truncate(0)
-                if self._on_replace:
-                    self._on_replace()
-                self._fresh = False
+            if self._before_first:
+                self._before_first()
+                self._before_first = None
             # Half a surrogate pair has no UTF-8; its backslash escape is what JSON spells it with.
             self._file.write(text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))
             self._file.flush()
@@ -110,7 +138,7 @@ class Sink:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is getattr(sys.stdout, "buffer", None):
             return
-        made_for_nothing = self._path if kind and self._created and self._fresh else None
+        made_for_nothing = self.name if kind and self._created and self._before_first else None
         if made_for_nothing and sys.platform != "win32":
             os.unlink(made_for_nothing)  # while it is locked: afterwards it may be the next run's
         try:
@@ -120,6 +148,14 @@ class Sink:
                 raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
         if made_for_nothing and sys.platform == "win32":
             os.unlink(made_for_nothing)
+
+
+def _is_open_as(path: str, descriptor: int) -> bool:
+    """Whether `path` names what that descriptor of this process is open on, such as /dev/stdout."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False  # one of the two is not there
 
 
 def _lock(file: BinaryIO) -> bool:

@@ -192,9 +192,10 @@ def score_items(
         for position, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **options) if samples else ():
             item, i = owners[position]
             item.results[i] = result
+            if strict and (problem := item.problem(i)):
+                del item.results[i]  # it is not written: to --resume it is not done
+                raise EndoRewardError(f"{item.record.where}: {problem} (--strict: stopped here)")
             monitor.advance(item.done)
-            if strict and item.problem(i):
-                raise EndoRewardError(f"{item.record.where}: {item.problem(i)} (--strict: stopped here)")
             while waiting and waiting[0].done:
                 hand_on(waiting.popleft())
     finally:

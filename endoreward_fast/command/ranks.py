@@ -1,30 +1,39 @@
 """Rows shared by the processes that torchrun or accelerate started (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
 
-Every rank reads the same windows of rows and claims the next one that nobody has; what it finishes goes to rank 0, by
-the launcher's own key-value store, and rank 0 writes it in the order of the input. A window is scored in the same
-batches whoever has it, so that scores do not depend on how many ranks there are. A rank that dies ends the others
-(the launcher sees to that); --resume goes on.
+Rank 0 alone reads the input and writes the output. It deals windows of rows out by the launcher's own key-value store,
+a few for each rank ahead of what is written; every rank, itself among them, claims the next one, scores it and hands it
+in. A window is scored in the same batches whoever has it, so that scores do not depend on how many ranks there are. A
+rank that dies ends the others (the launcher sees to that, or that it is not heard of any more does); what was handed in
+until then is written, and --resume goes on.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
+import signal
 import time
-from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
+from threading import Event, Thread
+from typing import Any
 
+from ..checkpoint import weights_of
 from ..errors import EndoRewardError
-from . import pipeline
 from .board import PAUSE, Board, call, come, reached
-from .jobs import Engine, Finished, Job, Windows, Write, note_idle, warnings_to
+from .jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
 from .options import EngineFlags
 from .output import Monitor
-from .pipeline import Item
-from .resume import rows_left
+from .pipeline import Item, Scorer
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+AHEAD = 4
+"""windows for each rank that may be dealt out before the first of them is written: what a kill loses"""
+BEAT = 10.0
+"""seconds between two signs of life"""
+LOST = 600.0
+"""seconds without one"""
 
 
 @dataclass(frozen=True)
@@ -81,107 +90,218 @@ def _number(name: str) -> int:
     return int(text)
 
 
+# ---------------------------------------------------------------- the board's keys
+CLAIMED, HANDED_IN, END = "claimed", "handed in", "end"
+
+
+def _window(number: int) -> str:
+    return f"window {number}"
+
+
+def _result(number: int) -> str:
+    return f"result {number}"
+
+
+def _beats(rank: int) -> str:
+    return f"rank {rank} beats"
+
+
 def _left(rank: int) -> str:
     return f"rank {rank} left"
 
 
-def _window(index: int) -> str:
-    return f"window {index}"
+# ---------------------------------------------------------------- every rank
+def _score(board: Board, job: Job, scorer: Scorer) -> None:
+    """Window after window, until there are no more for this rank."""
+    while (window := _claimed(board)) is not None:
+        finished = job.finish(*window, scorer)
+        board.put(_result(board.count(HANDED_IN)), finished.to_json().encode())
 
 
-class _InOrder:
-    """Finished windows on their way into the output."""
-
-    def __init__(self, board: Board, size: int, write: Write, monitor: Monitor) -> None:
-        self._board, self._write, self._monitor = board, write, monitor
-        self._everybody_left = [_left(rank) for rank in range(1, size)]
-        self.own: dict[int, Finished] = {}
-        """rank 0's, by number"""
-        self._due = 0
-
-    def hand_on(self, until: int = 0) -> None:
-        """Write what is there, up to the first that is missing; those before window `until` are waited for."""
-        while self._due < until or self._due in self.own or self._board.has(_window(self._due)):
-            found = self.own.pop(self._due, None) or self._others(_window(self._due))
-            self._due += 1
-            found.hand_on(self._write, self._monitor)
-
-    def keep_own(self) -> None:
-        """Write what rank 0 has finished, past what is missing: --resume fills holes."""
-        for number in sorted(self.own):
-            self.own.pop(number).hand_on(self._write, self._monitor)
-
-    def _others(self, window: str) -> Finished:
-        while not self._board.has(window):
-            if self._board.has(*self._everybody_left) and not self._board.has(window):
-                raise EndoRewardError(OTHER_INPUT)  # whoever claimed it found no such window
-            time.sleep(PAUSE)
-        return Finished.from_json(self._board.take(window))
-
-    def see_off(self, windows: int) -> None:
-        """Wait for all to go: a store may end with rank 0, and they still speak to it. They read as many `windows`?"""
-        for left in self._everybody_left:
-            while not self._board.has(left):
-                time.sleep(PAUSE)
-            if int(self._board.get(left)) != windows:
-                raise EndoRewardError(OTHER_INPUT)
+def _claimed(board: Board) -> tuple[int, list[Item]] | None:
+    """(number, rows) of the next window that nobody has, once it is dealt out; None where there is none."""
+    number = board.count(CLAIMED) - 1
+    while not (board.has(END) and int(board.get(END)) <= number):
+        if board.has(_window(number)):
+            # Pickled: a row of Parquet holds what JSON has no spelling for. torch's object collectives do the same.
+            return number, pickle.loads(board.take(_window(number)))
+        time.sleep(PAUSE)
+    return None
 
 
-OTHER_INPUT = (
-    "the ranks read different rows: the input was changed meanwhile, or is another on another machine; with one that "
-    "stays as it is, --resume goes on"
-)
-
-
-def lead(job: Job, rank: Rank, file: str, done: Counter[str], *, idle: bool) -> Engine:
-    """Rank 0's part: its share of the windows, and writing everybody's. `done`: rows of an earlier run."""
+# ---------------------------------------------------------------- every rank but the first
+def help_out(job: Job, rank: Rank) -> None:
+    """Score what rank 0 deals out. Raises EndoRewardError: its store, or the model here, is not what it should be."""
     with reached():
-        board = call(Board.of_launch(), rank.size, {"done": done, "size": Path(file).stat().st_size})
-    if idle:
-        return lambda windows, write, monitor: _InOrder(board, rank.size, write, monitor).see_off(0)
+        board, about = come(Board.of_launch(), rank.rank)
+        with _heard(board, rank):
+            if weights_of(job.flags.model) != about["weights"]:
+                raise EndoRewardError(
+                    f"model {job.flags.model!r} is not what rank 0 has by that name: scores would differ"
+                )
+            if not about["idle"]:
+                job = replace(job, flags=rank.flags(job.flags))
+                with warnings_to(lambda warning: None):  # the same as rank 0's
+                    scorer = job.load()
+                _score(board, job, scorer)
+        board.put(_left(rank.rank), b"")
+
+
+@contextmanager
+def _heard(board: Board, rank: Rank) -> Iterator[None]:
+    """Signs of life meanwhile, from a thread of their own: a window may take long, and so may loading a model."""
+    from torch.distributed import DistError
+
+    done = Event()
+
+    def beat() -> None:
+        with suppress(DistError):  # a store that is gone: the main thread meets it too, and says so
+            while not done.wait(BEAT):
+                board.count(_beats(rank.rank))
+
+    board.count(_beats(rank.rank))
+    thread = Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+# ---------------------------------------------------------------- rank 0
+def lead(job: Job, rank: Rank, weights: str, *, idle: bool) -> Engine:
+    """Rank 0's part. `weights`: of its model; `idle`: nothing is left to score."""
+    with reached():
+        board = call(Board.of_launch(), rank.size, {"weights": weights, "idle": idle})
     job = replace(job, flags=rank.flags(job.flags))
-    scorer = job.load()
+    scorer = None if idle else job.load()
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
-        read, output = Windows(windows), _InOrder(board, rank.size, write, monitor)
-        with reached():
+        read, output = Windows(windows), InOrder(write, monitor)
+        clerk = Clerk(board, rank.size, read, output)
+        with _terminable():
+            clerk.start()
             try:
-                for index, items in _claimed(read, board):
-                    output.own[index] = job.finish(items, scorer)
-                    output.hand_on()
-                output.hand_on(until=read.count)
-            except KeyboardInterrupt:
-                output.keep_own()
-                raise
-            output.see_off(read.count)
-        note_idle(monitor, read.count, rank.size, "ranks")
+                with reached():
+                    if scorer is not None:
+                        _score(board, job, scorer)
+                clerk.join()
+            finally:
+                clerk.leave()
+                output.keep()
+        clerk.raise_error()
+        if not idle:
+            note_idle(monitor, read.count, rank.size, "ranks")
         read.raise_error()
 
     return run
 
 
-def _claimed(windows: Windows, board: Board) -> Iterator[tuple[int, list[Item]]]:
-    """(number, window) of those that this rank gets."""
-    mine = board.claim()
-    for number, items in enumerate(windows):
-        if number == mine:
-            yield number, items
-            mine = board.claim()
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, by which a launcher ends the ranks when one has died, is an exception: what was handed in is written."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def help_out(job: Job, rank: Rank, file: str) -> None:
-    """Every other rank's part. What is wrong with the input rank 0 says."""
-    with reached():
-        board, about = come(Board.of_launch(), rank.rank)
-        source = rows_left(file, job.flags, Counter(about["done"]))
-        if Path(file).stat().st_size != about["size"]:
-            raise EndoRewardError(f"{file} is not the one that rank 0 reads, which has {about['size']:,} bytes")
-        job = replace(job, flags=rank.flags(job.flags))
-        first, windows = pipeline.peek(pipeline.windows(source, job.command, job.flags))
-        read = Windows(windows)
-        if first:
-            with warnings_to(lambda warning: None):  # the same as rank 0's
-                scorer = job.load()
-            for number, items in _claimed(read, board):
-                board.put(_window(number), job.finish(items, scorer).to_json())
-        board.put(_left(rank.rank), str(read.count))
+class Clerk(Thread):
+    """Rank 0's second hand: deals windows out, writes what comes back, and hears whether the others are still there."""
+
+    def __init__(self, board: Board, size: int, read: Windows, output: InOrder) -> None:
+        super().__init__(daemon=True)
+        self._board, self._output, self._windows = board, output, iter(read)
+        self._ahead = AHEAD * size
+        self._dealt = self._received = 0
+        self._all_dealt = False
+        self._signs = {rank: (0, time.monotonic()) for rank in range(1, size)}
+        """signs of life, and when there was a new one"""
+        self._next_look = time.monotonic() + BEAT
+        self._leave = Event()
+        self._error: Exception | None = None
+
+    def leave(self) -> None:
+        """Take in what has been handed in, and end."""
+        self._leave.set()
+        self.join()
+
+    def raise_error(self) -> None:
+        """Raise what ended it, if that was an error."""
+        if self._error is not None:
+            raise self._error
+
+    def run(self) -> None:
+        """Until all is written and everybody has left."""
+        try:
+            with reached():
+                self._work()
+        except Exception as error:
+            self._error = error
+
+    def _work(self) -> None:
+        try:
+            while not (self._all_dealt and self._output.due == self._dealt):
+                self._deal()
+                if self._receive():
+                    continue
+                if self._leave.is_set():
+                    return self._receive_past_gaps()
+                if (lost := self._lost()) is not None:
+                    self._receive_past_gaps()
+                    raise EndoRewardError(
+                        f"rank {lost} has not been heard of for {LOST / 60:.0f} minutes: what the others finished is "
+                        "kept; --resume goes on"
+                    )
+                self._leave.wait(PAUSE)
+            # A store may end with rank 0, and they still speak to it.
+            everybody = [_left(rank) for rank in self._signs]
+            while not self._board.has(*everybody) and self._lost() is None and not self._leave.wait(PAUSE):
+                pass
+        finally:
+            self._board.put(END, b"0")  # nobody waits for what does not come
+
+    def _deal(self) -> None:
+        while not self._all_dealt and self._dealt < self._output.due + self._ahead:
+            items = next(self._windows, None)
+            if items is None:
+                self._all_dealt = True
+                self._board.put(END, str(self._dealt).encode())
+            else:
+                self._board.put(_window(self._dealt), pickle.dumps(items))
+                self._dealt += 1
+
+    def _receive(self) -> bool:
+        """Whether the next was handed in; it is written where all before it are."""
+        key = _result(self._received + 1)
+        if not self._board.has(key):
+            return False
+        self._received += 1
+        self._output.add(Finished.from_json(self._board.take(key)))
+        return True
+
+    def _receive_past_gaps(self) -> None:
+        """A rank that died while it handed in left a gap."""
+        while self._received < self._board.count(HANDED_IN, 0):
+            if not self._receive():
+                self._received += 1
+
+    def _lost(self) -> int | None:
+        """A rank that has not been heard of for too long, and has not left."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return None
+        self._next_look = now + BEAT
+        for rank, (before, since) in self._signs.items():
+            beats = self._board.count(_beats(rank), 0)
+            if beats != before:
+                self._signs[rank] = (beats, now)
+            elif now - since > LOST and not self._board.has(_left(rank)):
+                return rank
+        return None

@@ -1,8 +1,8 @@
 """Going on with a run that was cut off: which rows its output holds already, and whether it was made the same way.
 
-Beside an output OUT stands OUT.settings.json: what the numbers depend on, and a hash of it. A row is known again by a
-hash of its own columns, or of the one that --id names; equal rows are counted, so that each is scored as often as it
-stands in the input.
+Beside an output OUT stands OUT.settings.json: what the numbers depend on, and a hash of it. A row is done when it has
+its score; one with an error is tried again. It is known again by a hash of its own columns, or of the one that --id
+names; equal rows are counted, so that each is scored as often as it stands in the input.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,34 +26,63 @@ ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "toke
 """columns that a command adds behind the row's own"""
 FIRST = {"score": "score", "rank": "scores"}
 """the first of them, which every row gets"""
-IRRELEVANT = frozenset({"limit", "max_tokens_per_batch", "device"})
-"""flags that change no score beyond float noise"""
+IRRELEVANT = frozenset({"model", "limit", "max_tokens_per_batch", "device"})
+"""flags that change no score beyond float noise; and a model's name, as its weights are there"""
 
 
-def settings_of(command: str, version: str, flags: Mapping[str, Any], per_token: bool) -> dict[str, Any]:
-    """What the numbers of a run depend on."""
-    kept = {name: value for name, value in flags.items() if name not in IRRELEVANT}
-    return {"command": command, "version": version, "per_token": per_token} | kept
+def settings_of(command: str, version: str, flags: Mapping[str, Any], per_token: bool, weights: str) -> dict[str, Any]:
+    """What a run was made with. `weights`: what its model's name stood for."""
+    return {"command": command, "version": version, "per_token": per_token, **flags, "weights": weights}
 
 
-def record(output: str, settings: Mapping[str, Any]) -> None:
-    """Write OUT.settings.json."""
-    text = json.dumps({"hash": _hash(settings), "settings": settings}, indent=1) + "\n"
+@contextmanager
+def recorded(output: str, settings: Mapping[str, Any]) -> Iterator[None]:
+    """Write OUT.settings.json once what is inside is done: emptying `output`, which is not begun if they cannot be.
+
+    New settings beside the rows of an earlier run would have --resume take those for this one's.
+    """
+    final = _beside(output)
+    part = final.with_name(f"{final.name}.part")
+    relevant = {name: value for name, value in settings.items() if name not in IRRELEVANT}
+    text = json.dumps({"hash": _hash(relevant), "settings": settings}, indent=1) + "\n"
     try:
-        _beside(output).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise EndoRewardError(f"cannot write {_beside(output)}: {error.strerror}") from None
+        try:
+            part.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise EndoRewardError(f"cannot write {final}: {error.strerror}") from None
+        yield
+        os.replace(part, final)
+    finally:
+        with suppress(OSError):  # it is there no more, or never was
+            part.unlink()
 
 
-def rows_done(output: str, settings: Mapping[str, Any], column: str | None = None) -> Counter[str]:
-    """How often each row stands in `output`; none if that is not there yet, or empty. A torn last line is cut off.
+@dataclass(frozen=True)
+class Done:
+    """What an output holds of an earlier run."""
+
+    rows: Counter[str] = field(default_factory=Counter)
+    """how often each row that has its score stands there, by its key"""
+    failed: int = 0
+    """rows that have none: they are tried again"""
+
+    @property
+    def described(self) -> str:
+        """In words."""
+        again = f", and {self.failed:,} without a score, which are tried again" if self.failed else ""
+        return f"{self.rows.total():,} rows of an earlier run{again}"
+
+
+def rows_done(output: str, settings: Mapping[str, Any], column: str | None = None) -> Done:
+    """What stands in `output`; nothing if that is not there yet, or empty. A torn last line is cut off.
 
     Raises EndoRewardError: an output without its settings or with others, a line that is no row.
     """
     if not Path(output).exists() or not Path(output).stat().st_size:
-        return Counter()  # settings come with the first row
+        return Done()  # settings come with the first row
     _refuse_other(output, settings)
     done: Counter[str] = Counter()
+    failed = 0
     try:
         with open(output, "rb+") as file:
             end = 0
@@ -61,11 +91,23 @@ def rows_done(output: str, settings: Mapping[str, Any], column: str | None = Non
                     file.truncate(end)  # it was being written when the run ended
                     break
                 end += len(line)
-                row = _row_of_result(line, FIRST[settings["command"]], f"{output}, line {number}")
-                done[key_of(row, column)] += 1
+                row, added = _row_of_result(line, settings["command"], f"{output}, line {number}")
+                if "error" in added:
+                    failed += 1
+                else:
+                    done[key_of(row, column)] += 1
     except OSError as error:
         raise EndoRewardError(f"cannot read {output}: {error.strerror}") from None
-    return done
+    return Done(done, failed)
+
+
+def lines_done(output: str, command: str) -> Iterator[bytes]:
+    """The lines of `output` that have their scores."""
+    with open(output, "rb") as file:
+        for number, line in enumerate(file, 1):
+            _, added = _row_of_result(line, command, f"{output}, line {number}")
+            if "error" not in added:
+                yield line
 
 
 def rows_left(file: str, flags: EngineFlags, done: Counter[str]) -> Source:
@@ -108,8 +150,9 @@ def _own_name(name: str) -> str:
     return own if own in ADDED else name
 
 
-def _row_of_result(line: bytes, first: str, where: str) -> dict[str, Any]:
-    """What is kept of the row that this line of the output was made of; `first` is the first column added to it."""
+def _row_of_result(line: bytes, command: str, where: str) -> tuple[dict[str, Any], frozenset[str]]:
+    """What is kept of the row that this line of the output was made of, and which columns were added to it."""
+    first = FIRST[command]
     try:
         row = json.loads(line)
     except ValueError:
@@ -118,7 +161,7 @@ def _row_of_result(line: bytes, first: str, where: str) -> dict[str, Any]:
         raise EndoRewardError(f"--resume: {where} is not a row of results")
     names = list(row)
     added = ADDED.intersection(names[names.index(first) :])
-    return {name: value for name, value in row.items() if name not in added}
+    return {name: value for name, value in row.items() if name not in added}, added
 
 
 def _hash(value: Any) -> str:
@@ -137,7 +180,10 @@ def _refuse_other(output: str, settings: Mapping[str, Any]) -> None:
         raise EndoRewardError(
             f"--resume: {output} is there, but {_beside(output).name} does not say how it was made"
         ) from None
-    for name in sorted({*before, *settings}):
+    if before.get("weights") != settings["weights"]:
+        was, now = (f"{s.get('model')!r} ({s.get('weights')})" for s in (before, settings))
+        raise EndoRewardError(f"--resume: {output} was made with the model {was}, not {now}: scores would not compare")
+    for name in sorted({*before, *settings} - IRRELEVANT):
         if before.get(name) != settings.get(name):
             was, now = before.get(name), settings.get(name)
             raise EndoRewardError(

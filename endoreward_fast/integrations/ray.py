@@ -15,13 +15,15 @@ command takes and writes in the order of the input.
 
 import contextlib
 import logging
+import os
 import pickle
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ..command.jobs import Engine, Finished, Job, Windows, Write, note_idle, warnings_to
+from ..command.jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
 from ..command.options import EngineFlags
 from ..command.output import Monitor
 from ..command.pipeline import Item
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 ADDED = ("score", "tokens", "error")
+PATIENCE = 10.0
+"""seconds to wait for a cluster to answer"""
 RETRIES = 3
 """of a window whose actor died under it: Ray's own number has no end, and rows may be what kills it"""
 
@@ -79,7 +83,7 @@ class ScoreRows:
 
 
 class ScoreWindow:
-    """The actor of `on_ray`: {"window": pickled items} -> {"finished": their lines}."""
+    """The actor of `on_ray`: {"number": of a window, "items": pickled} -> {"finished": their lines}."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -92,9 +96,10 @@ class ScoreWindow:
             self.refusal = str(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        number = int(row["number"])
         if self.refusal:
-            return {"finished": Finished(stopped=self.refusal).to_json()}
-        finished = self.job.finish(pickle.loads(row["window"]), self.scorer)
+            return {"finished": Finished(number, stopped=self.refusal).to_json()}
+        finished = self.job.finish(number, pickle.loads(row["items"]), self.scorer)
         finished.notes[:0] = self.notes
         return {"finished": finished.to_json()}
 
@@ -109,6 +114,7 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
 
     ours = not ray.is_initialized()
     if ours:
+        _look_for(os.environ.get("RAY_ADDRESS", ""))
         try:
             ray.init(logging_level="error", log_to_driver=False)
         except (ConnectionError, ValueError, RuntimeError) as error:  # RAY_ADDRESS names none, or is no address
@@ -116,16 +122,16 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
     size = actors(flags, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
-        read = Windows(windows)
-        packed = [{"window": pickle.dumps(items)} for items in read]
+        read, output = Windows(windows), InOrder(write, monitor)
+        packed = [{"number": number, "items": pickle.dumps(items)} for number, items in enumerate(read)]
         note_idle(monitor, read.count, size["actors"], "actors")
         try:
-            with contextlib.redirect_stdout(
-                sys.stderr
-            ):  # Ray prints of actors that died, between rows on their way out
-                for finished in _in_order(packed, job, **size):
-                    Finished.from_json(finished).hand_on(write, monitor)
+            # Ray prints of actors that died, between rows on their way out.
+            with contextlib.redirect_stdout(sys.stderr):
+                for finished in _finished(packed, job, **size):
+                    output.add(Finished.from_json(finished))
         finally:
+            output.keep()
             if ours:
                 ray.shutdown()
         read.raise_error()
@@ -133,15 +139,26 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
     return run
 
 
-def _in_order(packed: list[dict[str, bytes]], job: Job, actors: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
-    """What ScoreWindow makes of each window, in their order."""
+def _look_for(address: str) -> None:
+    """EndoRewardError where no machine answers at `address`: Ray tries for minutes, and says so to itself."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdecimal()):
+        return  # none is named, or "auto", or none at all, which Ray says
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise EndoRewardError(f"--engine ray: nothing answers at {address} (RAY_ADDRESS): {reason}") from None
+
+
+def _finished(packed: list[dict[str, Any]], job: Job, actors: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
+    """What ScoreWindow makes of each window, as they come."""
     import ray.data
 
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.ERROR)  # the command has a bar and words of its own; Ray's log files keep theirs
     data = ray.data.from_items(packed, override_num_blocks=len(packed))
-    data.context.execution_options.preserve_order = True
     data.context.enable_progress_bars = False
     pool = ray.data.ActorPoolStrategy(size=min(actors, len(packed)))
     with warnings.catch_warnings():
