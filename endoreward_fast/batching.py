@@ -73,7 +73,10 @@ def in_batches(
 
 def does_not_fit(tokens: int) -> str:
     """What is said of a row that comes with None."""
-    return f"out of memory: {tokens} tokens do not fit by themselves"
+    return (
+        f"out of memory: {tokens} tokens do not fit by themselves; max_length with truncate (--max-length, --truncate) "
+        "would cut them"
+    )
 
 
 def _if_it_fits(run: Callable[[list[int]], Result], places: list[int]) -> Result | None:

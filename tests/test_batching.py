@@ -91,6 +91,23 @@ def test_memory_runs_out_beside_the_allocator(said):
         assert [result for _, result in in_batches(run, [1, 1], 2, Room())] == [[0], [1]]
 
 
+def test_what_the_allocator_kept_is_given_back_before_the_next_try(monkeypatch):
+    """A smaller batch has other shapes: the blocks cached for the larger one are of no use to it."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+
+    def run(places):
+        done.append(len(places))
+        if len(places) > 1:
+            raise torch.OutOfMemoryError
+        return places
+
+    with pytest.warns(UserWarning, match="out of memory"):
+        list(in_batches(run, [1, 1], 2, Room()))
+    assert done == [2, "emptied", 1, 1]
+
+
 def test_what_memory_has_room_for_is_remembered_and_said_once():
     """Windows of ten rows each, as the command has them: only the first runs out."""
     room, memory = Room(), Memory(30, [10] * 10)

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.batching import does_not_fit
 from endoreward_fast.judges import JUDGES, PAIRWISE, POINTWISE, TEXT_ENDING, VERIFIER, Pairwise, Pointwise, Verifier
 from endoreward_fast.reward_model import RewardModel
 from endoreward_fast.scoring import RowScore
@@ -329,7 +330,7 @@ def test_a_reward_model_goes_on_where_memory_runs_out():
         if length < max(lengths):
             assert row.score == pytest.approx(score, rel=1e-4)
         else:
-            assert row.score is None and row.error == f"out of memory: {length} tokens do not fit by themselves"
+            assert row.score is None and row.error == does_not_fit(length)
 
 
 def test_a_reward_model_without_a_template_reads_text_and_refuses_messages():

@@ -234,4 +234,5 @@ def test_rows_that_memory_has_no_room_for_are_said_and_stop_no_other(llama):
         llama.room = Room()
     assert [row.score for row in found[:4]] == pytest.approx([row.score for row in wanted[:4]], abs=1e-4)
     assert found[4].score is None and found[4].num_tokens == wanted[4].num_tokens
-    assert found[4].error == f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit by themselves"
+    said = f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit by themselves; max_length with truncate "
+    assert found[4].error == said + "(--max-length, --truncate) would cut them"
