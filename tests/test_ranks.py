@@ -277,12 +277,19 @@ def test_what_ends_rank_0_keeps_what_was_handed_in(board, tmp_path, how):
     board.count("claimed")  # window 0, by a rank that is gone
     engine, windows = engine_and_windows(tmp_path, 5)
     lines = []
+
+    def write(line):
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher tells its ranks again
+        os.kill(os.getpid(), signal.SIGTERM)
+        lines.append(line)
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     Thread(target=interrupt, args=(board, 4, how), daemon=True).start()
     with pytest.raises(KeyboardInterrupt if how == signal.SIGINT else SystemExit) as caught:
-        engine(windows, lines.append, Monitor(quiet=True))
+        engine(windows, write, Monitor(quiet=True))
     assert [json.loads(line)["id"] for line in lines] == [1, 2, 3, 4]
     assert how == signal.SIGINT or caught.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # what it was before
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
 def interrupt(board, handed_in, how):

@@ -180,14 +180,14 @@ def lead(job: Job, rank: Rank, weights: str, *, idle: bool) -> Engine:
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
         read, output = Windows(windows), InOrder(write, monitor)
         clerk = Clerk(board, rank.size, read, output)
-        with _terminable():
-            clerk.start()
-            try:
-                with reached():
-                    if scorer is not None:
-                        _score(board, job, scorer)
+        clerk.start()
+        try:
+            with _signals(_leave), reached():
+                if scorer is not None:
+                    _score(board, job, scorer)
                 clerk.join()
-            finally:
+        finally:
+            with _signals(signal.SIG_IGN, signal.SIGINT):  # a launcher sends another while this one ends
                 clerk.leave()
                 output.keep()
         clerk.raise_error()
@@ -198,18 +198,20 @@ def lead(job: Job, rank: Rank, weights: str, *, idle: bool) -> Engine:
     return run
 
 
+def _leave(number: int, frame: Any) -> None:
+    """What was handed in is written when a launcher ends the ranks, as it does when one has died."""
+    raise SystemExit(128 + number)
+
+
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, by which a launcher ends the ranks when one has died, is an exception: what was handed in is written."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
+def _signals(handler: Any, *more: signal.Signals) -> Iterator[None]:
+    """SIGTERM, and `more`, go to `handler` meanwhile."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, *more)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 class Clerk(Thread):
