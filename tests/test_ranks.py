@@ -271,8 +271,16 @@ def engine_and_windows(tmp_path, count):
     return lead(Job("score", A_ROW_A_WINDOW), Rank(0, 2, 0), "", idle=False), windows
 
 
+@pytest.fixture
+def ctrl_c():
+    """It is heard, also where the tests run in the background of a shell, which has its jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_what_ends_rank_0_keeps_what_was_handed_in(board, tmp_path, how):
+def test_what_ends_rank_0_keeps_what_was_handed_in(board, ctrl_c, tmp_path, how):
     """Past a window that another rank has not handed in, and may never: by Ctrl-C, or by the launcher."""
     board.count("claimed")  # window 0, by a rank that is gone
     engine, windows = engine_and_windows(tmp_path, 5)
