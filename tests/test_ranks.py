@@ -14,6 +14,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from threading import Barrier, Thread
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -318,6 +319,24 @@ def test_a_rank_that_is_not_heard_of_any_more_is_named(board, monkeypatch, tmp_p
     with pytest.raises(EndoRewardError, match=r"rank 1 has not been heard of for 0 minutes: .*; --resume goes on"):
         engine(windows, lines.append, Monitor(quiet=True))
     assert [json.loads(line)["id"] for line in lines] == [1, 2, 3]
+
+
+def test_whoever_was_heard_of_within_ten_minutes_or_has_left_is_not_lost(monkeypatch):
+    now, board = [0.0], Board(torch.distributed.HashStore())
+    monkeypatch.setattr("endoreward_fast.command.ranks.time", SimpleNamespace(monotonic=lambda: now[0]))
+    clerk = Clerk(board, 3, Windows(iter(())), InOrder(print, Monitor(quiet=True)))
+
+    def lost_at(seconds, *beating):
+        now[0] = float(seconds)
+        for rank in beating:
+            board.count(f"rank {rank} beats")
+        return clerk._lost()
+
+    assert [lost_at(11, 1, 2), lost_at(300, 1), lost_at(605), lost_at(606)] == [None] * 4
+    assert lost_at(620) == 2
+    board.put("rank 2 left", b"")
+    assert [lost_at(640), lost_at(895)] == [None, None]
+    assert lost_at(910) == 1
 
 
 def test_a_rank_that_takes_long_is_heard_of(monkeypatch, tmp_path):
