@@ -385,6 +385,19 @@ def test_two_runs_do_not_write_one_output(scorer, flags, tmp_path):
     run("score", source, "-o", out, "-q", "--resume")  # it has let go
 
 
+def test_an_output_written_anew_is_kept_from_other_runs_too(tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("bad\nkept\n")
+    with Sink(str(out)) as sink:
+        sink.append(iter([b"kept\n"]))
+        assert out.read_text() == "bad\nkept\n"
+        sink.write("more\n")
+        with pytest.raises(EndoRewardError, match="is being written by another run"):
+            Sink(str(out))
+        sink.write("and more\n")
+    assert out.read_text() == "kept\nmore\nand more\n"
+
+
 def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
     """A file may grow to 2 KB here; what was written stays, and the run goes on where there is room again."""
     source, out = put(tmp_path, *rows(60)), tmp_path / "out.jsonl"
