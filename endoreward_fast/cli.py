@@ -23,7 +23,7 @@ from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
 from .command.output import Monitor, Sink, one_line
 from .command.ranks import Rank, help_out, lead
 from .command.report import FileResult, to_json, to_text
-from .command.resume import Done, lines_done, recorded, rows_done, rows_left, settings_of
+from .command.resume import Done, in_order, lines_done, recorded, rows_done, rows_left, settings_of
 from .errors import EndoRewardError
 
 BAD_INPUT = 2  # exit code
@@ -103,7 +103,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
     if not rank.first:
         return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
-        raise EndoRewardError("several processes cannot share standard input or a pipe: name a file")
+        # Rank 0 reads in a thread, which nothing could end while it waits for more.
+        raise EndoRewardError("several processes do not read standard input or a pipe: name a file")
     output = str(flags.output)
 
     @cache
@@ -119,7 +120,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
             sink.append(lines_done(output, job.command))
         elif done.rows:
             sink.append()
-        source = rows_left(file, flags, done.rows)
+        order: list[str] = []
+        source = rows_left(file, flags, done.rows, order)
         first, windows = pipeline.peek(pipeline.windows(source, job.command, flags))
         if not first and not done.rows:
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
@@ -130,6 +132,10 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
             if done != Done():
                 monitor.note(f"{output} holds {done.described}")
             run(windows, sink.write, monitor)
+            if done.failed:
+                sink.write("")  # those without a score go, also where this input has none of them to try again
+            if done.rows and (lines := in_order(output, job.command, order, flags.id)) is not None:
+                sink.rewrite(lines)
     if monitor.failed:
         raise typer.Exit(BAD_INPUT)
 

@@ -4,13 +4,14 @@ import gzip
 import importlib.util
 import io
 import json
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 
 from endoreward_fast.command.candidates import MissingColumns, arrange, plan
-from endoreward_fast.command.data import open_source
+from endoreward_fast.command.data import DEEPEST, open_source
 from endoreward_fast.errors import EndoRewardError
 
 ROWS = [{"prompt": "p é", "completion": "c\u2028d"}, {"prompt": "q", "completion": "e\nf"}]
@@ -317,3 +318,15 @@ def test_rm_bench_files_as_they_come(name, count):
     assert len(tasks) == count
     assert all(t.layout == {"chosen": [0, 1, 2], "rejected": [3, 4, 5]} for t in tasks)
     assert tasks[0].samples[3]["completion"] == records[0].row["rejected"][0]
+
+
+@pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
+def test_a_row_that_is_nested_too_deeply_is_an_error_of_its_own(tmp_path, name):
+    """To one process as to many: what one of them can write, another's pickle may not."""
+    fits, deeper = ("[" * levels + "]" * levels for levels in (DEEPEST - 1, DEEPEST))
+    lines = [f'{{"prompt": "p", "completion": "c", "x": {x}}}' for x in (fits, deeper, '{"a": [1, {"b": 2}]}')]
+    path = tmp_path / name
+    path.write_text("\n".join(lines) if name.endswith("l") else f"[{', '.join(lines)}]")
+    found = list(open_source(str(path)).records)
+    assert [record.error for record in found] == [None, f"nested more than {DEEPEST} levels deep", None]
+    assert found[1].row is None and pickle.loads(pickle.dumps(found)) == found

@@ -126,7 +126,7 @@ def rank_0_of_2(monkeypatch):
 
 
 def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
-    assert "cannot share standard input" in run("score", "-", code=2, input="{}").stderr
+    assert "do not read standard input or a pipe: name a file" in run("score", "-", code=2, input="{}").stderr
     assert "no such file" in run("score", tmp_path / "absent", code=2).stderr
     os.mkfifo(tmp_path / "pipe")  # each would read some of it
     assert "or a pipe: name a file" in run("score", tmp_path / "pipe", code=2).stderr
@@ -144,6 +144,7 @@ def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
     for port, number, said in (
         ("1", "2", "RANK is 2 where WORLD_SIZE is 2"),
         ("a", "0", "MASTER_PORT is 'a': expected"),
+        ("65536", "0", "MASTER_PORT is 65536: ports end at 65535"),
     ):
         for name, value in (("WORLD_SIZE", "2"), ("RANK", number), ("MASTER_PORT", port)):
             monkeypatch.setenv(name, value)
@@ -186,7 +187,7 @@ def shared(monkeypatch, job, source, *, ranks=3, done=(), load=None):
     for other in others:
         other.start()
     lines, monitor, stopped = [], Monitor(quiet=True), None
-    opened = rows_left(str(source), job.flags, done)
+    opened = rows_left(str(source), job.flags, done, [])
     first, windows = pipeline.peek(pipeline.windows(opened, "score", job.flags))
     try:
         lead(job, Rank(0, ranks, 0), weights_of("pocket"), idle=not first)(windows, lines.append, monitor)

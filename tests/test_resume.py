@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 import time
@@ -49,6 +50,35 @@ def test_what_is_done_is_skipped_and_a_torn_line_is_done_again(scorer, tmp_path)
     assert out.read_text() == whole
 
 
+def test_what_was_made_up_for_stands_where_it_belongs(scorer, tmp_path):
+    """Whatever was missing, the output ends as that of a run which was not cut off, to the byte."""
+    wanted = [*rows(3), "not json", *rows(3), {"id": 5, "prompt": "p"}, *rows(7)]
+    source, out = put(tmp_path, *wanted), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q", code=2)
+    whole = out.read_text()
+    lines = whole.splitlines(keepends=True)
+    for seed in range(20):
+        kept = random.Random(seed).sample(lines, seed % len(lines))
+        out.write_text("".join(kept))
+        run("score", source, "-o", out, "--resume", "-q", code=2)
+        assert out.read_text() == whole, seed
+    assert list(tmp_path.glob("*.part")) == []
+
+
+def test_lines_of_no_row_of_this_input_stay_where_they_are(scorer, tmp_path):
+    out = tmp_path / "out.jsonl"
+    run("score", put(tmp_path, *rows(9)), "-o", out, "-q")
+    whole, inode = out.read_text(), out.stat().st_ino
+    run("score", put(tmp_path, *rows(9)), "-o", out, "-q", "--resume", "--limit", "3")
+    run("score", put(tmp_path, *rows(12)[9:]), "-o", out, "-q", "--resume")
+    assert out.read_text().startswith(whole) and [row["id"] for row in rows_of(out.read_text())] == list(range(12))
+    assert out.stat().st_ino == inode  # it was in order, and not written anew
+    whole = out.read_text()
+    out.write_text(whole + '{"score": null, "error": "line 9: not valid JSON"}\n')
+    said = run("score", put(tmp_path, *rows(3)), "-o", out, "--resume").stderr  # in which that line is mended
+    assert "and 1 without a score" in said and out.read_text() == whole
+
+
 def test_only_what_is_left_is_scored(scorer, tmp_path):
     out = tmp_path / "out.jsonl"
     run("score", put(tmp_path, *rows(6)), "-o", out, "-q")
@@ -68,7 +98,7 @@ def test_equal_rows_are_counted_and_holes_filled(scorer, tmp_path):
     lines = out.read_text().splitlines(keepends=True)
     out.write_text(lines[5] + lines[2])
     run("score", source, "-o", out, "--resume", "-q")
-    assert Counter(out.read_text().splitlines(keepends=True)) == Counter(lines)
+    assert out.read_text() == "".join(lines)
 
 
 def test_rows_that_failed_are_tried_again(scorer, tmp_path):
@@ -80,13 +110,13 @@ def test_rows_that_failed_are_tried_again(scorer, tmp_path):
     result = run("score", source, "-o", out, "--resume", code=2)
     assert f"{out} holds 4 rows of an earlier run, and 3 without a score, which are tried again" in result.stderr
     assert "line 3: not valid JSON" in result.stderr and "3 of 3 rows could not be scored" in result.stderr
-    assert Counter(out.read_text().splitlines()) == Counter(whole.splitlines())
+    assert out.read_text() == whole
     score = scorer.iter_scores  # memory has room for it now, say
     scorer.iter_scores = lambda samples, **o: score([s | {"completion": s["completion"].lower()} for s in samples], **o)
     out.chmod(0o640)
     run("score", source, "-o", out, "--resume", "-q", code=2)
     found = rows_of(out.read_text())
-    assert Counter(row["score"] for row in found) == Counter([-1.0, -2.0, -3.0, -4.0, -4.0, None, None])
+    assert [row["score"] for row in found] == [-1.0, -2.0, None, None, -4.0, -3.0, -4.0]
     assert "error" not in next(row for row in found if row.get("id") == 7) and out.stat().st_mode & 0o777 == 0o640
 
 
@@ -108,7 +138,7 @@ def test_what_is_there_stays_until_the_first_row_is_written(scorer, tmp_path):
     assert f"cannot write {link}: Is a directory" in said and out.read_text() == whole
     out.with_name("out.jsonl.part").rmdir()
     run("score", longer, "-o", link, "-q", "--resume", code=2)
-    assert [row.get("id") for row in rows_of(out.read_text())] == [0, 1, 9, 2, 3] and link.is_symlink()
+    assert [row.get("id") for row in rows_of(out.read_text())] == [9, 0, 1, 2, 3] and link.is_symlink()
 
 
 def test_the_row_that_stopped_a_strict_run_is_not_done(scorer, tmp_path):
@@ -310,8 +340,9 @@ def test_a_given_id_says_which_row_it_is(scorer, column, tmp_path):
     before = out.read_text()
     later = [{"seen": "2026", **row, "completion": "b"} for row in (*first, first[3])]  # n3 stands there twice
     run("score", put(tmp_path, *later), "-o", out, "--resume", "-q", "--id", column)
-    assert out.read_text().startswith(before)
-    assert [row["score"] for row in rows_of(out.read_text())] == [-1.0, -2.0, -3.0, -4.0, -4.0, -1.0, -1.0]
+    found = out.read_text().splitlines(keepends=True)
+    assert "".join(found[:4] + found[6:]) == before  # n3 stands there twice
+    assert [row["score"] for row in rows_of(out.read_text())] == [-1.0, -2.0, -3.0, -4.0, -1.0, -1.0, -4.0]
     run("score", put(tmp_path, *later), "-o", out, "--resume", "-q")  # by all columns: five others
     assert len(rows_of(out.read_text())) == 12
 
@@ -337,7 +368,8 @@ def test_another_input_goes_by_its_rows(scorer, change, tmp_path):
     second = {"shorter": first[:5], "longer": longer, "reordered": first[::-1]}[change]
     run("score", put(tmp_path, *first), "-o", out, "-q")
     run("score", put(tmp_path, *second), "-o", out, "--resume", "-q")
-    assert [row["id"] for row in rows_of(out.read_text())] == list(range(12 if change == "longer" else 8))
+    now = {"shorter": first, "longer": longer, "reordered": second}[change]  # in the order of the input it has now
+    assert rows_of(out.read_text()) == [row | {"score": -float(len(row["completion"]))} for row in now]
 
 
 def test_lines_that_an_editor_changed_are_known_or_refused(scorer, tmp_path):

@@ -25,6 +25,8 @@ from ..errors import EndoRewardError
 
 STDIN = "-"
 UTF8_BOM = b"\xef\xbb\xbf"
+DEEPEST = 100
+"""levels of lists and objects in a row: far below where Python's readers and writers give up, each at another depth"""
 JSON_LINES = (".jsonl", ".ndjson")
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 LISTS = frozenset(("completions", "responses", "messages", "prompt_ids", "completion_ids"))
@@ -170,9 +172,16 @@ def _json_lines(lines: Iterable[bytes], skipped: int = 0) -> Iterator[Record]:
 
 
 def _record(where: str, row: object) -> Record:
-    if isinstance(row, dict):
-        return Record(where, row)
-    return Record(where, None, f"wanted a JSON object, found {kind_of(row)}")
+    if not isinstance(row, dict):
+        return Record(where, None, f"wanted a JSON object, found {kind_of(row)}")
+    if _is_deeper(row, DEEPEST):
+        return Record(where, None, f"nested more than {DEEPEST} levels deep")
+    return Record(where, row)
+
+
+def _is_deeper(value: dict[str, Any] | list[Any], levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(one, levels - 1) for one in inner if isinstance(one, (dict, list)))
 
 
 def kind_of(value: object) -> str:
@@ -252,7 +261,7 @@ def _csv_record(where: str, header: list[str], fields: list[str]) -> Record:
         "".join(fields).encode("utf-8")
     except UnicodeEncodeError:
         return Record(where, None, "not UTF-8")
-    return Record(where, {column: _cell(column, text) for column, text in zip(header, fields, strict=True)})
+    return _record(where, {column: _cell(column, text) for column, text in zip(header, fields, strict=True)})
 
 
 def _cell(column: str, text: str) -> Any:

@@ -81,14 +81,14 @@ class Sink:
 
     def append(self, kept: Iterable[bytes] | None = None) -> None:
         """Keep what is there; or of that, from the first write on, the lines `kept`."""
-        self._before_first = None if kept is None else partial(self._rewrite, kept)
+        self._before_first = None if kept is None else partial(self.rewrite, kept)
 
     def _empty(self) -> None:
         with self._emptying():
             self._file.truncate(0)
 
-    def _rewrite(self, lines: Iterable[bytes]) -> None:
-        """Another file in the place of this one, which stays whole until that is."""
+    def rewrite(self, lines: Iterable[bytes]) -> None:
+        """`lines` in the place of what is there, which stays whole until they are. EndoRewardError: they cannot be."""
         path = os.path.realpath(self.name)  # a link stays one
         part = f"{path}.part"
         try:
@@ -99,9 +99,11 @@ class Sink:
             file.flush()
             os.fsync(file.fileno())
             os.replace(part, path)
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):  # it could not even be begun
                 os.unlink(part)
+            if isinstance(error, OSError):
+                raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
             raise
         self._file.close()
         self._file = file

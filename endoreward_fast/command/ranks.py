@@ -59,7 +59,8 @@ class Rank:
         found = cls(*(_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         if not found.rank < found.size:
             raise EndoRewardError(f"RANK is {found.rank} where WORLD_SIZE is {found.size}: they count from 0")
-        _number("MASTER_PORT")
+        if not 0 < _number("MASTER_PORT") < 1 << 16:
+            raise EndoRewardError(f"MASTER_PORT is {os.environ['MASTER_PORT']}: ports end at 65535")
         return found
 
     @property

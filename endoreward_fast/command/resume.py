@@ -2,7 +2,8 @@
 
 Beside an output OUT stands OUT.settings.json: what the numbers depend on, and a hash of it. A row is done when it has
 its score; one with an error is tried again. It is known again by a hash of its own columns, or of the one that --id
-names; equal rows are counted, so that each is scored as often as it stands in the input.
+names; equal rows are counted, so that each is scored as often as it stands in the input. When all is done, lines that were
+made up for are moved to where the input has them.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,15 +112,48 @@ def lines_done(output: str, command: str) -> Iterator[bytes]:
                 yield line
 
 
-def rows_left(file: str, flags: EngineFlags, done: Counter[str]) -> Source:
-    """The rows of `file` that are not done. One without what --id names is an error: it could not be known again."""
+def in_order(output: str, command: str, order: list[str], column: str | None = None) -> Iterator[bytes] | None:
+    """The lines of `output` in the order of the input, whose rows' keys are `order`; None if they are in it already.
+
+    What --resume makes up for stands behind what was there. A line of no row of this input keeps to the one before it.
+    """
+    places: dict[str, deque[int]] = defaultdict(deque)
+    for number, key in enumerate(order):
+        places[key].append(number)
+    lines: list[tuple[int, int]] = []
+    """place in the input, and where the line begins"""
+    place, start = -1, 0
+    with open(output, "rb") as file:
+        for number, line in enumerate(file, 1):
+            row, _ = _row_of_result(line, command, f"{output}, line {number}")
+            if known := places[key_of(row, column)]:
+                place = known.popleft()
+            lines.append((place, start))
+            start += len(line)
+    if all(a <= b for (a, _), (b, _) in pairwise(lines)):
+        return None
+    return _lines_at(output, [start for _, start in sorted(lines)])
+
+
+def _lines_at(output: str, starts: list[int]) -> Iterator[bytes]:
+    with open(output, "rb") as file:
+        for start in starts:
+            file.seek(start)
+            yield file.readline()
+
+
+def rows_left(file: str, flags: EngineFlags, done: Counter[str], order: list[str]) -> Source:
+    """The rows of `file` that are not done. One without what --id names is an error: it could not be known again.
+
+    `order` gets the key of every row that is read, if some are done.
+    """
     source = open_source(file, flags.limit)
     if flags.id is not None:
         source = replace(source, records=_identified(source.records, flags.id))
     if not done:
         return source
     left = None if source.total is None else max(0, source.total - done.total())
-    return Source(source.name, _remaining(source.records, Counter(done), flags.id), left)
+    return Source(source.name, _remaining(source.records, Counter(done), flags.id, order), left)
 
 
 def _identified(records: Iterator[Record], column: str) -> Iterator[Record]:
@@ -127,9 +162,10 @@ def _identified(records: Iterator[Record], column: str) -> Iterator[Record]:
         yield found if known else replace(found, error=f"it has no {column!r}, the column that --id names")
 
 
-def _remaining(records: Iterator[Record], done: Counter[str], column: str | None) -> Iterator[Record]:
+def _remaining(records: Iterator[Record], done: Counter[str], column: str | None, order: list[str]) -> Iterator[Record]:
     for found in records:
         key = key_of(found.row or {}, column)
+        order.append(key)
         if done[key]:
             done[key] -= 1
         else:
