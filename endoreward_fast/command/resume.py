@@ -2,8 +2,8 @@
 
 Beside an output OUT stands OUT.settings.json: what the numbers depend on, and a hash of it. A row is done when it has
 its score; one with an error is tried again. It is known again by a hash of its own columns, or of the one that --id
-names; equal rows are counted, so that each is scored as often as it stands in the input. When all is done, lines that were
-made up for are moved to where the input has them.
+names; equal rows are counted, so that each is scored as often as it stands in the input. When all is done, what was
+made up for is moved to where the input has it.
 """
 
 from __future__ import annotations
