@@ -15,7 +15,7 @@ def model(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llama"}')
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "model-00001.safetensors").write_bytes(random.Random(0).randbytes(3_000_000))
+    (folder / "model-00001.safetensors").write_bytes(random.Random(0).randbytes(3_000_010))
     return folder
 
 
