@@ -105,11 +105,14 @@ def rows_done(output: str, settings: Mapping[str, Any], column: str | None = Non
 
 def lines_done(output: str, command: str) -> Iterator[bytes]:
     """The lines of `output` that have their scores."""
+    return (line for line, _, added in _results(output, command) if "error" not in added)
+
+
+def _results(output: str, command: str) -> Iterator[tuple[bytes, dict[str, Any], frozenset[str]]]:
+    """(line, row of the input, columns added to it) of a whole output."""
     with open(output, "rb") as file:
         for number, line in enumerate(file, 1):
-            _, added = _row_of_result(line, command, f"{output}, line {number}")
-            if "error" not in added:
-                yield line
+            yield line, *_row_of_result(line, command, f"{output}, line {number}")
 
 
 def in_order(output: str, command: str, order: list[str], column: str | None = None) -> Iterator[bytes] | None:
@@ -123,13 +126,11 @@ def in_order(output: str, command: str, order: list[str], column: str | None = N
     lines: list[tuple[int, int]] = []
     """place in the input, and where the line begins"""
     place, start = -1, 0
-    with open(output, "rb") as file:
-        for number, line in enumerate(file, 1):
-            row, _ = _row_of_result(line, command, f"{output}, line {number}")
-            if known := places[key_of(row, column)]:
-                place = known.popleft()
-            lines.append((place, start))
-            start += len(line)
+    for line, row, _ in _results(output, command):
+        if known := places[key_of(row, column)]:
+            place = known.popleft()
+        lines.append((place, start))
+        start += len(line)
     if all(a <= b for (a, _), (b, _) in pairwise(lines)):
         return None
     return _lines_at(output, [start for _, start in sorted(lines)])
