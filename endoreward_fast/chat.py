@@ -1,29 +1,28 @@
-"""Conversations as the model's own chat template writes them, cut where the scored completion begins and ends.
+"""Conversations as the model's own chat template writes them, cut where the scored turn begins and ends.
 
-The scored text is the last assistant turn and its end-of-turn token. Where it begins is asked of the template, not
-guessed: the same conversation is rendered with a marker for that turn. What the template writes before the marker is
-prompt (headers, an empty thinking block), what it writes after it up to the first special token is the end of turn
-(`</s>`, `<|im_end|>` without the newline that no model generates). White space between the generation prompt and the
-marker (Llama 2, Mistral: "[/INST] answer") is the completion's, since the model generates it.
+    prompt + completion + end     prompt: the template's text up to and with the generation prompt, as the policy saw it
+                                  completion + end: what it writes from there to the end of the last turn
 
-A template that rewrites the turn (drops its reasoning, say) is not followed: the turn is scored as it is written,
-after the generation prompt, which is the text that a model generating it would have seen.
+The turn is every field of its message: text, parts, reasoning, tool calls. The conversation is written twice, up to the
+generation prompt and whole. Where the turn ends is seen from what the template writes behind it: at the end of the
+conversation and before a next turn alike (`</s>`, `<|im_end|>` without the newline that no model generates).
+
+Where a template changes the text of a turn (drops its reasoning, say), the turn is scored as it is written there: that
+is what a policy has generated. All else that is dropped is flagged.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 from .errors import EndoRewardError
-
-MARKER = "zqjMARKERjqz"
-THINK = "<think>"
-Message = Mapping[str, Any]
+from .messages import Message, is_blank, is_plain, spoken, text_of, without_nulls
+from .template import Extras, Marked, Template
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """prompt + completion + end is the conversation; `end` is "" where the template writes no end-of-turn token."""
+    """prompt + completion + end is the conversation; `end` is "" where the template writes no end of turn."""
 
     prompt: str
     completion: str
@@ -31,110 +30,243 @@ class Rendered:
     flags: tuple[str, ...] = ()
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, system: str | None = None) -> Rendered:
-    """The conversation that ends in the assistant's `messages[-1]`, through the tokenizer's chat template.
+def render(
+    template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None,
+    ends: Collection[str] = (),
+) -> Rendered:  # fmt: skip
+    """The conversation that ends in the assistant's `messages[-1]`. An empty turn has the completion "".
 
     `system` is put before the conversation; a system message that is there already follows it after an empty line. A
     template without a place for it (Gemma 2) gets it at the head of the first user turn, flag "system_in_user".
+    `ends` are tokens at which the model stops: one that the template puts before every next turn ends this one, if
+    nothing else does (GLM's `<|user|>`).
 
     Raises EndoRewardError: no template, or one that refuses the conversation (its own message is in the line).
     """
-    _refuse_without_template(tokenizer)
-    prompt = with_system(messages[:-1], system)
-    instruction = _system_text(prompt)
-    rendered = None
-    try:
-        rendered = _render(tokenizer, prompt, messages[-1])
-    except EndoRewardError:
-        if not instruction:
-            raise
-    if rendered is None or instruction not in rendered.prompt:
-        rendered = _render(tokenizer, _system_in_user(prompt), messages[-1])
-        rendered = replace(rendered, flags=(*rendered.flags, "system_in_user"))
-    return rendered
+    template.source()
+    messages = [without_nulls(message) for message in messages]
+    prompt, instruction, flags = _with_a_system_turn(template, messages[:-1], extras, system)
+    turn = _Turn(template, [*prompt, messages[-1]], extras, ends)
+    ignored = _ignored(template, turn, extras)
+    marked = _marks_in(template, messages, turn.end)
+    return Rendered(turn.prompt, turn.completion, turn.end, (*turn.flags, *flags, *ignored, *marked))
 
 
-def conversation(tokenizer: Any, messages: Sequence[Message], *, system: str | None = None) -> str:
+def conversation(template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None) -> str:
     """All that the template writes for `messages`, to its very end: what a classifier of conversations is trained on.
 
     Raises EndoRewardError as `render` does, also where the template has no place for `system`.
     """
-    _refuse_without_template(tokenizer)
-    return _apply(tokenizer, with_system(messages, system))
+    template.source()
+    whole = with_system([without_nulls(message) for message in messages], system)
+    return template.write(template.fit(whole, extras), extras)
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
     """`messages` led by the system prompt: `system`, then what a system message of their own says."""
     if not system:
         return list(messages)
-    if messages and messages[0].get("role") == "system" and isinstance(messages[0].get("content"), str):
-        return [{**messages[0], "content": f"{system}\n\n{messages[0]['content']}"}, *messages[1:]]
+    if messages and messages[0].get("role") == "system":
+        return [{**messages[0], "content": f"{system}\n\n{text_of(messages[0].get('content'))}"}, *messages[1:]]
     return [{"role": "system", "content": system}, *messages]
 
 
-def name_of(tokenizer: Any) -> str:
-    """How error messages call a tokenizer."""
-    name = getattr(tokenizer, "name_or_path", "")
-    return f"the tokenizer of {name!r}" if name else f"the tokenizer ({type(tokenizer).__name__})"
-
-
-def _refuse_without_template(tokenizer: Any) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        raise EndoRewardError(
-            f"{name_of(tokenizer)} has no chat template, so messages cannot be scored: "
-            "give prompt and completion as text, or use a model that has one"
-        )
-
-
-def _system_text(messages: Sequence[Message]) -> str:
-    """What a leading system message says; "" where there is none."""
-    content = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
-    return content.strip() if isinstance(content, str) else ""
-
-
-def _system_in_user(messages: Sequence[Message]) -> list[Message]:
-    system, *rest = messages
-    if not rest or rest[0].get("role") != "user" or not isinstance(rest[0].get("content"), str):
+def _with_a_system_turn(
+    template: Template, prompt: Sequence[Message], extras: Extras, system: str | None
+) -> tuple[list[Message], str, tuple[str, ...]]:
+    """(prompt led by its system prompt, what that says, flags)."""
+    led = with_system(prompt, system)
+    instruction = text_of(led[0].get("content")).strip() if led and led[0].get("role") == "system" else ""
+    if not instruction:
+        return led, "", ()
+    try:
+        if instruction in template.write(template.fit(led, extras), extras, generate=True):
+            return led, instruction, ()
+    except EndoRewardError:
+        # It may refuse the system turn, or something else: without that turn it says so again.
+        pass
+    first, *rest = led[1:] or [None]
+    if first is None or first.get("role") != "user":
         raise EndoRewardError(
             "the chat template has no place for a system prompt, and no user turn of text comes first"
         )
-    return [{**rest[0], "content": f"{system['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
+    together = f"{instruction}\n\n{text_of(first.get('content'))}"
+    return [{**first, "content": together}, *rest], instruction, ("system_in_user",)
 
 
-def _render(tokenizer: Any, prompt: list[Message], answer: Message) -> Rendered:
-    content = answer["content"]
-    opening = _apply(tokenizer, prompt, generate=True)
-    before, found, after = _apply(tokenizer, [*prompt, {**answer, "content": MARKER}]).partition(MARKER)
-    if not found:
-        raise EndoRewardError(f"the chat template of {name_of(tokenizer)} does not write the assistant's turn")
-    end = _end_of_turn(tokenizer, after)
-    whole = _apply(tokenizer, [*prompt, answer])
-    for head in (before, opening):
-        body = whole[len(head) : len(whole) - len(after)]
-        if whole == head + body + after and body in (content, content.strip(), content.rstrip(), content.lstrip()):
-            space = head[len(opening) :] if head.startswith(opening) else ""
-            space = space if space.isspace() else ""
-            return Rendered(head[: len(head) - len(space)], space + body, end)
-    if opening.rstrip().endswith(THINK) and content.lstrip().startswith(THINK):
-        opening = opening[: opening.rindex(THINK)]  # the turn opens the thinking block itself
-    return Rendered(opening, content, end, ("template_rewrites",))
+class _Turn:
+    """The last turn of a conversation: `prompt`, `completion`, `end` and `flags` of what is scored."""
+
+    def __init__(self, template: Template, messages: list[Message], extras: Extras, ends: Collection[str]) -> None:
+        self._template, self._extras, self._ends = template, extras, ends
+        self.messages = template.fit(messages, extras)
+        *self._before, self._answer = self.messages
+        self.flags: tuple[str, ...] = ()
+        self.opening = self.prompt = self._write(generate=True)
+        self.whole = self._write(self._answer)
+        if self._is_empty():
+            spoken_in = _saying(self._answer, "x")
+            _, self.end = self._ending(spoken_in, Marked([spoken_in]), self._write(spoken_in))
+            self.completion = ""
+            return
+        marked = Marked([self._answer])
+        behind, self.end = self._ending(self._answer, marked, self.whole)
+        body = self.whole[: len(self.whole) - len(behind)]
+        other = self._write(*marked.messages)
+        self._cut(body, _shared([self.whole, other]))
+        self.completion = self._without_own_end(self.completion)
+        if _says_only_text(self._answer):
+            self._put_back(text_of(self._answer["content"]))
+        elif marked.missing(other):
+            self.flags += ("template_drops",)
+
+    def _write(self, *turns: Message, generate: bool = False) -> str:
+        return self._template.write([*self._before, *turns], self._extras, generate=generate)
+
+    def _is_empty(self) -> bool:
+        """Whether the turn says nothing, to the template: that may trim white space."""
+        return is_blank(self._answer) and self.whole == self._write(_saying(self._answer, ""))
+
+    def _ending(self, answer: Message, marked: Marked, whole: str) -> tuple[str, str]:
+        """(all that the template writes behind the last text of the turn, what of that ends the turn)."""
+        last = _behind_marks(whole, self._write(*marked.messages))
+        if last is None:
+            raise EndoRewardError(f"the chat template of {self._template.name} does not write the assistant's turn")
+        # Behind a tool call's last text comes the rest of the call, so what ends it cannot be told by its look.
+        calls = bool(answer.get("tool_calls"))
+        return last, self._end_of(last, self._before_a_next_turn(answer, marked.messages[0]), calls=calls)
+
+    def _before_a_next_turn(self, answer: Message, marked: Message) -> str | None:
+        """What the template writes between this turn and a next one, and then that; None if it takes none."""
+        user, tool = {"role": "user", "content": "x"}, {"role": "tool", "content": "x"}
+        for following in ([tool, user] if answer.get("tool_calls") else [user]):
+            try:
+                return _behind_marks(self._write(answer, following), self._write(marked, following))
+            except EndoRewardError:
+                continue  # a template may not want such a turn here
+        return None
+
+    def _end_of(self, last: str, before_a_next: str | None, *, calls: bool) -> str:
+        whole = last.rstrip()
+        by_its_look = whole if calls else _up_to_first(self._special, whole)
+        if before_a_next is None:
+            return by_its_look
+        shared = _shared([last, before_a_next])
+        if whole and len(shared) >= len(whole):
+            return whole
+        # Where the two part in the middle of a mark, what they share ends before it.
+        ends = [shared.rfind(token) + len(token) for token in self._special if token in shared]
+        ends += [i + 1 for i, c in enumerate(shared) if c.isspace()]
+        if whole:
+            return shared[: max(ends, default=0)].rstrip() or by_its_look
+        return next((token for token in self._ends if token and before_a_next.lstrip().startswith(token)), "")
+
+    @property
+    def _special(self) -> set[str]:
+        tokenizer = self._template.tokenizer
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        return (added | set(tokenizer.all_special_tokens)) - {""}
+
+    def _cut(self, body: str, before_text: str) -> None:
+        """`body`, the conversation up to the last text's end, into prompt and completion; `before_text` it begins with."""
+        if body.startswith(self.opening):
+            header = before_text[len(self.opening) :]
+            if header.strip() and self.opening == self._write():
+                self.flags += ("no_generation_prompt",)
+                self.prompt = before_text.rstrip()
+            self.completion = body[len(self.prompt) :]
+            return
+        at = min(len(before_text), len(_shared([self.opening, body])))
+        if self.opening[at:].isspace():
+            self.completion = body[at:].lstrip()
+            return
+        self.flags += ("opening_differs",)
+        self.prompt, self.completion = body[:at], body[at:]
+
+    def _without_own_end(self, completion: str) -> str:
+        """The completion without the end of turn that its text already has: the template writes it once more."""
+        found, mark = completion, self.end.strip()
+        while mark and found.rstrip().endswith(mark):
+            found = found.rstrip().removesuffix(mark)
+        if found != completion and "end_in_text" not in self.flags:
+            self.flags += ("end_in_text",)
+        return found
+
+    def _put_back(self, text: str) -> None:
+        """Where the template leaves out something of a turn of text, what was written is scored."""
+        text = self._without_own_end(text)
+        if _squeezed(text) in _squeezed(self.completion):
+            return
+        open_thought = self.opening[len(self.prompt) :] or _open_thought(self.opening)
+        self.prompt, self.completion = self.opening, _behind_opening(text, open_thought)
+        self.flags = (*(flag for flag in self.flags if flag != "opening_differs"), "template_rewrites")
 
 
-def _apply(tokenizer: Any, messages: list[Message], *, generate: bool = False) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(messages, add_generation_prompt=generate, tokenize=False)
-    except Exception as error:  # a template is a program of the model's author: it may raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise EndoRewardError(f"the chat template refuses the conversation: {reason}") from error
-    return text
+def _saying(message: Message, text: str) -> Message:
+    """The message with that for its content, in the spelling that it has."""
+    parts = isinstance(message.get("content"), list)
+    return {**message, "content": [{"type": "text", "text": text}] if parts else text}
 
 
-def _end_of_turn(tokenizer: Any, text: str) -> str:
-    """`text` up to and with its first special token; "" if it has none."""
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= set(tokenizer.all_special_tokens)
-    places = [(text.index(token), -len(token), token) for token in special if token and token in text]
+def _says_only_text(message: Message) -> bool:
+    return is_plain({**message, "content": text_of(message.get("content"))})
+
+
+def _behind_marks(text: str, marked: str) -> str | None:
+    """What is written behind the text that is marked; None if no mark is written."""
+    return None if text == marked else _shared([text[::-1], marked[::-1]])[::-1]
+
+
+def _open_thought(opening: str) -> str:
+    """The thinking block that a generation prompt opens, or ""."""
+    tail = opening[opening.rstrip().rfind("\n") + 1 :]
+    return tail if tail.startswith("<think>") else ""
+
+
+def _behind_opening(text: str, lost: str) -> str:
+    """A text without what the generation prompt already holds of it (`lost`: "<think>" and a newline)."""
+    mark = lost.strip()
+    if not mark or not text.lstrip().startswith(mark):
+        return text
+    rest = text.lstrip()[len(mark) :]
+    return rest.removeprefix(lost[len(lost.rstrip()) :])
+
+
+def _ignored(template: Template, turn: _Turn, extras: Extras) -> tuple[str, ...]:
+    """A flag if the template makes nothing of what the row gives it."""
+    flags: tuple[str, ...] = ()
+    for name in ("tools", "documents"):
+        if getattr(extras, name) is not None:
+            without = Extras(**{**vars(extras), name: None})
+            if template.write(turn.messages, without) == turn.whole:
+                flags = ("template_ignores",)
+    source = template.source(tools=bool(extras.tools))
+    return ("template_ignores",) if any(name not in source for name in extras.kwargs) else flags
+
+
+def _marks_in(template: Template, messages: Sequence[Message], end: str) -> tuple[str, ...]:
+    """A flag if a text of the conversation holds what the template marks turns with."""
+    source = template.source()
+    tokenizer = template.tokenizer
+    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token) in source}
+    marks |= {mark for mark in (tokenizer.bos_token, tokenizer.eos_token, end.strip()) if mark}
+    texts = [spoken(message) for message in messages]
+    return ("marks_in_text",) if any(mark in text for mark in marks for text in texts) else ()
+
+
+def _up_to_first(special: Collection[str], text: str) -> str:
+    """`text` up to and with its first special token; all of it if it has none."""
+    places = [(text.index(token), -len(token), token) for token in special if token in text]
     if not places:
-        return ""
+        return text
     at, _, token = min(places)
     return text[: at + len(token)]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _shared(texts: list[str]) -> str:
+    """What the texts begin with, all of them."""
+    return os.path.commonprefix(texts)

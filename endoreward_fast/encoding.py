@@ -6,37 +6,55 @@
 | {"messages": [...]}                                        | the last assistant turn                         |
 | {"prompt_ids": [...], "completion_ids": [...]}             | the completion's ids, as they are               |
 
+A row may have `tools`, `documents` and `chat_template_kwargs` besides: they belong to its prompt. The last turn is every
+field of its message: content (text or parts of text), reasoning, tool calls.
+
 Text goes through the tokenizer's chat template where it has one (a prompt as the user's turn, a completion as the
 assistant's), because that is what a chat model was trained on; chat=False, or "chat": False in the row, scores
 prompt + completion as plain text. Without a template, text is plain and messages are refused.
 
 Plain text is tokenized as the tokenizer would (BOS and the like in front), a system prompt going before it with an
 empty line between. A completion ends in the tokenizer's end-of-sequence token, a chat turn in the template's
-end-of-turn token, unless append_eos=False.
+end-of-turn token, unless append_eos=False. Special tokens that a text has already are not added again.
+
+An empty completion is that end alone: a model that says nothing ends its turn at once. Where nothing ends it, there is
+nothing to score.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from numbers import Integral
 from types import MappingProxyType
 from typing import Any, Literal
 
 from .boundary import split_ids, tokenize
-from .chat import Rendered, render
+from .chat import render
 from .errors import EndoRewardError
+from .messages import Message, are_messages, check_message, check_text, kind_of
+from .template import Extras, Template, as_date
 
 Row = Mapping[str, Any]
 Truncate = Literal["prompt", "completion"] | None
 
 FLAGS = MappingProxyType(
     {
-        "empty": "the completion is empty: score 0",
+        "empty": "the completion is empty: only the token that ends it can be scored",
         "truncated": "tokens were cut to fit the limit",
         "bootstrapped": "the episode does not end with the last token: V(s') counts after it",
         "first_token_unscored": "nothing comes before the completion, so its first token was chosen in no known state",
         "context_turns": "of several turns in the completion only the last is scored",
         "system_in_user": "the chat template has no system turn: the system prompt leads the first user turn",
         "template_rewrites": "the chat template would change the completion: it is scored as written",
+        "template_drops": "the chat template leaves out a part of the turn: what it writes is scored",
+        "template_ignores": "the chat template makes no use of the tools, documents or template arguments given",
+        "opening_differs": "the generation prompt opens the turn otherwise than the chat template writes it (a thinking "
+        "block, say): the turn is scored as the template writes it",
+        "no_generation_prompt": "the chat template has no generation prompt: what it writes before the turn is taken for it",
+        "end_made_up": "the chat template writes no end of turn: the tokenizer's end-of-sequence token is scored as one",
+        "end_in_text": "the completion has its own end of turn: it is scored once",
+        "marks_in_text": "a text holds special tokens of the chat template, which are read as such",
+        "dated": "the chat template writes today's date: date (--date) pins it",
     }
 )
 
@@ -81,11 +99,23 @@ class Encoder:
     truncate: Truncate = None
     append_eos: bool = True
     eos_ids: Collection[int] = ()
-    leading: tuple[int, ...] = field(init=False, default=())
+    extras: Extras = Extras()
+    date: str | None = None
 
-    def __post_init__(self) -> None:
-        if self.tokenizer is not None:
-            object.__setattr__(self, "leading", _leading_ids(self.tokenizer))
+    @cached_property
+    def template(self) -> Template:
+        """The tokenizer's chat template, on the day that all rows are written."""
+        return Template(self.tokenizer) if self.date is None else Template(self.tokenizer, as_date(self.date))
+
+    @cached_property
+    def leading(self) -> tuple[int, ...]:
+        """Special tokens that the tokenizer puts before a text: BOS, [CLS], or none."""
+        return _leading_ids(self.tokenizer)
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        known = [i for i in self.eos_ids if 0 <= i < len(self.tokenizer)]
+        return tuple(self.tokenizer.convert_ids_to_tokens(known))
 
     def encode(self, row: Row) -> Encoded:
         """Tokens of one row. EndoRewardError in one line where it cannot be scored."""
@@ -98,10 +128,11 @@ class Encoder:
                 raise EndoRewardError("a system prompt cannot be put before a row of token ids")
             prompt, completion = (_ids(row, name) for name in ("prompt_ids", "completion_ids"))
             terminal = bool(row.get("terminal", True))
+            flags = () if completion else ("empty",)
         else:
             prompt, completion, flags = self._text_ids(row)
         if not completion:
-            return Encoded(prompt, len(prompt), terminal, flags=(*flags, "empty"))
+            return Encoded(prompt, len(prompt), terminal, flags=flags)
         length = len(prompt)
         if not prompt:
             bos = getattr(self.tokenizer, "bos_token_id", None)
@@ -123,28 +154,33 @@ class Encoder:
         if plain and not wants_chat(self.tokenizer, chat):
             before = f"{self.system}\n\n{prompt}" if self.system else prompt
             return self._plain(before, completion)
-        turns = dialogue(prompt, completion)
         flags = ("context_turns",) if not isinstance(completion, str) and len(completion) > 1 else ()
-        rendered = render(self.tokenizer, turns, system=self.system)
-        ids = self._rendered(rendered, empty=not turns[-1]["content"])
-        return *ids, (*flags, *rendered.flags)
+        extras = Extras.of(row, self.extras)
+        dated = self.date is None and self.template.asks_for_the_date(extras)
+        text = render(self.template, dialogue(prompt, completion), extras, system=self.system, ends=self._ends)
+        flags = (*flags, *text.flags, *(("dated",) if dated else ()), *(() if text.completion else ("empty",)))
+        end = text.end if self.append_eos else ""
+        before, after = split_ids(self.tokenizer, text.prompt, text.completion)
+        if self._has_ended(after):  # by another token than the template's
+            return before, after, flags
+        before, after = split_ids(self.tokenizer, text.prompt, text.completion + end)
+        if end or not self.append_eos:
+            return before, after, flags
+        ended = self._with_eos(after)
+        return before, ended, (*flags, *(("end_made_up",) if ended != after else ()))
 
     def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[int], tuple[str, ...]]:
         before, after = split_ids(self.tokenizer, prompt, completion)
-        return [*self.leading, *before], self._with_eos(after), ()
+        leading = () if tuple(before[: len(self.leading)]) == self.leading else self.leading
+        return [*leading, *before], self._with_eos(after), () if after else ("empty",)
 
-    def _rendered(self, text: Rendered, *, empty: bool) -> tuple[list[int], list[int]]:
-        if empty:
-            return tokenize(self.tokenizer, text.prompt), []
-        end = text.end if self.append_eos else ""
-        before, after = split_ids(self.tokenizer, text.prompt, text.completion + end)
-        return before, after if end else self._with_eos(after)
+    def _has_ended(self, ids: list[int]) -> bool:
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return bool(ids) and (ids[-1] == eos or ids[-1] in self.eos_ids)
 
     def _with_eos(self, ids: list[int]) -> list[int]:
         eos = getattr(self.tokenizer, "eos_token_id", None)
-        if not self.append_eos or eos is None or not ids or ids[-1] == eos or ids[-1] in self.eos_ids:
-            return ids
-        return [*ids, eos]
+        return ids if not self.append_eos or eos is None or self._has_ended(ids) else [*ids, eos]
 
     def _fit(self, ids: list[int], length: int, terminal: bool, flags: tuple[str, ...]) -> Encoded:
         """Within max_length, by `truncate`."""
@@ -169,6 +205,7 @@ class Encoder:
 def encode_row(
     tokenizer: Any, row: Row, *, system: str | None = None, chat: bool | None = None, max_length: int | None = None,
     truncate: Truncate = None, append_eos: bool = True, eos_ids: Collection[int] = (),
+    extras: Extras = Extras(), date: str | None = None,  # noqa: B008  frozen
 ) -> Encoded:  # fmt: skip
     """Tokens of one row (the module's table says which rows there are).
 
@@ -179,16 +216,18 @@ def encode_row(
                 least; "completion", cut its end, after which the episode goes on (terminal False)
     append_eos  end the completion with an end-of-sequence (or end-of-turn) token, if it has none
     eos_ids     tokens that count as one, beside the tokenizer's own
+    extras      tools, documents and template arguments of rows that have none
+    date        "YYYY-MM-DD": the day that a template is told which asks for it; None: today
 
-    An empty completion has no scored token, whatever append_eos says. Before an empty prompt goes BOS; without one,
-    the first token of the completion is not scored.
+    An empty completion is the token that ends it, if there is one; else it has no scored token, as an empty list of ids
+    has none. Before an empty prompt goes BOS; without one, the first token of the completion is not scored.
 
     Raises EndoRewardError, in one line: keys or types that do not fit, text without a tokenizer, messages without a
     chat template or refused by it, a row beyond the limit.
     """
     encoder = Encoder(
         tokenizer, system=system, chat=chat, max_length=max_length, truncate=truncate, append_eos=append_eos,
-        eos_ids=eos_ids,
+        eos_ids=eos_ids, extras=extras, date=date,
     )  # fmt: skip
     return encoder.encode(row)
 
@@ -211,38 +250,34 @@ def prompt_and_completion(row: Row) -> tuple[Any, Any]:
         prompt, completion = row["prompt"], row["completion"]
     elif "messages" in row:
         messages = row["messages"]
-        if not _are_messages(messages):
-            raise EndoRewardError(f"messages: wanted a list of {{role, content}}, found {_kind(messages)}")
+        if not are_messages(messages):
+            raise EndoRewardError(f"messages: wanted a list of {{role, content}}, found {kind_of(messages)}")
         prompt, completion = list(messages[:-1]), list(messages[-1:])
     else:
         found = ", ".join(map(str, row)) or "nothing"
         raise EndoRewardError(f"a row needs {WANTED}; found {found}")
     for name, value in (("prompt", prompt), ("completion", completion)):
-        if not isinstance(value, str) and not _are_messages(value):
-            raise EndoRewardError(f"{name}: wanted text or a list of {{role, content}}, found {_kind(value)}")
+        if isinstance(value, str):
+            check_text(value, name)
+        elif not are_messages(value):
+            raise EndoRewardError(f"{name}: wanted text or a list of {{role, content}}, found {kind_of(value)}")
+        else:
+            for i, message in enumerate(value):
+                check_message(message, f"{name}[{i}]")
     return prompt, completion
 
 
-def _are_messages(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(
-        isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
-        for message in value
-    )
-
-
-def _turns(value: Any, role: str) -> list[Mapping[str, Any]]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
-
-
-def dialogue(prompt: Any, completion: Any) -> list[Mapping[str, Any]]:
-    """The conversation that `prompt_and_completion` are; it ends in an assistant's turn of text."""
+def dialogue(prompt: Any, completion: Any) -> list[Message]:
+    """The conversation that `prompt_and_completion` are; it ends in an assistant's turn."""
     turns = _turns(prompt, "user") + _turns(completion, "assistant")
-    last = turns[-1] if turns else {"role": "none", "content": None}
-    if last["role"] != "assistant":
-        raise EndoRewardError(f"the last message is what is scored: wanted the assistant's, found {last['role']!r}")
-    if not isinstance(last["content"], str):
-        raise EndoRewardError(f"the last message's content: wanted text, found {_kind(last['content'])}")
+    role = turns[-1]["role"] if turns else "none"
+    if role != "assistant":
+        raise EndoRewardError(f"the last message is what is scored: wanted the assistant's, found {role!r}")
     return turns
+
+
+def _turns(value: Any, role: str) -> list[Message]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
 
 
 def _ids(row: Row, name: str) -> list[int]:
@@ -250,16 +285,8 @@ def _ids(row: Row, name: str) -> list[int]:
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # tensors and arrays
     whole = isinstance(ids, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
     if not whole:
-        raise EndoRewardError(f"{name}: wanted a list of token ids, found {_kind(ids)}")
+        raise EndoRewardError(f"{name}: wanted a list of token ids, found {kind_of(ids)}")
     return [int(i) for i in ids]
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        odd = next((v for v in value if not isinstance(v, Mapping)), value[0] if value else None)
-        keys = f" of keys {', '.join(map(str, odd))}" if isinstance(odd, Mapping) else ""
-        return f"a list of {type(odd).__name__}{keys}" if value else "an empty list"
-    return "nothing" if value is None else type(value).__name__
 
 
 def _too_long(tokens: int, completion: int, limit: int, truncate: Truncate) -> str:

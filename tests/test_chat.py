@@ -139,7 +139,7 @@ USER = {"role": "user", "content": "u"}
         ("text", "found str"),
         ({"prompt": 3, "completion": "x"}, "prompt: wanted text or a list of {role, content}, found int"),
         ({"prompt": "x", "completion": None}, "completion: .* found nothing"),
-        ({"prompt": "x", "completion": [{"role": "assistant"}]}, "found a list of dict of keys role"),
+        ({"prompt": "x", "completion": [{"role": "assistant"}]}, "wanted content or tool_calls, found keys role"),
         ({"messages": "hello"}, "messages: .* found str"),
         ({"messages": []}, "the assistant's, found 'none'"),
         ({"messages": [USER]}, "the assistant's, found 'user'"),
