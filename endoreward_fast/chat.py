@@ -19,6 +19,9 @@ from .errors import EndoRewardError
 from .messages import Message, is_blank, is_plain, spoken, text_of, without_nulls
 from .template import Extras, Marked, Template
 
+NEXT = "QzNEXTzQ"
+"""what a next turn says where it is asked what comes before it"""
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -132,16 +135,27 @@ class _Turn:
         last = _behind_marks(whole, self._write(*marked.messages))
         if last is None:
             raise EndoRewardError(f"the chat template of {self._template.name} does not write the assistant's turn")
-        # Behind a tool call's last text comes the rest of the call, so what ends it cannot be told by its look.
-        calls = bool(answer.get("tool_calls"))
-        return last, self._end_of(last, self._before_a_next_turn(answer, marked.messages[0]), calls=calls)
+        before_a_next = self._before_a_next_turn(answer, marked.messages[0])
+        closed = ""
+        if answer.get("tool_calls") and not self._ends_turns_of_text():
+            closed = last  # the rest of the call, and nothing that ends the turn
+            before_a_next = (before_a_next or "").removeprefix(last)
+        end = self._end_of(last[len(closed) :], before_a_next, calls=bool(answer.get("tool_calls")))
+        return ("" if closed else last), closed + end if end else ""
+
+    def _ends_turns_of_text(self) -> bool:
+        answer = _saying(self._answer, "x")
+        behind = _behind_marks(self._write(answer), self._write(*Marked([answer]).messages))
+        return bool((behind or "").strip())
 
     def _before_a_next_turn(self, answer: Message, marked: Message) -> str | None:
         """What the template writes between this turn and a next one, and then that; None if it takes none."""
-        user, tool = {"role": "user", "content": "x"}, {"role": "tool", "content": "x"}
+        user, tool = (_saying({**answer, "role": role}, NEXT) for role in ("user", "tool"))
         for following in ([tool, user] if answer.get("tool_calls") else [user]):
             try:
-                return _behind_marks(self._write(answer, following), self._write(marked, following))
+                whole = self._write(answer, following)
+                if NEXT in whole:
+                    return _behind_marks(whole, self._write(marked, following))
             except EndoRewardError:
                 continue  # a template may not want such a turn here
         return None
@@ -154,12 +168,14 @@ class _Turn:
         shared = _shared([last, before_a_next])
         if whole and len(shared) >= len(whole):
             return whole
-        # Where the two part in the middle of a mark, what they share ends before it.
-        ends = [shared.rfind(token) + len(token) for token in self._special if token in shared]
-        ends += [i + 1 for i, c in enumerate(shared) if c.isspace()]
         if whole:
-            return shared[: max(ends, default=0)].rstrip() or by_its_look
+            return shared[: self._whole_marks(shared)].rstrip() or by_its_look
         return next((token for token in self._ends if token and before_a_next.lstrip().startswith(token)), "")
+
+    def _whole_marks(self, shared: str) -> int:
+        """Length of what two texts share without the part of a mark in whose middle they part."""
+        ends = [shared.rfind(token) + len(token) for token in self._special if token in shared]
+        return max([*ends, *(i + 1 for i, c in enumerate(shared) if c.isspace())], default=0)
 
     @property
     def _special(self) -> set[str]:
@@ -176,7 +192,10 @@ class _Turn:
                 self.prompt = before_text.rstrip()
             self.completion = body[len(self.prompt) :]
             return
-        at = min(len(before_text), len(_shared([self.opening, body])))
+        shared = _shared([self.opening, body])
+        at = min(len(before_text), len(shared))
+        if len(shared) < len(before_text):
+            at = self._whole_marks(shared)
         if self.opening[at:].isspace():
             self.completion = body[at:].lstrip()
             return
@@ -195,7 +214,7 @@ class _Turn:
     def _put_back(self, text: str) -> None:
         """Where the template leaves out something of a turn of text, what was written is scored."""
         text = self._without_own_end(text)
-        if _squeezed(text) in _squeezed(self.completion):
+        if _squeezed(text) in _squeezed(_open_thought(self.prompt) + self.completion):
             return
         open_thought = self.opening[len(self.prompt) :] or _open_thought(self.opening)
         self.prompt, self.completion = self.opening, _behind_opening(text, open_thought)
@@ -203,9 +222,9 @@ class _Turn:
 
 
 def _saying(message: Message, text: str) -> Message:
-    """The message with that for its content, in the spelling that it has."""
+    """A message of the same role that says that alone, in the spelling that this one's content has."""
     parts = isinstance(message.get("content"), list)
-    return {**message, "content": [{"type": "text", "text": text}] if parts else text}
+    return {"role": message["role"], "content": [{"type": "text", "text": text}] if parts else text}
 
 
 def _says_only_text(message: Message) -> bool:

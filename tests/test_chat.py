@@ -45,45 +45,50 @@ def chatting(template):
 ROW = {"prompt": "the cat?", "completion": "It sat."}
 
 
+ASKED = "<|user|>user\nthe cat?<|end|>\n<|user|>assistant\n"
+
+
 @pytest.mark.parametrize(
-    "template, before, scored",
+    "template, before, scored, flags",
     [
-        (CHATML, "<|user|>user\nthe cat?<|end|>\n<|user|>assistant\n", "It sat.<|end|>"),
-        (TRIMMING, "<|user|>user\nthe cat?<|end|>\n<|user|>assistant\n", "It sat.<|end|>"),
-        (LLAMA2, "[INST] the cat? [/INST]", " It sat. </s>"),
-        (PHI3, "<|user|>user\nthe cat?<|end|>\n<|user|>assistant\n", "It sat.<|end|>"),
-        (EMPTY_THOUGHT, "<|user|>user\nthe cat?<|end|>\n<|user|>assistant\n<think>\n\n</think>\n\n", "It sat.<|end|>"),
-        (DROPS_THOUGHT, "<|user|>user\nthe cat?<|end|><|user|>assistant\n", "It sat.<|end|>"),
-        (NO_END, "user: the cat?\nassistant: ", "It sat.</s>"),
+        (CHATML, ASKED, "It sat.<|end|>", ()),
+        (TRIMMING, ASKED, "It sat.<|end|>", ()),
+        (LLAMA2, "[INST] the cat? [/INST]", " It sat. </s>", ()),
+        (PHI3, ASKED, "It sat.<|end|>", ()),
+        (EMPTY_THOUGHT, ASKED, "<think>\n\n</think>\n\nIt sat.<|end|>", ()),
+        (DROPS_THOUGHT, ASKED.replace("<|end|>\n", "<|end|>"), "It sat.<|end|>", ("opening_differs",)),
+        (NO_END, "user: the cat?\nassistant: ", "It sat.</s>", ("end_made_up",)),
     ],
 )
-def test_templates_say_where_the_turn_begins_and_ends(template, before, scored):
+def test_templates_say_where_the_turn_begins_and_ends(template, before, scored, flags):
     tokenizer = chatting(template)
     as_messages = {"messages": [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "It sat."}]}
     for row in (ROW, as_messages, ROW | {"completion": as_messages["messages"][1:]}):
         encoded = encode_row(tokenizer, row)
-        assert texts(tokenizer, encoded) == (before, scored) and encoded.terminal and not encoded.flags
-    assert texts(tokenizer, encode_row(tokenizer, ROW, append_eos=False))[1].strip() == "It sat."
+        assert texts(tokenizer, encoded) == (before, scored) and encoded.terminal and encoded.flags == flags
+    assert texts(tokenizer, encode_row(tokenizer, ROW, append_eos=False))[1].strip().endswith("It sat.")
 
 
 def test_reasoning_is_scored_as_it_was_generated():
     thought = "<think>\nhm\n</think>\n\nIt sat."
     kept = encode_row(chatting(EMPTY_THOUGHT), ROW | {"completion": thought})
-    assert texts(PLAIN, kept) == ("<|user|>user\nthe cat?<|end|>\n<|user|>assistant\n", thought + "<|end|>")
+    assert texts(PLAIN, kept) == (ASKED, thought + "<|end|>")
     assert kept.flags == ()
-    for completion, opening in (("hm\n</think>\n\nIt sat.", "<think>\n"), (thought, "")):
+    # Whether or not the text repeats the thinking block that the generation prompt has opened.
+    for completion in (thought.removeprefix("<think>\n"), thought):
         dropped = encode_row(chatting(DROPS_THOUGHT), ROW | {"completion": completion})
         assert texts(PLAIN, dropped) == (
-            "<|user|>user\nthe cat?<|end|><|user|>assistant\n" + opening, completion + "<|end|>",
+            "<|user|>user\nthe cat?<|end|><|user|>assistant\n<think>\n", "hm\n</think>\n\nIt sat.<|end|>",
         )  # fmt: skip
         assert dropped.flags == ("template_rewrites",)
 
 
 def test_a_completion_found_elsewhere_in_the_conversation_is_not_mistaken():
     """Searching the rendered text for the completion would hit the prompt, a header or the thinking block."""
-    for word in ("the cat?", "user", "h", "think", "\n"):
+    for word in ("the cat?", "user", "h", "think"):
         tokenizer = chatting(EMPTY_THOUGHT)
-        assert texts(tokenizer, encode_row(tokenizer, ROW | {"completion": word}))[1] == word + "<|end|>"
+        encoded = encode_row(tokenizer, ROW | {"completion": word})
+        assert texts(tokenizer, encoded) == (ASKED, f"<think>\n\n</think>\n\n{word}<|end|>")
 
 
 def test_plain_text_on_request_and_wherever_there_is_no_template():
@@ -122,10 +127,15 @@ def test_of_several_turns_the_last_is_scored():
     assert encode_row(tokenizer, {"messages": turns}).flags == ()
 
 
-def test_an_empty_turn_is_empty():
-    tokenizer = chatting(CHATML)
-    encoded = encode_row(tokenizer, ROW | {"completion": ""})
-    assert encoded.prompt_length == len(encoded.input_ids) and encoded.flags == ("empty",)
+@pytest.mark.parametrize("template, end", [(CHATML, "<|end|>"), (TRIMMING, "<|end|>"), (LLAMA2, " </s>"), (NO_END, "</s>")])
+def test_an_empty_turn_is_its_end(template, end):
+    """A model that says nothing ends its turn at once: one rule, whatever a template makes of white space."""
+    tokenizer = chatting(template)
+    for completion in ("", " ") if template == TRIMMING else ("",):
+        encoded = encode_row(tokenizer, ROW | {"completion": completion})
+        assert texts(tokenizer, encoded)[1] == end and "empty" in encoded.flags
+    nothing = encode_row(tokenizer, ROW | {"completion": ""}, append_eos=False)
+    assert nothing.prompt_length == len(nothing.input_ids) and nothing.flags == ("empty",)
 
 
 USER = {"role": "user", "content": "u"}

@@ -35,11 +35,18 @@ def test_a_system_prompt_goes_before_plain_text():
     assert texts(PLAIN, encoded)[0] == "<s>Be brief.\n\nthe cat"
 
 
-@pytest.mark.parametrize("row", [{"prompt": "the", "completion": ""}, {"prompt_ids": [7, 8], "completion_ids": []}])
-def test_an_empty_completion_is_flagged_and_gets_no_eos(row):
-    encoded = plain(row)
-    assert encoded.prompt_length == len(encoded.input_ids) and encoded.flags == ("empty",)
-    assert "empty" in encoded.note
+def test_an_empty_completion_is_the_token_that_ends_it():
+    encoded = plain({"prompt": "the", "completion": ""})
+    assert texts(PLAIN, encoded) == ("<s>the", "</s>") and encoded.flags == ("empty",) and "empty" in encoded.note
+    for nothing in (
+        plain({"prompt": "the", "completion": ""}, append_eos=False),
+        plain({"prompt_ids": [7, 8], "completion_ids": []}),
+    ):
+        assert nothing.prompt_length == len(nothing.input_ids) and nothing.flags == ("empty",)
+
+
+def test_special_tokens_that_a_text_has_already_are_not_added_again():
+    assert texts(PLAIN, plain({"prompt": "<s>the", "completion": " cat</s>"})) == ("<s>the", " cat</s>")
 
 
 def test_before_an_empty_prompt_goes_bos_or_the_first_token_is_not_scored():
