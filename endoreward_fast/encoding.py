@@ -64,6 +64,8 @@ def in_words(flags: Collection[str]) -> str | None:
     return "; ".join(FLAGS[flag] for flag in flags) or None
 
 
+NOTHING_TO_SCORE = "the completion is empty and no token ends it: there is nothing to score"
+"""the error of a row without a scored token. It is no fault of the row: such a completion is the worst of any"""
 WANTED = "prompt and completion, or messages, or prompt_ids and completion_ids"
 
 
@@ -114,8 +116,10 @@ class Encoder:
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
-        known = [i for i in self.eos_ids if 0 <= i < len(self.tokenizer)]
-        return tuple(self.tokenizer.convert_ids_to_tokens(known))
+        """Tokens that end a turn, the tokenizer's own last."""
+        known = (i for i in self.eos_ids if 0 <= i < len(self.tokenizer))
+        named = (*self.tokenizer.convert_ids_to_tokens(list(known)), getattr(self.tokenizer, "eos_token", None))
+        return tuple(token for token in dict.fromkeys(named) if token)
 
     def encode(self, row: Row) -> Encoded:
         """Tokens of one row. EndoRewardError in one line where it cannot be scored."""
@@ -160,9 +164,8 @@ class Encoder:
         text = render(self.template, dialogue(prompt, completion), extras, system=self.system, ends=self._ends)
         flags = (*flags, *text.flags, *(("dated",) if dated else ()), *(() if text.completion else ("empty",)))
         end = text.end if self.append_eos else ""
-        before, after = split_ids(self.tokenizer, text.prompt, text.completion)
-        if self._has_ended(after):  # by another token than the template's
-            return before, after, flags
+        if text.completion.endswith(self._ends):  # it has ended already, by another token than the template's
+            end = ""
         before, after = split_ids(self.tokenizer, text.prompt, text.completion + end)
         if end or not self.append_eos:
             return before, after, flags

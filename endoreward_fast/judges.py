@@ -6,6 +6,7 @@ its score is made of the log-probabilities of the replies, under pi = softmax(z 
 that say how text is encoded and batched, and alpha. Instructions are `str.format` texts: pass another to ask otherwise.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,11 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from .boundary import tokenize
-from .encoding import Row, prompt_and_completion, wants_chat
+from .encoding import NOTHING_TO_SCORE, Encoder, Row, prompt_and_completion, wants_chat
 from .errors import EndoRewardError
+from .messages import spoken
 from .scoring import OnTokens, RowScore, ScoreOptions, Scores, in_order
+from .template import Extras
 
 VERIFIER = """{question}
 
@@ -35,6 +38,8 @@ Answer B: {second}
 
 Which answer is better? Reply with A or B."""
 RATINGS = ("1", "2", "3", "4", "5")
+NOT_A_JUDGES = ("signals", "reference", "per_token", "tools", "documents")
+"""options of the rows that are judged, not of the questions about them"""
 TEXT_ENDING = "\nReply:"
 """what a question ends in where there is no chat template"""
 
@@ -70,11 +75,13 @@ class Judge:
     def iter_scores(self, rows: Sequence[Row], *, on_tokens: OnTokens = None, **options: Any) -> Scores:
         """(position in rows, score) as the model's replies come in. Options as in `EndoRewardModel.score`."""
         chosen = ScoreOptions(**options)
-        kept = {name: value for name, value in options.items() if name not in ("signals", "reference", "per_token")}
+        kept = {name: value for name, value in options.items() if name not in NOT_A_JUDGES}
         asked = Questions(self.scorer.tokenizer, chosen.chat)
         needs: dict[int, list[int]] = {}
         for position, found in enumerate(self.ask(rows, asked)):
-            if isinstance(found, EndoRewardError):
+            if not isinstance(found, EndoRewardError) and self._says_nothing(rows[position], chosen):
+                yield position, RowScore(None, 0, None, ("empty",), NOTHING_TO_SCORE)
+            elif isinstance(found, EndoRewardError):
                 yield position, RowScore(None, 0, None, error=str(found))
             else:
                 needs[position] = found
@@ -90,6 +97,13 @@ class Judge:
                 missing[position] -= 1
                 if not missing[position]:
                     yield position, self._verdict([results[reply] for reply in needs[position]], chosen.alpha)
+
+    def _says_nothing(self, row: Row, options: ScoreOptions) -> bool:
+        """Whether the row's completion is empty and nothing ends it: it has no score, by any method."""
+        if _text(prompt_and_completion(row)[1]):
+            return False
+        encoded = Encoder(self.scorer.tokenizer, chat=options.chat, append_eos=options.append_eos).encode(row)
+        return encoded.prompt_length == len(encoded.input_ids)
 
     def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
         """Scores of rows, in their order."""
@@ -225,7 +239,7 @@ class Questions:
     def __init__(self, tokenizer: Any, chat: bool | None) -> None:
         self.rows: list[Row] = []
         self._tokenizer, self._chat = tokenizer, chat
-        self._known: dict[tuple[str, str, bool], int] = {}
+        self._known: dict[tuple[str, str, str], int] = {}
 
     def about(self, row: Row, instruction: str, replies: Sequence[str]) -> list[int] | EndoRewardError:
         """Places in `rows` of the replies to `instruction` about a row."""
@@ -237,13 +251,15 @@ class Questions:
     def put(self, text: str, replies: Sequence[str], row: Row) -> list[int]:
         """Places in `rows` of the replies to `text`; as chat or as text, as `row` would be scored."""
         chat = wants_chat(self._tokenizer, row.get("chat", self._chat))
-        return [self._place(text, reply, chat) for reply in replies]
+        # How the template writes a prompt holds for questions too; what tools there are is said in the question.
+        kwargs = {"chat_template_kwargs": row["chat_template_kwargs"]} if row.get("chat_template_kwargs") else {}
+        return [self._place(text, reply, {"chat": chat, **kwargs}) for reply in replies]
 
-    def _place(self, text: str, reply: str, chat: bool) -> int:
-        place = self._known.setdefault((text, reply, chat), len(self.rows))
+    def _place(self, text: str, reply: str, how: dict[str, Any]) -> int:
+        place = self._known.setdefault((text, reply, repr(how)), len(self.rows))
         if place == len(self.rows):
-            ending, space = ("", "") if chat else (TEXT_ENDING, " ")
-            self.rows.append({"prompt": text + ending, "completion": space + reply, "chat": chat})
+            ending, space = ("", "") if how["chat"] else (TEXT_ENDING, " ")
+            self.rows.append({"prompt": text + ending, "completion": space + reply, **how})
         return place
 
 
@@ -252,18 +268,23 @@ def _question_and_answer(row: Row) -> tuple[str, str] | EndoRewardError:
         if "prompt_ids" in row:
             raise EndoRewardError("a judge reads text, but the row holds token ids")
         prompt, completion = prompt_and_completion(row)
-        return _text(prompt), _text(completion)
+        return _given(row) + _text(prompt), _text(completion)
     except EndoRewardError as error:
         return error
+
+
+def _given(row: Row) -> str:
+    """The tools and documents of a row, which are part of its question."""
+    extras = Extras.of(row, Extras())
+    given = (("Tools", extras.tools), ("Documents", extras.documents))
+    found = [f"{name}: {json.dumps(list(values), ensure_ascii=False, default=repr)}" for name, values in given if values]
+    return "".join(f"{text}\n\n" for text in found)
 
 
 def _text(value: Any) -> str:
     """A prompt or completion as plain text; several turns with the roles before them."""
     if isinstance(value, str):
         return value.strip()
-    for message in value:
-        if not isinstance(message["content"], str):
-            raise EndoRewardError(f"a judge reads text, but a message's content is {type(message['content']).__name__}")
     if len(value) == 1:
-        return str(value[0]["content"]).strip()
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content'].strip()}" for message in value)
+        return spoken(value[0]).strip()
+    return "\n\n".join(f"{message['role'].capitalize()}: {spoken(message).strip()}" for message in value)

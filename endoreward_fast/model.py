@@ -7,6 +7,7 @@ Hidden states go from the model straight to `linear_token_rewards`: logits never
 something unknown is read through its own logits (`Head` warns when it is loaded).
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from .batching import Room
 from .checkpoint import pocket_path
-from .encoding import Row
+from .encoding import NOTHING_TO_SCORE, Row
 from .errors import EndoRewardError
 from .functional import Impl, linear_token_rewards, token_rewards
 from .heads import Head, logits_of
@@ -176,15 +177,17 @@ class EndoRewardModel(nn.Module):
     def rank(self, prompt: Any, completions: Sequence[Any], **options: Any) -> list[Ranked]:
         """Completions of one prompt, best first; ties in their order. Options as in `score`.
 
+        An empty completion is its end-of-turn token; where no token ends it, it has no score and comes last.
+
         Raises EndoRewardError if one of them cannot be scored, naming it by its index.
         """
         scores = self.score([{"prompt": prompt, "completion": completion} for completion in completions], **options)
         ranked = []
         for index, (completion, result) in enumerate(zip(completions, scores, strict=True)):
-            if result.score is None:
+            if result.score is None and result.error != NOTHING_TO_SCORE:
                 raise EndoRewardError(f"completion {index}: {result.error}")
             ranked.append(Ranked(index, completion, result.score))
-        return sorted(ranked, key=lambda r: -r.score)
+        return sorted(ranked, key=lambda r: math.inf if r.score is None else -r.score)
 
     def _laid_out(
         self, input_ids: Tensor, attention_mask: Tensor | None, completion_mask: Tensor | None,

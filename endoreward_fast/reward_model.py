@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from .batching import Room, does_not_fit, in_batches
 from .boundary import tokenize
 from .chat import conversation
-from .encoding import Row, dialogue, prompt_and_completion, wants_chat
+from .encoding import Encoder, Row, dialogue, prompt_and_completion, wants_chat
 from .errors import EndoRewardError
 from .loading import load_classifier, refuse_other_than_one_output
 from .scoring import OnTokens, RowScore, ScoreOptions, Scores, evaluating, in_order
+from .template import Extras
 
 
 class RewardModel:
@@ -58,10 +59,11 @@ class RewardModel:
         """(position in rows, score) as batches finish. Options as in `EndoRewardModel.score`; those of them count that
         say how rows are encoded and batched."""
         chosen = ScoreOptions(**options)
+        encoder = Encoder(self.tokenizer, date=chosen.date, extras=chosen.extras)
         ready: list[tuple[int, list[int], tuple[str, ...]]] = []
         for position, row in enumerate(rows):
             try:
-                ready.append((position, *self._encode(row, chosen)))
+                ready.append((position, *self._encode(row, chosen, encoder)))
             except EndoRewardError as error:
                 yield position, RowScore(None, 0, None, error=str(error))
         budget = 1 if self.pad is None else chosen.max_tokens_per_batch
@@ -86,7 +88,7 @@ class RewardModel:
         """Scores of rows, in their order."""
         return in_order(self.iter_scores(rows, **options))
 
-    def _encode(self, row: Row, options: ScoreOptions) -> tuple[list[int], tuple[str, ...]]:
+    def _encode(self, row: Row, options: ScoreOptions, encoder: Encoder) -> tuple[list[int], tuple[str, ...]]:
         """(token ids, flags) of a row."""
         if "prompt_ids" in row:
             raise EndoRewardError("a reward model reads text with its own tokenizer, but the row holds token ids")
@@ -95,8 +97,12 @@ class RewardModel:
         if plain and not wants_chat(self.tokenizer, row.get("chat", options.chat)):
             before = f"{options.system}\n\n{prompt}" if options.system else prompt
             ids = self.tokenizer(before + completion, truncation=False, verbose=False)["input_ids"]
+            leading = encoder.leading
+            if leading and tuple(ids[: 2 * len(leading)]) == leading * 2:  # the text has its own
+                ids = ids[len(leading) :]
         else:
-            text = conversation(self.tokenizer, dialogue(prompt, completion), system=options.system)
+            turns, extras = dialogue(prompt, completion), Extras.of(row, encoder.extras)
+            text = conversation(encoder.template, turns, extras, system=options.system)
             ids = tokenize(self.tokenizer, text)
         limits = [limit for limit in (options.max_length, self.max_length) if limit is not None]
         if not ids:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from .batching import does_not_fit, in_batches
 from .boundary import token_texts
-from .encoding import Encoded, Encoder, Row, Truncate, in_words
+from .encoding import NOTHING_TO_SCORE, Encoded, Encoder, Row, Truncate, in_words
 from .errors import EndoRewardError
 from .gathered import weights_come_and_go
 from .notebook import html_of_table
 from .returns import sequence_score
 from .signals import SIGNALS, select
+from .template import Extras, as_date
 from .types import TokenRewards
 
 if TYPE_CHECKING:
@@ -90,7 +91,8 @@ class Ranked:
     index: int
     """its place among the completions given"""
     completion: Any
-    score: float
+    score: float | None
+    """None: it is empty, and no token ends it"""
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,23 @@ class ScoreOptions:
     has its own reduction; `reduction`, `gamma` and `floor` are the score's alone"""
     reference: "EndoRewardModel | None" = None
     """a second model with the same tokenizer, for signals that compare two: one more forward pass"""
+    tools: Sequence[Any] | None = None
+    """JSON schemas (or functions) of tools, for the chat template; a row's own `tools` come in their place"""
+    documents: Sequence[Mapping[str, str]] | None = None
+    """documents for the chat template, likewise"""
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    """further variables of the chat template, such as enable_thinking; a row's own come before them"""
+    date: str | None = None
+    """ "YYYY-MM-DD": the day that a chat template is told which writes one; None: today"""
+
+    @property
+    def extras(self) -> Extras:
+        """What every row gives its chat template. EndoRewardError: it is no tools, documents or arguments."""
+        names = ("tools", "documents", "chat_template_kwargs")
+        return Extras.of({name: getattr(self, name) for name in names}, Extras())
 
     def __post_init__(self) -> None:
+        _ = self.extras, self.date is None or as_date(self.date)  # what is wrong with them is said before any row
         object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))
         for name, fine, wanted in (
             ("alpha", self.alpha > 0 and math.isfinite(self.alpha), "a number above 0"),
@@ -151,7 +168,7 @@ def score_rows(scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOpt
     vocab_size = min(model.vocab_size for model in _models(scorer, options))
     ready: list[tuple[int, Encoded]] = []
     for position, row in enumerate(rows):
-        result = _encode(encoder, row, vocab_size, options.signals)
+        result = _encode(encoder, row, vocab_size)
         if isinstance(result, Encoded):
             ready.append((position, result))
         else:
@@ -179,7 +196,8 @@ def encoder_for(scorer: "EndoRewardModel", options: ScoreOptions) -> Encoder:
     limits = [limit for limit in (options.max_length, *limits) if limit is not None]
     return Encoder(
         scorer.tokenizer, system=options.system, chat=options.chat, max_length=min(limits, default=None),
-        truncate=options.truncate, append_eos=options.append_eos, eos_ids=scorer.eos_ids,
+        truncate=options.truncate, append_eos=options.append_eos, eos_ids=scorer.eos_ids, extras=options.extras,
+        date=options.date,
     )  # fmt: skip
 
 
@@ -187,8 +205,8 @@ def _models(scorer: "EndoRewardModel", options: ScoreOptions) -> list["EndoRewar
     return [scorer] if options.reference is None else [scorer, options.reference]
 
 
-def _encode(encoder: Encoder, row: Row, vocab_size: int, signals: Sequence[str]) -> Encoded | RowScore:
-    """Tokens of a row, or its score where no model is needed for it."""
+def _encode(encoder: Encoder, row: Row, vocab_size: int) -> Encoded | RowScore:
+    """Tokens of a row, or why it has no score."""
     try:
         encoded = encoder.encode(row)
         odd = next((i for i in encoded.input_ids if not 0 <= i < vocab_size), None)
@@ -197,8 +215,7 @@ def _encode(encoder: Encoder, row: Row, vocab_size: int, signals: Sequence[str])
     except EndoRewardError as error:
         return RowScore(None, 0, None, error=str(error))
     if encoded.prompt_length == len(encoded.input_ids):
-        zeros = dict.fromkeys(signals, 0.0) if signals else None
-        return RowScore(0.0, 0, 0.0, encoded.flags, tokens=TokenTable((), (), (), (), ()), signals=zeros)
+        return RowScore(None, 0, None, encoded.flags, NOTHING_TO_SCORE)
     return encoded
 
 

@@ -217,7 +217,7 @@ def test_judges_say_what_they_cannot_judge_and_go_on(name, plain):
     ]
     first, ids, nothing, image, last = JUDGES[name](plain).score(rows)
     assert first.error is None and last.error is None and isinstance(first.score, float)
-    assert "token ids" in ids.error and "found prompt" in nothing.error and "content is list" in image.error
+    assert "token ids" in ids.error and "found prompt" in nothing.error and "only parts of text" in image.error
     long = JUDGES[name](plain).score([ROWS[3], ROWS[4] | {"completion": "x" * 2000}])
     assert "the limit is 1024" in long[1].error
 

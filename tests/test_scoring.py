@@ -32,7 +32,8 @@ def test_scores_are_sums_over_the_completion(scorer):
         assert math.isclose(results[i].score, score, rel_tol=1e-4, abs_tol=1e-4)
         assert math.isclose(results[i].logprob, logprob, rel_tol=1e-4)
         assert results[i].num_tokens == len(ids) - start
-    assert results[2].score == 0.0 and results[2].flags == ("empty",) and results[2].num_tokens == 0
+    end = expected_score(scorer, [*TOKENIZER("Name a colour.")["input_ids"], TOKENIZER.eos_token_id], 14)
+    assert results[2].score == pytest.approx(end[0], abs=1e-4) and results[2].flags == ("empty",)
     assert results[1].num_tokens == 41  # with its end of sequence
     assert all(result.error is None for result in results)
 
@@ -53,10 +54,11 @@ def test_batches_keep_to_the_budget(llama, monkeypatch):
         return inner(input_ids, *args, **options)
 
     monkeypatch.setattr(llama, "rewards_of_padded", watch)
-    positions = [i for i, _ in llama.iter_scores(ROWS, max_tokens_per_batch=40, on_tokens=counted.append)]
-    assert sorted(positions) == list(range(len(ROWS))) and positions[0] == 2  # the empty one needs no model
+    rows = [*ROWS, {"prompt_ids": [1], "completion_ids": []}]
+    positions = [i for i, _ in llama.iter_scores(rows, max_tokens_per_batch=40, on_tokens=counted.append)]
+    assert sorted(positions) == list(range(len(rows))) and positions[0] == 6  # nothing to score needs no model
     assert len(shapes) >= 3 and sum(shape > 40 for shape in shapes) == 1  # the 42-token row, alone
-    assert sum(counted) == sum(len(llama_ids) for llama_ids in ([0] * 17, [0] * 42, [0] * 6, [0] * 8, [0] * 32))
+    assert sum(counted) == sum(len(llama_ids) for llama_ids in ([0] * 17, [0] * 42, [0] * 15, [0] * 6, [0] * 8, [0] * 32))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +80,7 @@ def test_per_token_tables_hold_the_scored_tokens(llama):
         assert math.isclose(sum(table.rewards), result.score, rel_tol=1e-4, abs_tol=1e-4)
         assert math.isclose(sum(table.logprobs), result.logprob, rel_tol=1e-4, abs_tol=1e-4)
         if "completion" in row:
-            assert "".join(table.texts) == (row["completion"] and row["completion"] + "</s>")
+            assert "".join(table.texts) == row["completion"] + "</s>"
     assert llama.score(ROWS)[0].tokens is None
 
 
@@ -89,6 +91,9 @@ def test_rank_puts_the_best_first_and_ties_in_order(llama):
     assert all(r.completion == completions[r.index] for r in ranked)
     twins = [r.index for r in ranked if r.completion == "two"]
     assert twins == [1, 3]
+    bare = EndoRewardModel(llama.model, byte_tokenizer(eos_token=None))
+    *others, last = bare.rank("Count:", ["", "one", "two"])
+    assert (last.completion, last.score) == ("", None) and None not in [r.score for r in others]
     with pytest.raises(EndoRewardError, match="completion 1: completion: wanted text"):
         llama.rank("Count:", ["one", 2])
 

@@ -315,7 +315,9 @@ def test_signals_leave_the_scores_as_they_are(llama):
         assert one.tokens.rewards == pytest.approx(other.tokens.rewards, rel=1e-6, abs=1e-6)
     assert other.signals["entropy"] < 0
     empty = llama.score(ROWS[2:3], signals="all")[0]
-    assert empty.flags == ("empty",) and set(empty.signals) == set(ONE_MODEL) and not any(empty.signals.values())
+    assert empty.flags == ("empty",) and set(empty.signals) == set(ONE_MODEL) and empty.num_tokens == 1
+    nothing = llama.score(ROWS[2:3], signals="all", append_eos=False)[0]
+    assert nothing.score is None and nothing.signals is None and "nothing to score" in nothing.error
 
 
 def test_the_scores_reduction_is_not_the_signals(llama):

@@ -7,9 +7,10 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..encoding import NOTHING_TO_SCORE
 from ..errors import EndoRewardError
 from .candidates import MissingColumns, Task, arrange, plan
 from .data import Record, Source
@@ -82,12 +83,18 @@ class Item:
     def problem(self, position: int, signal: str | None = None) -> str | None:
         """Why the sample at `position` has no score, or no such signal; or None."""
         result, score = self.results[position], self._value(position, signal)
+        if self.says_nothing(position):
+            return None
         if result.error is None and (score is None or not isfinite(score)):
             return f"the score is not finite ({score})"
         return result.error
 
+    def says_nothing(self, position: int) -> bool:
+        """Whether the sample at `position` is empty and without a score: that is no problem, but always the worst."""
+        return self.results[position].error == NOTHING_TO_SCORE
+
     def score(self, position: int, signal: str | None = None) -> float | None:
-        """The score (or signal) of the sample at `position`; None where there is a problem."""
+        """The score (or signal) of the sample at `position`; None where there is none."""
         return None if self.problem(position, signal) else self._value(position, signal)
 
     def _value(self, position: int, signal: str | None) -> float | None:
@@ -218,8 +225,9 @@ def ranked_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
         return _with_columns(item, {"scores": None, "ranking": None, "best": None}, None, per_token)
     samples = item.task.samples
     scores = [item.score(i) for i in range(len(samples))]
-    ranking = sorted((i for i, s in enumerate(scores) if s is not None), key=lambda i: -(scores[i] or 0.0))
-    best = samples[ranking[0]].get("completion") if ranking else None
+    worth = [-inf if item.says_nothing(i) else score for i, score in enumerate(scores)]
+    ranking = sorted((i for i, w in enumerate(worth) if w is not None), key=lambda i: -(worth[i] or 0.0))
+    best = samples[ranking[0]].get("completion") if ranking and scores[ranking[0]] is not None else None
     new = {"scores": [_number(s) for s in scores], "ranking": ranking, "best": best}
     return _with_columns(item, new, list(range(len(samples))), per_token)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,9 +69,15 @@ def _numbers(files: Sequence[FileResult]) -> dict[str, Any]:
         "rm_bench": bench.to_json() if bench else None,
         "reward_bench": {name: a.to_json() for name, a in rewards.items()} if rewards else None,
         "scores": [
-            {"file": r.file, "id": r.id, "subset": r.subset, "chosen": r.chosen, "rejected": r.rejected} for r in judged
+            {"file": r.file, "id": r.id, "subset": r.subset, "chosen": _finite(r.chosen), "rejected": _finite(r.rejected)}
+            for r in judged
         ],
     }
+
+
+def _finite(scores: Sequence[float]) -> list[float | None]:
+    """Scores, null for that of a completion which says nothing."""
+    return [score if math.isfinite(score) else None for score in scores]
 
 
 def _judged(files: Sequence[FileResult]) -> list[Judged]:

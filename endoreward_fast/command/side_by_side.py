@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -95,4 +96,6 @@ def add(result: FileResult, item: Item, signal: str | None = None) -> None:
 
 def _scores(item: Item, layout: Any, signal: str | None) -> tuple[float, ...]:
     positions = layout if isinstance(layout, list) else [layout]
-    return tuple(score for i in positions if (score := item.score(i, signal)) is not None)
+    # A completion that says nothing loses every comparison.
+    scores = (-math.inf if item.says_nothing(i) else item.score(i, signal) for i in positions)
+    return tuple(score for score in scores if score is not None)
