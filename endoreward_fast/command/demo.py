@@ -34,7 +34,7 @@ def show(flags: ModelFlags) -> None:
         [s for p in quiz for s in _problem_samples(p, form)],
         [s for pair in pairs for s in _steered_samples(pair, form)],
     ]
-    with Monitor(sum(map(len, parts)), quiet=flags.quiet) as monitor:
+    with Monitor(sum(map(len, parts)), quiet=flags.quiet, model=flags.model) as monitor:
         scores = _scores(scorer, [s for part in parts for s in part], flags, monitor)
     ends = [len(parts[0]), len(parts[0]) + len(parts[1])]
     print(f"Model: {flags.model}.  Score: {flags.reduction} of token rewards, alpha {flags.alpha:g}.")

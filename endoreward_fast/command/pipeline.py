@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..checkpoint import POCKET
 from ..errors import EndoRewardError
 from .candidates import MissingColumns, Task, arrange, plan
 from .data import Record, Source
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
 WINDOW = 32
 """Characters sorted by length together, per token of a batch: at four characters a token eight batches, enough to
 fill them evenly and few enough to write results early"""
+
+
+NO_MODEL = (
+    f"endoreward: no --model: scored by {POCKET}, the embedded demonstration model of 3 million weights; name yours by "
+    "--model"
+)
 
 
 class Scorer(Protocol):
@@ -52,6 +59,12 @@ def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Scorer]:
     from ..judges import JUDGES
 
     return {name: JUDGES[name](scorer) for name in names}
+
+
+def name_default(flags: ModelFlags) -> None:
+    """Say which model scores where the command line named none. Call it between the cheap checks and loading."""
+    if flags.model_by_default and not flags.quiet:
+        print(NO_MODEL, file=sys.stderr, flush=True)
 
 
 def _quieten(flags: ModelFlags) -> None:
