@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +25,7 @@ from .command.output import Monitor, Sink, one_line
 from .command.parameters import of_input, of_output, takes
 from .command.ranks import Rank, help_out, lead
 from .command.report import FileResult, to_json, to_text
-from .command.resume import Done, in_order, lines_done, recorded, rows_done, rows_left, settings_of
+from .command.resume import Done, holds_rows, in_order, lines_done, recorded, rows_done, rows_left, settings_of
 from .errors import EndoRewardError
 
 BAD_INPUT = 2  # exit code
@@ -108,35 +109,45 @@ def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Re
 
 def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None:
     rank = Rank.from_environment()
+    if flags.engine != LOCAL and not rank.alone:
+        raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
+    if flags.engine != LOCAL and importlib.util.find_spec("ray") is None:
+        raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
     if not rank.first:
+        pipeline.before_hub(replace(flags, quiet=True))
         return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
         # Rank 0 reads in a thread, which nothing could end while it waits for more.
         raise EndoRewardError("several processes do not read standard input or a pipe: name a file")
     output = str(flags.output)
 
+    by_flags = settings_of(job.command, version("endoreward-fast"), flags.to_json(), job.per_token, weights="")
+
     @cache
     def settings() -> dict[str, Any]:
-        about = (version("endoreward-fast"), flags.to_json(), job.per_token, weights_of(flags.model))
-        return settings_of(job.command, *about)
+        pipeline.before_hub(flags)
+        return by_flags | {"weights": weights_of(flags.model)}
 
     with Sink(flags.output, (file,), emptying=lambda: recorded(output, settings())) as sink:
         if resume and sink.is_stdout:
             raise EndoRewardError("--resume goes on with a file: name it by --output")
-        done = rows_done(output, settings(), flags.id) if resume else Done()
+        source = open_source(file, flags.limit)
+        # What the model's name stands for may be a question to the hub: it comes last.
+        go_on = resume and holds_rows(output, by_flags)
+        done = rows_done(output, settings(), flags.id) if go_on else Done()
         if done.failed:
             sink.append(lines_done(output, job.command))
         elif done.rows:
             sink.append()
         order: list[str] = []
-        source = rows_left(file, flags, done.rows, order)
+        source = rows_left(source, flags, done.rows, order)
         first, windows = pipeline.peek(pipeline.windows(source, job.command, flags))
         if not first and not done.rows:
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
         if first and done == Done():  # what is left of a run may well be just what cannot be scored
             pipeline.check_usable(first, source.name)
         if first:
-            pipeline.name_default(flags)
+            pipeline.before_loading(flags)
         run = _engine(job, flags, rank, settings, idle=not first)
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model) as monitor:
             if done != Done():
@@ -152,16 +163,12 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
 
 def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dict[str, Any]], *, idle: bool) -> Engine:
     """Where the rows are scored; what must be there for it is there, or an EndoRewardError. `idle`: there are none."""
-    if flags.engine != LOCAL and not rank.alone:
-        raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
     if not rank.alone:
         return lead(job, rank, settings()["weights"], idle=idle)
     if idle:
         return nothing_left
     if flags.engine == LOCAL:
         return here(job)
-    if importlib.util.find_spec("ray") is None:
-        raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
     from .integrations.ray import on_ray
 
     return on_ray(job, flags)
@@ -181,7 +188,7 @@ def evaluate(
     with Sink(flags.output, tuple(files)) as sink:
         sources = [open_source(file, flags.limit) for file in files]
         readers = [pipeline.checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
-        pipeline.name_default(flags)
+        pipeline.before_loading(flags)
         panel = side_by_side.panel(flags)
         models = side_by_side.models(flags)
         totals = [source.total for source in sources]

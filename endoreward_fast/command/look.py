@@ -29,7 +29,7 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
     source = _source(file, prompt, completions, flags.limit or SHOWN)
     with Sink(html or flags.output, (file,) if file else ()) as sink:
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
-        pipeline.name_default(flags)
+        pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "entropy": True}
         rows: list[Row] = []

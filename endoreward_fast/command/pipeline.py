@@ -14,6 +14,7 @@ from ..checkpoint import POCKET
 from ..errors import EndoRewardError
 from .candidates import MissingColumns, Task, arrange, plan
 from .data import Record, Source
+from .network import stay_offline_without_hub
 from .output import Aside, Monitor, compact
 
 if TYPE_CHECKING:
@@ -26,8 +27,7 @@ fill them evenly and few enough to write results early"""
 
 
 NO_MODEL = (
-    f"endoreward: no --model: scored by {POCKET}, the embedded demonstration model of 3 million weights; name yours by "
-    "--model"
+    f"no --model: scored by {POCKET}, the embedded demonstration model of 3 million weights; name yours by --model"
 )
 
 
@@ -61,10 +61,18 @@ def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Scorer]:
     return {name: JUDGES[name](scorer) for name in names}
 
 
-def name_default(flags: ModelFlags) -> None:
-    """Say which model scores where the command line named none. Call it between the cheap checks and loading."""
+def before_loading(flags: ModelFlags) -> None:
+    """Call it between the cheap checks and loading: says which model scores where the command line named none."""
     if flags.model_by_default and not flags.quiet:
-        print(NO_MODEL, file=sys.stderr, flush=True)
+        print(f"endoreward: {NO_MODEL}", file=sys.stderr, flush=True)
+    before_hub(flags)
+
+
+def before_hub(flags: ModelFlags) -> None:
+    """Call it before anything that may ask the hub; says so where that cannot be reached."""
+    note = stay_offline_without_hub(flags.models.values())
+    if note and not flags.quiet:
+        print(f"endoreward: {note}", file=sys.stderr, flush=True)
 
 
 def _quieten(flags: ModelFlags) -> None:

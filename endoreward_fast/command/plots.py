@@ -93,7 +93,7 @@ def plot(file: str, flags: RowFlags) -> bool:
     with Sink(path, (file,)) as sink:
         source = open_source(file, flags.limit)
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
-        pipeline.name_default(flags)
+        pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "texts": False}
         kinds: dict[str, Kind] = {}
