@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -16,14 +17,15 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from .checkpoint import weights_of
-from .command import look, pipeline, plots, side_by_side
+from .command import guide, look, pipeline, plots, side_by_side
 from .command.data import STDIN, open_source
 from .command.jobs import ANSWERS, Engine, Job, here, nothing_left
-from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags, takes
+from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
 from .command.output import Monitor, Sink, one_line
+from .command.parameters import of_input, of_output, takes
 from .command.ranks import Rank, help_out, lead
 from .command.report import FileResult, to_json, to_text
-from .command.resume import Done, in_order, lines_done, recorded, rows_done, rows_left, settings_of
+from .command.resume import Done, holds_rows, in_order, lines_done, recorded, rows_done, rows_left, settings_of
 from .errors import EndoRewardError
 
 BAD_INPUT = 2  # exit code
@@ -31,6 +33,10 @@ BAD_INPUT = 2  # exit code
 
 class _Group(TyperGroup):
     """Says an EndoRewardError in one line, exit code 2; anything else is a defect and keeps its traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`help COMMAND` is `COMMAND --help`."""
+        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -60,13 +66,16 @@ class _OneProcess(TyperCommand):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="The reward inside every causal language model: r = Q(s, a) - V(s'), read from its own logits.",
+    epilog=guide.ROOT,
 )
-File = Annotated[str, typer.Argument(help="JSON Lines, JSON, CSV, TSV, Parquet, or gzipped; - is standard input.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with --output where an earlier run was cut off.")]
-PerToken = Annotated[bool, typer.Option("--per-token", help="Add token_rewards: one number for every scored token.")]
+File = Annotated[
+    str, typer.Argument(metavar="FILE", help="JSON Lines, JSON, CSV, TSV, Parquet, or gzipped; - is standard input.")
+]
+Resume = Annotated[bool, of_output("--resume", help="Go on with --output where an earlier run was cut off.")]
+PerToken = Annotated[bool, of_output("--per-token", help="Add token_rewards: one number for every scored token.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -78,20 +87,20 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def _common(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Flags of the command itself."""
 
 
-@app.command()
+@app.command(epilog=guide.SCORE)
 @takes(EngineFlags)
 def score(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
     """Score every completion of FILE: JSON Lines out, every column kept, `score` added."""
     _rows_to_rows(Job("score", flags, per_token), flags, file, resume)
 
 
-@app.command()
+@app.command(epilog=guide.RANK)
 @takes(EngineFlags)
 def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
     """Rank the completions of every row of FILE: adds `scores`, `ranking` (best first) and `best`."""
@@ -100,35 +109,47 @@ def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Re
 
 def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None:
     rank = Rank.from_environment()
+    if flags.engine != LOCAL and not rank.alone:
+        raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
+    if flags.engine != LOCAL and importlib.util.find_spec("ray") is None:
+        raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
     if not rank.first:
+        pipeline.before_hub(replace(flags, quiet=True))
         return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
         # Rank 0 reads in a thread, which nothing could end while it waits for more.
         raise EndoRewardError("several processes do not read standard input or a pipe: name a file")
     output = str(flags.output)
 
+    by_flags = settings_of(job.command, version("endoreward-fast"), flags.to_json(), job.per_token, weights="")
+
     @cache
     def settings() -> dict[str, Any]:
-        about = (version("endoreward-fast"), flags.to_json(), job.per_token, weights_of(flags.model))
-        return settings_of(job.command, *about)
+        pipeline.before_hub(flags)
+        return by_flags | {"weights": weights_of(flags.model)}
 
     with Sink(flags.output, (file,), emptying=lambda: recorded(output, settings())) as sink:
         if resume and sink.is_stdout:
             raise EndoRewardError("--resume goes on with a file: name it by --output")
-        done = rows_done(output, settings(), flags.id) if resume else Done()
+        source = open_source(file, flags.limit)
+        # What the model's name stands for may be a question to the hub: it comes last.
+        go_on = resume and holds_rows(output, by_flags)
+        done = rows_done(output, settings(), flags.id) if go_on else Done()
         if done.failed:
             sink.append(lines_done(output, job.command))
         elif done.rows:
             sink.append()
         order: list[str] = []
-        source = rows_left(file, flags, done.rows, order)
+        source = rows_left(source, flags, done.rows, order)
         first, windows = pipeline.peek(pipeline.windows(source, job.command, flags))
         if not first and not done.rows:
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
         if first and done == Done():  # what is left of a run may well be just what cannot be scored
             pipeline.check_usable(first, source.name)
+        if first:
+            pipeline.before_loading(flags)
         run = _engine(job, flags, rank, settings, idle=not first)
-        with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
+        with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model) as monitor:
             if done != Done():
                 monitor.note(f"{output} holds {done.described}")
             run(windows, sink.write, monitor)
@@ -142,38 +163,38 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
 
 def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dict[str, Any]], *, idle: bool) -> Engine:
     """Where the rows are scored; what must be there for it is there, or an EndoRewardError. `idle`: there are none."""
-    if flags.engine != LOCAL and not rank.alone:
-        raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
     if not rank.alone:
         return lead(job, rank, settings()["weights"], idle=idle)
     if idle:
         return nothing_left
     if flags.engine == LOCAL:
         return here(job)
-    if importlib.util.find_spec("ray") is None:
-        raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
     from .integrations.ray import on_ray
 
     return on_ray(job, flags)
 
 
-@app.command("eval", cls=_OneProcess)
+@app.command("eval", cls=_OneProcess, epilog=guide.EVAL)
 @takes(EvalFlags)
 def evaluate(
-    files: Annotated[list[str], typer.Argument(help="Preference files: RM-Bench, RewardBench, or your own.")],
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE", help="Preference files: RM-Bench, RewardBench, or your own.")
+    ],
     flags: EvalFlags,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Annotated[bool, of_output("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
     as_json = as_json or flags.output == STDIN
     with Sink(flags.output, tuple(files)) as sink:
         sources = [open_source(file, flags.limit) for file in files]
         readers = [pipeline.checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
+        pipeline.before_loading(flags)
         panel = side_by_side.panel(flags)
+        models = side_by_side.models(flags)
         totals = [source.total for source in sources]
         total = None if None in totals else panel.passes * sum(t for t in totals if t is not None)
         results = [FileResult.by_methods(source.name, panel.methods) for source in sources]
-        monitor, interrupted = Monitor(total, quiet=flags.quiet), False
+        monitor, interrupted = Monitor(total, quiet=flags.quiet, model=flags.model), False
         try:
             with monitor:
                 for result, reader in zip(results, readers, strict=True):
@@ -181,12 +202,13 @@ def evaluate(
                         panel.judge(items, result, monitor, strict=flags.strict)
         except KeyboardInterrupt:
             interrupted = True
-        about = {"version": version("endoreward-fast"), "complete": not interrupted, "flags": flags.to_json()}
-        about |= {"tokens": monitor.tokens, "seconds": round(monitor.seconds, 3)}
+        about = {"version": version("endoreward-fast"), "complete": not interrupted} | models
+        about |= {"flags": flags.to_json(), "tokens": monitor.tokens, "seconds": round(monitor.seconds, 3)}
         found = json.dumps(to_json(results, about), indent=1)
         if flags.output:
             sink.write(found + "\n")
     if not as_json:
+        print(side_by_side.heading(models, flags))
         print(to_text(results, flags.left_out), end="")
     elif flags.output != STDIN:
         print(found)
@@ -196,21 +218,21 @@ def evaluate(
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess)
+@app.command(cls=_OneProcess, epilog=guide.SHOW)
 @takes(RowFlags)
 def show(
     flags: RowFlags,
-    file: Annotated[Optional[str], typer.Argument(help="Rows as `score` takes them; or --prompt.")] = None,  # noqa: UP045
-    prompt: Annotated[Optional[str], typer.Option(help="Instead of FILE.")] = None,  # noqa: UP045
-    completion: Annotated[Optional[list[str]], typer.Option(help="Of --prompt; may be given again.")] = None,  # noqa: UP045
-    html: Annotated[Optional[str], typer.Option(help="Write one self-contained page here.")] = None,  # noqa: UP045
+    file: Annotated[Optional[str], typer.Argument(metavar="FILE", help="As for `score`; or --prompt.")] = None,  # noqa: UP045
+    prompt: Annotated[Optional[str], of_input(help="Instead of FILE.")] = None,  # noqa: UP045
+    completion: Annotated[Optional[list[str]], of_input(help="Of --prompt; may be given again.")] = None,  # noqa: UP045
+    html: Annotated[Optional[str], of_output(help="Write one self-contained page here.")] = None,  # noqa: UP045
 ) -> None:
     """Colour every token by its reward: on the terminal, or in a page with a tooltip for each (--html)."""
     if not look.show(file, prompt, completion or (), html, flags):
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess)
+@app.command(cls=_OneProcess, epilog=guide.PLOT)
 @takes(RowFlags)
 def plot(file: File, flags: RowFlags) -> None:
     """Draw FILE's scores, their dependence on length, and reward by position, into --output (rewards.png)."""
@@ -218,7 +240,7 @@ def plot(file: File, flags: RowFlags) -> None:
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess)
+@app.command(cls=_OneProcess, epilog=guide.DEMO)
 @takes(ModelFlags)
 def demo(flags: ModelFlags) -> None:
     """A demonstration without a network: real text against corrupted, right answers against wrong."""

@@ -19,6 +19,7 @@ class Score:
     flags: tuple[str, ...] = ()
     error: str | None = None
     tokens: Tokens | None = None
+    signals: dict[str, float] | None = None
 
 
 class LengthScorer:
@@ -41,7 +42,8 @@ class LengthScorer:
                 yield i, Score(float("nan"))
             else:
                 tokens = Tokens((-1.0,) * len(text)) if per_token else None
-                yield i, Score(-float(len(text)), () if text else ("empty",), tokens=tokens)
+                signals = dict.fromkeys(options.get("signals", ()), 1.0)
+                yield i, Score(-float(len(text)), () if text else ("empty",), tokens=tokens, signals=signals)
 
 
 def run(*args, code=0, **kw):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from ..demo_data import CORRUPTIONS, Passage, Problem, corrupted, passages, problems, steered
@@ -23,6 +24,7 @@ def show(flags: ModelFlags) -> None:
     """Load the model, score the demonstration's three parts and print what was measured."""
     form = "plain"
     print("endoreward demo: a demonstration of the reward that is already inside a language model.")
+    pipeline.before_loading(replace(flags, model_by_default=False))  # it is named below
     scorer = pipeline.load_scorer(flags)
     if flags.chat is not False and getattr(getattr(scorer, "tokenizer", None), "chat_template", None):
         form = "chat"
@@ -34,7 +36,7 @@ def show(flags: ModelFlags) -> None:
         [s for p in quiz for s in _problem_samples(p, form)],
         [s for pair in pairs for s in _steered_samples(pair, form)],
     ]
-    with Monitor(sum(map(len, parts)), quiet=flags.quiet) as monitor:
+    with Monitor(sum(map(len, parts)), quiet=flags.quiet, model=flags.model) as monitor:
         scores = _scores(scorer, [s for part in parts for s in part], flags, monitor)
     ends = [len(parts[0]), len(parts[0]) + len(parts[1])]
     print(f"Model: {flags.model}.  Score: {flags.reduction} of token rewards, alpha {flags.alpha:g}.")

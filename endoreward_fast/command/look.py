@@ -29,10 +29,11 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
     source = _source(file, prompt, completions, flags.limit or SHOWN)
     with Sink(html or flags.output, (file,) if file else ()) as sink:
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
+        pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "entropy": True}
         rows: list[Row] = []
-        with Monitor(source.total, quiet=flags.quiet) as monitor:
+        with Monitor(source.total, quiet=flags.quiet, model=flags.model) as monitor:
             for items in batches:
                 pipeline.score_items(
                     items, scorer, options, lambda item: rows.append(row_of(item)), monitor, strict=flags.strict

@@ -1,20 +1,25 @@
-"""The command line's flags, each declared once: a dataclass of them becomes parameters of every command."""
+"""The command line's flags, each declared once. parameters.py makes them parameters of every command."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import textwrap
-from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Annotated, Any, Optional, TypeVar, get_type_hints
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, Any, Optional
 
-import typer
-
+from ..checkpoint import POCKET, place_of
 from ..errors import EndoRewardError
+from .parameters import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
 
 REDUCTIONS = ("sum", "mean")
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+DTYPE_ALIASES = {
+    "f64": "float64", "fp64": "float64", "double": "float64",
+    "f32": "float32", "fp32": "float32", "float": "float32",
+    "f16": "float16", "fp16": "float16", "half": "float16",
+    "bf16": "bfloat16",
+}  # fmt: skip
+DEVICE_ALIASES = {"gpu": "cuda"}
 TRUNCATE = ("prompt", "completion")
 # The names of signals.SIGNALS and judges.JUDGES, here once more so that --help does not wait for torch.
 LOG_RATIO = "log-ratio"
@@ -29,31 +34,56 @@ Switch = Optional[bool]  # noqa: UP045
 Share = Optional[float]  # noqa: UP045
 
 
+def dtype_name(text: str) -> str:
+    """The name of a dtype that `text` is an alias of, with or without "torch." before it; `text` if it is none."""
+    name = text.lower().removeprefix("torch.")
+    return DTYPE_ALIASES.get(name, name)
+
+
+def device_name(text: str | None) -> str | None:
+    """The same for a device, whose index is kept: cuda:1 for gpu:1."""
+    if text is None:
+        return None
+    kind, colon, index = text.lower().partition(":")
+    return f"{DEVICE_ALIASES.get(kind, kind)}{colon}{index}"
+
+
 @dataclass(frozen=True)
 class ModelFlags:
     """Which model, and how its rewards become a score."""
 
-    model: Annotated[str, typer.Option(help="Name or folder of a causal language model; pocket is built in.")] = (
-        "pocket"
-    )
-    dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16 or float64.")] = "auto"
-    device: Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
-    alpha: Annotated[float, typer.Option(help="Soft-RL temperature.")] = 1.0
-    reduction: Annotated[str, typer.Option(help="Token rewards to a score: sum or mean.")] = "sum"
-    gamma: Annotated[float, typer.Option(help="Discount per token, at most 1.")] = 1.0
-    floor: Annotated[float, typer.Option(help="Least weight that the discount leaves a token.")] = 0.0
-    system: Annotated[Text, typer.Option(help="System prompt put before every row: it steers the reward.")] = None
-    max_tokens_per_batch: Annotated[int, typer.Option(help="Tokens in a batch, padding included.")] = 8192
+    model: Annotated[
+        str, of_model("--model", "-m", help="Name or folder of a causal language model; pocket is an embedded toy.")
+    ] = POCKET
+    dtype: Annotated[
+        str,
+        of_model(
+            help="auto (the checkpoint's), float32, bfloat16, float16, float64; or bf16, ...", callback=dtype_name
+        ),
+    ] = "auto"
+    device: Annotated[
+        Text, of_model(help="cpu, cuda, cuda:1, gpu, ...; default: a GPU if there is one.", callback=device_name)
+    ] = None
     chat: Annotated[
         Switch,
-        typer.Option(
-            "--chat/--no-chat", help="Insist on the chat template, or never use it; default: if there is one."
+        of_model(
+            "--chat/--no-chat", help="Require the chat template, or never use it; default: use it if there is one."
         ),
     ] = None
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; errors only.")] = False
+    system: Annotated[Text, of_scoring(help="System prompt put before every row: it steers the reward.")] = None
+    alpha: Annotated[float, of_scoring(help="Soft-RL temperature.")] = 1.0
+    reduction: Annotated[str, of_scoring(help="Token rewards to a score: sum or mean.")] = "sum"
+    gamma: Annotated[float, of_scoring(help="Discount per token, at most 1.")] = 1.0
+    floor: Annotated[float, of_scoring(help="Least weight that the discount leaves a token.")] = 0.0
+    max_tokens_per_batch: Annotated[int, of_scoring(help="Tokens in a batch, padding included.")] = 8192
+    quiet: Annotated[bool, of_output("--quiet", "-q", help="No progress and no notes; errors only.")] = False
+    model_by_default: bool = False
+    """whether the command line named no model. It is no flag."""
 
     def check(self) -> None:
-        """Raise EndoRewardError naming the flag whose value cannot work."""
+        """Raise EndoRewardError naming the flag whose value cannot work. Nothing is loaded, and no network is asked."""
+        for name in self.models.values():
+            place_of(name)
         _one_of("--reduction", self.reduction, REDUCTIONS)
         _one_of("--dtype", self.dtype, DTYPES)
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
@@ -64,9 +94,18 @@ class ModelFlags:
             raise EndoRewardError(f"--floor must be 0 or more, got {self.floor}")
         _at_least_one("--max-tokens-per-batch", self.max_tokens_per_batch)
 
+    @property
+    def models(self) -> dict[str, str]:
+        """The name of each model that is loaded, by what it is."""
+        return {"model": self.model}
+
     def described(self) -> str:
         """The model and what a score of it is: a title for what is drawn of them."""
-        parts = [f"{self.model}: {self.reduction} of token rewards"]
+        return f"{self.model}: {self.score_described()}"
+
+    def score_described(self) -> str:
+        """What a score is."""
+        parts = [f"{self.reduction} of token rewards"]
         parts += [f"{name} {getattr(self, name):g}" for name in ("alpha", "gamma") if getattr(self, name) != 1]
         if self.floor:
             parts.append(f"floor {self.floor:g}")
@@ -80,17 +119,19 @@ class ModelFlags:
         return {name: getattr(self, name) for name in names}
 
 
+UNSAID = ("output", "quiet", "strict", "model_by_default")
+"""fields that no number of a run depends on"""
+
+
 @dataclass(frozen=True)
 class RowFlags(ModelFlags):
     """And how files are read and results written."""
 
-    max_length: Annotated[Count, typer.Option(help="Most tokens of prompt and completion; default: the model's.")] = (
-        None
-    )
-    truncate: Annotated[Text, typer.Option(help="Cut over-long rows at the prompt or the completion.")] = None
-    limit: Annotated[Count, typer.Option(help="Only the first so many rows of each file.")] = None
-    output: Annotated[Text, typer.Option("--output", "-o", help="Write results here, not to standard output.")] = None
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be scored.")] = False
+    max_length: Annotated[Count, of_input(help="Most tokens of prompt and completion; default: the model's.")] = None
+    truncate: Annotated[Text, of_input(help="Cut over-long rows at the prompt or the completion.")] = None
+    limit: Annotated[Count, of_input(help="Only the first so many rows of each file.")] = None
+    strict: Annotated[bool, of_input("--strict", help="Stop at the first row that cannot be scored.")] = False
+    output: Annotated[Text, of_output("--output", "-o", help="Write results here, not to standard output.")] = None
 
     def check(self) -> None:
         super().check()
@@ -106,20 +147,20 @@ class RowFlags(ModelFlags):
 
     def to_json(self) -> dict[str, Any]:
         """What the numbers of a run depend on: how it spoke and where it wrote is left out."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output", "quiet", "strict")}
+        return {name: value for name, value in asdict(self).items() if name not in UNSAID}
 
 
 @dataclass(frozen=True)
 class EngineFlags(RowFlags):
     """And where rows are scored, and how they are known again. Scores do not depend on it."""
 
-    engine: Annotated[str, typer.Option(help="local: this process, or the ranks of torchrun; ray: a Ray cluster.")] = (
+    engine: Annotated[str, of_cluster(help="local: this process, or the ranks of torchrun; ray: a Ray cluster.")] = (
         LOCAL
     )
-    actors: Annotated[Count, typer.Option(help="Ray: models at work; default: one a GPU, else one a machine.")] = None
-    gpus_per_actor: Annotated[Share, typer.Option(help="Ray: 0.5 puts two models on a GPU; default: 1, if any.")] = None
-    cpus_per_actor: Annotated[float, typer.Option(help="Ray: cores of each.")] = 1.0
-    id: Annotated[Text, typer.Option(help="Column by which --resume knows a row again; default: all of them.")] = None
+    actors: Annotated[Count, of_cluster(help="Ray: models at work; default: one a GPU, else one a machine.")] = None
+    gpus_per_actor: Annotated[Share, of_cluster(help="Ray: 0.5 puts two models on a GPU; default: 1, if any.")] = None
+    cpus_per_actor: Annotated[float, of_cluster(help="Ray: cores of each.")] = 1.0
+    id: Annotated[Text, of_output(help="Column by which --resume knows a row again; default: all of them.")] = None
 
     def check(self) -> None:
         super().check()
@@ -144,12 +185,12 @@ class EvalFlags(RowFlags):
     """And what the score is compared with."""
 
     signals: Annotated[
-        Text, typer.Option(help=f"Compare intrinsic rewards of the same pass: all, or some of {', '.join(SIGNALS)}.")
+        Text, of_comparison(help=f"Compare intrinsic rewards of the same pass: all, or some of {', '.join(SIGNALS)}.")
     ] = None
-    reference_model: Annotated[Text, typer.Option(help=f"Second model of the same tokenizer, for {LOG_RATIO}.")] = None
-    reward_model: Annotated[Text, typer.Option(help="Compare a trained reward model: a sequence classifier.")] = None
+    reference_model: Annotated[Text, of_comparison(help=f"Second model of the same tokenizer, for {LOG_RATIO}.")] = None
+    reward_model: Annotated[Text, of_comparison(help="Compare a trained reward model: a sequence classifier.")] = None
     judge: Annotated[
-        Text, typer.Option(help=f"Compare the model as its own judge: all, or some of {', '.join(JUDGES)}.")
+        Text, of_comparison(help=f"Compare the model as its own judge: all, or some of {', '.join(JUDGES)}.")
     ] = None
 
     def check(self) -> None:
@@ -160,6 +201,11 @@ class EvalFlags(RowFlags):
             raise EndoRewardError(f"--signals {LOG_RATIO} compares two models: name the second by --reference-model")
         if self.reference_model and LOG_RATIO not in wanted:
             raise EndoRewardError(f"--reference-model is for --signals {LOG_RATIO} (or {ALL})")
+
+    @property
+    def models(self) -> dict[str, str]:
+        others = {"reference model": self.reference_model, "reward model": self.reward_model}
+        return super().models | {what: name for what, name in others.items() if name is not None}
 
     @property
     def judges(self) -> tuple[str, ...]:
@@ -204,36 +250,3 @@ def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
 def _at_least_one(flag: str, value: int) -> None:
     if value < 1:
         raise EndoRewardError(f"{flag} must be 1 or more, got {value}")
-
-
-F = TypeVar("F", bound=ModelFlags)
-
-
-def takes(flags: type[F]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorate a command with a parameter `flags`: on the command line it is the dataclass's fields."""
-    hints = get_type_hints(flags, include_extras=True)
-    parameters = [
-        inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[f.name], default=f.default)
-        for f in fields(flags)
-        if f.default is not MISSING
-    ]
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = get_type_hints(command, include_extras=True)
-        before = [
-            p.replace(annotation=own[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
-            for p in inspect.signature(command).parameters.values()
-            if p.name != "flags"
-        ]
-
-        def run(**values: Any) -> None:
-            given = flags(**{p.name: values.pop(p.name) for p in parameters})
-            given.check()
-            command(**values, flags=given)
-
-        run.__doc__, run.__name__ = command.__doc__, command.__name__
-        run.__signature__ = inspect.Signature([*before, *parameters])  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in (*before, *parameters)}
-        return run
-
-    return decorate

@@ -194,8 +194,9 @@ class Monitor:
     leaves the errors alone. At the end of its context it says what was done.
     """
 
-    def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True) -> None:
+    def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True, model: str = "") -> None:
         self.quiet = quiet
+        self._by = f" by {model}" if model else ""
         self.rows = self.tokens = self.failed = self.missed = 0
         self._noted: set[str] = set()
         self._done = 0
@@ -269,7 +270,7 @@ class Monitor:
     def _summary(self, prefix: str) -> None:
         """What was done, in how long; how many rows failed (said even when quiet)."""
         self.note(
-            f"{prefix}scored {self.rows - self.failed} of {self.rows} rows, {self.tokens:,} tokens "
+            f"{prefix}scored {self.rows - self.failed} of {self.rows} rows{self._by}, {self.tokens:,} tokens "
             f"in {self.seconds:.1f} s ({self.rate:,.0f} tokens/s)"
         )
         hidden = self.failed + self.missed - ERRORS_SHOWN

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..checkpoint import POCKET
 from ..encoding import NOTHING_TO_SCORE
 from ..errors import EndoRewardError
 from .candidates import MissingColumns, Task, arrange, plan
 from .data import Record, Source
+from .network import stay_offline_without_hub
 from .output import Aside, Monitor, compact
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 WINDOW = 32
 """Characters sorted by length together, per token of a batch: at four characters a token eight batches, enough to
 fill them evenly and few enough to write results early"""
+
+
+NO_MODEL = (
+    f"no --model: scored by {POCKET}, the embedded demonstration model of 3 million weights; name yours by --model"
+)
 
 
 class Scorer(Protocol):
@@ -53,6 +60,20 @@ def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Scorer]:
     from ..judges import JUDGES
 
     return {name: JUDGES[name](scorer) for name in names}
+
+
+def before_loading(flags: ModelFlags) -> None:
+    """Call it between the cheap checks and loading: says which model scores where the command line named none."""
+    if flags.model_by_default and not flags.quiet:
+        print(f"endoreward: {NO_MODEL}", file=sys.stderr, flush=True)
+    before_hub(flags)
+
+
+def before_hub(flags: ModelFlags) -> None:
+    """Call it before anything that may ask the hub; says so where that cannot be reached."""
+    note = stay_offline_without_hub(flags.models.values())
+    if note and not flags.quiet:
+        print(f"endoreward: {note}", file=sys.stderr, flush=True)
 
 
 def _quieten(flags: ModelFlags) -> None:

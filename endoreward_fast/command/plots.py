@@ -93,10 +93,11 @@ def plot(file: str, flags: RowFlags) -> bool:
     with Sink(path, (file,)) as sink:
         source = open_source(file, flags.limit)
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
+        pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "texts": False}
         kinds: dict[str, Kind] = {}
-        with Monitor(source.total, quiet=flags.quiet) as monitor:
+        with Monitor(source.total, quiet=flags.quiet, model=flags.model) as monitor:
             for items in batches:
                 pipeline.score_items(
                     items, scorer, options, lambda item: collect(item, kinds), monitor, strict=flags.strict

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EndoRewardError
-from .data import Record, Source, open_source
+from .data import Record, Source
 from .options import EngineFlags
 from .output import plain
 
@@ -75,14 +75,28 @@ class Done:
         return f"{self.rows.total():,} rows of an earlier run{again}"
 
 
+def holds_rows(output: str, settings: Mapping[str, Any]) -> bool:
+    """Whether there is anything in `output`. EndoRewardError if it was made with other settings, weights apart."""
+    if not Path(output).exists() or not Path(output).stat().st_size:
+        return False  # settings come with the first row
+    before = _settings_beside(output)
+    for name in sorted({*before, *settings} - IRRELEVANT - {"weights"}):
+        if before.get(name) != settings.get(name):
+            was, now = before.get(name), settings.get(name)
+            raise EndoRewardError(
+                f"--resume: {output} was made with {name}={was!r}, not {now!r}: scores would not compare"
+            )
+    return True
+
+
 def rows_done(output: str, settings: Mapping[str, Any], column: str | None = None) -> Done:
     """What stands in `output`; nothing if that is not there yet, or empty. A torn last line is cut off.
 
     Raises EndoRewardError: an output without its settings or with others, a line that is no row.
     """
-    if not Path(output).exists() or not Path(output).stat().st_size:
-        return Done()  # settings come with the first row
-    _refuse_other(output, settings)
+    if not holds_rows(output, settings):
+        return Done()
+    _refuse_other_weights(output, settings)
     done: Counter[str] = Counter()
     failed = 0
     try:
@@ -143,12 +157,11 @@ def _lines_at(output: str, starts: list[int]) -> Iterator[bytes]:
             yield file.readline()
 
 
-def rows_left(file: str, flags: EngineFlags, done: Counter[str], order: list[str]) -> Source:
-    """The rows of `file` that are not done. One without what --id names is an error: it could not be known again.
+def rows_left(source: Source, flags: EngineFlags, done: Counter[str], order: list[str]) -> Source:
+    """The rows of `source` that are not done. One without what --id names is an error: it could not be known again.
 
     `order` gets the key of every row that is read, if some are done.
     """
-    source = open_source(file, flags.limit)
     if flags.id is not None:
         source = replace(source, records=_identified(source.records, flags.id))
     if not done:
@@ -210,19 +223,17 @@ def _beside(output: str) -> Path:
     return Path(f"{os.path.realpath(output)}.settings.json")
 
 
-def _refuse_other(output: str, settings: Mapping[str, Any]) -> None:
+def _settings_beside(output: str) -> dict[str, Any]:
     try:
-        before = dict(json.loads(_beside(output).read_text(encoding="utf-8"))["settings"])
+        return dict(json.loads(_beside(output).read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError):
         raise EndoRewardError(
             f"--resume: {output} is there, but {_beside(output).name} does not say how it was made"
         ) from None
+
+
+def _refuse_other_weights(output: str, settings: Mapping[str, Any]) -> None:
+    before = _settings_beside(output)
     if before.get("weights") != settings["weights"]:
         was, now = (f"{s.get('model')!r} ({s.get('weights')})" for s in (before, settings))
         raise EndoRewardError(f"--resume: {output} was made with the model {was}, not {now}: scores would not compare")
-    for name in sorted({*before, *settings} - IRRELEVANT):
-        if before.get(name) != settings.get(name):
-            was, now = before.get(name), settings.get(name)
-            raise EndoRewardError(
-                f"--resume: {output} was made with {name}={was!r}, not {now!r}: scores would not compare"
-            )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ..checkpoint import weights_of
 from . import pipeline
 from .evaluation import Judged, rm_bench_part
 from .options import EvalFlags
@@ -78,6 +79,17 @@ def panel(flags: EvalFlags) -> Panel:
     if flags.reward_model:
         rivals.append(Rival(REWARD_MODEL, pipeline.load_reward_model(flags, flags.reward_model)))
     return Panel(scorer, options, flags.compared, tuple(rivals), plain)
+
+
+def models(flags: EvalFlags) -> dict[str, dict[str, str]]:
+    """Name and weights of every model that `flags` name. Call it once they are loaded: it asks the Hub no more."""
+    return {what.replace(" ", "_"): {"name": name, "weights": weights_of(name)} for what, name in flags.models.items()}
+
+
+def heading(models: dict[str, dict[str, str]], flags: EvalFlags) -> str:
+    """What stands above the tables: every model, and how its rewards became a score."""
+    lines = [f"{what.replace('_', ' '):<18}{found['name']}, {found['weights']}" for what, found in models.items()]
+    return "\n".join([*lines, f"{'score':<18}{flags.score_described()}", ""])
 
 
 def add(result: FileResult, item: Item, signal: str | None = None) -> None:

@@ -1,0 +1,77 @@
+"""What --help says below the flags: examples, and the columns that a file needs."""
+
+from __future__ import annotations
+
+ROOT = """\
+Examples:
+  endoreward demo
+  endoreward score rows.jsonl -m Qwen/Qwen2.5-0.5B-Instruct -o scored.jsonl
+  endoreward COMMAND --help     flags, examples and columns of a command
+
+Exit codes: 0; 2 for bad input or a row without a score; 130 after Ctrl-C."""
+
+_SINGLE = """\
+  prompt and completion           (question; response, answer)
+  messages                        a chat; its last turn is scored
+  prompt_ids and completion_ids   token ids as they were sampled"""
+_SEVERAL = """\
+  prompt and completions          (responses) several of one prompt"""
+_PAIR = """\
+  prompt, chosen and rejected     each one completion, or a list of them
+  chosen and rejected             whole chats; what both start with is the prompt"""
+_HEADING = "Columns of FILE, where text may also be a list of chat messages:"
+
+SCORE = f"""\
+Examples:
+  endoreward score rows.jsonl -m Qwen/Qwen2.5-0.5B-Instruct -o scored.jsonl
+  zcat rows.jsonl.gz | endoreward score - -m MODEL --per-token
+
+{_HEADING}
+{_SINGLE}
+{_SEVERAL}
+{_PAIR}"""
+
+RANK = f"""\
+Examples:
+  endoreward rank rows.jsonl -m Qwen/Qwen2.5-0.5B-Instruct -o ranked.jsonl
+  endoreward rank rows.jsonl -m MODEL --reduction mean
+
+{_HEADING}
+{_SEVERAL}
+{_PAIR}"""
+
+EVAL = f"""\
+Examples:
+  endoreward eval pairs.jsonl -m Qwen/Qwen2.5-0.5B-Instruct -o found.json
+  endoreward eval pairs.jsonl -m MODEL --signals all --judge verifier
+
+{_HEADING}
+{_PAIR}
+  subset                          rows are reported by it"""
+
+SHOW = f"""\
+Examples:
+  endoreward show --prompt "2 + 3 =" --completion 5 --completion 6
+  endoreward show rows.jsonl -m MODEL --html out.html
+
+{_HEADING}
+{_SINGLE}
+{_SEVERAL}
+{_PAIR}"""
+
+PLOT = f"""\
+Examples:
+  endoreward plot rows.jsonl -m MODEL
+  endoreward plot pairs.jsonl -m MODEL -o rewards.svg
+
+{_HEADING}
+{_SINGLE}
+{_SEVERAL}
+{_PAIR}"""
+
+DEMO = """\
+Examples:
+  endoreward demo
+  endoreward demo -m Qwen/Qwen2.5-0.5B-Instruct
+
+Without --model it needs no network: the embedded model is a part of the package."""
