@@ -23,6 +23,7 @@ from .functional import Impl, linear_token_rewards, token_rewards
 from .heads import Head, logits_of
 from .layout import LayoutCheck, lay_out
 from .loading import load
+from .positions import Positions
 from .scoring import OnTokens, Ranked, RowScore, ScoreOptions, Scores, TokenTable, in_order, score_rows
 from .signals import TokenStats, linear_token_stats, token_stats
 from .types import TokenRewards
@@ -49,6 +50,7 @@ class EndoRewardModel(nn.Module):
         self.tokenizer = tokenizer
         self.head = Head(model)
         self.layouts = LayoutCheck(model, self._states)
+        self.positions = Positions.of(model, self._text_config())
         self.room = Room()  # of scoring; a new one forgets that memory ran out
         if tokenizer is not None:
             refuse_larger_vocabulary(tokenizer, self.vocab_size)
@@ -82,9 +84,8 @@ class EndoRewardModel(nn.Module):
 
     @property
     def max_positions(self) -> int | None:
-        """Most tokens that the model has positions for; None: its config names no limit."""
-        limit = getattr(self._text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None  # XLNet says -1
+        """Most tokens in a row unless a max_length says otherwise; None: no limit. `positions.table` is a firm one."""
+        return self.positions.default
 
     @property
     def eos_ids(self) -> tuple[int, ...]:

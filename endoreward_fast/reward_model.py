@@ -13,6 +13,7 @@ from .chat import conversation
 from .encoding import Encoder, Row, dialogue, prompt_and_completion, wants_chat
 from .errors import EndoRewardError
 from .loading import load_classifier, refuse_other_than_one_output
+from .positions import Positions
 from .scoring import OnTokens, RowScore, ScoreOptions, Scores, evaluating, in_order
 from .template import Extras
 
@@ -37,8 +38,14 @@ class RewardModel:
         refuse_other_than_one_output(config, type(model).__name__)
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.pad: int | None = text_config.pad_token_id
-        limits = [getattr(text_config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-        self.max_length = min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
+        usual = getattr(tokenizer, "model_max_length", None)
+        usual = usual if isinstance(usual, int) and 0 < usual < 10**9 else None  # a huge number means: none is known
+        self.positions = Positions.of(model, text_config, usual)
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens in a row unless an option says otherwise: the tokenizer's number or the model's."""
+        return self.positions.default
 
     @classmethod
     def from_pretrained(
@@ -104,12 +111,12 @@ class RewardModel:
             turns, extras = dialogue(prompt, completion), Extras.of(row, encoder.extras)
             text = conversation(encoder.template, turns, extras, system=options.system)
             ids = tokenize(self.tokenizer, text)
-        limits = [limit for limit in (options.max_length, self.max_length) if limit is not None]
+        limit = self.positions.limit(options.max_length)
         if not ids:
             raise EndoRewardError("the row is empty: there is nothing to classify")
-        if not limits or len(ids) <= min(limits):
+        if limit is None or len(ids) <= limit:
             return ids, ()
-        return _cut(ids, min(limits), options.truncate), ("truncated",)
+        return _cut(ids, limit, options.truncate), ("truncated",)
 
     def _classify(self, rows: list[list[int]]) -> list[float]:
         width = max(map(len, rows))

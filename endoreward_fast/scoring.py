@@ -112,7 +112,8 @@ class ScoreOptions:
     chat: bool | None = None
     """None: the chat template where there is one; False: plain text; True: insist on it"""
     max_length: int | None = None
-    """most tokens of prompt and completion; never more than the model has positions for"""
+    """most tokens of prompt and completion; None: the model's limit (`EndoRewardModel.max_positions`). A model with a
+    table of positions reads no more than the table has"""
     truncate: Truncate = None
     """beyond that: None, an error for the row; "prompt" or "completion", cut there (see `encode_row`)"""
     append_eos: bool = True
@@ -192,8 +193,8 @@ def _does_not_fit(encoded: Encoded) -> RowScore:
 
 def encoder_for(scorer: "EndoRewardModel", options: ScoreOptions) -> Encoder:
     """Options and the models' own limits -> how rows are encoded."""
-    limits = [model.max_positions for model in _models(scorer, options)]
-    limits = [limit for limit in (options.max_length, *limits) if limit is not None]
+    limits = [model.positions.limit(options.max_length) for model in _models(scorer, options)]
+    limits = [limit for limit in limits if limit is not None]
     return Encoder(
         scorer.tokenizer, system=options.system, chat=options.chat, max_length=min(limits, default=None),
         truncate=options.truncate, append_eos=options.append_eos, eos_ids=scorer.eos_ids, extras=options.extras,
