@@ -5,6 +5,7 @@
 | {"prompt": str or messages, "completion": str or messages} | the last assistant turn (earlier ones: context) |
 | {"messages": [...]}                                        | the last assistant turn                         |
 | {"prompt_ids": [...], "completion_ids": [...]}             | the completion's ids, as they are               |
+| the same with "completion_mask": [0 or 1, ...]             | those of them that have a 1 (see below)         |
 
 Text goes through the tokenizer's chat template where it has one (a prompt as the user's turn, a completion as the
 assistant's), because that is what a chat model was trained on; chat=False, or "chat": False in the row, scores
@@ -13,10 +14,13 @@ prompt + completion as plain text. Without a template, text is plain and message
 Plain text is tokenized as the tokenizer would (BOS and the like in front), a system prompt going before it with an
 empty line between. A completion ends in the tokenizer's end-of-sequence token, a chat turn in the template's
 end-of-turn token, unless append_eos=False.
+
+completion_mask marks the tokens that the policy chose. The others (a tool's answer, say) are context: they are read,
+and have no reward. The token before them does not end the episode: its V(s') is that of the state right after it.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from types import MappingProxyType
 from typing import Any, Literal
@@ -63,6 +67,14 @@ class Encoded:
     """tokens cut"""
     flags: tuple[str, ...] = ()
     """what is worth knowing about the row: keys of FLAGS"""
+    completion_mask: tuple[bool, ...] | None = None
+    """which of the tokens from prompt_length on are scored; None: all"""
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that are scored."""
+        mask = self.completion_mask
+        return len(self.input_ids) - self.prompt_length if mask is None else sum(mask)
 
     @property
     def note(self) -> str | None:
@@ -109,7 +121,14 @@ class Encoder:
                 prompt, length = [bos], 1
             else:
                 length, flags = 1, (*flags, "first_token_unscored")
-        return self._fit([*prompt, *completion], length, terminal, flags)
+        encoded = self._fit([*prompt, *completion], length, terminal, flags)
+        if row.get("completion_mask") is None or "completion_ids" not in row:
+            return encoded
+        mask = _mask(row, completion)[length - len(prompt) :]
+        mask = mask[: len(encoded.input_ids) - encoded.prompt_length]
+        if not any(mask):
+            raise EndoRewardError("completion_mask: no token of the completion is marked, so there is none to score")
+        return replace(encoded, completion_mask=mask)
 
     def _text_ids(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
         """(prompt ids, completion ids, flags) of a row of text."""
@@ -252,6 +271,16 @@ def _ids(row: Row, name: str) -> list[int]:
     if not whole:
         raise EndoRewardError(f"{name}: wanted a list of token ids, found {_kind(ids)}")
     return [int(i) for i in ids]
+
+
+def _mask(row: Row, completion: list[int]) -> tuple[bool, ...]:
+    mask = row["completion_mask"]
+    mask = mask.tolist() if hasattr(mask, "tolist") else mask
+    if not isinstance(mask, list | tuple) or any(m not in (0, 1) for m in mask):
+        raise EndoRewardError(f"completion_mask: wanted a list of 0 and 1, found {_kind(mask)}")
+    if len(mask) != len(completion):
+        raise EndoRewardError(f"completion_mask has {len(mask)} entries, and completion_ids {len(completion)}")
+    return tuple(map(bool, mask))
 
 
 def _kind(value: Any) -> str:
