@@ -146,7 +146,8 @@ class EndoRewardModel(nn.Module):
             rows = PaddingLast(attention_mask)
             moved = (rows.move(x) for x in (input_ids, scored, terminal))
             found = self.rewards_of_padded(*moved, alpha=alpha, entropy=entropy)
-            return TokenRewards(*(None if x is None else rows.back(x) for x in found))
+            entropies = None if found.entropy is None else rows.back(found.entropy)
+            return TokenRewards(rows.back(found.reward), rows.back(found.logprob), rows.back(found.value), entropies)
         return self._read(
             token_rewards, linear_token_rewards, {"input_ids": input_ids}, scored, terminal, alpha=alpha,
             entropy=entropy,
