@@ -5,6 +5,7 @@
 | {"prompt": str or messages, "completion": str or messages} | the last assistant turn (earlier ones: context) |
 | {"messages": [...]}                                        | the last assistant turn                         |
 | {"prompt_ids": [...], "completion_ids": [...]}             | the completion's ids, as they are               |
+| the same with "completion_mask": [0 or 1, ...]             | those of them that have a 1 (see below)         |
 
 A row may have `tools`, `documents` and `chat_template_kwargs` besides: they belong to its prompt. The last turn is every
 field of its message: content (text or parts of text), reasoning, tool calls.
@@ -19,10 +20,13 @@ end-of-turn token, unless append_eos=False. Special tokens that a text has alrea
 
 An empty completion is that end alone: a model that says nothing ends its turn at once. Where nothing ends it, there is
 nothing to score.
+
+completion_mask marks the tokens that the policy chose. The others (a tool's answer, say) are context: they are read,
+and have no reward. The token before them does not end the episode: its V(s') is that of the state right after it.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from numbers import Integral
 from types import MappingProxyType
@@ -83,6 +87,14 @@ class Encoded:
     """tokens cut"""
     flags: tuple[str, ...] = ()
     """what is worth knowing about the row: keys of FLAGS"""
+    completion_mask: tuple[bool, ...] | None = None
+    """which of the tokens from prompt_length on are scored; None: all"""
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that are scored."""
+        mask = self.completion_mask
+        return len(self.input_ids) - self.prompt_length if mask is None else sum(mask)
 
     @property
     def note(self) -> str | None:
@@ -144,7 +156,14 @@ class Encoder:
                 prompt, length = [bos], 1
             else:
                 length, flags = 1, (*flags, "first_token_unscored")
-        return self._fit([*prompt, *completion], length, terminal, flags)
+        encoded = self._fit([*prompt, *completion], length, terminal, flags)
+        if row.get("completion_mask") is None or "completion_ids" not in row:
+            return encoded
+        mask = _mask(row, completion)[length - len(prompt) :]
+        mask = mask[: len(encoded.input_ids) - encoded.prompt_length]
+        if not any(mask):
+            raise EndoRewardError("completion_mask: no token of the completion is marked, so there is none to score")
+        return replace(encoded, completion_mask=mask)
 
     def _text_ids(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
         """(prompt ids, completion ids, flags) of a row of text."""
@@ -290,6 +309,16 @@ def _ids(row: Row, name: str) -> list[int]:
     if not whole:
         raise EndoRewardError(f"{name}: wanted a list of token ids, found {kind_of(ids)}")
     return [int(i) for i in ids]
+
+
+def _mask(row: Row, completion: list[int]) -> tuple[bool, ...]:
+    mask = row["completion_mask"]
+    mask = mask.tolist() if hasattr(mask, "tolist") else mask
+    if not isinstance(mask, list | tuple) or any(m not in (0, 1) for m in mask):
+        raise EndoRewardError(f"completion_mask: wanted a list of 0 and 1, found {kind_of(mask)}")
+    if len(mask) != len(completion):
+        raise EndoRewardError(f"completion_mask has {len(mask)} entries, and completion_ids {len(completion)}")
+    return tuple(map(bool, mask))
 
 
 def _too_long(tokens: int, completion: int, limit: int, truncate: Truncate) -> str:

@@ -78,6 +78,23 @@ def _padding(attended: Tensor) -> str:
     return "left-padded" if bool((~attended[:, :1]).any()) else "plain"
 
 
+class PaddingLast:
+    """Rows (B, T) with every real token before the padding, as wide as the longest: no causal model minds that."""
+
+    def __init__(self, attention_mask: Tensor) -> None:
+        attended = attention_mask.bool()
+        self.shape = attended.shape
+        self.order = (~attended).int().argsort(dim=1, stable=True)[:, : int(attended.sum(1).amax())]
+
+    def move(self, rows: Tensor) -> Tensor:
+        """(B, T) -> (B, longest)"""
+        return rows.gather(1, self.order.to(rows.device))
+
+    def back(self, rows: Tensor) -> Tensor:
+        """(B, longest) -> (B, T), 0 where nothing was."""
+        return rows.new_zeros(self.shape).scatter(1, self.order.to(rows.device), rows)
+
+
 class LayoutCheck:
     """What a model can be given, found out by asking it."""
 
@@ -93,9 +110,17 @@ class LayoutCheck:
         return {name: value for name, value in layout.inputs.items() if name in self.accepted}
 
     def ask(self, kind: str, rows: int) -> None:
-        """Find out about "left-padded" or "packed" batches, of one row or of several, unless that is known."""
+        """Find out about "left-padded" or "packed" batches, of one row or of several, unless that is known.
+
+        "unplaced" batches are padded on the left and come without position_ids.
+        """
         if (kind, min(rows, 2)) not in self.known:
             self.known[kind, min(rows, 2)] = self._same_states(kind, min(rows, 2))
+
+    def counts_from_padding(self, rows: int) -> bool:
+        """Whether rows padded on the left get other states without position_ids: GPT-2's table of positions."""
+        self.ask("unplaced", rows)
+        return not self.known["unplaced", min(rows, 2)]
 
     def refuse_if_known_wrong(self, kind: str, rows: int) -> None:
         """EndoRewardError if this model does not give tokens in such a batch the states that they have alone."""
@@ -123,6 +148,8 @@ class LayoutCheck:
             else:
                 ones[:, : before.shape[1]] = 0
                 layout = lay_out(mixed, ones, None)
+                if kind == "unplaced":
+                    layout.inputs.pop("position_ids")
             alone = self.states(self.arguments(lay_out(real, None, None)))[0]
             among = self.states(self.arguments(layout))[:, -count:]
         error = (among - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)

@@ -21,7 +21,7 @@ from .encoding import NOTHING_TO_SCORE, Row
 from .errors import EndoRewardError
 from .functional import Impl, linear_token_rewards, token_rewards
 from .heads import Head, logits_of
-from .layout import LayoutCheck, lay_out
+from .layout import LayoutCheck, PaddingLast, lay_out
 from .loading import load
 from .positions import Positions
 from .scoring import OnTokens, Ranked, RowScore, ScoreOptions, Scores, TokenTable, in_order, score_rows
@@ -138,17 +138,22 @@ class EndoRewardModel(nn.Module):
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0,
         attention_mask: Tensor | None = None, entropy: bool = False,
     ) -> TokenRewards:  # fmt: skip
-        """`forward` of rows that are masked rightly, run as they are given: positions are the model's own affair.
+        """`forward` of rows whose masks are right already: `scored` holds no padding and no first token.
 
-        Rows padded on the right need no attention_mask: a causal model's tokens do not see what is behind them, and
-        attention is faster without one.
+        attention_mask   (B, T), for rows that are padded on the left. They are run with their padding moved to the
+                         right, which no causal model minds, and the result is moved back. Rows padded on the right
+                         need none: a causal model's tokens do not see what is behind them
         """
-        arguments = {"input_ids": input_ids}
         if attention_mask is not None:
-            arguments["attention_mask"] = attention_mask
+            rows = PaddingLast(attention_mask)
+            moved = (rows.move(x) for x in (input_ids, scored, terminal))
+            found = self.rewards_of_padded(*moved, alpha=alpha, entropy=entropy)
+            entropies = None if found.entropy is None else rows.back(found.entropy)
+            return TokenRewards(rows.back(found.reward), rows.back(found.logprob), rows.back(found.value), entropies)
         return self._read(
-            token_rewards, linear_token_rewards, arguments, scored, terminal, alpha=alpha, entropy=entropy
-        )
+            token_rewards, linear_token_rewards, {"input_ids": input_ids}, scored, terminal, alpha=alpha,
+            entropy=entropy,
+        )  # fmt: skip
 
     def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
         """`stats` of such rows, padded on the right."""

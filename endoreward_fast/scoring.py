@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -187,8 +188,7 @@ def score_rows(scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOpt
 
 
 def _does_not_fit(encoded: Encoded) -> RowScore:
-    tokens = len(encoded.input_ids)
-    return RowScore(None, tokens - encoded.prompt_length, None, encoded.flags, does_not_fit(tokens))
+    return RowScore(None, encoded.num_scored, None, encoded.flags, does_not_fit(len(encoded.input_ids)))
 
 
 def encoder_for(scorer: "EndoRewardModel", options: ScoreOptions) -> Encoder:
@@ -248,7 +248,7 @@ def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: Score
         tables = _tables(scorer, batch, rewards, options) if options.per_token else [None] * len(batch)
     results = []
     for encoded, table, score, logprob, *values in zip(batch, tables, *columns, strict=True):
-        count = len(encoded.input_ids) - encoded.prompt_length
+        count = encoded.num_scored
         named = dict(zip(options.signals, values, strict=True)) if values else None
         result = RowScore(score, count, logprob, encoded.flags, tokens=table, signals=named)
         if math.isnan(score):
@@ -291,6 +291,10 @@ def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
     place = torch.arange(width)
     lengths = torch.tensor([[len(encoded.input_ids)] for encoded in batch])
     scored = (place < lengths) & (place >= torch.tensor([[encoded.prompt_length] for encoded in batch]))
+    for i, encoded in enumerate(batch):
+        if encoded.completion_mask is not None:
+            stop = encoded.prompt_length + len(encoded.completion_mask)
+            scored[i, encoded.prompt_length : stop] = torch.tensor(encoded.completion_mask)
     terminal = (place == lengths - 1) & torch.tensor([[encoded.terminal] for encoded in batch])
     return torch.tensor(rows), scored, terminal
 
@@ -309,5 +313,7 @@ def _tables(
         named = ("",) * len(ids)
         if options.texts and scorer.tokenizer is not None:
             named = token_texts(scorer.tokenizer, encoded.input_ids, start)
-        tables.append(TokenTable(tuple(ids), named, *(tuple(field[i][start:stop]) for field in fields)))
+        columns = (ids, named, *(field[i][start:stop] for field in fields))
+        chosen = encoded.completion_mask or (True,) * len(ids)
+        tables.append(TokenTable(*(tuple(compress(column, chosen)) for column in columns)))
     return tables

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel, rewards_to_go
-from endoreward_fast.integrations.grpo import EndoGRPOMixin, _check_interface, token_advantages
+from endoreward_fast.integrations.advantages import token_advantages
+from endoreward_fast.integrations.grpo import EndoGRPOMixin, _check_interface
 from endoreward_fast.integrations.trl import EndoReward
 from tiny_models import build, byte_tokenizer
 
@@ -47,7 +48,7 @@ def letters(completions, **columns):
 def by_hand(to_go, rewards, endo, weights, group, scale):
     """token_advantages, an entry at a time."""
     n, width = to_go.shape
-    out = torch.zeros(n, width, dtype=torch.float64)
+    numerator = [[0.0] * width for _ in range(n)]
     has = [[k for k in range(rewards.shape[1]) if rewards[i, k] == rewards[i, k]] for i in range(n)]
     total = [sum(float(weights[k] * rewards[i, k]) for k in has[i]) if has[i] else None for i in range(n)]
     rest = [
@@ -56,19 +57,27 @@ def by_hand(to_go, rewards, endo, weights, group, scale):
     ]
     for i in range(n):
         members = range(i // group * group, i // group * group + group)
-        spread_over = [total[j] for j in (members if scale == "group" else range(n)) if total[j] is not None]
-        spread = torch.tensor(spread_over, dtype=torch.float64).std().item() if len(spread_over) > 1 else None
-        if total[i] is None or (spread is None and scale != "none"):
-            continue
         for h in range(width):
             going = [float(to_go[j, h]) for j in members if endo in has[j] and to_go[j, h] == to_go[j, h]]
-            a = 0.0
             if endo in has[i] and to_go[i, h] == to_go[i, h]:
-                a += float(weights[endo]) * (float(to_go[i, h]) - sum(going) / len(going))
+                numerator[i][h] += float(weights[endo]) * (float(to_go[i, h]) - sum(going) / len(going))
             if rest[i] is not None:
                 known = [rest[j] for j in members if rest[j] is not None]
-                a += rest[i] - sum(known) / len(known)
-            out[i, h] = a / (spread + 1e-4) if scale != "none" else a
+                numerator[i][h] += rest[i] - sum(known) / len(known)
+    out = torch.zeros(n, width, dtype=torch.float64)
+    for i in range(n):
+        over = range(i // group * group, i // group * group + group) if scale == "group" else range(n)
+        counted = [j for j in over if total[j] is not None]
+        if total[i] is None or (len(counted) < 2 and scale != "none"):
+            continue
+        spreads = [0.0]
+        if scale != "none":
+            spreads = [torch.tensor([total[j] for j in counted], dtype=torch.float64).std().item()]
+            spreads += [
+                (sum(numerator[j][h] ** 2 for j in counted) / (len(counted) - 1)) ** 0.5 for h in range(width)
+            ]
+        for h in range(width):
+            out[i, h] = numerator[i][h] / (max(spreads) + 1e-4) if scale != "none" else numerator[i][h]
     return out
 
 
@@ -98,6 +107,41 @@ def test_one_reward_at_the_end_of_equal_completions_is_grpo():
         score[:, None].expand(6, 4), score[:, None], endo=0, weights=torch.ones(1), group=3, scale="group"
     )
     assert torch.allclose(found, expected.expand(6, 4), atol=1e-6)
+
+
+@given(
+    st.integers(0, 2**20), st.sampled_from([2, 4, 8]), st.integers(1, 12), st.integers(0, 1),
+    st.sampled_from(["group", "batch", "none"]), st.sampled_from([0.0, 1e-6, 1e-3, 1.0]), st.sampled_from([1.0, 1e5]),
+)  # fmt: skip
+def test_they_are_bounded_as_grpos_are(seed, group, width, others, scale, tie, size):
+    """Totals that tie, nearly or exactly, and rewards on the way that differ by many nats."""
+    g = torch.Generator().manual_seed(seed)
+    n = 3 * group
+    reward = torch.randn(n, width, generator=g) * size
+    lengths = torch.randint(1, width + 1, (n, 1), generator=g)
+    mask = torch.arange(width) < lengths
+    wanted = torch.randn(3, generator=g).repeat_interleave(group) + tie * torch.randn(n, generator=g)
+    reward[:, 0] += wanted - (reward * mask).sum(1)  # every total of a group is nearly the same
+    to_go = rewards_to_go(reward, mask).masked_fill(~mask, NAN)
+    rewards = torch.cat([(reward * mask).sum(1, keepdim=True), torch.randn(n, others, generator=g)], 1)
+    rewards[torch.rand(n, 1 + others, generator=g) < 0.1] = NAN
+    found = token_advantages(to_go, rewards, endo=0, weights=torch.ones(1 + others), group=group, scale=scale)
+    assert found.isfinite().all()
+    if scale == "none":
+        assert torch.allclose(found.double(), by_hand(to_go, rewards, 0, torch.ones(1 + others), group, scale), 1e-4)
+        return
+    given = (~rewards.isnan()).any(1)
+    count = given.view(-1, group).sum(1).repeat_interleave(group)
+    bound = (count - 1) / count.clamp(min=1) ** 0.5
+    if scale == "batch":
+        bound = torch.full_like(bound, ((group - 1) * (given.sum() - 1) / group) ** 0.5)
+    assert (found.abs() <= bound[:, None].clamp(min=0) + 1e-6).all()
+
+
+def test_completions_that_are_the_same_have_no_advantage():
+    to_go = torch.randn(5, generator=torch.Generator().manual_seed(1)).mul(1e3).expand(4, 5)
+    found = token_advantages(to_go, to_go[:, :1], endo=0, weights=torch.ones(1), group=4, scale="group")
+    assert found.eq(0).all()
 
 
 # ---------------------------------------------------------------- in the trainer

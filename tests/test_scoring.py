@@ -241,3 +241,44 @@ def test_rows_that_memory_has_no_room_for_are_said_and_stop_no_other(llama):
     assert found[4].score is None and found[4].num_tokens == wanted[4].num_tokens
     said = f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit by themselves; max_length with truncate "
     assert found[4].error == said + "(--max-length, --truncate) would cut them"
+
+
+# ---------------------------------------------------------------- tokens of others among the completion's
+def test_completion_mask_marks_the_scored_tokens(llama):
+    """The others are context; the token before them does not end the episode."""
+    prompt, completion, mask = [1, 2, 3], [4, 5, 6, 7, 8, EOS], [1, 1, 0, 0, 1, 1]
+    row = {"prompt_ids": prompt, "completion_ids": completion}
+    longer = {"prompt_ids": prompt * 9, "completion_ids": completion * 2}
+    options = {"per_token": True, "entropy": True, "signals": "all"}
+    whole, own, *_ = llama.score([row, row | {"completion_mask": mask}, longer], **options)
+    for name in ("ids", "texts", "rewards", "logprobs", "values", "entropies"):
+        wanted = [v for v, m in zip(getattr(whole.tokens, name), mask, strict=True) if m]
+        found = getattr(own.tokens, name)
+        assert list(found) == (wanted if name in ("ids", "texts") else pytest.approx(wanted, abs=1e-4)), name
+    assert own.num_tokens == 4 and own.score == pytest.approx(sum(own.tokens.rewards), abs=1e-4)
+    assert own.logprob == pytest.approx(sum(own.tokens.logprobs), abs=1e-4)
+    assert own.signals["logprob"] == pytest.approx(own.logprob, abs=1e-4)
+    [mean] = llama.score([row | {"completion_mask": torch.tensor(mask)}], reduction="mean", gamma=0.5)
+    discounted = sum(0.5**h * r for h, r in enumerate(own.tokens.rewards))  # own tokens count the steps
+    assert mean.score == pytest.approx(discounted / 4, abs=1e-4)
+
+
+def test_completion_mask_is_cut_with_its_completion(llama):
+    row = {"prompt_ids": [1, 2, 3, 4], "completion_ids": [5, 6, 7, 8], "completion_mask": [0, 1, 0, 1]}
+    [cut] = llama.score([row], max_length=7, truncate="completion", per_token=True)
+    assert cut.tokens.ids == (6,)
+    [cut] = llama.score([row], max_length=6, truncate="prompt", per_token=True)
+    assert cut.tokens.ids == (6, 8)
+    bare = EndoRewardModel(llama.model)
+    [first] = bare.score([row | {"prompt_ids": [], "completion_mask": [1, 1, 0, 0]}], per_token=True)
+    assert first.tokens.ids == (6,) and first.flags == ("first_token_unscored",)
+
+
+@pytest.mark.parametrize(
+    "mask, words",
+    [([1], "1 entries, and completion_ids 2"), ([2, 1], "0 and 1"), ("10", "0 and 1"), ([0, 0], "no token"),
+     ([None, 1], "0 and 1")],
+)  # fmt: skip
+def test_a_completion_mask_that_fits_no_completion_is_an_error(llama, mask, words):
+    [score] = llama.score([{"prompt_ids": [1], "completion_ids": [2, 3], "completion_mask": mask}])
+    assert score.score is None and words in score.error and "\n" not in score.error

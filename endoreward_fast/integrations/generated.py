@@ -11,7 +11,10 @@ import torch
 from ..model import EndoRewardModel, RowScore
 
 Ids = Sequence[int]
+Own = Sequence[int]
+"""1 for a token that the policy chose, 0 for one of a tool's answer or an environment's"""
 NOT_FINITE = "the model gave a reward that is not finite"
+EMPTY = RowScore(None, 0, None, ("empty",), "the completion is empty: there is no token to reward")
 
 
 def scorer_of(model: Any, tokenizer: Any = None) -> EndoRewardModel:
@@ -32,16 +35,22 @@ def ending_ids(scorer: EndoRewardModel, tokenizer: Any = None) -> frozenset[int]
     return frozenset(scorer.eos_ids) | {i for i in own if i is not None}
 
 
-def generated_row(prompt: Ids, completion: Ids, ends: Collection[int]) -> dict[str, Any]:
+def generated_row(prompt: Ids, completion: Ids, ends: Collection[int], own: Own | None = None) -> dict[str, Any]:
     """The row of a sampled completion, for EndoRewardModel.score.
 
-    A completion whose last token is in `ends` is whole: V(s') = 0 after it. Any other was cut off: V(s') counts.
+    A completion whose last token is in `ends` is whole: V(s') = 0 after it. Any other was cut off: V(s') counts. So it
+    does after a turn that a tool answered, as the episode went on: V of the state right after the turn, before the
+    answer, which the policy did not choose. `own` marks the policy's tokens; default: all.
     """
-    whole = bool(len(completion)) and int(completion[-1]) in ends
-    return {"prompt_ids": prompt, "completion_ids": completion, "terminal": whole}
+    whole = bool(len(completion)) and int(completion[-1]) in ends and (own is None or bool(own[-1]))
+    row = {"prompt_ids": prompt, "completion_ids": completion, "terminal": whole}
+    return row if own is None else row | {"completion_mask": own}
 
 
 def score_completions(scorer: EndoRewardModel, rows: Sequence[dict[str, Any]], **options: Any) -> list[RowScore]:
-    """EndoRewardModel.score, but that an empty completion has no score: nothing was chosen, and nothing is rewarded."""
-    unscored = RowScore(None, 0, None, ("empty",), "the completion is empty: there is no token to reward")
-    return [unscored if "empty" in score.flags else score for score in scorer.score(rows, **options)]
+    """EndoRewardModel.score, but that a completion without a token has no score: nothing was chosen or rewarded."""
+    results: list[RowScore | None] = [EMPTY if not len(row.get("completion_ids", "?")) else None for row in rows]
+    asked = [row for row, known in zip(rows, results, strict=True) if known is None]
+    scores = iter(scorer.score(asked, **options))
+    found = [next(scores) if known is None else known for known in results]
+    return [EMPTY if "empty" in score.flags and not score.num_tokens else score for score in found]

@@ -10,19 +10,30 @@ Trainer(model, reward_funcs=[EndoReward()], args=GRPOConfig(beta=0.01), ...)    
 import inspect
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import EndoRewardError
+from ..layout import PaddingLast
 from ..model import EndoRewardModel
 from ..returns import rewards_to_go
 from ..scoring import evaluating
 from ..vocabulary import refuse_other_vocabulary
-from .generated import Ids
+from .advantages import token_advantages
+from .generated import Ids, Own
 from .trl import EndoReward, Scored
+
+
+class Generated(NamedTuple):
+    """What the trainer generated for a batch of prompts."""
+
+    prompts: Sequence[Ids]
+    completions: Sequence[Ids]
+    own: Sequence[Own] | None
+    """0 for a tool's or an environment's tokens (TRL's tool_mask, a rollout's env_mask); None: all are the policy's"""
 
 
 class EndoGRPOMixin:
@@ -34,9 +45,13 @@ class EndoGRPOMixin:
     An EndoReward() without a model reads the trainer's reference model (beta above 0): rewards and reference
     log-probabilities are then one forward and one vocabulary pass, at alpha = the sampling temperature.
 
-    Overridden: _calculate_rewards, _get_per_token_logps_and_entropies (of the reference model only) and
-    _generate_and_score_completions (which replaces "advantages"). Raises EndoRewardError where they are not as in TRL
-    1.16, or for a configuration that has no such rewards: it names what to change.
+    Completions are scored after the very ids that the policy was given, tools and environments included. Tokens that
+    came from a tool or an environment are context, and have no reward.
+
+    Overridden: _generate (read only), _calculate_rewards, _generate_and_score_completions (which replaces
+    "advantages") and _get_per_token_logps_and_entropies: of the reference model, and of the policy where the model
+    counts its positions from the padding (GPT-2), which TRL puts on the left. Raises EndoRewardError where they are
+    not as in TRL 1.16, or for a configuration that has no such rewards: it names what to change.
     """
 
     def __init__(self, *args: Any, token_level: bool = True, **kwargs: Any) -> None:
@@ -45,6 +60,8 @@ class EndoGRPOMixin:
         self.token_level = token_level
         self.endo_index, self.endo_reward = _the_endo_reward(self.reward_funcs)
         self.shares_forward = self.endo_reward.scorer is None
+        self.counts_from_padding = False
+        self._generated = Generated((), (), None)
         self._from_reference: list[Scored] = []
         self._scored: Scored | None = None
         self._rewards_per_func: Tensor | None = None
@@ -54,47 +71,72 @@ class EndoGRPOMixin:
         else:
             reference = EndoRewardModel(self.accelerator.unwrap_model(self.ref_model))
             self.endo_reward.attach(reference, self.processing_class)
+            self.counts_from_padding = reference.layouts.counts_from_padding(self.args.per_device_train_batch_size)
+
+    def _generate(self, prompts):
+        generated = super()._generate(prompts)
+        self._generated = Generated(*generated[:3])
+        return generated
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if not self.shares_forward or model is not self.ref_model:
-            return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, *args, **kwargs
-            )
-        batch_size = kwargs.get("batch_size") or len(input_ids)
-        ids, attended = input_ids.split(batch_size), attention_mask.bool().split(batch_size)
-        passes = [self._one_pass(*batch, logits_to_keep) for batch in zip(ids, attended, strict=True)]
+        theirs = super()._get_per_token_logps_and_entropies
+        if self.shares_forward and model is self.ref_model:
+            return self._reference_logprobs(input_ids, attention_mask, logits_to_keep, kwargs.get("batch_size"))
+        if not self.counts_from_padding:
+            return theirs(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        # TRL gives no position_ids: with the padding on the right the model counts as it did when it generated.
+        rows = PaddingLast(attention_mask)
+        moved = rows.move(input_ids), rows.move(attention_mask)
+        *per_token, aux_loss = theirs(model, *moved, moved[0].shape[1] - 1, *args, **kwargs)
+        logprob, entropy = (
+            None if x is None else rows.back(F.pad(x, (1, 0)))[:, -logits_to_keep:] for x in per_token
+        )  # fmt: skip
+        return logprob, entropy, aux_loss
+
+    def _reference_logprobs(self, input_ids: Tensor, attention_mask: Tensor, width: int, batch_size: int | None):
+        """What _get_per_token_logps_and_entropies returns; the rewards of the same pass are kept."""
+        own = torch.ones(len(input_ids), width, dtype=torch.bool, device=input_ids.device)
+        for row, mask in zip(own, self._generated.own or (), strict=self._generated.own is not None):
+            row[: len(mask)] = torch.tensor(mask, dtype=torch.bool)
+        batches = (x.split(batch_size or len(input_ids)) for x in (input_ids, attention_mask.bool(), own))
+        passes = [self._one_pass(*batch) for batch in zip(*batches, strict=True)]
         self._from_reference = [scored for scored, _ in passes]
         return torch.cat([logprob for _, logprob in passes]), None, None
 
-    def _one_pass(self, input_ids: Tensor, attended: Tensor, width: int) -> tuple[Scored, Tensor]:
-        """Rewards and log-probabilities (B, width) of the completions, from one forward as TRL's own would be."""
-        scored = attended.clone()
-        scored[:, :-width] = False
-        last = scored & ~F.pad(scored[:, 1:], (0, 1))
+    def _one_pass(self, input_ids: Tensor, attended: Tensor, own: Tensor) -> tuple[Scored, Tensor]:
+        """Rewards of the completions' `own` tokens (B, width) and log-probabilities of all, from one forward."""
+        width = own.shape[1]
+        read = attended.clone()
+        read[:, :-width] = False
+        last = read & ~F.pad(read[:, 1:], (0, 1))
+        last[:, -width:] &= own
         ends = torch.tensor(sorted(self.endo_reward.ends), device=input_ids.device)
         with evaluating(self.endo_reward.scorer), self.accelerator.autocast():
             found = self.endo_reward.scorer.rewards_of_padded(
-                input_ids, scored, last & torch.isin(input_ids, ends), alpha=self.endo_reward.options.alpha,
-                attention_mask=attended.to(input_ids.dtype),
+                input_ids, read, last & torch.isin(input_ids, ends), alpha=self.endo_reward.options.alpha,
+                attention_mask=attended,
             )  # fmt: skip
         # Cloned, as what comes out of inference mode cannot enter the loss.
-        reward, value, logprob, mask = (
-            x[:, -width:].clone() for x in (found.reward, found.value, found.logprob, scored)
-        )
-        return Scored.checked(reward.cpu(), value.cpu(), mask.cpu(), [None] * len(mask)), logprob
+        reward, value, logprob, mask = (x[:, -width:].clone() for x in (found.reward, found.value, found.logprob, read))
+        return Scored.checked(reward.cpu(), value.cpu(), (mask & own).cpu(), [None] * len(mask)), logprob
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        generated = self._generated
+        if list(generated.completions) != list(completion_ids_list):
+            raise EndoRewardError(f"TRL {version('trl')} asks for rewards of other completions than it generated")
         if self.shares_forward:
-            scored = self._take_shared(prompts, completion_ids_list)
+            scored = self._take_shared()
         else:
-            scored = self.endo_reward.score(self._tokenize_prompts(prompts)[0], completion_ids_list, completions)
+            steered = self.endo_reward.steered(prompts)
+            ids = generated.prompts if steered is prompts else self._tokenize_prompts(steered)[0]
+            scored = self.endo_reward.score(ids, generated.completions, generated.own)
         with self.endo_reward.given(scored):
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         self._scored, self._rewards_per_func = scored, rewards
         return rewards
 
-    def _take_shared(self, prompts: Sequence[Any], completions: Sequence[Ids]) -> Scored:
-        """What the reference model's forward has found about these completions."""
+    def _take_shared(self) -> Scored:
+        """What the reference model's forward has found about the generated completions."""
         if not self._from_reference:
             raise EndoRewardError(f"TRL {version('trl')} asks for rewards before it has run the reference model")
         columns = list(zip(*self._from_reference, strict=True))
@@ -105,9 +147,8 @@ class EndoGRPOMixin:
         hidden = [i for i, on in enumerate(scored.mask.any(1).tolist()) if not on and scored.errors[i] is None]
         if not hidden:
             return scored
-        ids = self._tokenize_prompts([prompts[i] for i in hidden])[0]
-        own = self.endo_reward.score(ids, [completions[i] for i in hidden])
-        return scored.with_rows(hidden, own)
+        asked = (None if column is None else [column[i] for i in hidden] for column in self._generated)
+        return scored.with_rows(hidden, self.endo_reward.score(*asked))
 
     def _generate_and_score_completions(self, inputs):
         output = super()._generate_and_score_completions(inputs)
@@ -132,50 +173,6 @@ class EndoGRPOMixin:
         return advantages[local, :width]
 
 
-def token_advantages(
-    to_go: Tensor, rewards: Tensor, *, endo: int, weights: Tensor, group: int, scale: Literal["group", "batch", "none"]
-) -> Tensor:
-    """Advantages of tokens, each group of `group` rows being completions of one prompt:
-
-        A[i, h] = (w_e (G[i, h] - mean_j G[j, h]) + S_i - mean_j S_j) / (std + 1e-4)
-
-    to_go    (N, C) G: rewards-to-go of the endogenous reward; NaN where there is no token. The mean is over the
-             completions of the group that still go on at place h: of the last one, the rest is compared with nothing
-    rewards  (N, K) every function's reward of each completion, NaN where it gave none; column `endo` is this one's
-    weights  (K,) of the functions; S is the weighted sum of the others' rewards
-    scale    std of the completions' total rewards: over the "group", the "batch", or 1 with "none"
-
-    The baseline depends on the prompt and the place, never on the token chosen there, so the policy gradient keeps its
-    expectation (up to the completion's own share in the mean, as in GRPO). For completions of one length whose whole
-    reward comes with the last token, and for tokens that only the other functions reward, this is GRPO's advantage.
-    Returns (N, C) float32; 0 for a row without any reward.
-    """
-    given = ~rewards.isnan()
-    other = [k for k in range(rewards.shape[1]) if k != endo]
-    weighted = rewards * weights
-    others = weighted[:, other].nansum(1).masked_fill(~given[:, other].any(1), torch.nan)
-    total = weighted.nansum(1).masked_fill(~given.any(1), torch.nan)
-    own = centred(to_go.masked_fill(~given[:, [endo]], torch.nan), group) * weights[endo]
-    advantages = own.nan_to_num(0.0) + centred(others, group).nan_to_num(0.0)[:, None]
-    if scale != "none":
-        size = group if scale == "group" else len(total)
-        advantages = advantages / (_nanstd(total.view(-1, size)).repeat_interleave(size)[:, None] + 1e-4)
-    return advantages.nan_to_num(0.0)  # one scored completion in a group has no spread, and nothing to be compared with
-
-
-def centred(x: Tensor, group: int) -> Tensor:
-    """x (N, ...) less the mean over each `group` of its rows; NaN entries stay NaN and do not count."""
-    grouped = x.view(-1, group, *x.shape[1:])
-    return (grouped - grouped.nanmean(1, keepdim=True)).view(x.shape)
-
-
-def _nanstd(x: Tensor) -> Tensor:
-    """(R, C) -> (R,): unbiased standard deviation of what is not NaN; NaN for fewer than two."""
-    count = (~x.isnan()).sum(1)
-    squares = (x - x.nanmean(1, keepdim=True)).square().nansum(1)
-    return torch.where(count > 1, (squares / (count - 1).clamp(min=1)).sqrt(), torch.nan)
-
-
 def _the_endo_reward(functions: Sequence[Any]) -> tuple[int, EndoReward]:
     """(index, function) of the one EndoReward."""
     found = [(i, f) for i, f in enumerate(functions) if isinstance(f, EndoReward)]
@@ -187,6 +184,7 @@ def _the_endo_reward(functions: Sequence[Any]) -> tuple[int, EndoReward]:
 EXPECTED = {
     "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
     "_get_per_token_logps_and_entropies": ["model", "input_ids", "attention_mask", "logits_to_keep"],
+    "_generate": ["prompts"],
     "_generate_and_score_completions": ["inputs"],
     "_tokenize_prompts": ["prompts"],
 }
@@ -209,8 +207,6 @@ def _check_interface(trainer: type) -> None:
 def _check_configuration(trainer: Any) -> None:
     """EndoRewardError, saying what to change, for what these rewards have no meaning in."""
     args, reward = trainer.args, trainer.endo_reward
-    if trainer.tools:
-        raise EndoRewardError("EndoGRPOMixin does not know which tokens are tool results: train without tools")
     if trainer.token_level and (reward.options.reduction != "sum" or reward.options.floor > 0):
         raise EndoRewardError(
             "rewards-to-go are sums: reduction='mean' and floor are for token_level=False (gamma works with both)"

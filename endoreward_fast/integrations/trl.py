@@ -22,9 +22,15 @@ from ..model import EndoRewardModel
 from ..returns import sequence_score
 from ..scoring import ScoreOptions
 from ..vocabulary import refuse_other_vocabulary
-from .generated import NOT_FINITE, Ids, ending_ids, generated_row, score_completions, scorer_of
+from .generated import NOT_FINITE, Ids, Own, ending_ids, generated_row, score_completions, scorer_of
+from .prompts import Rendering, answered_by_tools
 
 METRICS = "endo_reward"
+WHAT_TO_GIVE = (
+    "give EndoReward what the trainer has (tools, chat_template, chat_template_kwargs), or train with EndoGRPOMixin, "
+    "which reads the trainer's own prompts"
+)
+UNKNOWN = "tool results are among the completion's tokens, and which tokens those are cannot be told"
 
 
 class Scored(NamedTuple):
@@ -67,15 +73,21 @@ class EndoReward:
     tokenizer     the policy's. Default: the reward model's own
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
     system        a system prompt that only the reward model sees: it steers the reward
+    tools         the trainer's (GRPOTrainer(tools=[...])): they are part of the prompt. Those of environments are known
     chat_template, chat_template_kwargs      what the trainer renders its prompts with (GRPOConfig.chat_template_kwargs)
 
     Completions are scored as the token ids that the policy sampled, after the prompt as the trainer tokenizes it. One
-    that ends in an end-of-sequence token is whole; one that was cut off is bootstrapped with V(s'). A completion that
-    cannot be scored (empty, beyond the model's positions, NaN, tool results in it) gets None, which TRL leaves out of
-    the group; the reasons are counted in `unscored`. Logged: endo_reward/token (mean reward of a token),
-    endo_reward/first_value (V of the prompt), endo_reward/length, endo_reward/unscored.
+    that ends in an end-of-sequence token is whole; one that was cut off is bootstrapped with V(s'). Tools' answers are
+    context: the policy's own tokens are scored. A completion that cannot be scored (empty, beyond the model's
+    positions, NaN) gets None, which TRL leaves out of the group; the reasons are counted in `unscored`. Logged:
+    endo_reward/token (mean reward of a token), endo_reward/first_value (V of the prompt), endo_reward/length,
+    endo_reward/unscored.
 
-    Raises EndoRewardError: a tokenizer other than the reward model's, prompts that cannot be tokenized.
+    TRL hands over messages, not the ids of its prompts, so they are rendered once more. The trainer's count of tokens
+    (its state's num_input_tokens_seen) has to agree with them at every step of the training.
+
+    Raises EndoRewardError: a tokenizer other than the reward model's, prompts that cannot be tokenized, prompts that
+    are not the trainer's.
     """
 
     __name__ = METRICS  # TRL's name for the column
@@ -84,18 +96,19 @@ class EndoReward:
         self, model: Any = None, tokenizer: Any = None, *, alpha: float = 1.0,
         reduction: Literal["sum", "mean"] = "sum", gamma: float = 1.0, floor: float = 0.0, system: str | None = None,
         chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-        max_tokens_per_batch: int = 8192,
+        max_tokens_per_batch: int = 8192, tools: Sequence[Any] | None = None,
     ) -> None:  # fmt: skip
         self.options = ScoreOptions(
             alpha=alpha, reduction=reduction, gamma=gamma, floor=floor, max_tokens_per_batch=max_tokens_per_batch
         )
         self.system = system
-        self.chat_template, self.chat_template_kwargs = chat_template, dict(chat_template_kwargs or {})
+        self.rendering = Rendering(chat_template, dict(chat_template_kwargs or {}), tuple(tools or ()))
         self.tokenizer = tokenizer
         self.scorer: EndoRewardModel | None = None
         self.unscored: Counter[str] = Counter()
         self._given: Scored | None = None
         self._ids_are_known = False
+        self._counted: tuple[Any, int] | None = None
         if model is not None:
             self.attach(scorer_of(model, tokenizer), tokenizer)
 
@@ -110,12 +123,20 @@ class EndoReward:
         self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Ids] | None = None,
         log_metric: Callable[[str, float], None] | None = None, **columns: Any,
     ) -> list[float | None]:  # fmt: skip
-        """One reward a completion, or None. `columns`, the dataset's own, play no part."""
+        """One reward a completion, or None.
+
+        Of `columns`, the data set's own and the trainer's, these count: `environments`; `tools` and
+        `chat_template_kwargs`, unless a trainer calls (TRL 1.16 does not put the data set's into the policy's prompts);
+        `trainer_state`, whose count of tokens must agree; and `completion_mask`, 0 for tokens of others.
+        """
         if completion_ids is None:
             raise EndoRewardError("this trainer gives its reward functions no completion_ids: TRL 1.16 or newer does")
         if self._given is None:
             self._refuse_foreign_ids(completions, completion_ids)
-            scored = self.score(self.prompt_ids(prompts), completion_ids, completions)
+            own = self._own_tokens(completions, completion_ids, columns)
+            ids = self.prompt_ids(prompts, **columns)
+            self._check_count(prompts, ids, completion_ids, own, columns)
+            scored = self.score(ids, completion_ids, own)
         else:
             scored = self._given
         found = self.reduce(scored)
@@ -144,52 +165,99 @@ class EndoReward:
             )
         self._ids_are_known = True
 
-    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], texts: Sequence[Any] = ()) -> Scored:
-        """Token rewards of sampled completions after tokenized prompts, in a forward of the reward model's own."""
+    def _own_tokens(
+        self, completions: Sequence[Any], completion_ids: Sequence[Ids], columns: Mapping[str, Any]
+    ) -> list[Own | None]:
+        """Of each completion, which tokens are the policy's. () where that cannot be told."""
+        if columns.get("completion_mask") is not None:
+            return list(columns["completion_mask"])
+        answered = [answered_by_tools(completion) for completion in completions]
+        if not any(answered):
+            return [[1] * len(ids) for ids in completion_ids]
+        known = self.rendering.tools or any(columns.get(name) for name in ("tools", "environments"))
+        if not known and columns.get("trainer_state") is not None:
+            raise EndoRewardError(
+                f"the completions hold tools' answers, and EndoReward was given no tools: {WHAT_TO_GIVE}"
+            )
+        rendering = self._rendering(columns)
+        return [
+            ((rendering.own_tokens(self.tokenizer, turns, ids) or ()) if known else ()) if asked else [1] * len(ids)
+            for asked, turns, ids in zip(answered, completions, completion_ids, strict=True)
+        ]
+
+    def _check_count(
+        self, prompts: Sequence[Any], ids: Sequence[Ids], completion_ids: Sequence[Ids], own: Sequence[Own],
+        columns: Mapping[str, Any],
+    ) -> None:  # fmt: skip
+        """EndoRewardError if the trainer counted other tokens in this batch: its prompts are not those read here."""
+        state = columns.get("trainer_state")
+        seen = getattr(state, "num_input_tokens_seen", None)
+        if seen is None:
+            return
+        first = 0 if state.global_step == 0 else seen  # of a resumed training the count began elsewhere
+        before = self._counted[1] if self._counted is not None and self._counted[0] is state else first
+        self._counted = state, seen
+        if seen == before:  # in evaluation TRL does not count
+            return
+        from accelerate import PartialState
+        from accelerate.utils import gather
+
+        if self.system:
+            ids = self._rendering(columns).prompt_ids(self.tokenizer, prompts, _of_trainer(columns))
+        unknown = sum(not mask and len(tokens) > 0 for mask, tokens in zip(own, completion_ids, strict=True))
+        counts = torch.tensor([[sum(map(len, ids)) + sum(map(sum, own)), unknown]], device=PartialState().device)
+        counted, unknown = gather(counts).sum(0).tolist()
+        if not unknown and counted != seen - before:
+            raise EndoRewardError(
+                f"the trainer counted {seen - before} tokens in this batch, and EndoReward reads {counted}: "
+                f"{WHAT_TO_GIVE}"
+            )
+
+    def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], own: Sequence[Own] | None = None) -> Scored:
+        """Token rewards of sampled completions after tokenized prompts, in a forward of the reward model's own.
+
+        `own` marks each completion's tokens that the policy chose; () for a completion of which that is unknown.
+        """
         if self.scorer is None:
             raise EndoRewardError(
                 "EndoReward() has no model: give it one, or train with EndoGRPOMixin and beta above 0, whose "
                 "reference model it then reads"
             )
         options = {"alpha": self.options.alpha, "max_tokens_per_batch": self.options.max_tokens_per_batch}
-        asked = [generated_row(p, c, self.ends) for p, c in zip(prompts, completions, strict=True)]
+        masks = [[1] * len(c) for c in completions] if own is None else own
+        asked = [generated_row(p, c, self.ends, m or None) for p, c, m in zip(prompts, completions, masks, strict=True)]
         rows = score_completions(self.scorer, asked, per_token=True, texts=False, **options)
-        errors = [row.error for row in rows]
-        for i, messages in enumerate(texts):
-            if not isinstance(messages, str) and any(m.get("role") == "tool" for m in messages):
-                errors[i] = "tool results are among the completion's tokens, and the policy did not choose those"
-        tables = [None if error else row.tokens for row, error in zip(rows, errors, strict=True)]
-        width = max((len(table.ids) for table in tables if table), default=0)
-
-        def padded(name: str) -> Tensor:
-            lists = [getattr(table, name) if table else () for table in tables]
-            return torch.tensor([[*values, *[0.0] * (width - len(values))] for values in lists]).view(len(rows), width)
-
-        lengths = torch.tensor([[len(table.ids) if table else 0] for table in tables])
-        return Scored.checked(padded("rewards"), padded("values"), torch.arange(width) < lengths, errors)
+        unknown = [len(c) > 0 and not len(m) for c, m in zip(completions, masks, strict=True)]
+        errors = [UNKNOWN if odd else row.error for row, odd in zip(rows, unknown, strict=True)]
+        shape = len(rows), max(map(len, completions), default=0)
+        reward, value, mask = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
+        for i, (row, error, chosen) in enumerate(zip(rows, errors, masks, strict=True)):
+            if error is None and row.tokens is not None:
+                mask[i, : len(chosen)] = torch.tensor(chosen, dtype=torch.bool)
+                reward[i, mask[i]] = torch.tensor(row.tokens.rewards)
+                value[i, mask[i]] = torch.tensor(row.tokens.values)
+        return Scored.checked(reward, value, mask, errors)
 
     def reduce(self, scored: Scored) -> Tensor:
         """(B,) scores, by the reduction asked for; 0 where there is none."""
         o = self.options
         return sequence_score(scored.reward, scored.mask, reduction=o.reduction, gamma=o.gamma, floor=o.floor)
 
-    def prompt_ids(self, prompts: Sequence[Any]) -> list[Ids]:
-        """Prompts as the trainer tokenizes them: text with special tokens in front, messages by the chat template."""
-        if self.tokenizer is None:
-            raise EndoRewardError("prompts need a tokenizer: EndoReward(model, tokenizer)")
-        if all(isinstance(p, str) for p in prompts):
-            texts = [f"{self.system}\n\n{p}" for p in prompts] if self.system else list(prompts)
-            ids: list[Ids] = self.tokenizer(text=texts)["input_ids"]
-            return ids
-        try:
-            ids = self.tokenizer.apply_chat_template(
-                conversation=[with_system(p, self.system) for p in prompts], chat_template=self.chat_template,
-                add_generation_prompt=True, tokenize=True, return_dict=True, **self.chat_template_kwargs,
-            )["input_ids"]  # fmt: skip
-        except Exception as error:  # a template is a program of the model's author: it may raise anything
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise EndoRewardError(f"the prompts cannot go through the chat template: {reason}") from error
-        return ids
+    def prompt_ids(self, prompts: Sequence[Any], **columns: Any) -> list[Ids]:
+        """Prompts as the trainer tokenizes them, led by `system`; columns as in a call."""
+        rendering = self._rendering(columns)
+        return rendering.prompt_ids(self.tokenizer, self.steered(prompts), _of_trainer(columns))
+
+    def steered(self, prompts: Sequence[Any]) -> Sequence[Any]:
+        """Prompts led by the system prompt that only the reward model sees."""
+        if not self.system:
+            return prompts
+        return [f"{self.system}\n\n{p}" if isinstance(p, str) else with_system(p, self.system) for p in prompts]
+
+    def _rendering(self, columns: Mapping[str, Any]) -> Rendering:
+        tools = self.rendering.tools or columns.get("environments")
+        by_trainer = tools and columns.get("trainer_state") is not None
+        return self.rendering.with_trainers_template(self.tokenizer) if by_trainer else self.rendering
 
     @contextmanager
     def given(self, scored: Scored) -> Iterator[None]:
@@ -211,5 +279,16 @@ class EndoReward:
         if scored.mask.any():
             rows = scored.mask.any(1)
             log_metric(f"{METRICS}/token", scored.reward[scored.mask].mean().item())
-            log_metric(f"{METRICS}/first_value", scored.value[rows, 0].mean().item())
+            first = scored.mask[rows].int().argmax(1, keepdim=True)
+            log_metric(f"{METRICS}/first_value", scored.value[rows].gather(1, first).mean().item())
             log_metric(f"{METRICS}/length", scored.mask[rows].sum(1).float().mean().item())
+
+
+def _of_trainer(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns that are part of the policy's prompts."""
+    names = (
+        ("environments",)
+        if columns.get("trainer_state") is not None
+        else ("environments", "tools", "chat_template_kwargs")
+    )
+    return {name: columns[name] for name in names if columns.get(name) is not None}
