@@ -131,7 +131,7 @@ class RowFlags(ModelFlags):
     truncate: Annotated[Text, of_input(help="Cut over-long rows at the prompt or the completion.")] = None
     limit: Annotated[Count, of_input(help="Only the first so many rows of each file.")] = None
     strict: Annotated[bool, of_input("--strict", help="Stop at the first row that cannot be scored.")] = False
-    output: Annotated[Text, of_output("--output", "-o", help="Write results here, not to standard output.")] = None
+    output: Annotated[Text, of_output("--output", "-o", help="Write results here; default: standard output.")] = None
 
     def check(self) -> None:
         super().check()
