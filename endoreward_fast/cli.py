@@ -202,6 +202,8 @@ def evaluate(
         monitor, interrupted = Monitor(total, quiet=flags.quiet, model=flags.model), False
         try:
             with monitor:
+                if panel.readings:
+                    monitor.note(panel.readings)
                 for result, reader in zip(results, readers, strict=True):
                     for items in reader:
                         panel.judge(items, result, monitor, strict=flags.strict)
@@ -232,7 +234,7 @@ def show(
     completion: Annotated[Optional[list[str]], of_input(help="Of --prompt; may be given again.")] = None,  # noqa: UP045
     html: Annotated[Optional[str], of_output(help="Write one self-contained page here.")] = None,  # noqa: UP045
 ) -> None:
-    """Colour every token by its reward: on the terminal, or in a page with a tooltip for each (--html, or -o *.html)."""
+    """Colour every token by its reward: on the terminal, or in a page (--html, or -o *.html) with tooltips."""
     if not look.show(file, prompt, completion or (), html, flags):
         raise typer.Exit(BAD_INPUT)
 

@@ -1,12 +1,14 @@
 """What is written is what the output's name says."""
 
 import json
+import os
 
 import pytest
 
 from cli_harness import LengthScorer, put, run
 from endoreward_fast.command import pipeline
 from endoreward_fast.command.formats import NAMES
+from endoreward_fast.command.output import STDOUT, Sink
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "bb"}
 ASKED = ("show", "--prompt", "p", "--completion", "c")
@@ -64,3 +66,18 @@ def test_json_lines_under_json_are_noted(folder, monkeypatch):
     assert "out.json gets JSON Lines" in run("score", "in.jsonl", "-o", "out.json").stderr
     assert json.loads((folder / "out.json").read_text())["score"] == {"chosen": -1.0, "rejected": -2.0}
     assert "JSON Lines" not in run("score", "in.jsonl", "-q", "-o", "again.json").stderr
+
+
+def test_a_pipe_counts_as_the_terminal_that_its_reader_may_write_to(tmp_path):
+    """`score x | head -1` at a terminal: the bar would stand on the line that head prints."""
+    kept, ends = os.dup(STDOUT), [*os.pipe(), os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)]
+    try:
+        found = []
+        for end in ends[1:]:
+            os.dup2(end, STDOUT)
+            found.append(Sink(None).on_terminal)
+    finally:
+        os.dup2(kept, STDOUT)
+        for end in (kept, *ends):
+            os.close(end)
+    assert found == [True, False]

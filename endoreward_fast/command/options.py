@@ -24,7 +24,8 @@ TRUNCATE = ("prompt", "completion")
 # The names of signals.SIGNALS and judges.JUDGES, here once more so that --help does not wait for torch.
 LOG_RATIO = "log-ratio"
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
-JUDGES = ("verifier", "pointwise", "pairwise")
+PAIRWISE = "pairwise"
+JUDGES = ("verifier", "pointwise", PAIRWISE)
 ALL = "all"
 ENGINES = LOCAL, RAY = ("local", "ray")
 
