@@ -19,6 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from .checkpoint import weights_of
 from .command import guide, look, pipeline, plots, side_by_side
 from .command.data import STDIN, open_source
+from .command.formats import JSON, JSON_LINES, refuse_other_format
 from .command.jobs import ANSWERS, Engine, Job, here, nothing_left
 from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
 from .command.output import Monitor, Sink, one_line
@@ -129,6 +130,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
         return by_flags | {"weights": weights_of(flags.model)}
 
     with Sink(flags.output, (file,), emptying=lambda: recorded(output, settings())) as sink:
+        note = refuse_other_format(flags.output, JSON_LINES)
         if resume and sink.is_stdout:
             raise EndoRewardError("--resume goes on with a file: name it by --output")
         source = open_source(file, flags.limit)
@@ -150,6 +152,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
             pipeline.before_loading(flags)
         run = _engine(job, flags, rank, settings, idle=not first)
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model) as monitor:
+            if note:
+                monitor.note(note)
             if done != Done():
                 monitor.note(f"{output} holds {done.described}")
             run(windows, sink.write, monitor)
@@ -186,6 +190,7 @@ def evaluate(
     """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
     as_json = as_json or flags.output == STDIN
     with Sink(flags.output, tuple(files)) as sink:
+        refuse_other_format(flags.output, JSON)
         sources = [open_source(file, flags.limit) for file in files]
         readers = [pipeline.checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
         pipeline.before_loading(flags)
@@ -197,6 +202,8 @@ def evaluate(
         monitor, interrupted = Monitor(total, quiet=flags.quiet, model=flags.model), False
         try:
             with monitor:
+                if panel.readings:
+                    monitor.note(panel.readings)
                 for result, reader in zip(results, readers, strict=True):
                     for items in reader:
                         panel.judge(items, result, monitor, strict=flags.strict)
@@ -227,7 +234,7 @@ def show(
     completion: Annotated[Optional[list[str]], of_input(help="Of --prompt; may be given again.")] = None,  # noqa: UP045
     html: Annotated[Optional[str], of_output(help="Write one self-contained page here.")] = None,  # noqa: UP045
 ) -> None:
-    """Colour every token by its reward: on the terminal, or in a page with a tooltip for each (--html)."""
+    """Colour every token by its reward: on the terminal, or in a page (--html, or -o *.html) with tooltips."""
     if not look.show(file, prompt, completion or (), html, flags):
         raise typer.Exit(BAD_INPUT)
 

@@ -124,8 +124,11 @@ def test_truncation_is_reported_and_bootstraps(llama):
     assert math.isclose(cut.score, score, rel_tol=1e-4, abs_tol=1e-4)
     (short,) = llama.score([row], max_length=30, truncate="prompt")
     assert short.flags == ("truncated",) and short.num_tokens == 20 and short.score != whole.score
-    assert llama.score([row], max_length=10_000)[0] == whole  # the model's own limit still holds
-    assert "limit is 128" in llama.score([ROWS[0] | {"prompt": "x" * 200}], max_length=10_000)[0].error
+    assert llama.score([row], max_length=10_000)[0] == whole
+    long = ROWS[0] | {"prompt": "x" * 200}
+    assert llama.score([long], max_length=10_000)[0].error is None  # rotary: 128 is a number, not a table
+    table = EndoRewardModel(MODELS["gpt2"](), TOKENIZER)
+    assert "limit is 128" in table.score([long], max_length=10_000)[0].error
 
 
 def test_scoring_leaves_modes_and_autograd_alone(llama):

@@ -84,6 +84,19 @@ def test_tables_have_a_line_for_each_method(pocket, tmp_path):
     assert "log-ratio is left out: it compares two models, and there is no --reference-model." in shown
 
 
+def test_how_often_a_completion_is_read_is_said(pocket, reward_model, tmp_path):
+    """A judge reads its question once with each reply."""
+    pairs = put(tmp_path, *({**row, "rejected": row["rejected"][0]} for row in PAIRS))
+    said = run("eval", pairs, "--signals", "all", "--judge", "all", "--reward-model", reward_model).stderr
+    assert (
+        "every completion is read more than once: 1 by the model; 1 by the judge, verifier; 5 by the judge, pointwise; "
+        "2 for each rival by the judge, pairwise; 1 by the reward model"
+    ) in said
+    said = run("eval", pairs, "--signals", "all", "--reference-model", "pocket").stderr
+    assert "more than once: 1 by the model; 1 by the reference model\n" in said
+    assert "more than once" not in run("eval", pairs, "--signals", "entropy").stderr
+
+
 def test_some_signals_only_and_rivals_bring_the_score_along(pocket, tmp_path):
     path = put(tmp_path, *PAIRS)
     found = json.loads(run("eval", path, "--signals", "entropy,logprob", "--json", "-q").stdout)

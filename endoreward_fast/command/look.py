@@ -11,6 +11,7 @@ from ..notebook import tokens_of
 from ..palette import DARK, LEVELS, level_of, terminal_256
 from . import pipeline
 from .data import Record, Source, open_source
+from .formats import PAGE, TEXT, format_of, refuse_other_format
 from .options import RowFlags
 from .output import Monitor, Sink
 from .pipeline import Item
@@ -26,8 +27,11 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
     """Score and draw; whether every completion has a score. Raises EndoRewardError for arguments that cannot work."""
     if html is not None and flags.output is not None:
         raise EndoRewardError("--html and --output: name one of them")
+    if format_of(flags.output) == PAGE:
+        html = flags.output
     source = _source(file, prompt, completions, flags.limit or SHOWN)
     with Sink(html or flags.output, (file,) if file else ()) as sink:
+        refuse_other_format(html or flags.output, PAGE if html else TEXT, "--html" if html else "--output")
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
         pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)

@@ -24,7 +24,8 @@ TRUNCATE = ("prompt", "completion")
 # The names of signals.SIGNALS and judges.JUDGES, here once more so that --help does not wait for torch.
 LOG_RATIO = "log-ratio"
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
-JUDGES = ("verifier", "pointwise", "pairwise")
+PAIRWISE = "pairwise"
+JUDGES = ("verifier", "pointwise", PAIRWISE)
 ALL = "all"
 ENGINES = LOCAL, RAY = ("local", "ray")
 
@@ -131,7 +132,7 @@ class RowFlags(ModelFlags):
     truncate: Annotated[Text, of_input(help="Cut over-long rows at the prompt or the completion.")] = None
     limit: Annotated[Count, of_input(help="Only the first so many rows of each file.")] = None
     strict: Annotated[bool, of_input("--strict", help="Stop at the first row that cannot be scored.")] = False
-    output: Annotated[Text, of_output("--output", "-o", help="Write results here, not to standard output.")] = None
+    output: Annotated[Text, of_output("--output", "-o", help="Write results here; default: standard output.")] = None
 
     def check(self) -> None:
         super().check()

@@ -131,8 +131,8 @@ class Sink:
 
     @property
     def on_terminal(self) -> bool:
-        """Whether results scroll over the same screen as a progress bar would."""
-        return self.is_stdout and sys.stdout.isatty()
+        """Whether results scroll over the same screen as a progress bar would: whoever reads a pipe may write there."""
+        return self.is_stdout and (sys.stdout.isatty() or stat.S_ISFIFO(os.fstat(STDOUT).st_mode))
 
     def __enter__(self) -> Sink:
         return self

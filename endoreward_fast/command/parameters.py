@@ -52,7 +52,7 @@ def takes(flags: type[F]) -> Callable[[Callable[..., None]], Callable[..., None]
         def run(context: typer.Context, **values: Any) -> None:
             source = context.get_parameter_source("model")
             by_default = source is not None and source.name == "DEFAULT"
-            given = flags(**{p.name: values.pop(p.name) for p in parameters}, model_by_default=by_default)
+            given = flags(**{p.name: values.pop(p.name) for p in parameters}, **{"model_by_default": by_default})
             given.check()
             command(**values, flags=given)
 

@@ -55,7 +55,7 @@ def load_reward_model(flags: ModelFlags, name: str) -> Scorer:
     return RewardModel.from_pretrained(name, dtype=flags.dtype, device=flags.device)
 
 
-def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Scorer]:
+def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Any]:
     """The model that `scorer` is as its own judge, in each of the ways named."""
     from ..judges import JUDGES
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint import weights_of
 from . import pipeline
 from .evaluation import Judged, rm_bench_part
-from .options import EvalFlags
+from .options import PAIRWISE, EvalFlags
 from .output import Aside, Monitor
 from .pipeline import Item, Scorer
 from .report import FileResult
@@ -25,6 +25,8 @@ class Rival:
 
     name: str
     scorer: Scorer
+    readings: str = "1"
+    """how often it reads a completion"""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,13 @@ class Panel:
     def passes(self) -> int:
         """How often every row is scored."""
         return 1 + len(self.rivals)
+
+    @property
+    def readings(self) -> str | None:
+        """In words how often a completion is read, if that is not once: what an evaluation costs."""
+        others = ["1 by the reference model"] if "reference" in self.options else []
+        others += [f"{rival.readings} by the {rival.name}" for rival in self.rivals]
+        return f"every completion is read more than once: {'; '.join(['1 by the model', *others])}" if others else None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -75,10 +84,16 @@ def panel(flags: EvalFlags) -> Panel:
     options = plain | ({"signals": flags.compared} if flags.compared else {})
     if flags.reference_model:
         options["reference"] = pipeline.load_scorer(replace(flags, model=flags.reference_model))
-    rivals = [Rival(f"judge, {name}", judge) for name, judge in pipeline.load_judges(flags.judges, scorer).items()]
+    judges = pipeline.load_judges(flags.judges, scorer)
+    rivals = [Rival(f"judge, {name}", judge, _readings(name, judge)) for name, judge in judges.items()]
     if flags.reward_model:
         rivals.append(Rival(REWARD_MODEL, pipeline.load_reward_model(flags, flags.reward_model)))
     return Panel(scorer, options, flags.compared, tuple(rivals), plain)
+
+
+def _readings(name: str, judge: Any) -> str:
+    # A question is read once with each reply that it may have.
+    return f"{len(judge.possible())}{' for each rival' if name == PAIRWISE else ''}"
 
 
 def models(flags: EvalFlags) -> dict[str, dict[str, str]]:
