@@ -151,7 +151,7 @@ class _Turn:
     def _before_a_next_turn(self, answer: Message, marked: Message) -> str | None:
         """What the template writes between this turn and a next one, and then that; None if it takes none."""
         user, tool = (_saying({**answer, "role": role}, NEXT) for role in ("user", "tool"))
-        for following in ([tool, user] if answer.get("tool_calls") else [user]):
+        for following in [tool, user] if answer.get("tool_calls") else [user]:
             try:
                 whole = self._write(answer, following)
                 if NEXT in whole:

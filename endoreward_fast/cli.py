@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import date
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from .command.output import Monitor, Sink, one_line
 from .command.parameters import of_input, of_output, takes
 from .command.ranks import Rank, help_out, lead
 from .command.report import FileResult, to_json, to_text
-from .command.resume import Done, holds_rows, in_order, lines_done, recorded, rows_done, rows_left, settings_of
+from .command.resume import Done, day_of, holds_rows, in_order, lines_done, recorded, rows_done, rows_left, settings_of
 from .errors import EndoRewardError
 
 BAD_INPUT = 2  # exit code
@@ -121,6 +122,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
         # Rank 0 reads in a thread, which nothing could end while it waits for more.
         raise EndoRewardError("several processes do not read standard input or a pipe: name a file")
     output = str(flags.output)
+    flags = replace(flags, date=flags.date or day_of(flags.output, resume=resume))
+    job = replace(job, flags=flags)
 
     by_flags = settings_of(job.command, version("endoreward-fast"), flags.to_json(), job.per_token, weights="")
 
@@ -189,6 +192,7 @@ def evaluate(
 ) -> None:
     """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
     as_json = as_json or flags.output == STDIN
+    flags = replace(flags, date=flags.date or date.today().isoformat())
     with Sink(flags.output, tuple(files)) as sink:
         refuse_other_format(flags.output, JSON)
         sources = [open_source(file, flags.limit) for file in files]

@@ -277,7 +277,9 @@ def _given(row: Row) -> str:
     """The tools and documents of a row, which are part of its question."""
     extras = Extras.of(row, Extras())
     given = (("Tools", extras.tools), ("Documents", extras.documents))
-    found = [f"{name}: {json.dumps(list(values), ensure_ascii=False, default=repr)}" for name, values in given if values]
+    found = [
+        f"{name}: {json.dumps(list(values), ensure_ascii=False, default=repr)}" for name, values in given if values
+    ]
     return "".join(f"{text}\n\n" for text in found)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 import textwrap
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from ..checkpoint import POCKET, place_of
 from ..errors import EndoRewardError
+from ..template import Extras, as_date
 from .parameters import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
 
 REDUCTIONS = ("sum", "mean")
@@ -47,6 +50,37 @@ def device_name(text: str | None) -> str | None:
         return None
     kind, colon, index = text.lower().partition(":")
     return f"{DEVICE_ALIASES.get(kind, kind)}{colon}{index}"
+
+
+def tools_in(path: str | None) -> str | None:
+    """The tools that a file holds, as JSON text: a run's settings and its other processes need no file."""
+    if path is None:
+        return None
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EndoRewardError(f"--tools: cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
+    return _template_json(f"--tools {path}", "tools", text)
+
+
+def template_kwargs(text: str | None) -> str | None:
+    """JSON text of the template's variables, checked."""
+    return None if text is None else _template_json("--template-kwargs", "chat_template_kwargs", text)
+
+
+def _template_json(flag: str, name: str, text: str) -> str:
+    try:
+        Extras.of({name: text}, Extras())
+    except EndoRewardError as error:
+        raise EndoRewardError(f"{flag}: {str(error).removeprefix(f'{name}: ')}") from None
+    return json.dumps(json.loads(text), ensure_ascii=False)
+
+
+def day(text: str | None) -> str | None:
+    """A date, checked."""
+    if text is not None:
+        as_date(text)
+    return text
 
 
 @dataclass(frozen=True)
@@ -132,6 +166,32 @@ class RowFlags(ModelFlags):
     truncate: Annotated[Text, of_input(help="Cut over-long rows at the prompt or the completion.")] = None
     limit: Annotated[Count, of_input(help="Only the first so many rows of each file.")] = None
     strict: Annotated[bool, of_input("--strict", help="Stop at the first row that cannot be scored.")] = False
+    tools: Annotated[
+        Text,
+        of_input(
+            metavar="FILE",
+            help="Tools for the chat template: a JSON list of their schemas; a row's own tools replace them.",
+            callback=tools_in,
+        ),
+    ] = None
+    template_kwargs: Annotated[
+        Text,
+        of_input(
+            metavar="JSON",
+            help='Variables for the chat template, such as {"enable_thinking": false}; a row\'s chat_template_kwargs '
+            "replace them.",
+            callback=template_kwargs,
+        ),
+    ] = None
+    date: Annotated[
+        Text,
+        of_input(
+            metavar="YYYY-MM-DD",
+            help="The day that a chat template writes, if it writes one; default: the day the run began, kept in its "
+            "settings.",
+            callback=day,
+        ),
+    ] = None
     output: Annotated[Text, of_output("--output", "-o", help="Write results here; default: standard output.")] = None
 
     def check(self) -> None:
@@ -144,7 +204,9 @@ class RowFlags(ModelFlags):
             _at_least_one("--limit", self.limit)
 
     def scoring(self) -> dict[str, Any]:
-        return {**super().scoring(), "max_length": self.max_length, "truncate": self.truncate}
+        own = {name: getattr(self, name) for name in ("max_length", "truncate", "date")}
+        given = {"tools": self.tools, "chat_template_kwargs": self.template_kwargs}
+        return {**super().scoring(), **own, **{name: json.loads(text) for name, text in given.items() if text}}
 
     def to_json(self) -> dict[str, Any]:
         """What the numbers of a run depend on: how it spoke and where it wrote is left out."""

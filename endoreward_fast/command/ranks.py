@@ -141,7 +141,7 @@ def help_out(job: Job, rank: Rank) -> None:
                     f"model {job.flags.model!r} is not what rank 0 has by that name: scores would differ"
                 )
             if not about["idle"]:
-                job = replace(job, flags=rank.flags(job.flags))
+                job = replace(job, flags=replace(rank.flags(job.flags), date=about["date"]))
                 with warnings_to(lambda warning: None):  # the same as rank 0's
                     scorer = job.load()
                 _score(board, job, scorer)
@@ -174,7 +174,7 @@ def _heard(board: Board, rank: Rank) -> Iterator[None]:
 def lead(job: Job, rank: Rank, weights: str, *, idle: bool) -> Engine:
     """Rank 0's part. `weights`: of its model; `idle`: nothing is left to score."""
     with reached():
-        board = call(Board.of_launch(), rank.size, {"weights": weights, "idle": idle})
+        board = call(Board.of_launch(), rank.size, {"weights": weights, "idle": idle, "date": job.flags.date})
     job = replace(job, flags=rank.flags(job.flags))
     scorer = None if idle else job.load()
 

@@ -69,7 +69,13 @@ def _numbers(files: Sequence[FileResult]) -> dict[str, Any]:
         "rm_bench": bench.to_json() if bench else None,
         "reward_bench": {name: a.to_json() for name, a in rewards.items()} if rewards else None,
         "scores": [
-            {"file": r.file, "id": r.id, "subset": r.subset, "chosen": _finite(r.chosen), "rejected": _finite(r.rejected)}
+            {
+                "file": r.file,
+                "id": r.id,
+                "subset": r.subset,
+                "chosen": _finite(r.chosen),
+                "rejected": _finite(r.rejected),
+            }
             for r in judged
         ],
     }

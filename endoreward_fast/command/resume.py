@@ -15,12 +15,13 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from ..errors import EndoRewardError
-from .data import Record, Source
+from .data import STDIN, Record, Source
 from .options import EngineFlags
 from .output import plain
 
@@ -35,6 +36,21 @@ IRRELEVANT = frozenset({"model", "limit", "max_tokens_per_batch", "device"})
 def settings_of(command: str, version: str, flags: Mapping[str, Any], per_token: bool, weights: str) -> dict[str, Any]:
     """What a run was made with. `weights`: what its model's name stood for."""
     return {"command": command, "version": version, "per_token": per_token, **flags, "weights": weights}
+
+
+def day_of(output: str | None, *, resume: bool) -> str | None:
+    """The day on which a run's chat template writes its rows: today, or the one that a resumed run began on.
+
+    None without a file to keep it in.
+    """
+    if output is None or output == STDIN:
+        return None
+    if resume:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # what is wrong with them is said where they are read
+            found = json.loads(_beside(output).read_text(encoding="utf-8"))["settings"].get("date")
+            if isinstance(found, str):
+                return found
+    return date.today().isoformat()
 
 
 @contextmanager
