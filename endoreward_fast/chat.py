@@ -11,7 +11,6 @@ Where a template changes the text of a turn (drops its reasoning, say), the turn
 is what a policy has generated. All else that is dropped is flagged.
 """
 
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -48,7 +47,7 @@ def render(
     """
     template.source()
     messages = [without_nulls(message) for message in messages]
-    prompt, instruction, flags = _with_a_system_turn(template, messages[:-1], extras, system)
+    prompt, flags = _with_a_system_turn(template, messages[:-1], extras, system)
     turn = _Turn(template, [*prompt, messages[-1]], extras, ends)
     ignored = _ignored(template, turn, extras)
     marked = _marks_in(template, messages, turn.end)
@@ -76,15 +75,15 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 
 def _with_a_system_turn(
     template: Template, prompt: Sequence[Message], extras: Extras, system: str | None
-) -> tuple[list[Message], str, tuple[str, ...]]:
-    """(prompt led by its system prompt, what that says, flags)."""
+) -> tuple[list[Message], tuple[str, ...]]:
+    """(prompt led by its system prompt, flags)."""
     led = with_system(prompt, system)
     instruction = text_of(led[0].get("content")).strip() if led and led[0].get("role") == "system" else ""
     if not instruction:
-        return led, "", ()
+        return led, ()
     try:
         if instruction in template.write(template.fit(led, extras), extras, generate=True):
-            return led, instruction, ()
+            return led, ()
     except EndoRewardError:
         # It may refuse the system turn, or something else: without that turn it says so again.
         pass
@@ -94,7 +93,7 @@ def _with_a_system_turn(
             "the chat template has no place for a system prompt, and no user turn of text comes first"
         )
     together = f"{instruction}\n\n{text_of(first.get('content'))}"
-    return [{**first, "content": together}, *rest], instruction, ("system_in_user",)
+    return [{**first, "content": together}, *rest], ("system_in_user",)
 
 
 class _Turn:
@@ -141,7 +140,7 @@ class _Turn:
             closed = last  # the rest of the call, and nothing that ends the turn
             before_a_next = (before_a_next or "").removeprefix(last)
         end = self._end_of(last[len(closed) :], before_a_next, calls=bool(answer.get("tool_calls")))
-        return ("" if closed else last), closed + end if end else ""
+        return "" if closed else last, end
 
     def _ends_turns_of_text(self) -> bool:
         answer = _saying(self._answer, "x")
@@ -184,7 +183,7 @@ class _Turn:
         return (added | set(tokenizer.all_special_tokens)) - {""}
 
     def _cut(self, body: str, before_text: str) -> None:
-        """`body`, the conversation up to the last text's end, into prompt and completion; `before_text` it begins with."""
+        """`body`, the conversation up to the end of its last text, into prompt and completion."""
         if body.startswith(self.opening):
             header = before_text[len(self.opening) :]
             if header.strip() and self.opening == self._write():
@@ -194,11 +193,11 @@ class _Turn:
             return
         shared = _shared([self.opening, body])
         at = min(len(before_text), len(shared))
-        if len(shared) < len(before_text):
-            at = self._whole_marks(shared)
         if self.opening[at:].isspace():
             self.completion = body[at:].lstrip()
             return
+        if len(shared) < len(before_text):
+            at = self._whole_marks(shared)
         self.flags += ("opening_differs",)
         self.prompt, self.completion = body[:at], body[at:]
 
@@ -287,5 +286,6 @@ def _squeezed(text: str) -> str:
 
 
 def _shared(texts: list[str]) -> str:
-    """What the texts begin with, all of them."""
-    return os.path.commonprefix(texts)
+    """What the texts begin with, all of them (between the first and the last in order stand no others)."""
+    short, long = min(texts), max(texts)
+    return short[: next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))]

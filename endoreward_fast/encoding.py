@@ -7,8 +7,8 @@
 | {"prompt_ids": [...], "completion_ids": [...]}             | the completion's ids, as they are               |
 | the same with "completion_mask": [0 or 1, ...]             | those of them that have a 1 (see below)         |
 
-A row may have `tools`, `documents` and `chat_template_kwargs` besides: they belong to its prompt. The last turn is every
-field of its message: content (text or parts of text), reasoning, tool calls.
+A row may have `tools`, `documents` and `chat_template_kwargs` besides: they belong to its prompt. The last turn is
+every field of its message: content (text or parts of text), reasoning, tool calls.
 
 Text goes through the tokenizer's chat template where it has one (a prompt as the user's turn, a completion as the
 assistant's), because that is what a chat model was trained on; chat=False, or "chat": False in the row, scores
@@ -26,7 +26,7 @@ and have no reward. The token before them does not end the episode: its V(s') is
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from numbers import Integral
 from types import MappingProxyType
@@ -52,10 +52,11 @@ FLAGS = MappingProxyType(
         "template_rewrites": "the chat template would change the completion: it is scored as written",
         "template_drops": "the chat template leaves out a part of the turn: what it writes is scored",
         "template_ignores": "the chat template makes no use of the tools, documents or template arguments given",
-        "opening_differs": "the generation prompt opens the turn otherwise than the chat template writes it (a thinking "
-        "block, say): the turn is scored as the template writes it",
-        "no_generation_prompt": "the chat template has no generation prompt: what it writes before the turn is taken for it",
-        "end_made_up": "the chat template writes no end of turn: the tokenizer's end-of-sequence token is scored as one",
+        "opening_differs": "the generation prompt opens the turn otherwise than the chat template writes it (a "
+        "thinking block, say): the turn is scored as the template writes it",
+        "no_generation_prompt": "the chat template has no generation prompt: what it writes before the turn is taken "
+        "for it",
+        "end_made_up": "the chat template writes no end of turn: the tokenizer's end of sequence is scored as one",
         "end_in_text": "the completion has its own end of turn: it is scored once",
         "marks_in_text": "a text holds special tokens of the chat template, which are read as such",
         "dated": "the chat template writes today's date: date (--date) pins it",
@@ -113,7 +114,7 @@ class Encoder:
     truncate: Truncate = None
     append_eos: bool = True
     eos_ids: Collection[int] = ()
-    extras: Extras = Extras()
+    extras: Extras = field(default_factory=Extras)
     date: str | None = None
 
     @cached_property
@@ -227,7 +228,7 @@ class Encoder:
 def encode_row(
     tokenizer: Any, row: Row, *, system: str | None = None, chat: bool | None = None, max_length: int | None = None,
     truncate: Truncate = None, append_eos: bool = True, eos_ids: Collection[int] = (),
-    extras: Extras = Extras(), date: str | None = None,  # noqa: B008  frozen
+    extras: Extras | None = None, date: str | None = None,
 ) -> Encoded:  # fmt: skip
     """Tokens of one row (the module's table says which rows there are).
 
@@ -249,7 +250,7 @@ def encode_row(
     """
     encoder = Encoder(
         tokenizer, system=system, chat=chat, max_length=max_length, truncate=truncate, append_eos=append_eos,
-        eos_ids=eos_ids, extras=extras, date=date,
+        eos_ids=eos_ids, extras=extras or Extras(), date=date,
     )  # fmt: skip
     return encoder.encode(row)
 

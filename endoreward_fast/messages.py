@@ -114,7 +114,7 @@ def _function(call: Message) -> Message:
     return inner if isinstance(inner, Mapping) else call
 
 
-# ------------------------------------------------------------------------------------- the same message, spelt otherwise
+# ------------------------------------------------------------------------------------ the same message, spelt otherwise
 
 
 def with_texts(message: Message, change: Callable[[str], str]) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def _with_arguments(message: dict[str, Any], change: Callable[[Any], Any]) -> di
 
 
 def misspelt(messages: Sequence[Message], text: str, source: str) -> bool:
-    """Whether a template (`source`) that made `text` of `messages` printed a value where it was to write what it says."""
+    """Whether a template (`source`) that made `text` of `messages` printed a value, not what it says."""
 
     def odd(value: Any) -> bool:
         spelt = json.dumps(value, ensure_ascii=False)

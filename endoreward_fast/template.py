@@ -1,8 +1,8 @@
 """A tokenizer's chat template: conversations written by it, with all that a row gives it, on a day that is pinned.
 
-A template is a program of the model's author. It may take content as text or as parts, and arguments of tool calls as an
-object or as JSON: `Template.fit` finds the spelling that it writes completely. It may write today's date: here that is
-always the day it is told.
+A template is a program of the model's author. It may take content as text or as parts, and arguments of tool calls as
+an object or as JSON: `Template.fit` finds the spelling that it writes completely. It may write today's date: here that
+is always the day it is told.
 """
 
 import json
@@ -145,7 +145,7 @@ class Template:
 
     @cached_property
     def _clock(self) -> str:
-        """The template's own strftime_now: transformers gives the real one, and lets no function be given in its place."""
+        """The template's own strftime_now: transformers gives the real one, and takes no function in its place."""
         spelt = "".join(f"|replace({code!r}, {self.day.strftime(code)!r})" for code in _CODES)
         return f"{{% macro {CLOCK}(format) %}}{{{{ format{spelt} }}}}{{% endmacro %}}\n"
 

@@ -8,6 +8,9 @@
 | messages                                             | one number, for the last assistant turn  |
 | prompt_ids and completion_ids                        | one number                               |
 
+`tools`, `documents` and `chat_template_kwargs` beside messages or text go to the chat template; `completion_mask`
+beside token ids marks those that are scored.
+
 A completion, like a prompt, is text or a list of messages. `chosen` and `rejected` may be lists of
 completions (RM-Bench: three styles each).
 """
@@ -15,15 +18,19 @@ completions (RM-Bench: three styles each).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import Any
 
 from ..errors import EndoRewardError
+from ..messages import check_message, check_text
 from .data import is_messages, kind_of
 
 PROMPT = ("prompt", "question")
 COMPLETION = ("completion", "response", "answer")
 COMPLETIONS = ("completions", "responses")
+GIVEN = ("tools", "documents", "chat_template_kwargs")
+"""columns for the chat template"""
 WANTED = {
     "score": "prompt and completion; prompt and completions; prompt, chosen and rejected; or messages",
     "rank": "prompt and completions; or prompt, chosen and rejected",
@@ -59,6 +66,12 @@ def plan(row: Mapping[str, Any], command: str = "score") -> Task:
 
     Raises MissingColumns if the columns do not say, EndoRewardError if what they hold cannot be scored.
     """
+    task = _plan(row, command)
+    given = {name: row[name] for name in GIVEN if row.get(name) is not None}
+    return replace(task, samples=tuple(sample | given for sample in task.samples)) if given else task
+
+
+def _plan(row: Mapping[str, Any], command: str) -> Task:
     if "chosen" in row and "rejected" in row:
         return _preference(row)
     if (name := _first(row, COMPLETIONS)) and (prompt := _first(row, PROMPT)) and command != "eval":
@@ -69,7 +82,9 @@ def plan(row: Mapping[str, Any], command: str = "score") -> Task:
         if "messages" in row:
             return Task(({"messages": _dialogue(row["messages"], "messages")},), 0)
         if "prompt_ids" in row and "completion_ids" in row:
-            sample = {key: _ids(row[key], key) for key in ("prompt_ids", "completion_ids")}
+            sample: dict[str, Any] = {key: _ids(row[key], key) for key in ("prompt_ids", "completion_ids")}
+            if row.get("completion_mask") is not None:
+                sample["completion_mask"] = row["completion_mask"]
             return Task(({**sample, "terminal": row.get("terminal", True)},), 0)
     found = ", ".join(map(str, row)) or "none"
     raise MissingColumns(f"columns wanted: {WANTED[command]}; found: {found}")
@@ -162,14 +177,13 @@ def _completion(value: Any, name: str) -> Any:
 
 
 def _text(value: Any, name: str) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
         value = str(value)  # a numeric answer, as JSON files have them
     if not isinstance(value, str):
-        raise EndoRewardError(f"{name}: wanted text or messages, found {kind_of(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise EndoRewardError(f"{name}: character {error.start + 1} is half of a surrogate pair, no text") from None
+        missing = isinstance(value, float)
+        found = f"{value}, which stands for a missing value" if missing else kind_of(value)
+        raise EndoRewardError(f"{name}: wanted text or messages, found {found}")
+    check_text(value, name)
     return value
 
 
@@ -177,9 +191,7 @@ def _messages(value: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     for i, message in enumerate(value):
         if not isinstance(message["role"], str):
             raise EndoRewardError(f"{name}[{i}].role: wanted text, found {kind_of(message['role'])}")
-        if not isinstance(message.get("content"), str):
-            raise EndoRewardError(f"{name}[{i}].content: wanted text, found {kind_of(message.get('content'))}")
-        _text(message["content"], f"{name}[{i}].content")
+        check_message(message, f"{name}[{i}]")
     return value
 
 

@@ -204,7 +204,9 @@ class RowFlags(ModelFlags):
             _at_least_one("--limit", self.limit)
 
     def scoring(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("max_length", "truncate", "date")}
+        own = {"max_length": self.max_length, "truncate": self.truncate}
+        if self.date is not None:
+            own["date"] = self.date
         given = {"tools": self.tools, "chat_template_kwargs": self.template_kwargs}
         return {**super().scoring(), **own, **{name: json.loads(text) for name, text in given.items() if text}}
 

@@ -1,0 +1,128 @@
+"""What is scored under the chat templates of every family that TRL ships: rows, tokenizers, and docs/templates.md.
+
+python -m tools.template_families      writes the table
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from endoreward_fast.encoding import Encoded, encode_row
+from endoreward_fast.errors import EndoRewardError
+
+PAGE = Path(__file__).parent.parent / "docs" / "templates.md"
+BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "description": "Adds two numbers.",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"type": "integer"}, "b": {"type": "string"}},
+                "required": ["a", "b"],
+            },
+        },
+    }
+]
+CALL = {"tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "3"}}}]}
+ASKED = {"role": "user", "content": "What is 2 + 3?"}
+
+
+def _row(*before: dict[str, Any], tools: bool = False, **answer: Any) -> dict[str, Any]:
+    row = {"messages": [*before, {"role": "assistant", **answer}]}
+    return row | {"tools": TOOLS} if tools else row
+
+
+def _part(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
+
+
+ROWS: dict[str, dict[str, Any]] = {
+    "plain": _row(ASKED, content="It is 5."),
+    "reasoning": _row(ASKED, content="It is 5.", reasoning_content="add them"),
+    "reasoning in content": _row(ASKED, content="<think>\nadd them\n</think>\n\nIt is 5."),
+    "call": _row(ASKED, tools=True, content="", **CALL),
+    "text + call": _row(ASKED, tools=True, content="Let me see.", **CALL),
+    "parts": _row(ASKED | {"content": _part(ASKED["content"])}, content=_part("It is 5.")),
+    "null": _row(ASKED, tools=True, content=None, **CALL),
+    "system": _row({"role": "system", "content": "Be brief."}, ASKED, content="It is 5."),
+    "tools": _row(ASKED, tools=True, content="It is 5."),
+}
+"""a row of each kind; "null" and "parts" say what "call" and "plain" say"""
+FLAGS = {
+    "template_drops": "drops",
+    "template_ignores": "ignores tools",
+    "template_rewrites": "as written",
+    "opening_differs": "other opening",
+    "system_in_user": "in the user's turn",
+}
+SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]{1,40}[|｜]>|</?s>|<(?:start|end)_of_\w+>|<\|?turn\|?>|<bos>")
+ENDS_BESIDES = {"glm4moe": ("<|user|>", "<|observation|>")}
+"""tokens at which a family's models stop, by their generation_config, where the template alone does not say so"""
+
+
+def sources() -> dict[str, str]:
+    """Template by name: those that models come with, in TRL's words."""
+    import trl
+
+    folder = Path(trl.__file__).parent / "chat_templates"
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jinja"))}
+    return {name: source for name, source in found.items() if not name.endswith("_training")}
+
+
+def tokenizer_of(source: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of bytes that knows the template's marks as special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted(set(SPECIAL.findall(source)) - {"<s>", "</s>"})})
+    tokenizer.chat_template = source
+    return tokenizer
+
+
+def eos_ids(name: str, tokenizer: Any) -> list[int]:
+    """Tokens that end the model's generation, beside the tokenizer's."""
+    return tokenizer.convert_tokens_to_ids(list(ENDS_BESIDES.get(name, ())))
+
+
+def encoded(name: str, tokenizer: Any) -> Iterator[tuple[str, Encoded | str]]:
+    """(kind, tokens of its row, or why there are none) under one template."""
+    for kind, row in ROWS.items():
+        try:
+            yield kind, encode_row(tokenizer, row, eos_ids=eos_ids(name, tokenizer), date="2026-11-29")
+        except EndoRewardError as error:
+            yield kind, str(error)
+
+
+def cell(found: Encoded | str) -> str:
+    """What the table says of a row."""
+    if isinstance(found, str):
+        return "refused"
+    return ", ".join(FLAGS.get(flag, flag) for flag in found.flags) or "✓"
+
+
+def table() -> str:
+    """docs/templates.md's table."""
+    lines = [f"| template | {' | '.join(ROWS)} |", "|---" * (len(ROWS) + 1) + "|"]
+    for name, source in sources().items():
+        cells = [cell(found) for _, found in encoded(name, tokenizer_of(source))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def page_with(table: str) -> str:
+    """The page with that table in its place."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    return before + BEGIN + table + END + rest.partition(END)[2]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page_with(table()), encoding="utf-8")
