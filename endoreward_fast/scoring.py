@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .arguments import refuse_unknown
 from .batching import does_not_fit, in_batches
 from .boundary import token_texts
 from .encoding import Encoded, Encoder, Row, Truncate, in_words
@@ -129,6 +130,12 @@ class ScoreOptions:
     has its own reduction; `reduction`, `gamma` and `floor` are the score's alone"""
     reference: "EndoRewardModel | None" = None
     """a second model with the same tokenizer, for signals that compare two: one more forward pass"""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "ScoreOptions":
+        """From keyword arguments (`arguments.ScoreKwargs`). EndoRewardError names one that is no option."""
+        refuse_unknown(given, cls.__dataclass_fields__)
+        return cls(**given)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))

@@ -62,7 +62,7 @@ def token_stats(
 ) -> TokenStats:  # fmt: skip
     """TokenStats from logits (B, T, V), read once. Arguments as in `token_rewards`."""
     check_logits(logits)
-    check_rewards(tokens, mask, terminal, None, logits, "logits", alpha)
+    mask, terminal = check_rewards(tokens, mask, terminal, None, logits, "logits", alpha)
     plan = plan_rows(tokens, mask, terminal, None)
     stats = vocab_stats(
         logits, plan.targets.view_as(tokens), mask=plan.needed.view_as(tokens), alpha=alpha, entropy=True,
@@ -79,7 +79,7 @@ def linear_token_stats(
     """TokenStats from hidden states (B, T, D) and the head's weight (V, D), logits never written to memory. Arguments
     as in `linear_token_rewards`."""
     check_linear(hidden, weight, bias, logit_scale, softcap)
-    check_rewards(tokens, mask, terminal, None, hidden, "hidden", alpha)
+    mask, terminal = check_rewards(tokens, mask, terminal, None, hidden, "hidden", alpha)
     plan = plan_rows(tokens, mask, terminal, None)
     stats = linear_vocab_stats(
         hidden, weight, plan.targets.view_as(tokens), mask=plan.needed.view_as(tokens), bias=bias,

@@ -162,8 +162,8 @@ def test_options_that_cannot_work_are_refused_before_any_row(llama, options, sai
         llama.iter_scores(ROWS, **options)
 
 
-def test_an_unknown_option_is_a_type_error(llama):
-    with pytest.raises(TypeError, match="temperature"):
+def test_an_unknown_option_is_named_with_the_one_that_was_meant(llama):
+    with pytest.raises(EndoRewardError, match="no option 'temperature': did you mean 'alpha'"):
         llama.score(ROWS, temperature=1.0)
 
 

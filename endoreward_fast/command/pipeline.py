@@ -16,7 +16,11 @@ from .data import Record, Source
 from .output import Aside, Monitor, compact
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..arguments import ScoreKwargs
     from ..model import RowScore
+    from ..scoring import OnTokens
     from .options import ModelFlags, RowFlags
 
 WINDOW = 32
@@ -27,7 +31,9 @@ fill them evenly and few enough to write results early"""
 class Scorer(Protocol):
     """What of EndoRewardModel is used here."""
 
-    def iter_scores(self, rows: list[dict[str, Any]], **options: Any) -> Iterator[tuple[int, RowScore]]:
+    def iter_scores(
+        self, rows: list[dict[str, Any]], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> Iterator[tuple[int, RowScore]]:
         """(position in rows, score) as batches finish, in any order."""
 
 

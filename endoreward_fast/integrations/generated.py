@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
+from ..arguments import ScoreKwargs
 from ..model import EndoRewardModel, RowScore
 
 Ids = Sequence[int]
@@ -41,7 +43,9 @@ def generated_row(prompt: Ids, completion: Ids, ends: Collection[int]) -> dict[s
     return {"prompt_ids": prompt, "completion_ids": completion, "terminal": whole}
 
 
-def score_completions(scorer: EndoRewardModel, rows: Sequence[dict[str, Any]], **options: Any) -> list[RowScore]:
+def score_completions(
+    scorer: EndoRewardModel, rows: Sequence[dict[str, Any]], **options: Unpack[ScoreKwargs]
+) -> list[RowScore]:
     """EndoRewardModel.score, but that an empty completion has no score: nothing was chosen, and nothing is rewarded."""
     unscored = RowScore(None, 0, None, ("empty",), "the completion is empty: there is no token to reward")
     return [unscored if "empty" in score.flags else score for score in scorer.score(rows, **options)]
