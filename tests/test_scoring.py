@@ -44,6 +44,12 @@ def test_a_score_does_not_depend_on_its_companions(scorer):
             assert math.isclose(one.score, other.score, rel_tol=1e-4, abs_tol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_run_alone_have_the_scores_they_have_alone_to_the_bit(dtype):
+    scorer = EndoRewardModel(MODELS["llama"]().to(dtype), TOKENIZER)
+    assert scorer.score(ROWS, max_tokens_per_batch=1) == [scorer.score([row])[0] for row in ROWS]
+
+
 def test_batches_keep_to_the_budget(llama, monkeypatch):
     shapes, counted = [], []
     inner = llama.rewards_of_padded
