@@ -1,7 +1,8 @@
 """endoreward_fast: the reward inside every language model, in one fused pass over the vocabulary.
 
 Functions on tensors: `token_rewards`, `linear_token_rewards`, `vocab_stats`, `linear_vocab_stats`, `sequence_score`,
-`rewards_to_go`, `terminal_at`. Around a loaded model: `EndoRewardModel`.
+`rewards_to_go`, `terminal_at`. Around a loaded model: `EndoRewardModel`, whose scores are `RowScore`, `TokenTable` and
+`Ranked`, and `RewardModel`, a trained one to compare with. Intrinsic rewards by name: `SIGNALS`.
 
 Names are imported when first used: the command's help does not wait for torch, and nothing here waits for triton or
 transformers.
@@ -16,13 +17,22 @@ if TYPE_CHECKING:
     from .functional import linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
     from .model import EndoRewardModel
     from .returns import rewards_to_go, sequence_score, terminal_at
+    from .reward_model import RewardModel
+    from .scoring import Ranked, RowScore, ScoreOptions, TokenTable
     from .shards import VocabShard
+    from .signals import SIGNALS
     from .types import TokenRewards, VocabStats
 
 _MODULE_OF = {
     "EndoRewardError": "errors",
     "EndoRewardModel": "model",
+    "Ranked": "scoring",
+    "RewardModel": "reward_model",
+    "RowScore": "scoring",
+    "SIGNALS": "signals",
+    "ScoreOptions": "scoring",
     "TokenRewards": "types",
+    "TokenTable": "scoring",
     "VocabShard": "shards",
     "VocabStats": "types",
     "linear_token_rewards": "functional",
@@ -35,9 +45,15 @@ _MODULE_OF = {
 }
 
 __all__ = [
+    "SIGNALS",
     "EndoRewardError",
     "EndoRewardModel",
+    "Ranked",
+    "RewardModel",
+    "RowScore",
+    "ScoreOptions",
     "TokenRewards",
+    "TokenTable",
     "VocabShard",
     "VocabStats",
     "linear_token_rewards",
@@ -50,12 +66,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
-    if name == "__version__":
-        return version("endoreward-fast")
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+if TYPE_CHECKING:
+    __version__: str
+else:  # which a type checker would take for a leave to any name
+
+    def __getattr__(name: str):
+        if name == "__version__":
+            return version("endoreward-fast")
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -1,12 +1,16 @@
 """Argument checks of the public functions. Each names the argument, what it was, and what was expected."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
+from .types import NO_TARGET
+
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (*LOW_PRECISION, torch.float32, torch.float64)
 
 
@@ -15,7 +19,7 @@ def _say(name: str, x: Tensor, expected: str) -> ValueError:
 
 
 def check_logits(logits: Tensor) -> None:
-    _check_tensors(logits=logits)
+    check_tensors(logits=logits)
     if logits.ndim < 1 or logits.dtype not in FLOATS or logits.shape[-1] == 0:
         raise _say("logits", logits, "a floating-point tensor (..., V) with V >= 1")
 
@@ -24,7 +28,7 @@ def check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, *,
     sharded: bool = False,
 ) -> None:  # fmt: skip
-    _check_tensors(hidden=hidden, weight=weight, bias=bias)
+    check_tensors(hidden=hidden, weight=weight, bias=bias)
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
         raise _say("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
     dim = hidden.shape[-1]
@@ -44,32 +48,35 @@ def check_linear(
         raise ValueError(f"logit_scale={logit_scale}: expected a finite number")
 
 
-def check_rows(targets: Tensor, mask: Tensor | None, like: Tensor, name: str, alpha: float) -> None:
-    """targets and mask of `vocab_stats`: the shape of `like` (logits or hidden) without its last axis."""
-    _check_tensors(targets=targets, mask=mask)
+def check_rows(
+    targets: Tensor | None, mask: Tensor | None, like: Tensor, name: str, alpha: float
+) -> tuple[Tensor, Tensor | None]:
+    """targets and mask (bool) of `vocab_stats`: the shape of `like` (logits or hidden) without its last axis."""
+    check_tensors(targets=targets, mask=mask)
     _check_alpha(alpha)
     shape = like.shape[:-1]
+    if targets is None:
+        targets = torch.full(shape, NO_TARGET, device=like.device)
     if targets.shape != shape or targets.dtype != torch.int64 or targets.device != like.device:
         raise _say("targets", targets, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
-    _check_bool("mask", mask, shape, like.device)
+    return targets, _as_bool("mask", mask, shape, like.device)
 
 
 def check_rewards(
     tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None, like: Tensor,
     name: str, alpha: float,
-) -> None:  # fmt: skip
-    """tokens, mask, terminal and cu_seqlens of `token_rewards`."""
-    _check_tensors(tokens=tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens)
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """tokens, mask, terminal and cu_seqlens of `token_rewards`. Returns mask and terminal as bool."""
+    check_tensors(tokens=tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens)
     _check_alpha(alpha)
     if like.ndim != 3:
         raise _say(name, like, "(B, T, V)" if name == "logits" else "(B, T, D)")
     shape = like.shape[:2]
     if tokens.shape != shape or tokens.dtype != torch.int64 or tokens.device != like.device:
         raise _say("tokens", tokens, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
-    _check_bool("mask", mask, shape, like.device)
-    _check_bool("terminal", terminal, shape, like.device)
+    flags = _as_bool("mask", mask, shape, like.device), _as_bool("terminal", terminal, shape, like.device)
     if cu_seqlens is None:
-        return
+        return flags
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     if cu_seqlens.ndim != 1 or not integer or cu_seqlens.device != like.device:
         raise _say("cu_seqlens", cu_seqlens, f"(S + 1,) int32 or int64 on {like.device}")
@@ -81,6 +88,27 @@ def check_rewards(
             raise ValueError(
                 f"cu_seqlens={cu_seqlens.tolist()[:8]}...: expected offsets rising from 0 to B * T = {total}"
             )
+    return flags
+
+
+def check_input_ids(input_ids: Tensor, words: int | None) -> None:
+    """input_ids of EndoRewardModel, a model that reads `words` token ids."""
+    wanted = "expected token ids, a tensor (B, T) int64"
+    if isinstance(input_ids, str) or (isinstance(input_ids, list) and input_ids and isinstance(input_ids[0], str)):
+        raise ValueError(f"input_ids is text: {wanted}; score(rows) takes text")
+    if isinstance(input_ids, Mapping):  # a tokenizer's output
+        raise ValueError(f"input_ids is a {type(input_ids).__name__}: {wanted}; model(**inputs) hands on what is in it")
+    if not isinstance(input_ids, Tensor):
+        raise ValueError(f"input_ids is a {type(input_ids).__name__}: {wanted}")
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+        raise _say("input_ids", input_ids, "token ids, (B, T) int64")
+    # Reading ids on a GPU would stall the stream; there the embedding's own assertion stops them.
+    if words is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+        return
+    low, high = (int(x) for x in input_ids.aminmax())
+    if low < 0 or high >= words:
+        odd = low if low < 0 else high
+        raise IndexError(f"input_ids holds {odd}, which is outside the model's vocabulary [0, {words})")
 
 
 def check_reverse_mode(impl: str, *inputs: Tensor | None) -> None:
@@ -96,12 +124,30 @@ def _check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha={alpha}: expected a finite temperature > 0")
 
 
-def _check_tensors(**arguments: Tensor | None) -> None:
+def check_tensors(**arguments: Tensor | None) -> None:
     for name, x in arguments.items():
         if x is not None and not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor")
 
 
-def _check_bool(name: str, x: Tensor | None, shape: torch.Size, device: torch.device) -> None:
-    if x is not None and (x.shape != shape or x.dtype != torch.bool or x.device != device):
-        raise _say(name, x, f"{tuple(shape)} bool on {device}")
+def _as_bool(name: str, x: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:
+    return None if x is None else as_bool(name, x, shape, device)
+
+
+def as_bool(name: str, x: Tensor, shape: torch.Size, device: torch.device | None = None) -> Tensor:
+    """A mask of that shape (on that device) as bool, from bool or from integers that are 0 or 1.
+
+    Other integers raise on the CPU. On a GPU, where reading them would stall the stream, they count as 1.
+    """
+    check_tensors(**{name: x})
+    wrong_place = device is not None and x.device != device
+    if x.shape != shape or wrong_place or x.dtype not in (torch.bool, *INTEGERS):
+        where = "" if device is None else f" on {device}"
+        raise _say(name, x, f"{tuple(shape)} bool, or integers 0 and 1,{where}".rstrip(","))
+    if x.dtype == torch.bool:
+        return x
+    on = x != 0
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.equal(x, on.to(x.dtype)):
+        odd = x[(x != 0) & (x != 1)][0].item()
+        raise ValueError(f"{name} holds {odd}: expected bool, or integers 0 and 1")
+    return on

@@ -31,7 +31,7 @@ from .chunked_tiles import (
     logits_tiles,
     spans,
 )
-from .rows import RowRewards, RowStats, poisoned, rewards_of
+from .rows import SUM_SCALE, RowRewards, RowStats, poisoned, rewards_of
 from .types import NO_TARGET
 
 __all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward", "with_rewards"]
@@ -48,7 +48,9 @@ def logits_forward(
     stats = _empty_stats(len(source), device, entropy, logit_mean)
     tiles = logits_tiles(len(source), vocab, device)
     whole = vocab - vocab % tiles.chunk
-    buffer, scratch = (Buffer(size, device) for size in (tiles.rows * tiles.vocab, entropy * tiles.rows * tiles.vocab))
+    buffer, scratch = (
+        Buffer(size, device) for size in (tiles.rows * tiles.vocab, (entropy or logit_mean) * tiles.rows * tiles.vocab)
+    )
     stats.target_logit.copy_(source.pick(source.keep(targets)))
     for rows in spans(0, len(source), tiles.rows):
         partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, alpha, entropy, logit_mean)
@@ -75,7 +77,9 @@ def linear_forward(
     num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
     tiles = linear_tiles(hidden, weight)
     tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
-    buffer, scratch = (Buffer(size, device) for size in (tiles.rows * tiles.vocab, entropy * tiles.rows * tiles.vocab))
+    buffer, scratch = (
+        Buffer(size, device) for size in (tiles.rows * tiles.vocab, (entropy or logit_mean) * tiles.rows * tiles.vocab)
+    )
     stats = _empty_stats(num_rows, device, entropy, logit_mean)
     for sweep in spans(0, num_rows, limits_for(device).rows_per_sweep):
         partials = _Partials(-(-vocab // tiles.vocab), length(sweep), device, alpha, entropy, logit_mean)
@@ -103,7 +107,7 @@ class _Partials:
         self._sum = torch.empty_like(self._peak) if logit_mean else None
 
     def reduce(self, z: Tensor, scratch: Buffer, chunks: slice, rows: slice) -> None:
-        """Take in `chunks` of z (rows, chunks * width), contiguous. z is overwritten; `scratch` is for entropy.
+        """Take in `chunks` of z (rows, chunks * width), contiguous. z is overwritten; `scratch`: for entropy, mean.
 
         Not by log_softmax, which adds up a row one lane at a time: where one token stands out among many equal ones,
         its sum is off by up to 300 units in the last place. A chunk that is all -inf comes out as NaN here; `combine`
@@ -114,7 +118,8 @@ class _Partials:
         peak = z.amax(-1)
         self._peak[chunks, rows] = peak.view(shape).T
         if self._sum is not None:
-            self._sum[chunks, rows] = z.sum(-1).view(shape).T
+            scaled = torch.mul(z, SUM_SCALE, out=scratch.view(*z.shape))
+            self._sum[chunks, rows] = scaled.sum(-1).view(shape).T
         # Shifted before it is scaled: the other way round rounds a common offset into the differences.
         y = z.sub_(peak.unsqueeze(1))
         if self._alpha != 1.0:
@@ -141,7 +146,7 @@ class _Partials:
             within = self._entropy.masked_fill(dead, 0.0)
             stats.entropy[rows] = (log_share.exp() * (within - log_share)).sum(0).clamp_(0.0, math.log(vocab))
         if stats.logit_mean is not None:
-            stats.logit_mean[rows] = self._sum.sum(0) / vocab
+            stats.logit_mean[rows] = self._sum.sum(0) / vocab / SUM_SCALE
 
 
 def _empty_stats(num_rows: int, device: torch.device, entropy: bool, logit_mean: bool) -> RowStats:

@@ -17,6 +17,7 @@
 
 namespace {
 
+constexpr float SUM_SCALE = 0x1p-32f;  // as rows.py has it: a sum of the lowest numbers overflows
 constexpr int64_t LANES = 16, STRIP = 256, BLOCK = 2048, SPAN = 16384, ROWS_AT_A_TIME = 256;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -89,7 +90,7 @@ struct Scale {
 };
 
 struct State {
-  double peak, total, weighted, sum;  // max z, sum exp(x), sum x exp(x), sum z
+  double peak, total, weighted, sum;  // max z, sum exp(x), sum x exp(x), SUM_SCALE sum z
 
   void rise_to(double peak_now, double alpha) {
     if (!(peak_now > peak)) return;
@@ -157,9 +158,9 @@ State reduce_span(const T* z, int64_t stride, int64_t count, double alpha) {
     if (MEAN) {
       Floats sum{};
       int64_t i = 0;
-      for (; i + LANES <= length; i += LANES) sum += read(block + i);
+      for (; i + LANES <= length; i += LANES) sum += read(block + i) * SUM_SCALE;
       state.sum += sum_of(sum);
-      for (; i < length; ++i) state.sum += block[i];
+      for (; i < length; ++i) state.sum += block[i] * SUM_SCALE;
     }
   }
   return state;
@@ -252,7 +253,7 @@ void er_finish(const double* state, int64_t rows, int64_t vocab, const uint8_t* 
     log_total[row] = static_cast<float>(log_sum);
     lse[row] = static_cast<float>(s.peak / alpha + log_sum);
     if (entropy) entropy[row] = static_cast<float>(h < 0 ? 0 : h > most ? most : h);
-    if (mean) mean[row] = static_cast<float>(s.sum / vocab);
+    if (mean) mean[row] = static_cast<float>(s.sum / vocab / SUM_SCALE);
   }
 }
 

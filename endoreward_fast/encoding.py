@@ -136,8 +136,7 @@ class Encoder:
 
     def encode(self, row: Row) -> Encoded:
         """Tokens of one row. EndoRewardError in one line where it cannot be scored."""
-        if not isinstance(row, Mapping):
-            raise EndoRewardError(f"a row is a mapping with {WANTED}; found {type(row).__name__}")
+        refuse_no_row(row)
         flags: tuple[str, ...] = ()
         terminal = True
         if "prompt_ids" in row and "completion_ids" in row:
@@ -265,6 +264,11 @@ def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
 def wants_chat(tokenizer: Any, chat: bool | None) -> bool:
     """Whether text goes through the chat template: as `chat` says, or where there is one."""
     return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+
+
+def refuse_no_row(row: Any) -> None:
+    if not isinstance(row, Mapping):
+        raise EndoRewardError(f"a row is a mapping with {WANTED}; found {type(row).__name__}")
 
 
 def prompt_and_completion(row: Row) -> tuple[Any, Any]:

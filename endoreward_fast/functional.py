@@ -53,8 +53,8 @@ def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
 
 
 def vocab_stats(
-    logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, alpha: float = 1.0, entropy: bool = False,
-    logit_mean: bool = False, impl: Impl = "auto",
+    logits: Tensor, targets: Tensor | None = None, *, mask: Tensor | None = None, alpha: float = 1.0,
+    entropy: bool = False, logit_mean: bool = False, impl: Impl = "auto",
 ) -> VocabStats:  # fmt: skip
     """Statistics of each row of logits over the vocabulary, in one read of it. Row i goes with targets[i]: no shift.
 
@@ -62,15 +62,22 @@ def vocab_stats(
         entropy      = -sum_a pi_a log pi_a, pi = softmax(z / alpha), nats
         logit_mean   = sum_a z_a / V
 
-    logits   (..., V) bf16, fp16, fp32 or fp64, any strides     targets  (...) int64; -100: no target, its logit is 0
-    mask     (...) bool: rows to compute                        alpha    soft-RL temperature, > 0
+    logits   (..., V) bf16, fp16, fp32 or fp64, any strides
+    targets  (...) int64; -100: no target, and target_logit is 0. None: no row has one
+    mask     (...) rows to compute: bool, or integers 0 and 1 (on a GPU other integers are not noticed: they count as 1)
+    alpha    soft-RL temperature, > 0
+
+    Without targets it is a logsumexp in one read:
+
+        >>> vocab_stats(torch.tensor([[0.0, 0.0], [1.0, -float("inf")]])).lse
+        tensor([0.6931, 1.0000])
 
     Returns VocabStats, float32 (...). A row that is all -inf has lse -inf and entropy 0.
     Raises ValueError for shapes, dtypes and devices; IndexError on the CPU for a target outside [0, V) (on a GPU the
     row comes back NaN).
     """
     check_logits(logits)
-    check_rows(targets, mask, logits, "logits", alpha)
+    targets, mask = check_rows(targets, mask, logits, "logits", alpha)
     chosen = choose_impl(impl, logits.device, logits.dtype)
     if chosen == "reference":
         return reference.vocab_stats(logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean)
@@ -82,21 +89,22 @@ def vocab_stats(
 
 
 def linear_vocab_stats(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None = None,
-    logit_scale: float = 1.0, softcap: float | None = None, alpha: float = 1.0, entropy: bool = False,
-    logit_mean: bool = False, impl: Impl = "auto", shard: "VocabShard | None" = None, vocab_size: int | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor | None = None, *, mask: Tensor | None = None,
+    bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None, alpha: float = 1.0,
+    entropy: bool = False, logit_mean: bool = False, impl: Impl = "auto", shard: "VocabShard | None" = None,
+    vocab_size: int | None = None,
 ) -> VocabStats:  # fmt: skip
     """`vocab_stats` of the logits that hidden states and the head's weight make, which are never written to memory:
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
 
     hidden   (..., D)       weight  (V, D)                   bias     (V,) or None
-    targets  (...) int64    mask    (...) bool               softcap  None: no cap
+    targets  (...) int64    mask    (...) as `vocab_stats`   softcap  None: no cap
 
     hidden and weight have one dtype; float32 hidden also goes with a bf16 or fp16 weight, which is then upcast chunk
     by chunk ("chunked"): exact float32 logits with no float32 copy of the weight.
     Under autocast, hidden, weight and bias are cast to its dtype first, as a linear layer would.
-    Returns and raises as `vocab_stats`. Rows off the mask cost nothing.
+    Returns and raises as `vocab_stats`; targets may be left out there too. Rows off the mask cost nothing.
 
     vocab_size   rows of weight from here on are padding, and are left out
     shard        weight (and bias) are this process's rows of a vocabulary that is split over a process group; hidden,
@@ -106,7 +114,7 @@ def linear_vocab_stats(
     hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    check_rows(targets, mask, hidden, "hidden", alpha)
+    targets, mask = check_rows(targets, mask, hidden, "hidden", alpha)
     chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     if chosen == "reference":
@@ -132,10 +140,10 @@ def token_rewards(
 
     logits      (B, T, V): logits[:, t] is the state after tokens[:, : t + 1]; the shift is done here
     tokens      (B, T) int64; -100, as in labels: not scored, as if off the mask
-    mask        (B, T) bool: tokens to score (the completion). Default: all but the first of each sequence, which was
-                chosen in no known state and never has a reward
-    terminal    (B, T) bool: tokens after which the episode ends. Default: the last of each unbroken run of the mask;
-                all False bootstraps with V everywhere (truncated completions)
+    mask        (B, T) bool, or 0 and 1 as in `vocab_stats`: tokens to score (the completion). Default: all but the
+                first of each sequence, which was chosen in no known state and never has a reward
+    terminal    (B, T) as mask: tokens after which the episode ends. Default: the last of each unbroken run of the
+                mask; all False bootstraps with V everywhere (truncated completions)
     cu_seqlens  (S + 1,) int: offsets of S sequences packed into the B * T tokens, row-major
 
     Returns TokenRewards, float32 (B, T), 0 off the mask. Summed to a terminal token, rewards are
@@ -144,7 +152,7 @@ def token_rewards(
     Raises as `vocab_stats`. Source: Li et al., arXiv 2506.23235, inverse soft Bellman operator.
     """
     check_logits(logits)
-    check_rewards(tokens, mask, terminal, cu_seqlens, logits, "logits", alpha)
+    mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, logits, "logits", alpha)
     chosen = choose_impl(impl, logits.device, logits.dtype)
     if chosen == "reference":
         return reference.token_rewards(
@@ -173,7 +181,7 @@ def linear_token_rewards(
     hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
+    mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
     chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
     if chosen == "reference":
         _refuse_sharded(shard)

@@ -8,17 +8,23 @@ that say how text is encoded and batched, and alpha. Instructions are `str.forma
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import Unpack
+
+from .arguments import ScoreKwargs, list_of_rows
 from .boundary import tokenize
-from .encoding import NOTHING_TO_SCORE, Encoder, Row, prompt_and_completion, wants_chat
+from .encoding import NOTHING_TO_SCORE, Encoder, Row, prompt_and_completion, refuse_no_row, wants_chat
 from .errors import EndoRewardError
 from .messages import spoken
 from .scoring import OnTokens, RowScore, ScoreOptions, Scores, in_order
 from .template import Extras
+
+if TYPE_CHECKING:
+    from .model import EndoRewardModel
 
 VERIFIER = """{question}
 
@@ -52,12 +58,15 @@ class Judge:
     log-probability says nothing of the answer. A reply may be several tokens long.
     """
 
-    scorer: Any
+    scorer: "EndoRewardModel"
     method: ClassVar[str]
     formula: ClassVar[str]
     source: ClassVar[str]
 
     def __post_init__(self) -> None:
+        if not hasattr(self.scorer, "tokenizer"):
+            found = type(self.scorer).__name__
+            raise EndoRewardError(f"scorer is a {found}: expected an EndoRewardModel, which the judge asks")
         tokenizer = self.scorer.tokenizer
         unknown = getattr(tokenizer, "unk_token_id", None)
         if unknown is None:
@@ -72,10 +81,14 @@ class Judge:
         """The replies that are weighed."""
         raise NotImplementedError
 
-    def iter_scores(self, rows: Sequence[Row], *, on_tokens: OnTokens = None, **options: Any) -> Scores:
+    def iter_scores(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> Scores:  # fmt: skip
         """(position in rows, score) as the model's replies come in. Options as in `EndoRewardModel.score`."""
-        chosen = ScoreOptions(**options)
-        kept = {name: value for name, value in options.items() if name not in NOT_A_JUDGES}
+        return self._scores(list_of_rows(rows), ScoreOptions.of(options), on_tokens, options)
+
+    def _scores(self, rows: list[Row], chosen: ScoreOptions, on_tokens: OnTokens, options: ScoreKwargs) -> Scores:
+        kept: Any = {name: value for name, value in options.items() if name not in NOT_A_JUDGES}
         asked = Questions(self.scorer.tokenizer, chosen.chat)
         needs: dict[int, list[int]] = {}
         for position, found in enumerate(self.ask(rows, asked)):
@@ -105,9 +118,11 @@ class Judge:
         encoded = Encoder(self.scorer.tokenizer, chat=options.chat, append_eos=options.append_eos).encode(row)
         return encoded.prompt_length == len(encoded.input_ids)
 
-    def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
+    def score(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> list[RowScore]:  # fmt: skip
         """Scores of rows, in their order."""
-        return in_order(self.iter_scores(rows, **options))
+        return in_order(self.iter_scores(rows, on_tokens=on_tokens, **options))
 
     def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
         """For each row the replies, as `asked` numbers them, whose log-probabilities its score is made of."""
@@ -265,6 +280,7 @@ class Questions:
 
 def _question_and_answer(row: Row) -> tuple[str, str] | EndoRewardError:
     try:
+        refuse_no_row(row)
         if "prompt_ids" in row:
             raise EndoRewardError("a judge reads text, but the row holds token ids")
         prompt, completion = prompt_and_completion(row)

@@ -4,6 +4,7 @@ Nats throughout; alpha is the soft-RL temperature, z the model's final logits, x
 
     z        = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
     lse      = log sum_a exp(x_a)                    entropy = lse - sum_a pi_a x_a
+    mean     = sum_a z_a / V
     V(s)     = alpha * lse(s)                        logprob = x_target - lse
     r(s, a)  = z(s)[a] - V(s')                       V(s') = 0 after a terminal token
 
@@ -60,7 +61,7 @@ def vocab_stats(
         h = torch.log(safe_total) - (weights * finite).sum(-1) / safe_total
         h = torch.where(alive, h, 0.0)
     if logit_mean:
-        mean = z.mean(-1)
+        mean = (z / z.shape[-1]).sum(-1)  # the sum alone overflows where words are masked by the lowest number
     stats = VocabStats(*(None if f is None else torch.where(lost, torch.nan, f) for f in (lse, target_logit, h, mean)))
     return _masked(stats, mask)
 

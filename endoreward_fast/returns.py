@@ -7,18 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import as_bool, check_tensors
+
 
 def sequence_score(
     reward: Tensor, mask: Tensor, *, reduction: Literal["sum", "mean"] = "sum", gamma: float = 1.0, floor: float = 0.0
 ) -> Tensor:
     """One number per sequence: sum_h max(gamma^(h - 1), floor) r_h, h counting the scored tokens of the row from 1.
 
-    "mean" divides it by their number. reward and mask (B, T) -> float32 (B,); a row with no scored token scores 0.
+    "mean" divides it by their number. reward (B, T), mask (B, T) bool or 0 and 1 -> float32 (B,); a row with no scored
+    token scores 0.
     The sum is the paper's own score; it favours short completions, as a summed log-probability does.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: expected 'sum' or 'mean'")
-    _check_reward_and_mask(reward, mask, gamma)
+    mask = _checked_mask(reward, mask, gamma)
     if not 0 <= floor < math.inf:
         raise ValueError(f"floor={floor}: expected a finite number >= 0")
     weighted = reward.float()
@@ -33,9 +36,10 @@ def sequence_score(
 def rewards_to_go(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
     """G_h = r_h + gamma G_{h+1} over the scored tokens of each row: what a policy-gradient step weighs token h by.
 
-    reward and mask (B, T) -> float32 (B, T), 0 off the mask; tokens off the mask are passed over, not discounted.
+    reward (B, T), mask (B, T) bool or 0 and 1 -> float32 (B, T), 0 off the mask; tokens off the mask are passed over,
+    not discounted.
     """
-    _check_reward_and_mask(reward, mask, gamma)
+    mask = _checked_mask(reward, mask, gamma)
     # G_t = r_t + c_t G_{t+1}, c = gamma on the mask and 1 off it: a linear recurrence, by doubling windows in
     # log2(T) steps. `decay` is the product of c over a token's window.
     to_go = torch.where(mask, reward.float(), 0.0)
@@ -54,18 +58,22 @@ def _discounted(discount: Tensor, reward: Tensor) -> Tensor:
 
 
 def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> Tensor:
-    """Bool (B, T): scored tokens that are a real end of sequence. The others are bootstrapped (cut off by a limit)."""
-    if mask.shape != tokens.shape or mask.dtype != torch.bool:
-        raise ValueError(f"mask {tuple(mask.shape)} {mask.dtype}: expected {tuple(tokens.shape)} bool, as tokens")
+    """Bool (B, T): scored tokens that are a real end of sequence. The others are bootstrapped (cut off by a limit).
+
+    tokens (B, T) int64, mask (B, T) bool or 0 and 1.
+    """
+    check_tensors(tokens=tokens, mask=mask)
+    scored = as_bool("mask", mask, tokens.shape, tokens.device)
     if eos_token_id is None:
         raise ValueError("eos_token_id is None: expected the id, or ids, that end a sequence")
-    return mask & torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device))
+    return scored & torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device))
 
 
-def _check_reward_and_mask(reward: Tensor, mask: Tensor, gamma: float) -> None:
-    if reward.ndim != 2 or mask.shape != reward.shape or mask.dtype != torch.bool:
-        raise ValueError(
-            f"reward {tuple(reward.shape)} and mask {tuple(mask.shape)} {mask.dtype}: expected (B, T), mask bool"
-        )
+def _checked_mask(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
+    """The mask as bool."""
+    check_tensors(reward=reward, mask=mask)
+    if reward.ndim != 2:
+        raise ValueError(f"reward {tuple(reward.shape)}: expected (B, T)")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma={gamma}: expected a discount in (0, 1]")
+    return as_bool("mask", mask, reward.shape, reward.device)

@@ -1,16 +1,18 @@
 """Trained reward models, to compare with: sequence classifiers of transformers, as scorers like EndoRewardModel."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
+from .arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name
 from .batching import Room, does_not_fit, in_batches
 from .boundary import tokenize
 from .chat import conversation
-from .encoding import Encoder, Row, dialogue, prompt_and_completion, wants_chat
+from .encoding import Encoder, Row, dialogue, prompt_and_completion, refuse_no_row, wants_chat
 from .errors import EndoRewardError
 from .loading import load_classifier, refuse_other_than_one_output
 from .positions import Positions
@@ -33,6 +35,7 @@ class RewardModel:
     source = "such as Skywork-Reward, 2410.18451"
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        refuse_name(RewardModel, model, tokenizer)
         self.model, self.tokenizer, self.room = model, tokenizer, Room()
         config: Any = model.config
         refuse_other_than_one_output(config, type(model).__name__)
@@ -50,22 +53,45 @@ class RewardModel:
     @classmethod
     def from_pretrained(
         cls, name_or_path: str, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
-        **options: Any,
+        **options: Unpack[LoadKwargs],
     ) -> "RewardModel":  # fmt: skip
         """Load by folder or Hugging Face name; arguments as in `EndoRewardModel.from_pretrained`.
 
         Raises EndoRewardError, in one line: no such model, not a sequence classifier, a checkpoint without its
         output head, more than one output, no tokenizer.
         """
-        model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=options)
+        refuse_misspelt(options, LoadKwargs.__annotations__)
+        model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=dict(options))
         if tokenizer is None:
             raise EndoRewardError(f"reward model {name_or_path!r} has no usable tokenizer: {reason}")
         return cls(model, tokenizer)
 
-    def iter_scores(self, rows: Sequence[Row], *, on_tokens: OnTokens = None, **options: Any) -> Scores:
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's first weight: a quantised model's other weights may have another."""
+        return next(self.model.parameters()).dtype
+
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "RewardModel":
+        """Move the model, or change its dtype, as nn.Module.to does. Returns self."""
+        where: list[Any] = [x for x in (device, dtype) if x is not None]
+        self.model.to(*where)
+        return self
+
+    def iter_scores(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> Scores:  # fmt: skip
         """(position in rows, score) as batches finish. Options as in `EndoRewardModel.score`; those of them count that
         say how rows are encoded and batched."""
-        chosen = ScoreOptions(**options)
+        return self._scores(list_of_rows(rows), ScoreOptions.of(options), on_tokens)
+
+    def _scores(self, rows: list[Row], chosen: ScoreOptions, on_tokens: OnTokens) -> Scores:
         encoder = Encoder(self.tokenizer, date=chosen.date, extras=chosen.extras)
         ready: list[tuple[int, list[int], tuple[str, ...]]] = []
         for position, row in enumerate(rows):
@@ -91,12 +117,15 @@ class RewardModel:
                 else:
                     yield position, RowScore(score, len(ids), None, flags)
 
-    def score(self, rows: Sequence[Row], **options: Any) -> list[RowScore]:
+    def score(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> list[RowScore]:  # fmt: skip
         """Scores of rows, in their order."""
-        return in_order(self.iter_scores(rows, **options))
+        return in_order(self.iter_scores(rows, on_tokens=on_tokens, **options))
 
     def _encode(self, row: Row, options: ScoreOptions, encoder: Encoder) -> tuple[list[int], tuple[str, ...]]:
         """(token ids, flags) of a row."""
+        refuse_no_row(row)
         if "prompt_ids" in row:
             raise EndoRewardError("a reward model reads text with its own tokenizer, but the row holds token ids")
         prompt, completion = prompt_and_completion(row)
@@ -124,9 +153,8 @@ class RewardModel:
         lengths = torch.tensor([[len(ids)] for ids in rows])
         inputs = {"input_ids": torch.tensor([ids + [padding] * (width - len(ids)) for ids in rows])}
         inputs["attention_mask"] = (torch.arange(width) < lengths).long()
-        device = next(self.model.parameters()).device
         with evaluating(self.model):
-            logits: Tensor = self.model(**{name: x.to(device) for name, x in inputs.items()}).logits
+            logits: Tensor = self.model(**{name: x.to(self.device) for name, x in inputs.items()}).logits
         return logits[:, 0].double().tolist()
 
 

@@ -12,6 +12,10 @@ from torch import Tensor
 from .reference import scored_terminal_needed, shift_left
 from .types import NO_TARGET
 
+SUM_SCALE = 2.0**-32
+"""Logits are summed for their mean at this scale: words masked by their dtype's lowest number would overflow the sum. A
+power of two, so that no bit of a logit above 1e-28 in size is lost."""
+
 
 class RowStats(NamedTuple):
     """All (N,) float32. lse = shift / alpha + log_total: kept apart as well, because under a large common offset the

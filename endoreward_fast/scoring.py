@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .arguments import refuse_unknown
 from .batching import does_not_fit, in_batches
 from .boundary import token_texts
 from .encoding import NOTHING_TO_SCORE, Encoded, Encoder, Row, Truncate, in_words
@@ -147,6 +148,12 @@ class ScoreOptions:
         """What every row gives its chat template. EndoRewardError: it is no tools, documents or arguments."""
         names = ("tools", "documents", "chat_template_kwargs")
         return Extras.of({name: getattr(self, name) for name in names}, Extras())
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "ScoreOptions":
+        """From keyword arguments (`arguments.ScoreKwargs`). EndoRewardError names one that is no option."""
+        refuse_unknown(given, cls.__dataclass_fields__)
+        return cls(**given)
 
     def __post_init__(self) -> None:
         _ = self.extras, self.date is None or as_date(self.date)  # what is wrong with them is said before any row

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .ops import linear_stats, linear_stats_backward, outputs, row_grads
-from .rows import RowGrads, RowStats, poisoned, rewards_of, successor_among
+from .rows import SUM_SCALE, RowGrads, RowStats, poisoned, rewards_of, successor_among
 from .shards import VocabShard
 from .types import NO_TARGET
 
@@ -154,7 +154,7 @@ def _fingerprint(rows: Tensor) -> Tensor:
 
 def _gather(local: RowStats, targets: Tensor, about: tuple[Any, ...], group: Any) -> Shards:
     """Every shard's numbers, and `about` it start, size and mask: the collective that grows with the rows."""
-    total = local.logit_mean * about[1]
+    total = local.logit_mean * SUM_SCALE * about[1]
     rows = torch.stack([local.shift, local.log_total, local.target_logit, local.entropy, total, targets.float()])
     mine = torch.cat([rows.flatten(), *(rows.new_ones(1) * x for x in about)])
     gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
@@ -174,7 +174,9 @@ def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
     entropy = (log_share.exp() * (shards.entropy - _finite(log_share))).sum(0).clamp(min=0.0)
     entropy = torch.minimum(entropy, vocab.double().log().float())
     lse = finite / alpha + log_total
-    return RowStats(lse, shards.target_logit.sum(0), entropy, shards.total.sum(0) / vocab, shift, log_total), log_share
+    return RowStats(
+        lse, shards.target_logit.sum(0), entropy, shards.total.sum(0) / vocab / SUM_SCALE, shift, log_total
+    ), log_share
 
 
 def _share_of(upstream: RowGrads, local: RowStats, whole: RowStats, log_share: Tensor, fraction: float) -> RowGrads:

@@ -8,8 +8,10 @@ uses; larger is better in all. A token's state s is where it was chosen, s' wher
 reference.py: Q(s, a) = z(s)[a], V(s) = alpha lse(s), pi = softmax(z / alpha), H its entropy, mean = logit_mean.
 
 A state that is all -inf allows no action, as everywhere here: a token chosen in it has reward and log-probability
--inf, entropy and certainty 0, and reaching it counts as terminal. Single logits of -inf make certainty infinite, as
-KL(uniform || pi) is then; their state is not centred. No signal is NaN where the logits are not.
+-inf, entropy and certainty 0, and reaching it counts as terminal. Words that are ruled out, by -inf or by the
+lowest number of bfloat16 or float32, make certainty what KL(uniform || pi) then is: infinite, or up to 3e38 / alpha, so
+that it may overflow when tokens are summed; their state is not centred. Words at -65504 (float16) count as any others.
+No signal is NaN where the logits are not.
 """
 
 import math
@@ -28,6 +30,9 @@ from .reference import shift_left
 from .returns import sequence_score
 from .rows import RowPlan, plan_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
+
+IMMENSE = 1e30
+"""A mean of this size has words at the lowest number of bfloat16 or float32 in it: one in 2^24 would make it 2e31."""
 
 
 class TokenStats(NamedTuple):
@@ -62,7 +67,7 @@ def token_stats(
 ) -> TokenStats:  # fmt: skip
     """TokenStats from logits (B, T, V), read once. Arguments as in `token_rewards`."""
     check_logits(logits)
-    check_rewards(tokens, mask, terminal, None, logits, "logits", alpha)
+    mask, terminal = check_rewards(tokens, mask, terminal, None, logits, "logits", alpha)
     plan = plan_rows(tokens, mask, terminal, None)
     stats = vocab_stats(
         logits, plan.targets.view_as(tokens), mask=plan.needed.view_as(tokens), alpha=alpha, entropy=True,
@@ -79,7 +84,7 @@ def linear_token_stats(
     """TokenStats from hidden states (B, T, D) and the head's weight (V, D), logits never written to memory. Arguments
     as in `linear_token_rewards`."""
     check_linear(hidden, weight, bias, logit_scale, softcap)
-    check_rewards(tokens, mask, terminal, None, hidden, "hidden", alpha)
+    mask, terminal = check_rewards(tokens, mask, terminal, None, hidden, "hidden", alpha)
     plan = plan_rows(tokens, mask, terminal, None)
     stats = linear_vocab_stats(
         hidden, weight, plan.targets.view_as(tokens), mask=plan.needed.view_as(tokens), bias=bias,
@@ -113,9 +118,10 @@ def centred_reward(stats: TokenStats) -> Tensor:
 
     A constant added to a state's logits changes nothing here. Summed to a terminal token it differs from the
     endogenous reward by mean(s_1), the same for all completions of a prompt: only discounts, token means, token-level
-    credit and bootstrapped ends can tell the two apart. A mean that is not finite is left out.
+    credit and bootstrapped ends can tell the two apart. A mean beyond 1e30 in size is left out: some words are ruled
+    out, by -inf or by their dtype's lowest number, and it has no bit left of the others.
     """
-    here, after = (torch.where(m.isfinite(), m, 0.0) for m in (stats.logit_mean, stats.next_logit_mean))
+    here, after = (torch.where(m.abs() < IMMENSE, m, 0.0) for m in (stats.logit_mean, stats.next_logit_mean))
     return (stats.target_logit - here) - (stats.alpha * stats.next_lse - after)
 
 

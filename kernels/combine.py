@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import LN2, NEG_INF, NO_TARGET, exp2_scale, finite_or_zero, merge
+from .primitives import LN2, NEG_INF, NO_TARGET, SUM_SCALE, exp2_scale, finite_or_zero, merge
 
 ROWS_PER_PROGRAM = 128
 
@@ -116,7 +116,7 @@ def combine_kernel(
         for _ in range(1, n_splits):
             o += n_rows
             u += tl.load(p_u + o, mask=m_row, other=0.0)
-        store_row(o_mean, row, tl.where(lost, nan, u / vocab), m_row, m_out)
+        store_row(o_mean, row, tl.where(lost, nan, u / vocab / SUM_SCALE), m_row, m_out)
 
     if REWARDS:
         # The state that the token leads to, or -1 after a terminal token.

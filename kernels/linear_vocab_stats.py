@@ -14,7 +14,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .combine import Partials
 from .config import LinearConfig
-from .primitives import NEG_INF, PLAIN_HEAD, Head, apply_head, exp2_scale, finite_or_zero, merge, weight_and_exponent
+from .primitives import (
+    NEG_INF,
+    PLAIN_HEAD,
+    SUM_SCALE,
+    Head,
+    apply_head,
+    exp2_scale,
+    finite_or_zero,
+    merge,
+    weight_and_exponent,
+)
 
 
 @triton.jit
@@ -86,7 +96,7 @@ def linear_partials_kernel(
                 b_bias = tl.load(bias + col, mask=col < vocab, other=0.0).to(tl.float32)[None, :]
             z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
             if LOGIT_MEAN:
-                u += tl.sum(tl.where((col < vocab)[None, :], z, 0.0), 1)
+                u += tl.sum(tl.where((col < vocab)[None, :], z * SUM_SCALE, 0.0), 1)
             if o_v + BLOCK_V > vocab:  # only the last tile has columns outside
                 z = tl.where((col < vocab)[None, :], z, NEG_INF)
 

@@ -3,13 +3,13 @@
 A piece of a row is summarised relative to its own largest logit m (in the unit of z, so that nothing is rounded by a
 scale), with c = log2(e) / alpha turning a difference of logits into a power of two:
 
-    m = max z      s = sum 2^((z - m) c)      t = sum 2^((z - m) c) (z - m) c      u = sum z
+    m = max z      s = sum 2^((z - m) c)      t = sum 2^((z - m) c) (z - m) c      u = sum 2^-32 z
 
 Two pieces merge into one of the same form, and the whole row gives, in nats,
 
     lse     = m / alpha + ln s
     entropy = ln s - (t / s) ln 2
-    mean    = u / V
+    mean    = 2^32 u / V
 """
 
 import math
@@ -24,6 +24,9 @@ LOG2E = tl.constexpr(1.4426950408889634)
 NO_TARGET = tl.constexpr(-100)
 # 2^-256 is 0 in fp32: differences are cut off here before they multiply a weight, so that 0 * -inf never happens.
 UNDERFLOW = tl.constexpr(-256.0)
+# Logits are summed for their mean at this scale: words masked by their dtype's lowest number would overflow the sum. A
+# power of two, so that no bit of a logit above 1e-28 in size is lost.
+SUM_SCALE = tl.constexpr(2.0**-32)
 NEG_INF = tl.constexpr(float("-inf"))
 
 

@@ -19,6 +19,7 @@ from .primitives import (
     LOG2E,
     NEG_INF,
     PLAIN_HEAD,
+    SUM_SCALE,
     Head,
     apply_head,
     exp2_scale,
@@ -73,7 +74,7 @@ def logits_partials_kernel(
     if ENTROPY:
         tl.store(p_t + o, tl.sum(e * d, 0))
     if LOGIT_MEAN:
-        tl.store(p_u + o, tl.sum(tl.where(m_col, z, 0.0), 0))
+        tl.store(p_u + o, tl.sum(tl.where(m_col, z * SUM_SCALE, 0.0), 0))
     target = tl.load(targets + row) - first
     if (target >= split * BLOCK_V) & (target < tl.minimum((split + 1) * BLOCK_V, vocab)):
         tl.store(p_target + row, tl.sum(tl.where(col == target, z, 0.0), 0))

@@ -383,14 +383,20 @@ def test_terminal_at():
     assert er.terminal_at(tokens, mask, [2, 7]).tolist() == [[False, False, True], [True, False, False]]
 
 
+HOLDS = r"mask holds \d+: expected bool, or integers 0 and 1"
 REFUSALS = {
+    "float mask": (lambda h, w, t: er.vocab_stats(h, t, mask=(t > 3).float()), r"mask is \(2, 4\).*float32.*bool"),
+    "labels mask": (lambda h, w, t: er.token_rewards(h, t, mask=-100 * (t > 3)), "mask holds -100: expected bool"),
+    "int terminal": (lambda h, w, t: er.linear_token_rewards(h, w, t, terminal=t + 2), "terminal holds [2-9]"),
+    "list mask": (lambda h, w, t: er.sequence_score(h[..., 0], t.tolist()), "mask is a list: expected a tensor"),
+    "mask's shape": (lambda h, w, t: er.sequence_score(h[..., 0], t[:1]), r"mask is \(1, 4\).*expected \(2, 4\)"),
     "weight": (lambda h, w, t: er.linear_vocab_stats(h, w[:, :-1], t), r"weight is \(50, 7\).*\(V, 8\)"),
     "weight dtype": (lambda h, w, t: er.linear_vocab_stats(h.half(), w, t), r"weight is .*float32.*float16"),
     "bias": (lambda h, w, t: er.linear_vocab_stats(h, w, t, bias=w[:3, 0]), r"bias is \(3,\).*\(50,\)"),
     "softcap": (lambda h, w, t: er.linear_vocab_stats(h, w, t, softcap=0.0), "softcap=0.0"),
     "targets": (lambda h, w, t: er.vocab_stats(h, t[:, 1:]), r"targets is \(2, 3\).*\(2, 4\)"),
     "int32": (lambda h, w, t: er.vocab_stats(h, t.int()), "targets is .*int32.*int64"),
-    "mask": (lambda h, w, t: er.vocab_stats(h, t, mask=t), r"mask is \(2, 4\).*int64.*bool"),
+    "mask": (lambda h, w, t: er.vocab_stats(h, t, mask=t), HOLDS),
     "terminal": (lambda h, w, t: er.token_rewards(h, t, terminal=t[:1] > 0), r"terminal is \(1, 4\)"),
     "tokens": (lambda h, w, t: er.token_rewards(h, t.flatten()), r"tokens is \(8,\).*\(2, 4\)"),
     "logits": (lambda h, w, t: er.token_rewards(h[0], t[0]), r"logits is \(4, 8\).*\(B, T, V\)"),
@@ -401,12 +407,12 @@ REFUSALS = {
     "list": (lambda h, w, t: er.vocab_stats(h, t.tolist()), "targets is a list: expected a tensor"),
     "scale": (lambda h, w, t: er.linear_vocab_stats(h, w, t, logit_scale=float("nan")), "logit_scale=nan"),
     "eos": (lambda h, w, t: er.terminal_at(t, t > 0, None), "eos_token_id is None"),
-    "ends": (lambda h, w, t: er.terminal_at(t, t, 3), "mask .2, 4. torch.int64: expected .2, 4. bool"),
+    "ends": (lambda h, w, t: er.terminal_at(t, t, 3), HOLDS),
     "impl": (lambda h, w, t: er.vocab_stats(h, t, impl="fast"), "impl='fast'.*'fused'"),
     "float64": (lambda h, w, t: er.vocab_stats(h.double(), t, impl="fused"), "impl='fused' cannot run"),
     "reduction": (lambda h, w, t: er.sequence_score(h[..., 0], t > 0, reduction="max"), "reduction='max'"),
     "gamma": (lambda h, w, t: er.rewards_to_go(h[..., 0], t > 0, gamma=1.5), "gamma=1.5"),
-    "reward mask": (lambda h, w, t: er.rewards_to_go(h[..., 0], t), "expected .B, T., mask bool"),
+    "reward mask": (lambda h, w, t: er.rewards_to_go(h[..., 0], t), HOLDS),
 }
 
 

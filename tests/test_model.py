@@ -209,7 +209,7 @@ def test_integer_masks_are_taken_and_wrong_shapes_named(llama):
         ({"terminal": mask.bool()[0]}, "terminal"),
         ({"position_ids": torch.zeros(3, 2, 6, dtype=torch.long)}, "position_ids"),
     ):
-        with pytest.raises(ValueError, match=rf"{name} \("):
+        with pytest.raises(ValueError, match=rf"{name} (is )?\("):
             llama(ids, **options)
-    with pytest.raises(ValueError, match=r"input_ids \(6,\)"):
+    with pytest.raises(ValueError, match=r"input_ids is \(6,\)"):
         llama(ids[0])

@@ -45,6 +45,12 @@ def test_a_score_does_not_depend_on_its_companions(scorer):
             assert math.isclose(one.score, other.score, rel_tol=1e-4, abs_tol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_run_alone_have_the_scores_they_have_alone_to_the_bit(dtype):
+    scorer = EndoRewardModel(MODELS["llama"]().to(dtype), TOKENIZER)
+    assert scorer.score(ROWS, max_tokens_per_batch=1) == [scorer.score([row])[0] for row in ROWS]
+
+
 def test_batches_keep_to_the_budget(llama, monkeypatch):
     shapes, counted = [], []
     inner = llama.rewards_of_padded
@@ -170,8 +176,8 @@ def test_options_that_cannot_work_are_refused_before_any_row(llama, options, sai
         llama.iter_scores(ROWS, **options)
 
 
-def test_an_unknown_option_is_a_type_error(llama):
-    with pytest.raises(TypeError, match="temperature"):
+def test_an_unknown_option_is_named_with_the_one_that_was_meant(llama):
+    with pytest.raises(EndoRewardError, match="no option 'temperature': did you mean 'alpha'"):
         llama.score(ROWS, temperature=1.0)
 
 

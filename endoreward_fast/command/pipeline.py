@@ -19,7 +19,11 @@ from .network import stay_offline_without_hub
 from .output import Aside, Monitor, compact
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..arguments import ScoreKwargs
     from ..model import RowScore
+    from ..scoring import OnTokens
     from .options import ModelFlags, RowFlags
 
 WINDOW = 32
@@ -35,7 +39,9 @@ NO_MODEL = (
 class Scorer(Protocol):
     """What of EndoRewardModel is used here."""
 
-    def iter_scores(self, rows: list[dict[str, Any]], **options: Any) -> Iterator[tuple[int, RowScore]]:
+    def iter_scores(
+        self, rows: list[dict[str, Any]], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> Iterator[tuple[int, RowScore]]:
         """(position in rows, score) as batches finish, in any order."""
 
 

@@ -121,8 +121,11 @@ class BatchedReward:
         return NOTHING._replace(error=reason)
 
 
-def score_parts(rewards: Sequence[float], **reduction: Any) -> tuple[float, ...]:
+def score_parts(
+    rewards: Sequence[float], *, reduction: Literal["sum", "mean"], gamma: float, floor: float
+) -> tuple[float, ...]:
     """What each token adds to `sequence_score`, which is linear in the rewards: reward times derivative."""
     reward = torch.tensor([rewards], requires_grad=True)
-    sequence_score(reward, torch.ones_like(reward, dtype=torch.bool), **reduction).sum().backward()
+    everywhere = torch.ones_like(reward, dtype=torch.bool)
+    sequence_score(reward, everywhere, reduction=reduction, gamma=gamma, floor=floor).sum().backward()
     return tuple((reward.detach() * reward.grad)[0].tolist())

@@ -7,7 +7,9 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
+from ..arguments import ScoreKwargs
 from ..model import EndoRewardModel, RowScore
 
 Ids = Sequence[int]
@@ -47,10 +49,12 @@ def generated_row(prompt: Ids, completion: Ids, ends: Collection[int], own: Own 
     return row if own is None else row | {"completion_mask": own}
 
 
-def score_completions(scorer: EndoRewardModel, rows: Sequence[dict[str, Any]], **options: Any) -> list[RowScore]:
+def score_completions(
+    scorer: EndoRewardModel, rows: Sequence[dict[str, Any]], **options: Unpack[ScoreKwargs]
+) -> list[RowScore]:
     """EndoRewardModel.score, but that a completion without a token has no score: nothing was chosen or rewarded."""
     results: list[RowScore | None] = [EMPTY if not len(row.get("completion_ids", "?")) else None for row in rows]
     asked = [row for row, known in zip(rows, results, strict=True) if known is None]
-    scores = iter(scorer.score(asked, **options))
+    scores = iter(scorer.score(asked, **options) if asked else ())
     found = [next(scores) if known is None else known for known in results]
     return [EMPTY if "empty" in score.flags and not score.num_tokens else score for score in found]

@@ -23,6 +23,9 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Unpack
+
+from ..arguments import ScoreKwargs
 from ..command.jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
 from ..command.options import EngineFlags
 from ..command.output import Monitor
@@ -55,8 +58,10 @@ class ScoreRows:
     Raises EndoRewardError: a model that cannot be loaded, an option that cannot work, a column that is there already.
     """
 
-    def __init__(self, model: str, *, dtype: str = "auto", device: str | None = None, **options: Any) -> None:
-        ScoreOptions(**options)  # what cannot work is said before the model is loaded
+    def __init__(
+        self, model: str, *, dtype: str = "auto", device: str | None = None, **options: Unpack[ScoreKwargs]
+    ) -> None:  # fmt: skip
+        ScoreOptions.of(options)  # what cannot work is said before the model is loaded
         self.options = options
         self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device)
 
