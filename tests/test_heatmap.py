@@ -49,6 +49,7 @@ def test_levels_are_centred_at_0_and_symmetrical():
 
 def test_one_outlier_does_not_set_the_scale():
     assert limit_of([1.0] * 99 + [1000.0]) == 1.0
+    assert limit_of([-1.0, 1.0, -1.0, 1.0, -60.0]) == 3.0  # of so few, the largest is every quantile above 0.8
     assert limit_of([-3.0, 1.0]) == 3.0
     assert limit_of([0.0] * 99 + [7.0]) == 7.0
     for nothing in ([], [0.0], [math.nan, math.inf]):
