@@ -151,8 +151,6 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
         if first and done == Done():  # what is left of a run may well be just what cannot be scored
             pipeline.check_usable(first, source.name)
-        if first:
-            pipeline.before_loading(flags)
         run = _engine(job, flags, rank, settings, idle=not first)
         with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model) as monitor:
             if note:
@@ -174,6 +172,7 @@ def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dic
         return lead(job, rank, settings()["weights"], idle=idle)
     if idle:
         return nothing_left
+    pipeline.before_loading(flags)
     if flags.engine == LOCAL:
         return here(job)
     from .integrations.ray import on_ray

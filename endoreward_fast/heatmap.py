@@ -22,7 +22,7 @@ KEPT = "\n\t\u00a0\u3000\u200c\u200d"
 
 @dataclass(frozen=True)
 class Token:
-    """One scored token."""
+    """One scored token, or the tokens that spell one character together."""
 
     text: str
     """what it adds to the text; "" shows `name`, with a space around it"""
@@ -32,12 +32,18 @@ class Token:
     logprob: float | None = None
     value: float | None = None
     entropy: float | None = None
+    count: int = 1
+    """how many tokens it is"""
+    terminal: bool = False
+    """whether the episode ends after it: V(s') = 0"""
 
     def lines(self) -> str:
         """The tooltip: a line for each number known."""
         numbers = ("reward", self.reward), ("log-prob", self.logprob), ("value", self.value), ("entropy", self.entropy)
         known = [f"{name:<9}{number(value, 4):>10}" for name, value in numbers if value is not None]
-        return "\n".join((f"{quoted(self.text)} {self.name}".strip(), *known))
+        together = [f"{self.count} tokens, summed"] if self.count > 1 else []
+        last = ["after the last token", "nothing is subtracted"] if self.terminal else []
+        return "\n".join((f"{quoted(self.text)} {self.name}".strip(), *known, *together, *last))
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,24 @@ class Row:
 
 
 def limit_of_rows(rows: Iterable[Row]) -> float:
-    """One scale for all of `rows`, so that colours compare."""
-    return limit_of(token.reward for row in rows for card in row.cards for token in card.tokens)
+    """One scale for all of `rows`, so that colours compare.
+
+    Of the tokens that V(s') is subtracted from: the others have rewards of another size, which would leave them pale.
+    """
+    tokens = _tokens(rows)
+    return limit_of(token.reward for token in [t for t in tokens if not t.terminal] or tokens)
+
+
+def clipped(rows: Iterable[Row], limit: float) -> str | None:
+    """How far rewards reach where that is beyond the scale."""
+    rewards = [token.reward for token in _tokens(rows) if math.isfinite(token.reward)]
+    if not any(abs(reward) > limit for reward in rewards):
+        return None
+    return f"colours are clipped there, rewards reach from {number(min(rewards))} to {number(max(rewards))}"
+
+
+def _tokens(rows: Iterable[Row]) -> list[Token]:
+    return [token for row in rows for card in row.cards for token in card.tokens]
 
 
 def best_of(cards: Sequence[Card]) -> int | None:
@@ -115,20 +137,22 @@ def fragment(rows: Sequence[Row], title: str | None = None) -> str:
     body = "\n".join(_row(row, limit) for row in rows)
     # Notebooks cut off what reaches out of a cell's output: the last line's tooltip needs its room inside.
     kind = "endoreward" if title else "endoreward alone"
-    return f'<div class="{kind}">\n<style>\n{_style()}</style>\n{heading}{_legend(limit)}\n{body}\n</div>'
+    legend = _legend(limit, clipped(rows, limit))
+    return f'<div class="{kind}">\n<style>\n{_style()}</style>\n{heading}{legend}\n{body}\n</div>'
 
 
 def counted(tokens: Sequence[Token]) -> str:
     """How many there are."""
-    return f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}"
+    count = sum(token.count for token in tokens)
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
-def _legend(limit: float) -> str:
+def _legend(limit: float, note: str | None) -> str:
     steps = "".join(f'<i class="{_class(level)}"></i>' for level in range(-LEVELS, LEVELS + 1))
     name = f"Reward of a token, from {number(-limit)} and less (orange, underlined) to {number(limit)} and more (blue)"
     return (
         f'<div class="legend" role="img" aria-label="{name}"><div>≤ {number(-limit)}<b>{steps}</b>'
-        f"≥ {number(limit)}</div><span>reward of a token; underlined below 0</span></div>"
+        f"≥ {number(limit)}</div><span>reward of a token; underlined below 0{f'; {note}' if note else ''}</span></div>"
     )
 
 
@@ -182,7 +206,7 @@ STYLE = """\
   --muted: light-dark(#5b6470, #a3acb8); --line: light-dark(#d5d9df, #353b45);
   font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: light-dark(#f4f5f7, #0d0f13);
   padding: 1.25rem; box-sizing: border-box }
-.endoreward.alone { padding-bottom: 7.5rem }
+.endoreward.alone { padding-bottom: 9.5rem }
 [data-jp-theme-light="true"] .endoreward { color-scheme: light }
 [data-jp-theme-light="false"] .endoreward { color-scheme: dark }
 .endoreward h1 { font-size: 1.25rem; margin: 0 0 .75rem }
@@ -209,7 +233,7 @@ STYLE = """\
 .endoreward .note { margin: 0 0 .5rem }
 .endoreward .tokens { white-space: break-spaces; overflow-wrap: anywhere; line-height: 1.9; tab-size: 4 }
 .endoreward .t { border-radius: 3px; padding: .12em 0; margin-right: 1px; cursor: default;
-  scroll-margin-bottom: 9rem }
+  scroll-margin-bottom: 11rem }
 .endoreward .t s, .endoreward .t small { text-decoration: none; font-size: .85em }
 .endoreward [class*=" n"]:not(.nan), .endoreward i[class^="n"] { box-shadow: inset 0 -2px var(--below) }
 .endoreward .nan { outline: 1px dashed var(--muted) }
@@ -230,7 +254,7 @@ STYLE = """\
 """
 
 SCRIPT = """
-const TIP = 130;  /* pixels that a tooltip takes */
+const TIP = 165;  /* pixels that a tooltip takes */
 const token = event => event.target.closest && event.target.closest('.endoreward .t');
 const below = event => {
   const t = token(event);

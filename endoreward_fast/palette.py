@@ -10,6 +10,8 @@ LEVELS = 9
 """steps of colour on either side of 0"""
 CLIPPED = 0.98
 """share of rewards inside the scale: one outlier would leave the rest pale"""
+USUAL, TIMES = 0.75, 3.0
+"""and of few rewards: the scale ends at so many times this quantile of |reward| (a normal's CLIPPED is at 2.0 times)"""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,15 @@ DARK = Theme(zero="#16191f", above="#1d66ad", below="#a84f08", ink="#ffffff", li
 
 
 def limit_of(rewards: Iterable[float]) -> float:
-    """The |reward| at which colours are full: the CLIPPED quantile of |reward|; 1 where all are 0 or not finite."""
+    """The |reward| at which colours are full: the CLIPPED quantile of |reward|, at most TIMES the USUAL one.
+
+    1 where all are 0 or not finite.
+    """
     sizes = sorted(abs(r) for r in rewards if math.isfinite(r))
-    limit = sizes[min(len(sizes) - 1, math.ceil(CLIPPED * len(sizes)) - 1)] if sizes else 0.0
-    return limit or (sizes[-1] if sizes and sizes[-1] else 1.0)
+    if not sizes or not sizes[-1]:
+        return 1.0
+    high, usual = (sizes[math.ceil(share * len(sizes)) - 1] for share in (CLIPPED, USUAL))
+    return (min(high, TIMES * usual) if usual else high) or sizes[-1]
 
 
 def level_of(reward: float, limit: float) -> int | None:

@@ -44,11 +44,11 @@ def test_a_model_that_was_not_named_is_said_in_one_line(command, scorer, tmp_pat
     path = put(tmp_path, PREFERENCE)
     said = run(command, path).stderr
     assert said.splitlines()[0] == NOTE and said.count("no --model") == 1
-    assert "scored 1 of 1 rows by pocket, " in said
+    assert said.splitlines()[-1].startswith("endoreward: scored 1 of 1 rows, ") and said.endswith(", model pocket\n")
     assert "no --model" not in run(command, path, "-q").stderr
     for named in ("--model", "-m"):
         said = run(command, path, named, "owner/model").stderr
-        assert "no --model" not in said and "scored 1 of 1 rows by owner/model, " in said
+        assert "no --model" not in said and said.endswith(", model owner/model\n")
         assert "no --model" not in run(command, path, named, "pocket").stderr
 
 
@@ -63,7 +63,7 @@ def test_the_note_is_true(scorer):
 def test_so_it_is_where_rows_are_drawn(command, tmp_path):
     target = tmp_path / "out.svg"
     said = run(command, put(tmp_path, PREFERENCE), *(["-o", target] if command == "plot" else [])).stderr
-    assert said.splitlines()[0] == NOTE and "rows by pocket, " in said
+    assert said.splitlines()[0] == NOTE and said.endswith(", model pocket\n")
 
 
 def test_eval_names_every_model_and_its_weights(scorer, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The heatmap's colours and text, without a browser; and what notebooks show."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -8,7 +9,9 @@ import torch
 
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.heatmap import Card, Row, Token, best_of, fragment, limit_of_rows, page, visible
+from endoreward_fast.notebook import tokens_of
 from endoreward_fast.palette import DARK, LEVELS, LIGHT, level_of, limit_of
+from endoreward_fast.scoring import TokenTable
 from endoreward_fast.types import TokenRewards
 from sight import BLINDNESS, lab, luminance
 
@@ -46,10 +49,23 @@ def test_levels_are_centred_at_0_and_symmetrical():
 
 def test_one_outlier_does_not_set_the_scale():
     assert limit_of([1.0] * 99 + [1000.0]) == 1.0
+    assert limit_of([-1.0, 1.0, -1.0, 1.0, -60.0]) == 3.0  # of so few, the largest is every quantile above 0.8
     assert limit_of([-3.0, 1.0]) == 3.0
     assert limit_of([0.0] * 99 + [7.0]) == 7.0
     for nothing in ([], [0.0], [math.nan, math.inf]):
         assert limit_of(nothing) == 1.0
+
+
+def test_last_tokens_do_not_set_the_scale_and_the_legend_says_so():
+    """After the last token nothing is subtracted: +17 there, where the others lie within 3."""
+    tokens = [Token("a", "", 1.5), Token("b", "", -3.0), Token("<|end|>", "", 17.0, terminal=True)]
+    card = [Row("", "", [Card("", 1.0, tokens)])]
+    assert limit_of_rows(card) == 3.0
+    html = fragment(card)
+    assert "clipped there, rewards reach from -3.00 to +17.00" in html and "≥ +3.00" in html
+    assert html.count("after the last token&#10;nothing is subtracted") == 1
+    assert "clipped" not in fragment([Row("", "", [Card("", 1.0, tokens[:2])])])
+    assert limit_of_rows([Row("", "", [Card("", 17.0, tokens[2:])])]) == 17.0
 
 
 def rows(*texts, label="completion"):
@@ -158,3 +174,40 @@ def test_entropies_are_the_models():
     for options in ({}, {"signals": "entropy"}):
         table = scorer.score([row], per_token=True, entropy=True, **options)[0].tokens
         assert table.entropies == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("completion", ["Paris", "12 + 3 = 15", "a"])
+def test_the_last_token_is_marked_if_the_episode_ends_there(alpha, completion):
+    scorer = EndoRewardModel.from_pretrained("pocket")
+    ids = [scorer.tokenizer(text)["input_ids"] for text in ("What?", completion)]
+    for ends in (True, False):
+        row = {"prompt_ids": ids[0], "completion_ids": ids[1], "terminal": ends}
+        [result] = scorer.score([row], per_token=True, alpha=alpha)
+        if len(ids[1]) > 1 or alpha == 1:
+            assert [t.terminal for t in tokens_of(result.tokens)] == [*[False] * (result.num_tokens - 1), ends]
+
+
+def test_tokens_that_spell_one_character_are_one():
+    texts = ("a", "", "", "\N{ROCKET}", "b", "", "c", "", "", "", "", "é")
+    n = len(texts)
+    numbers = tuple(float(i) for i in range(n))
+    table = TokenTable(tuple(range(n)), texts, numbers, tuple(-x for x in numbers), numbers, numbers)
+    found = tokens_of(table)
+    assert [t.text for t in found] == ["a", "\N{ROCKET}", "b", "", "c", "", "", "", "", "é"]
+    rocket = found[1]
+    assert (rocket.name, rocket.count, rocket.reward, rocket.logprob, rocket.value, rocket.entropy) == (
+        *("#1 #2 #3", 3, 6.0, -6.0),
+        *(1.0, 6.0),
+    )
+    assert "3 tokens, summed" in rocket.lines() and f"{n} tokens" in fragment([Row("", "", [Card("", 1.0, found)])])
+    assert len(tokens_of(replace(table, texts=("",) * n))) == n
+
+
+def test_an_emoji_of_the_models_own_tokenizer_is_one_character():
+    scorer = EndoRewardModel.from_pretrained("pocket")
+    [result] = scorer.score([{"prompt": "Hi", "completion": "go \N{ROCKET} é"}], per_token=True)
+    found = tokens_of(result.tokens)
+    assert "\N{ROCKET}" in [t.text for t in found] and all(t.text for t in found)
+    assert sum(t.count for t in found) == result.num_tokens > len(found)
+    assert sum(t.reward for t in found) == pytest.approx(result.score, abs=1e-4)

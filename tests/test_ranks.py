@@ -187,7 +187,7 @@ def shared(monkeypatch, job, source, *, ranks=3, done=(), load=None):
     for other in others:
         other.start()
     lines, monitor, stopped = [], Monitor(quiet=True), None
-    opened = rows_left(str(source), job.flags, done, [])
+    opened = rows_left(open_source(str(source), job.flags.limit), job.flags, done, [])
     first, windows = pipeline.peek(pipeline.windows(opened, "score", job.flags))
     try:
         lead(job, Rank(0, ranks, 0), weights_of("pocket"), idle=not first)(windows, lines.append, monitor)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EndoRewardError
-from ..heatmap import Card, Row, Token, best_of, counted, limit_of_rows, number, page, visible
+from ..heatmap import Card, Row, Token, best_of, clipped, counted, limit_of_rows, number, page, visible
 from ..notebook import tokens_of
 from ..palette import DARK, LEVELS, level_of, terminal_256
 from . import pipeline
@@ -130,7 +130,12 @@ def print_rows(rows: Sequence[Row], console: Console, colours: str | None) -> No
                 _append(line, token, limit, colours)
             console.print(line, soft_wrap=True)  # wrapped by rich, a line would lose the spaces at its end
         console.print()
-    console.print(_scale(limit, colours) if colours else "[...] is the reward of the token before it", soft_wrap=True)
+    if any(token.terminal for row in rows for card in row.cards for token in card.tokens):
+        console.print("after the last token of an episode nothing is subtracted", soft_wrap=True)
+    if colours:
+        console.print(_scale(limit, colours, clipped(rows, limit)), soft_wrap=True)
+    else:
+        console.print("[...] is the reward of the token before it", soft_wrap=True)
 
 
 def _append(line: Any, token: Token, limit: float, colours: str | None) -> None:
@@ -149,10 +154,10 @@ def style_of(level: int | None, colours: str) -> str:
     return f"{'underline ' if level < 0 else ''}{DARK.ink} on {background}"
 
 
-def _scale(limit: float, colours: str) -> Any:
+def _scale(limit: float, colours: str, note: str | None) -> Any:
     from rich.text import Text
 
     line = Text(f"≤ {number(-limit)} ")
     for level in range(-LEVELS, LEVELS + 1):
         line.append(" ", style_of(level, colours))
-    return line.append(f" ≥ {number(limit)}  reward of a token")
+    return line.append(f" ≥ {number(limit)}  reward of a token{f'; {note}' if note else ''}")

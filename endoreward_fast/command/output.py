@@ -196,7 +196,7 @@ class Monitor:
 
     def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True, model: str = "") -> None:
         self.quiet = quiet
-        self._by = f" by {model}" if model else ""
+        self._by = f", model {model}" if model else ""
         self.rows = self.tokens = self.failed = self.missed = 0
         self._noted: set[str] = set()
         self._done = 0
@@ -270,8 +270,8 @@ class Monitor:
     def _summary(self, prefix: str) -> None:
         """What was done, in how long; how many rows failed (said even when quiet)."""
         self.note(
-            f"{prefix}scored {self.rows - self.failed} of {self.rows} rows{self._by}, {self.tokens:,} tokens "
-            f"in {self.seconds:.1f} s ({self.rate:,.0f} tokens/s)"
+            f"{prefix}scored {self.rows - self.failed} of {self.rows} rows, {self.tokens:,} tokens "
+            f"in {self.seconds:.1f} s ({self.rate:,.0f} tokens/s){self._by}"
         )
         hidden = self.failed + self.missed - ERRORS_SHOWN
         more = f"; {hidden} not shown" if hidden > 0 else ""

@@ -25,7 +25,7 @@ from .board import PAUSE, Board, call, come, reached
 from .jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
 from .options import EngineFlags
 from .output import Monitor
-from .pipeline import Item, Scorer
+from .pipeline import Item, Scorer, before_loading
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 AHEAD = 4
@@ -176,6 +176,8 @@ def lead(job: Job, rank: Rank, weights: str, *, idle: bool) -> Engine:
     with reached():
         board = call(Board.of_launch(), rank.size, {"weights": weights, "idle": idle, "date": job.flags.date})
     job = replace(job, flags=rank.flags(job.flags))
+    if not idle:
+        before_loading(job.flags)
     scorer = None if idle else job.load()
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
