@@ -109,7 +109,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
 
     @cache
     def settings() -> dict[str, Any]:
-        about = (version("endoreward-fast"), flags.to_json(), job.per_token, weights_of(flags.model))
+        about = (version("endoreward-fast"), flags.to_json(), job.per_token, weights_of(flags.model, **flags.source))
         return settings_of(job.command, *about)
 
     with Sink(flags.output, (file,), emptying=lambda: recorded(output, settings())) as sink:

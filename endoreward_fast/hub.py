@@ -25,7 +25,9 @@ def refuse_no_hub_name(name: str, local: tuple[str, ...]) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise EndoRewardError(f"model {name!r}: there is no such folder, and no model of the Hub has that name") from None
+        raise EndoRewardError(
+            f"model {name!r}: there is no such folder, and no model of the Hub has that name"
+        ) from None
 
 
 def reachable(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +45,9 @@ def reachable(name: str, options: dict[str, Any]) -> dict[str, Any]:
         if _cached(name, options):
             return options | {"local_files_only": True}
         where = f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
-        raise EndoRewardError(f"model {name!r}: there is no such folder, it is not in the cache, and {where}") from error
+        raise EndoRewardError(
+            f"model {name!r}: there is no such folder, it is not in the cache, and {where}"
+        ) from error
     return options
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -48,17 +49,17 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
-        **options: Any,
+        cls, name_or_path: str | PathLike[str], *, dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None, **options: Any,
     ) -> "RewardModel":  # fmt: skip
-        """Load by folder or Hugging Face name; arguments as in `EndoRewardModel.from_pretrained`.
+        """Load by folder or Hugging Face name, an adapter's too; arguments as in `EndoRewardModel.from_pretrained`.
 
         Raises EndoRewardError, in one line: no such model, not a sequence classifier, a checkpoint without its
         output head, more than one output, no tokenizer.
         """
         model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=options)
         if tokenizer is None:
-            raise EndoRewardError(f"reward model {name_or_path!r} has no usable tokenizer: {reason}")
+            raise EndoRewardError(f"reward model {str(name_or_path)!r} has no usable tokenizer: {reason}")
         return cls(model, tokenizer)
 
     def iter_scores(self, rows: Sequence[Row], *, on_tokens: OnTokens = None, **options: Any) -> Scores:

@@ -20,6 +20,7 @@ TRUNCATE = ("prompt", "completion")
 LOG_RATIO = "log-ratio"
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
 JUDGES = ("verifier", "pointwise", "pairwise")
+SOURCE = ("revision", "subfolder", "gguf_file")
 ALL = "all"
 ENGINES = LOCAL, RAY = ("local", "ray")
 
@@ -33,9 +34,12 @@ Share = Optional[float]  # noqa: UP045
 class ModelFlags:
     """Which model, and how its rewards become a score."""
 
-    model: Annotated[str, typer.Option(help="Name or folder of a causal language model; pocket is built in.")] = (
-        "pocket"
-    )
+    model: Annotated[
+        str, typer.Option(help="Folder, Hub name or GGUF file of a causal language model; pocket is built in.")
+    ] = "pocket"
+    revision: Annotated[Text, typer.Option(help="Of --model on the Hub: a branch, a tag or a commit.")] = None
+    subfolder: Annotated[Text, typer.Option(help="Of --model: where in it the files are.")] = None
+    gguf_file: Annotated[Text, typer.Option(help="Of --model: the GGUF file in it that holds the weights.")] = None
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16 or float64.")] = "auto"
     device: Annotated[Text, typer.Option(help="cpu, cuda, cuda:1, ...; default: a GPU if there is one.")] = None
     alpha: Annotated[float, typer.Option(help="Soft-RL temperature.")] = 1.0
@@ -73,6 +77,13 @@ class ModelFlags:
         if self.system is not None:
             parts.append(f"system prompt {textwrap.shorten(self.system, 60, placeholder=' …')!r}")
         return ", ".join(parts)
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Where in --model the weights are: options of EndoRewardModel.from_pretrained. --reference-model and
+        --reward-model have none: they are a folder, a name or a GGUF file."""
+        given = {name: getattr(self, name) for name in SOURCE}
+        return {name: value for name, value in given.items() if value is not None}
 
     def scoring(self) -> dict[str, Any]:
         """What EndoRewardModel.iter_scores takes."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import pipeline
 from .evaluation import Judged, rm_bench_part
-from .options import EvalFlags
+from .options import SOURCE, EvalFlags
 from .output import Aside, Monitor
 from .pipeline import Item, Scorer
 from .report import FileResult
@@ -72,7 +72,8 @@ def panel(flags: EvalFlags) -> Panel:
     scorer, plain = pipeline.load_scorer(flags), flags.scoring()
     options = plain | ({"signals": flags.compared} if flags.compared else {})
     if flags.reference_model:
-        options["reference"] = pipeline.load_scorer(replace(flags, model=flags.reference_model))
+        elsewhere = replace(flags, model=flags.reference_model, **dict.fromkeys(SOURCE))
+        options["reference"] = pipeline.load_scorer(elsewhere)
     rivals = [Rival(f"judge, {name}", judge) for name, judge in pipeline.load_judges(flags.judges, scorer).items()]
     if flags.reward_model:
         rivals.append(Rival(REWARD_MODEL, pipeline.load_reward_model(flags, flags.reward_model)))

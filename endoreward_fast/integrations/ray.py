@@ -46,6 +46,7 @@ class ScoreRows:
 
     model            a name or folder ("pocket" is built in)
     dtype, device    as in EndoRewardModel.from_pretrained; by default the checkpoint's, and the GPU that Ray gives
+    source           where in the model its weights are, and more of EndoRewardModel.from_pretrained: {"revision": "v2"}
     options          as in EndoRewardModel.score: alpha, reduction, gamma, floor, system, chat, max_length, ...
 
     Rows are those of EndoRewardModel.score, a column for each key: `prompt` and `completion`, text or messages, or
@@ -55,10 +56,13 @@ class ScoreRows:
     Raises EndoRewardError: a model that cannot be loaded, an option that cannot work, a column that is there already.
     """
 
-    def __init__(self, model: str, *, dtype: str = "auto", device: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: str, *, dtype: str = "auto", device: str | None = None, source: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
         ScoreOptions(**options)  # what cannot work is said before the model is loaded
         self.options = options
-        self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device)
+        self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device, **(source or {}))
 
     def __call__(self, batch: "pyarrow.Table") -> "pyarrow.Table":
         import pyarrow
