@@ -93,17 +93,36 @@ def _file(place: str, file: str, where: dict[str, Any]) -> Path | None:
 
 
 def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:
-    """Load the adapter's weights into its base model. EndoRewardError: they do not fit, or some are absent."""
+    """Put the adapter into its base model. EndoRewardError: its weights do not fit, or some are absent.
+
+    By PEFT itself: `load_adapter` of transformers 5.23 leaves DoRA's magnitudes at random.
+    """
+    from peft import PeftConfig, PeftModel
+
     where = f"adapter {adapter.name!r}" + (f" of {adapter.base!r}" if adapter.base else "")
     try:
-        found = model.load_adapter(adapter.place, adapter_name=adapter_name, adapter_kwargs=adapter.options)
+        config = PeftConfig.from_pretrained(adapter.place, **adapter.options)
+        if config.is_prompt_learning:
+            raise EndoRewardError(
+                f"{where} is a {config.peft_type.value}: it puts states before every row, not weights"
+            )
+        config.inference_mode = True
+        found = PeftModel(model, config, adapter_name).load_adapter(adapter.place, adapter_name, **adapter.options)
+    except EndoRewardError:
+        raise
     except Exception as error:  # PEFT's and the base model's own, of any type
-        raise EndoRewardError(f"{where} does not fit: {first_line(error)}") from error
+        raise EndoRewardError(f"{where} does not fit: {_what_differs(error)}") from error
     absent, unknown = sorted(found.missing_keys), sorted(found.unexpected_keys)
     if absent or unknown:
         fault = f"its file lacks {absent[0]!r}" if absent else f"the model has no {unknown[0]!r}"
         more = len(absent or unknown) - 1
         raise EndoRewardError(f"{where} does not fit: {fault}" + (f" and {more} more" if more else ""))
+
+
+def _what_differs(error: BaseException) -> str:
+    """torch names the weights whose shapes differ after a first line that says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line.startswith("size mismatch")), first_line(error))
 
 
 def replaced_by_adapter(model: Any, parameter: str) -> bool:

@@ -75,7 +75,7 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def weights_of(name: str, **options: Any) -> str:
-    """A hash of the model: of its folder's files, wherever that lies; from the Hub, the commit. An adapter's base counts.
+    """A hash of the model: of its folder's files, wherever that lies; from the Hub, the commit. An adapter's base too.
 
     Files go in by name, size and SAMPLES pieces. `options`: revision, subfolder, gguf_file and the like, as in
     EndoRewardModel.from_pretrained. Raises EndoRewardError: there is no such model.
@@ -84,7 +84,8 @@ def weights_of(name: str, **options: Any) -> str:
     if os.path.isdir(place):
         found = _hash_of(Path(place, options.get("subfolder", "")), options.get("gguf_file"))
     else:
-        found = f"commit {commit_of(place, options, options.get('gguf_file', ''))}"
+        parts = [options[key] for key in ("subfolder", "gguf_file") if key in options]
+        found = " ".join(["commit", commit_of(place, options, options.get("gguf_file", "")), *parts])
     adapter = adapter_at(name, place, options)
     if adapter is None or adapter.base is None:
         return found

@@ -130,7 +130,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
     @cache
     def settings() -> dict[str, Any]:
         pipeline.before_hub(flags)
-        return by_flags | {"weights": weights_of(flags.model)}
+        return by_flags | {"weights": weights_of(flags.model, **flags.source)}
 
     with Sink(flags.output, (file,), emptying=lambda: recorded(output, settings())) as sink:
         note = refuse_other_format(flags.output, JSON_LINES)

@@ -9,7 +9,7 @@ from .errors import EndoRewardError, first_line
 ALIASES = {"gpu": "cuda"}  # AMD's GPUs are "cuda" to torch, too
 
 
-def device_of(device: torch.device | str | int | None) -> torch.device:
+def device_of(device: torch.device | str | None) -> torch.device:
     """The device that `device` names, ready for use: None and "auto" are a GPU if there is one.
 
     A kind without an index ("cuda", "gpu", "xpu") is the local rank's device under a launcher, which sets LOCAL_RANK:
@@ -18,13 +18,18 @@ def device_of(device: torch.device | str | int | None) -> torch.device:
     """
     try:
         found = _own(_named(device))
-        torch.empty(0, device=found)
+        _touch(found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise EndoRewardError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
     return found
 
 
-def _named(device: torch.device | str | int | None) -> torch.device:
+def _touch(device: torch.device) -> None:
+    """Raises RuntimeError and the like: the device cannot be used."""
+    torch.empty(0, device=device)
+
+
+def _named(device: torch.device | str | None) -> torch.device:
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(ALIASES.get(device, device) if isinstance(device, str) else device)

@@ -17,7 +17,7 @@ from .checkpoint import located
 from .devices import device_of
 from .dtypes import dtype_name
 from .errors import EndoRewardError, first_line
-from .hub import OPTIONS, reachable
+from .hub import OPTIONS
 
 OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 SHARED = (*OPTIONS, "trust_remote_code", "code_revision", "gguf_file")
@@ -36,8 +36,8 @@ class Kind:
     auto: str
     """transformers' class for it"""
     words: str
-    refuse_other: Callable[[Any, str, dict[str, Any]], None]
-    """(config, name, options)"""
+    refuse_other: Callable[[Any, str, Adapter | None], None]
+    """(config, name, adapter)"""
 
 
 def load(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
@@ -72,7 +72,7 @@ def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str
         _refuse_without_readers(name)
     with _explained(name), _quiet():
         config = _config(base, base_options)
-        kind.refuse_other(config, name, options)
+        kind.refuse_other(config, name, adapter)
         model, absent = _weights(kind, base, base_options, config, wanted, device)
         if adapter is not None:
             attach(model, adapter, options.get("adapter_name", "default"))
@@ -101,10 +101,10 @@ def _base_of(adapter: Adapter, kind: Kind, options: dict[str, Any]) -> tuple[str
 def _weights(
     kind: Kind, place: str, options: dict[str, Any], config: Any, dtype: torch.dtype | str, device: Device
 ) -> tuple[Any, list[str]]:
-    """The model, and the parameters that its checkpoint did not have, or had in another shape."""
+    """The model, and the parameters that its checkpoint did not have."""
     import transformers
 
-    options = dict(options)
+    options = dict(options) | {"ignore_mismatched_sizes": True}  # they are refused below, by their names
     target = None if any(options.get(name) is not None for name in SPREAD) else device_of(device)
     quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
     if target is not None and quantised:
@@ -113,18 +113,20 @@ def _weights(
         place, dtype=dtype, output_loading_info=True, **options
     )
     model, info = loaded
-    lost = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    absent = sorted(lost & {name for name, _ in model.named_parameters()})
+    for key, there, here in sorted(info["mismatched_keys"]):
+        raise EndoRewardError(f"{key!r} is {tuple(there)} in its checkpoint, and {tuple(here)} in the model")
+    absent = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     return model if target is None else model.to(target), absent
 
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Whatever is raised inside becomes one line. Readers of files, quantisers and a model's own code raise anything."""
+    """Whatever is raised inside becomes one line: file readers, quantisers and a model's own code raise anything."""
     try:
         yield
-    except EndoRewardError:
-        raise
+    except EndoRewardError as error:
+        said = str(error)
+        raise (error if name in said else EndoRewardError(f"model {name!r} cannot be loaded: {said}")) from None
     except Exception as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if isinstance(error, TypeError) and unknown:
@@ -134,12 +136,18 @@ def _explained(name: str) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, transformers draws no bar while it copies weights into a model; those of downloads stay."""
+    """Inside, transformers draws no bar while it copies weights into a model, and prints no table of absent weights,
+    which are refused or of no use. Bars of downloads stay."""
     from transformers.utils import logging
 
     def without(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return factory(*args, **kwargs | {"disable": True})
 
+    def no_report(record: Any) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.get_logger("transformers.modeling_utils")
+    logger.addFilter(no_report)
     before = logging.set_tqdm_hook(without)
     try:
         with warnings.catch_warnings():
@@ -147,6 +155,7 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_tqdm_hook(before)
+        logger.removeFilter(no_report)
 
 
 def _refuse_gone(name: str, options: dict[str, Any]) -> None:
@@ -181,7 +190,7 @@ def _config(place: str, options: dict[str, Any]) -> Any:
     return AutoConfig.from_pretrained(place, return_unused_kwargs=True, **plain)[0]
 
 
-def _refuse_unless_causal(config: Any, name: str, options: dict[str, Any]) -> None:
+def _refuse_unless_causal(config: Any, name: str, adapter: Adapter | None) -> None:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     for architecture in getattr(config, "architectures", None) or ():
@@ -192,8 +201,10 @@ def _refuse_unless_causal(config: Any, name: str, options: dict[str, Any]) -> No
         raise EndoRewardError(f"model {name!r} is of type {config.model_type!r}, which is not a causal language model")
 
 
-def _refuse_unless_reward_model(config: Any, name: str, options: dict[str, Any]) -> None:
+def _refuse_unless_reward_model(config: Any, name: str, adapter: Adapter | None) -> None:
     architectures = getattr(config, "architectures", None) or ()
+    if adapter is not None and adapter.of_classifier:
+        architectures = ()  # TRL's RewardTrainer begins with a causal model: the head comes with the adapter
     remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
     if architectures and not remote and not any(a.endswith("ForSequenceClassification") for a in architectures):
         raise EndoRewardError(
@@ -210,12 +221,12 @@ def _tokenizer(
 
     places: list[tuple[str, dict[str, Any]]] = [(base, base_options)]
     if adapter is not None and adapter.base is not None:
-        places.insert(0, (place, options | {"config": config}))
+        places.insert(0, (place, options | adapter.options | {"config": config}))
     reason = None
     for where, asked in places:
         try:
             return AutoTokenizer.from_pretrained(where, **_shared(asked)), None
-        except (OSError, ValueError, ImportError, KeyError) as error:
+        except Exception as error:  # tokenizers raises Exception itself
             reason = first_line(error)  # token ids can be scored all the same; text is refused with this reason
     return None, reason
 

@@ -10,6 +10,7 @@ something unknown is read through its own logits (`Head` warns when it is loaded
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -61,15 +62,17 @@ class EndoRewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
-        **options: Unpack[LoadKwargs],
+        cls, name_or_path: str | PathLike[str], *, dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None, **options: Unpack[LoadKwargs],
     ) -> "EndoRewardModel":  # fmt: skip
-        """Load a model and its tokenizer by folder or Hugging Face name; "pocket" is the embedded demonstration model.
+        """Load a model and its tokenizer: by folder, Hugging Face name or GGUF file. "pocket" is the embedded
+        demonstration model. The folder of a PEFT adapter names its base model, which is loaded first.
 
-        dtype     None or "auto": the checkpoint's; or a torch dtype or its name
-        device    None or "auto": a CUDA device if there is one; with device_map among the options, that decides
+        dtype     None or "auto": the checkpoint's; or a torch dtype or its name ("bfloat16", "bf16")
+        device    None or "auto": a CUDA device if there is one, under a launcher the local rank's; with device_map
+                  among the options, that decides
         options   what AutoModelForCausalLM.from_pretrained takes (`arguments.LoadKwargs`): revision, subfolder,
-                  trust_remote_code, attn_implementation, device_map, quantization_config, ...
+                  gguf_file, trust_remote_code, attn_implementation, device_map, quantization_config, ...
 
         Raises EndoRewardError, in one line: no such model, not a causal one, a checkpoint without its output head (a
         classifier's, say), an unknown dtype or device, a misspelt option.
@@ -77,7 +80,7 @@ class EndoRewardModel(nn.Module):
         refuse_misspelt(options, LoadKwargs.__annotations__)
         model, tokenizer, reason = load(name_or_path, dtype=dtype, device=device, options=dict(options))
         if reason is not None:
-            warnings.warn(f"{name_or_path!r} has no usable tokenizer, so only token ids: {reason}", stacklevel=2)
+            warnings.warn(f"{str(name_or_path)!r} has no usable tokenizer, so only token ids: {reason}", stacklevel=2)
         return cls(model, tokenizer)
 
     @property

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from os import PathLike
 from typing import Any
 
 import torch
@@ -52,10 +53,10 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str, *, dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
-        **options: Unpack[LoadKwargs],
+        cls, name_or_path: str | PathLike[str], *, dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None, **options: Unpack[LoadKwargs],
     ) -> "RewardModel":  # fmt: skip
-        """Load by folder or Hugging Face name; arguments as in `EndoRewardModel.from_pretrained`.
+        """Load by folder or Hugging Face name, an adapter's too; arguments as in `EndoRewardModel.from_pretrained`.
 
         Raises EndoRewardError, in one line: no such model, not a sequence classifier, a checkpoint without its
         output head, more than one output, no tokenizer.
@@ -63,7 +64,7 @@ class RewardModel:
         refuse_misspelt(options, LoadKwargs.__annotations__)
         model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=dict(options))
         if tokenizer is None:
-            raise EndoRewardError(f"reward model {name_or_path!r} has no usable tokenizer: {reason}")
+            raise EndoRewardError(f"reward model {str(name_or_path)!r} has no usable tokenizer: {reason}")
         return cls(model, tokenizer)
 
     @property

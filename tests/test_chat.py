@@ -127,7 +127,9 @@ def test_of_several_turns_the_last_is_scored():
     assert encode_row(tokenizer, {"messages": turns}).flags == ()
 
 
-@pytest.mark.parametrize("template, end", [(CHATML, "<|end|>"), (TRIMMING, "<|end|>"), (LLAMA2, " </s>"), (NO_END, "</s>")])
+@pytest.mark.parametrize(
+    "template, end", [(CHATML, "<|end|>"), (TRIMMING, "<|end|>"), (LLAMA2, " </s>"), (NO_END, "</s>")]
+)
 def test_an_empty_turn_is_its_end(template, end):
     """A model that says nothing ends its turn at once: one rule, whatever a template makes of white space."""
     tokenizer = chatting(template)

@@ -36,7 +36,8 @@ CALL_ENDS = {
 }
 # Templates that do not write a tool call at all, and those that then write no text beside it.
 WITHOUT_CALLS = set(
-    "cohere cohere2 deepseek_r1_distill gemma gemma3 idefics3 lfm2 llama3 llava_next phi3 phi3_5 qwen2_5_vl smolvlm".split()
+    "cohere cohere2 deepseek_r1_distill gemma gemma3 idefics3 lfm2 llama3 llava_next phi3 phi3_5 qwen2_5_vl "
+    "smolvlm".split()
 )
 OF_PARTS = {"idefics3", "llava_next", "smolvlm"}
 # Where the generation prompt opens a thinking block that the written turn has not: the header that both have.

@@ -81,7 +81,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
     asked.clear()
     path = path.parent / "sub" / "config.json"
     options = {"revision": "v2", "subfolder": "sub"}
-    assert weights_of("some/model", **options, gguf_file=None) == "commit 0123abcd" and asked[0][2] == options
+    assert weights_of("some/model", **options, gguf_file=None) == "commit 0123abcd sub" and asked[0][2] == options
 
     def absent(*about, **options):
         raise OSError("some/model is not a valid model identifier\nIf this is a private repository, ...")

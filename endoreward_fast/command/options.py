@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 from ..checkpoint import POCKET, place_of
+from ..dtypes import ALIASES, DTYPES
 from ..errors import EndoRewardError
 from ..template import Extras, as_date
 from .parameters import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
 
 REDUCTIONS = ("sum", "mean")
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-DTYPE_ALIASES = {
-    "f64": "float64", "fp64": "float64", "double": "float64",
-    "f32": "float32", "fp32": "float32", "float": "float32",
-    "f16": "float16", "fp16": "float16", "half": "float16",
-    "bf16": "bfloat16",
-}  # fmt: skip
 DEVICE_ALIASES = {"gpu": "cuda"}
 TRUNCATE = ("prompt", "completion")
 # The names of signals.SIGNALS and judges.JUDGES, here once more so that --help does not wait for torch.
@@ -29,6 +23,7 @@ LOG_RATIO = "log-ratio"
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
 PAIRWISE = "pairwise"
 JUDGES = ("verifier", "pointwise", PAIRWISE)
+SOURCE = ("revision", "subfolder", "gguf_file")
 ALL = "all"
 ENGINES = LOCAL, RAY = ("local", "ray")
 
@@ -41,7 +36,7 @@ Share = Optional[float]  # noqa: UP045
 def dtype_name(text: str) -> str:
     """The name of a dtype that `text` is an alias of, with or without "torch." before it; `text` if it is none."""
     name = text.lower().removeprefix("torch.")
-    return DTYPE_ALIASES.get(name, name)
+    return ALIASES.get(name, name)
 
 
 def device_name(text: str | None) -> str | None:
@@ -88,8 +83,11 @@ class ModelFlags:
     """Which model, and how its rewards become a score."""
 
     model: Annotated[
-        str, of_model("--model", "-m", help="Name or folder of a causal language model; pocket is an embedded toy.")
+        str, of_model("--model", "-m", help="Folder, Hub name or GGUF file of a causal language model.")
     ] = POCKET
+    revision: Annotated[Text, of_model(help="Of --model on the Hub: a branch, a tag or a commit.")] = None
+    subfolder: Annotated[Text, of_model(help="Of --model: where in it the files are.")] = None
+    gguf_file: Annotated[Text, of_model(help="Of --model: the GGUF file in it that holds the weights.")] = None
     dtype: Annotated[
         str,
         of_model(
@@ -147,6 +145,13 @@ class ModelFlags:
         if self.system is not None:
             parts.append(f"system prompt {textwrap.shorten(self.system, 60, placeholder=' …')!r}")
         return ", ".join(parts)
+
+    @property
+    def source(self) -> dict[str, str]:
+        """Where in --model the weights are: options of EndoRewardModel.from_pretrained. --reference-model and
+        --reward-model have none: they are a folder, a name or a GGUF file."""
+        given = {name: getattr(self, name) for name in SOURCE}
+        return {name: value for name, value in given.items() if value is not None}
 
     def scoring(self) -> dict[str, Any]:
         """What EndoRewardModel.iter_scores takes."""

@@ -50,7 +50,7 @@ def load_scorer(flags: ModelFlags) -> Scorer:
     from ..model import EndoRewardModel
 
     _quieten(flags)
-    return EndoRewardModel.from_pretrained(flags.model, dtype=flags.dtype, device=flags.device)
+    return EndoRewardModel.from_pretrained(flags.model, dtype=flags.dtype, device=flags.device, **flags.source)
 
 
 def load_reward_model(flags: ModelFlags, name: str) -> Scorer:

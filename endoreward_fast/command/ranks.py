@@ -136,7 +136,7 @@ def help_out(job: Job, rank: Rank) -> None:
     with reached():
         board, about = come(Board.of_launch(), rank.rank)
         with _heard(board, rank):
-            if weights_of(job.flags.model) != about["weights"]:
+            if weights_of(job.flags.model, **job.flags.source) != about["weights"]:
                 raise EndoRewardError(
                     f"model {job.flags.model!r} is not what rank 0 has by that name: scores would differ"
                 )

@@ -22,15 +22,15 @@ from typing import Any
 
 from ..errors import EndoRewardError
 from .data import STDIN, Record, Source
-from .options import EngineFlags
+from .options import SOURCE, EngineFlags
 from .output import plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
 """columns that a command adds behind the row's own"""
 FIRST = {"score": "score", "rank": "scores"}
 """the first of them, which every row gets"""
-IRRELEVANT = frozenset({"model", "limit", "max_tokens_per_batch", "device"})
-"""flags that change no score beyond float noise; and a model's name, as its weights are there"""
+IRRELEVANT = frozenset({"model", *SOURCE, "limit", "max_tokens_per_batch", "device"})
+"""flags that change no score beyond float noise; and where a model is, as a hash of its weights is there"""
 
 
 def settings_of(command: str, version: str, flags: Mapping[str, Any], per_token: bool, weights: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint import weights_of
 from . import pipeline
 from .evaluation import Judged, rm_bench_part
-from .options import PAIRWISE, EvalFlags
+from .options import PAIRWISE, SOURCE, EvalFlags
 from .output import Aside, Monitor
 from .pipeline import Item, Scorer
 from .report import FileResult
@@ -83,7 +83,8 @@ def panel(flags: EvalFlags) -> Panel:
     scorer, plain = pipeline.load_scorer(flags), flags.scoring()
     options = plain | ({"signals": flags.compared} if flags.compared else {})
     if flags.reference_model:
-        options["reference"] = pipeline.load_scorer(replace(flags, model=flags.reference_model))
+        elsewhere = replace(flags, model=flags.reference_model, **dict.fromkeys(SOURCE))
+        options["reference"] = pipeline.load_scorer(elsewhere)
     judges = pipeline.load_judges(flags.judges, scorer)
     rivals = [Rival(f"judge, {name}", judge, _readings(name, judge)) for name, judge in judges.items()]
     if flags.reward_model:
@@ -98,7 +99,11 @@ def _readings(name: str, judge: Any) -> str:
 
 def models(flags: EvalFlags) -> dict[str, dict[str, str]]:
     """Name and weights of every model that `flags` name. Call it once they are loaded: it asks the Hub no more."""
-    return {what.replace(" ", "_"): {"name": name, "weights": weights_of(name)} for what, name in flags.models.items()}
+    where = {"model": flags.source}
+    return {
+        what.replace(" ", "_"): {"name": name, "weights": weights_of(name, **where.get(what, {}))}
+        for what, name in flags.models.items()
+    }
 
 
 def heading(models: dict[str, dict[str, str]], flags: EvalFlags) -> str:

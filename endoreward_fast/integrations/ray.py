@@ -49,6 +49,7 @@ class ScoreRows:
 
     model            a name or folder ("pocket" is built in)
     dtype, device    as in EndoRewardModel.from_pretrained; by default the checkpoint's, and the GPU that Ray gives
+    source           where in the model its weights are, and more of EndoRewardModel.from_pretrained: {"revision": "v2"}
     options          as in EndoRewardModel.score: alpha, reduction, gamma, floor, system, chat, max_length, ...
 
     Rows are those of EndoRewardModel.score, a column for each key: `prompt` and `completion`, text or messages, or
@@ -59,11 +60,12 @@ class ScoreRows:
     """
 
     def __init__(
-        self, model: str, *, dtype: str = "auto", device: str | None = None, **options: Unpack[ScoreKwargs]
+        self, model: str, *, dtype: str = "auto", device: str | None = None, source: dict[str, Any] | None = None,
+        **options: Unpack[ScoreKwargs],
     ) -> None:  # fmt: skip
         ScoreOptions.of(options)  # what cannot work is said before the model is loaded
         self.options = options
-        self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device)
+        self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device, **(source or {}))
 
     def __call__(self, batch: "pyarrow.Table") -> "pyarrow.Table":
         import pyarrow
