@@ -73,9 +73,7 @@ def by_hand(to_go, rewards, endo, weights, group, scale):
         spreads = [0.0]
         if scale != "none":
             spreads = [torch.tensor([total[j] for j in counted], dtype=torch.float64).std().item()]
-            spreads += [
-                (sum(numerator[j][h] ** 2 for j in counted) / (len(counted) - 1)) ** 0.5 for h in range(width)
-            ]
+            spreads += [(sum(numerator[j][h] ** 2 for j in counted) / (len(counted) - 1)) ** 0.5 for h in range(width)]
         for h in range(width):
             out[i, h] = numerator[i][h] / (max(spreads) + 1e-4) if scale != "none" else numerator[i][h]
     return out
