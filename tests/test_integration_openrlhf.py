@@ -99,11 +99,9 @@ def test_responses_get_the_tokens_that_were_sampled():
     reward, wanted, queries, prompts = EndoReward(scorer), [], [], []
     for n in range(200):
         words = [pieces[i] for i in torch.randint(len(pieces), (6,), generator=generator)]
-        prompt = (
-            f"<|user|>the cat {n}<|end|><|assistant|>",
-            f"Question: 12{n} cats?\nAnswer:",
-            f"[INST] {n} [/INST]",
-        )[n % 3]
+        prompt = (f"<|user|>the cat {n}<|end|><|assistant|>", f"Question: 12{n} cats?\nAnswer:", f"[INST] {n} [/INST]")[
+            n % 3
+        ]
         text = " " * (n % 3 > 0) + "".join(words[:3]) + " " + "".join(words[3:])
         whole = llama(prompt + text, add_special_tokens=False)["input_ids"]  # as a policy of this tokenizer samples
         before = llama(prompt, add_special_tokens=False)["input_ids"]
