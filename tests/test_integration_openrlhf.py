@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.checkpoint import pocket_path
 from endoreward_fast.integrations.openrlhf import EndoReward
-from tiny_models import byte_tokenizer, sampled_rewards
+from tiny_models import build, byte_tokenizer, sampled_rewards
+from tiny_tokenizers import FRAGMENTS, LOSSLESS
 
 INSTALLED = importlib.util.find_spec("openrlhf") is not None
 PROMPT = "<|user|>What is 2 + 3?<|end|><|assistant|>"
@@ -89,15 +90,58 @@ def test_rewards_that_share_a_model_take_turns(pocket):
             torch.testing.assert_close(found, wanted[k], rtol=1e-5, atol=1e-4)
 
 
-def test_what_cannot_be_scored_is_0_counted_and_said_once(pocket, tokenizer):
-    reward = EndoReward(pocket)
+def test_responses_get_the_tokens_that_were_sampled():
+    """Llama 2's kind of tokenizer puts a space before any text; each by itself, responses got one never sampled."""
+    llama = LOSSLESS["llama-like"]
+    scorer = EndoRewardModel(build(LlamaConfig, vocab_size=len(llama), max_position_embeddings=256), llama)
+    generator = torch.Generator().manual_seed(0)
+    pieces = [piece for piece in FRAGMENTS if piece.strip()]
+    reward, wanted, queries, prompts = EndoReward(scorer), [], [], []
+    for n in range(200):
+        words = [pieces[i] for i in torch.randint(len(pieces), (6,), generator=generator)]
+        prompt = (f"<|user|>the cat {n}<|end|><|assistant|>", f"Question: 12{n} cats?\nAnswer:", f"[INST] {n} [/INST]")[
+            n % 3
+        ]
+        text = " " * (n % 3 > 0) + "".join(words[:3]) + " " + "".join(words[3:])
+        whole = llama(prompt + text, add_special_tokens=False)["input_ids"]  # as a policy of this tokenizer samples
+        before = llama(prompt, add_special_tokens=False)["input_ids"]
+        assert whole[: len(before)] == before
+        sampled = [*whole[len(before) :], llama.eos_token_id]
+        query = llama.decode([*before, *sampled], skip_special_tokens=False)
+        assert reward._ids(query, prompt) == (before, sampled)
+        kept = before[2:]
+        cut = llama.decode([*kept, *sampled], skip_special_tokens=False)
+        assert reward._ids(cut, prompt) == (kept, sampled)
+        if n < 8:
+            queries.append(query)
+            prompts.append(prompt)
+            wanted.append(sampled_rewards(scorer, before, sampled, {llama.eos_token_id}).sum())
+    found = reward(queries, prompts, [None] * 8)["rewards"]
+    torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=5e-4)
+
+
+def test_what_cannot_be_scored_is_never_the_best_counted_and_said_once(pocket, tokenizer):
+    reward = EndoReward(pocket, unscored=-1e4)
     queries = [PROMPT, "something else", PROMPT + "5 " * pocket.max_positions, PROMPT + "5"]
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = [reward(queries, [PROMPT] * 4, [None] * 4) for _ in range(2)][1]
-    assert [r == 0 for r in found["rewards"].tolist()] == [True, True, True, False]
+    assert [r == -1e4 for r in found["rewards"].tolist()] == [True, True, True, False]
+    assert found["rewards"].argmax() == 3 and EndoReward(pocket).reward.unscored == -1e6
     assert found["extra_logs"]["endo_reward_unscored"].tolist() == [1, 1, 1, 0]
-    assert sorted(reward.reward.unscored.values()) == [2, 2, 2] and len(said) == 3
+    assert sorted(reward.reward.reasons.values()) == [2, 2, 2] and len(said) == 3
+
+
+def test_a_score_below_unscored_counts_as_none(pocket):
+    """So none is ever below it: the reward of what cannot be scored is never the best."""
+    reward = EndoReward(pocket, unscored=-20.0)
+    with pytest.warns(UserWarning, match="not above unscored=-20"):
+        found = reward([PROMPT, PROMPT + "zebra quartz " * 9, PROMPT + "5"], [PROMPT] * 3, [None] * 3)
+    assert found["rewards"][:2].tolist() == [-20, -20] and found["rewards"][2] > -20
+    assert found["extra_logs"]["endo_reward_unscored"].tolist() == [1, 1, 0]
+    for odd in (0.0, 1.0, -float("inf"), float("nan"), "low"):
+        with pytest.raises(EndoRewardError, match=r"unscored=.*finite number below 0"):
+            EndoReward(pocket, unscored=odd)
 
 
 def test_bad_input_is_refused_as_the_file_is_loaded(pocket):

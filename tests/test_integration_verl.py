@@ -9,6 +9,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -121,31 +122,75 @@ def test_calls_at_once_share_forwards(tokenizer, samples, monkeypatch):
     assert sum(asked) == 40 and len(asked) <= 10
 
 
-def test_what_cannot_be_scored_is_0_counted_and_said_once(tokenizer, samples):
+def own_tokens(pocket, tokenizer, prompt, response, own):
+    """Rewards of the response's tokens, 0 for those of others: V(s') counts after every turn but the last."""
+    ends = {tokenizer.eos_token_id} if own[-1] else set()
+    return sampled_rewards(pocket, prompt, response, ends) * torch.tensor(own)
+
+
+@pytest.mark.parametrize("turns", [None, 2, 4])
+@pytest.mark.parametrize("layout", ["padded right", "padded left", "streamed"])
+def test_only_the_policys_own_tokens_are_scored(layout, turns, pocket, tokenizer, samples):
+    """A tool's answer has a 0 in response_mask, however many turns verl says there were."""
+    eos = tokenizer.eos_token_id
+    answered = [([5, 6, 7, 8], [9, eos, 20, 21, 22, 11, eos]), ([12, 13], [14, eos, 23, eos]), ([3], [30, 31, eos])]
+    owns = [[1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1]]  # the second was cut off after the answer
+    batch = colocated(answered, left=layout == "padded left", own=owns)
+    if layout == "streamed":
+        parts = [streamed([sample], own=[own]) for sample, own in zip(answered, owns, strict=True)]
+    else:
+        parts = [batch[i : i + 1] for i in range(len(batch))]
+    for part in parts:
+        part.non_tensor_batch.pop("__num_turns__", None)
+        if turns is not None:
+            part.non_tensor_batch["__num_turns__"] = np.array([turns])
+    answers = together(manager(tokenizer), parts)
+    found = EndoRewardManager.assemble_rm_scores(
+        batch, [pickle.loads(pickle.dumps(a["reward_score"])) for a in answers]
+    )
+    for row, ((prompt, response), own) in enumerate(zip(answered, owns, strict=True)):
+        wanted = own_tokens(pocket, tokenizer, prompt, response, own)
+        torch.testing.assert_close(found[row, : len(response)], wanted, rtol=1e-5, atol=2e-4)
+        assert found[row, len(response) :].eq(0).all()
+        assert answers[row]["reward_score"] == pytest.approx(wanted.sum().item(), abs=5e-4)
+        assert answers[row]["reward_extra_info"]["endo_reward/length"] == sum(own)
+    numbers = EndoRewardManager.assemble_rm_scores(batch, [1.0, 2.0, 3.0])  # on the last own token
+    assert numbers.nonzero().tolist() == [[0, 6], [1, 1], [2, 2]]
+
+
+def test_a_score_of_other_responses_is_named(tokenizer, samples):
+    score = TokenScore(1.0)
+    score.tokens = (1.0, 2.0)
+    with pytest.raises(EndoRewardError, match="response 0 has 3 tokens, and its score 2"):
+        EndoRewardManager.assemble_rm_scores(colocated([([1], [2, 3, 4])]), [score])
+
+
+def test_what_cannot_be_scored_is_never_the_best_counted_and_said_once(tokenizer, samples):
     ours = manager(tokenizer)
     parts = {
         "empty": streamed([([5], [])]),
         "the limit is": streamed([([5], [6] * ours.reward.scorer.max_positions)]),
-        "did not choose": streamed([samples[0]], turns=4),
+        "no response_mask": streamed([samples[0]], turns=4),
+        "leaves no token": streamed([samples[0]], own=[[0, 0, 0, 0]]),
     }
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         answers = together(ours, [*parts.values(), *parts.values(), streamed([samples[1]])])
-    assert [a["reward_score"] == 0 for a in answers] == [True] * 6 + [False]
-    assert [a["reward_extra_info"]["endo_reward/unscored"] for a in answers] == [1] * 6 + [0]
+    assert [a["reward_score"] for a in answers[:-1]] == [-1e6] * 8 and answers[-1]["reward_score"] > -1e6
+    assert [a["reward_extra_info"]["endo_reward/unscored"] for a in answers] == [1] * 8 + [0]
     assert all(set(a["reward_extra_info"]) == set(answers[0]["reward_extra_info"]) for a in answers)
-    assert sorted(ours.reward.unscored.values()) == [2, 2, 2]
+    assert sorted(ours.reward.reasons.values()) == [2, 2, 2, 2]
     messages = [str(w.message) for w in said]
     assert all(sum(word in m for m in messages) == 1 for word in parts), messages
 
 
-def test_nan_rewards_are_0_and_counted(tokenizer, samples):
-    ours = manager(tokenizer)
+def test_nan_rewards_are_never_the_best_and_counted(tokenizer, samples):
+    ours = manager(tokenizer, unscored=-500)
     with torch.no_grad():
         ours.reward.scorer.model.get_input_embeddings().weight[samples[1][1][0]] = torch.nan
     with pytest.warns(UserWarning, match="NaN"):
         first, second = together(ours, [streamed([samples[0]]), streamed([samples[1]])])
-    assert first["reward_score"] != 0 and second["reward_score"] == 0
+    assert first["reward_score"] > -500 and second["reward_score"] == -500
     assert second["reward_extra_info"]["endo_reward/unscored"] == 1
 
 

@@ -7,28 +7,50 @@ from pathlib import Path
 import pytest
 
 from endoreward_fast.checkpoint import pocket_path
+from endoreward_fast.integrations.trl import EndoReward
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "trainers.md").read_text()
-BLOCKS = [
-    block.replace("Qwen/Qwen2.5-0.5B-Instruct", str(pocket_path()))
-    for block in re.findall(r"```python\n(.*?)```", PAGE, re.S)
-]
+
+
+def on_pocket(block):
+    """With the embedded model in place of the one that is named."""
+    return block.replace("Qwen/Qwen2.5-0.5B-Instruct", str(pocket_path()))
+
+
+BLOCKS = [on_pocket(block) for block in re.findall(r"```python\n(.*?)```", PAGE, re.S)]
 TRL = [block for block in BLOCKS if "from trl" in block]
-OTHERS = [block for block in BLOCKS if block not in TRL]
+(TOOLS,) = (block for block in BLOCKS if "tools=[double]" in block)
+OTHERS = [block for block in BLOCKS if block not in (*TRL, TOOLS)]
 SAID = re.findall(r"^\| (.*?) \|", PAGE[PAGE.index("| it says |") :], re.M)[1:]
 
 
 @pytest.mark.parametrize("block", TRL, ids=["reward function", "token-level, one forward"])
-def test_training_runs(block, tmp_path):
+def test_training_runs_as_it_stands(block, tmp_path, monkeypatch):
+    """But for the model's name."""
     pytest.importorskip("trl", reason="TRL asks for Python 3.11")
-    from trl_harness import SETTINGS
-
-    quick = {name: value for name, value in SETTINGS.items() if f"{name}=" not in block and name != "temperature"}
+    monkeypatch.chdir(tmp_path)
     names = {}
-    exec(block.replace('output_dir="out"', f"output_dir={str(tmp_path)!r}, **{quick!r}"), names)
+    exec(block, names)
     assert names["trainer"].state.global_step == 2
-    assert names["trainer"].state.log_history[0]["endo_reward/unscored"] == 0
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL asks for Python 3.11")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```py(?:thon)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    [block] = (block for block in blocks if "GRPOTrainer(" in block)
+    names = {}
+    # Shorter answers, as those are most of the time; the rest is verbatim.
+    exec(on_pocket(block).replace("max_steps=2", "max_steps=1, max_completion_length=8"), names)
+    assert names["trainer"].state.global_step == 1
+
+
+def test_tools_are_given():
+    pytest.importorskip("trl", reason="TRL asks for Python 3.11")
+    names = {"policy": "pocket", "EndoReward": EndoReward}
+    exec(TOOLS, names)
+    assert names["double"](3) == 6
 
 
 def test_the_reward_file_for_openrlhf_runs():

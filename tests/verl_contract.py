@@ -47,7 +47,7 @@ def _padded(rows):
     return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PAD)
 
 
-def streamed(outputs, *, turns=2, real=False):
+def streamed(outputs, *, turns=2, own=None, real=False):
     """One rollout's outputs [(prompt ids, response ids), ...]: padded on the right, the mask over both together."""
     prompts, responses = zip(*outputs, strict=True)
     batch = {
@@ -55,6 +55,8 @@ def streamed(outputs, *, turns=2, real=False):
         "responses": _padded(responses),
         "attention_mask": _padded([[1] * (len(p) + len(r)) for p, r in outputs]),
     }
+    if own is not None:
+        batch["response_mask"] = _padded(own)
     others = {
         "__num_turns__": np.array([turns] * len(outputs)),
         "prompt_len": np.array([len(p) for p in prompts]),
@@ -64,7 +66,7 @@ def streamed(outputs, *, turns=2, real=False):
     return data_proto(batch, others, real)
 
 
-def colocated(samples, *, left=False, real=False):
+def colocated(samples, *, left=False, own=None, real=False):
     """A batch of samples: prompts padded on the right (v1) or on the left (before), responses on the right."""
     prompts, responses = zip(*samples, strict=True)
     whole = _padded(prompts), _padded([[1] * len(p) for p in prompts])
@@ -75,6 +77,8 @@ def colocated(samples, *, left=False, real=False):
     raw = np.empty(len(samples), dtype=object)
     raw[:] = [[{"role": "user", "content": "?"}]] * len(samples)
     batch = {"prompts": whole[0], "responses": _padded(responses), "attention_mask": mask}
+    if own is not None:
+        batch["response_mask"] = _padded(own)
     return data_proto(batch, {"raw_prompt": raw}, real)
 
 

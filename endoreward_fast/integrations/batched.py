@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ..errors import EndoRewardError
 from ..returns import sequence_score
 from ..scoring import RowScore, ScoreOptions
 from ..vocabulary import refuse_other_vocabulary
@@ -28,7 +29,7 @@ class Rewarded(NamedTuple):
     """The reward of one completion."""
 
     score: float
-    """by the reduction asked for; 0 where there is none"""
+    """by the reduction asked for; BatchedReward's `unscored` where there is none"""
     tokens: tuple[float, ...]
     """each token's part of it: they add up to the score"""
     token: float
@@ -44,7 +45,7 @@ class Rewarded(NamedTuple):
         return found | {"unscored": float(self.error is not None)}
 
 
-NOTHING = Rewarded(0.0, (), 0.0, 0.0, None)
+UNSCORED = -1e6
 
 
 class BatchedReward:
@@ -54,16 +55,22 @@ class BatchedReward:
     tokenizer     the policy's. Default: the reward model's own
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
 
-    A completion that cannot be scored (empty, beyond the model's positions, not finite) gets 0, as these trainers have
-    no word for "no reward"; each reason is warned of once and counted in `unscored`.
+    unscored      the reward of a completion that cannot be scored (empty, beyond the model's positions, not finite), as
+                  these trainers have no word for "no reward". It is never the best one: a score below it counts as
+                  none. The default, -1e6, is below any score that real completions get (16,384 tokens of -61 nats),
+                  and its square is still exact enough in float32
+
+    Each reason is warned of once and counted in `reasons`.
 
     Raises EndoRewardError: a tokenizer other than the reward model's, options that cannot work.
     """
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, alpha: float = 1.0, reduction: Literal["sum", "mean"] = "sum",
-        gamma: float = 1.0, floor: float = 0.0, max_tokens_per_batch: int = 8192,
+        gamma: float = 1.0, floor: float = 0.0, max_tokens_per_batch: int = 8192, unscored: float = UNSCORED,
     ) -> None:  # fmt: skip
+        if not (isinstance(unscored, int | float) and math.isfinite(unscored) and unscored < 0):
+            raise EndoRewardError(f"unscored={unscored!r}: expected a finite number below 0, below every score")
         self.options = ScoreOptions(
             alpha=alpha, reduction=reduction, gamma=gamma, floor=floor, max_tokens_per_batch=max_tokens_per_batch
         )
@@ -71,7 +78,8 @@ class BatchedReward:
         refuse_other_vocabulary(self.scorer, tokenizer)
         self.tokenizer = self.scorer.tokenizer if tokenizer is None else tokenizer
         self.ends = ending_ids(self.scorer, self.tokenizer)
-        self.unscored: Counter[str] = Counter()
+        self.unscored = float(unscored)
+        self.reasons: Counter[str] = Counter()
         self._waiting: list[tuple[dict[str, Any], Future[Rewarded]]] = []
         self._lock = threading.Lock()
         self._busy = _BUSY.setdefault(self.scorer.model, threading.Lock())
@@ -109,16 +117,19 @@ class BatchedReward:
             return self.without(row.error or NOT_FINITE)
         rewards, o = row.tokens.rewards, self.options
         parts = score_parts(rewards, reduction=o.reduction, gamma=o.gamma, floor=o.floor)
-        return Rewarded(math.fsum(parts), parts, math.fsum(rewards) / len(rewards), row.tokens.values[0], None)
+        score = math.fsum(parts)
+        if score <= self.unscored:
+            return self.without(f"its score is not above unscored={self.unscored:g}")
+        return Rewarded(score, parts, math.fsum(rewards) / len(rewards), row.tokens.values[0], None)
 
     def without(self, reason: str) -> Rewarded:
         """The answer for a completion that cannot be scored: warned of once, counted always."""
         with self._lock:
-            known = reason in self.unscored
-            self.unscored[reason] += 1
+            known = reason in self.reasons
+            self.reasons[reason] += 1
         if not known:
-            warnings.warn(f"a completion gets reward 0: {reason}", stacklevel=2)
-        return NOTHING._replace(error=reason)
+            warnings.warn(f"a completion gets reward {self.unscored:g}: {reason}", stacklevel=2)
+        return Rewarded(self.unscored, (), 0.0, 0.0, reason)
 
 
 def score_parts(

@@ -18,25 +18,27 @@ import torch
 from torch import Tensor
 
 from ..errors import EndoRewardError
-from .batched import BatchedReward, Rewarded
-from .generated import generated_row
+from .batched import UNSCORED, BatchedReward, Rewarded
+from .generated import Own, generated_row
 
-OPTIONS = ("model", "alpha", "reduction", "gamma", "floor", "max_tokens_per_batch")
+OPTIONS = ("model", "alpha", "reduction", "gamma", "floor", "max_tokens_per_batch", "unscored")
 NEEDED = ("prompts", "responses", "attention_mask")
 LOADING = threading.Lock()  # verl calls compute_score from a pool of threads: without it each would load a model
 ONE_ANSWER = 2  # turns: the prompt and the response
-OTHERS_TOKENS = "other turns (tool results, say) are among the response's tokens, and the policy did not choose those"
+OTHERS_TOKENS = "other turns (tool results, say) are among the response's tokens, and no response_mask tells them apart"
+NO_TOKENS = "response_mask leaves no token of the response that the policy chose"
 
 
 class TokenScore(float):
     """A score that knows its parts: verl wants a number, and `assemble_rm_scores` the reward of each token."""
 
     tokens: tuple[float, ...] = ()
+    """of each token of the response; 0 for those that the policy did not choose"""
 
     @classmethod
-    def of(cls, rewarded: Rewarded) -> "TokenScore":
-        score = cls(rewarded.score)
-        score.tokens = rewarded.tokens
+    def of(cls, rewarded: Rewarded, own: Own) -> "TokenScore":
+        score, parts = cls(rewarded.score), iter(rewarded.tokens)
+        score.tokens = tuple(next(parts) if chosen else 0.0 for chosen in own) if rewarded.tokens else ()
         return score
 
 
@@ -46,13 +48,17 @@ class EndoRewardManager:
     Options, under `reward.reward_kwargs.endo_reward` of verl's configuration:
     model         default: `actor_rollout_ref.model.path`, the initial policy, of which each reward worker loads a copy
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
+    unscored      the reward of a response that cannot be scored, -1e6: never the best (see BatchedReward)
+
+    Tokens that have a 0 in `response_mask` (a tool's answer, say) are context: the policy's own tokens are scored, each
+    after all that came before it. The last token of a turn that a tool answered does not end the episode: V(s')
+    counts after it, of the state before the answer. Without a response_mask a response of several turns is unscored.
 
     Where verl assembles scores itself (a colocated reward model, and `reward.custom_reward_function.path` set, without
     which verl asks that model and not this class), each token of a response gets its part of the score; where it
     streams rewards from the rollout it asks for one number, and the last token gets the sum. A response
-    that ends in an end-of-sequence token is whole, any other is bootstrapped with V(s'). One that cannot be scored
-    (empty, too long, not finite, with tool results in it) gets 0. Logged for each: endo_reward/token (mean reward of a
-    token), /first_value (V of the prompt), /length, /unscored.
+    that ends in an end-of-sequence token is whole, any other is bootstrapped with V(s'). Logged for each:
+    endo_reward/token (mean reward of a token), /first_value (V of the prompt), /length, /unscored.
 
     Raises EndoRewardError: an option that does not exist, a tokenizer other than the reward model's, a verl that hands
     over something else.
@@ -74,23 +80,35 @@ class EndoRewardManager:
         if missing:
             raise EndoRewardError(f"this verl gives its reward managers no {', '.join(missing)}: verl 0.9 does")
         last = data[-1:]
-        if any(turns > ONE_ANSWER for turns in last.non_tensor_batch.get("__num_turns__", ())):
+        prompt, response, own = _ids(last)
+        if own is None and any(turns > ONE_ANSWER for turns in last.non_tensor_batch.get("__num_turns__", ())):
             rewarded = self.reward.without(OTHERS_TOKENS)
+        elif own is not None and response and not any(own):
+            rewarded = self.reward.without(NO_TOKENS)
         else:
-            row = generated_row(*_ids(last), self.reward.ends)
-            rewarded = await asyncio.wrap_future(self.reward.submit(row))
-        return {"reward_score": TokenScore.of(rewarded), "reward_extra_info": _metrics(rewarded)}
+            asked = self.reward.submit(generated_row(prompt, response, self.reward.ends, own))
+            rewarded = await asyncio.wrap_future(asked)
+        score = TokenScore.of(rewarded, own or [1] * len(response))
+        return {"reward_score": score, "reward_extra_info": _metrics(rewarded)}
 
     @classmethod
     def assemble_rm_scores(cls, data: Any, scores: list[float]) -> Tensor:
-        """(B, T) float32: each response's token scores, 0 in its padding. A plain number goes to the last token."""
+        """(B, T) float32: each response's token scores, 0 in its padding and on tokens that the policy did not choose.
+        A plain number goes to the policy's last token."""
         found = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
+        real = _response_mask(data)
+        own = real & data.batch["response_mask"].bool() if "response_mask" in data.batch.keys() else real  # noqa: SIM118
         for row, score in enumerate(scores):
-            places = _response_mask(data)[row].nonzero()[:, 0]
+            places, chosen = (mask[row].nonzero()[:, 0] for mask in (real, own))
             if isinstance(score, TokenScore) and score.tokens:
+                if len(score.tokens) != len(places):
+                    raise EndoRewardError(
+                        f"response {row} has {len(places)} tokens, and its score {len(score.tokens)}: "
+                        "verl assembles other responses than it had scored"
+                    )
                 found[row, places] = torch.tensor(score.tokens)
-            elif len(places):
-                found[row, places[-1]] = float(score)
+            elif len(chosen):
+                found[row, chosen[-1]] = float(score)
         return found
 
     def __call__(self, *_: Any, **__: Any) -> None:
@@ -99,14 +117,15 @@ class EndoRewardManager:
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: Mapping[str, Any] | None = None, *,
-    model: str, alpha: float = 1.0, reduction: str = "sum", gamma: float = 1.0, floor: float = 0.0, **_: Any,
+    model: str, alpha: float = 1.0, reduction: str = "sum", gamma: float = 1.0, floor: float = 0.0,
+    unscored: float = UNSCORED, **_: Any,
 ) -> dict[str, float]:  # fmt: skip
     """{"score": endogenous reward of a response's text, ...}: `reward.custom_reward_function` for verl's own managers.
 
     verl gives this function neither token ids nor a prompt. The prompt is `extra_info["prompt"]`, text or messages,
     which the dataset has to hold; the response is tokenized anew, and taken as whole. EndoRewardManager needs neither.
     `model` (a name or folder) and the options come from `reward.custom_reward_function.reward_kwargs`; data_source and
-    ground_truth play no part. A response that cannot be scored gets 0, and endo_reward/unscored is 1.
+    ground_truth play no part. A response that cannot be scored gets `unscored`, and endo_reward/unscored is 1.
 
     Raises EndoRewardError: no prompt.
     """
@@ -118,14 +137,16 @@ def compute_score(
         )
     row = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "completion": solution_str}
     with LOADING:
-        reward = _reward(model, alpha, reduction, gamma, floor)
+        reward = _reward(model, alpha, reduction, gamma, floor, unscored)
     rewarded = reward.submit(row).result()
     return {"score": rewarded.score} | _metrics(rewarded)
 
 
 @cache  # verl calls a function of a module, once for each response: where else would the model live?
-def _reward(model: str, alpha: float, reduction: Literal["sum", "mean"], gamma: float, floor: float) -> BatchedReward:
-    return BatchedReward(model, alpha=alpha, reduction=reduction, gamma=gamma, floor=floor)
+def _reward(
+    model: str, alpha: float, reduction: Literal["sum", "mean"], gamma: float, floor: float, unscored: float
+) -> BatchedReward:  # fmt: skip
+    return BatchedReward(model, alpha=alpha, reduction=reduction, gamma=gamma, floor=floor, unscored=unscored)
 
 
 def _metrics(rewarded: Rewarded) -> dict[str, float]:
@@ -137,14 +158,17 @@ def _response_mask(data: Any) -> Tensor:
     return data.batch["attention_mask"][:, data.batch["prompts"].shape[1] :].bool()
 
 
-def _ids(data: Any) -> tuple[list[int], list[int]]:
-    """Prompt and response of a DataProto of one, without padding.
+def _ids(data: Any) -> tuple[list[int], list[int], list[int] | None]:
+    """Prompt and response of a DataProto of one, without padding, and which of the response's tokens are the policy's.
 
     Both are padded to what stands in the mask; but where a turn has several outputs, the mask of prompt and response
-    together is padded as one, and verl gives the two lengths.
+    together is padded as one, and verl gives the two lengths. None: verl has not said which tokens.
     """
     prompt, response, others = data.batch["prompts"][0], data.batch["responses"][0], data.non_tensor_batch
+    own = data.batch["response_mask"][0].long() if "response_mask" in data.batch.keys() else None  # noqa: SIM118
     if "prompt_len" in others and "response_len" in others:
-        return prompt[: int(others["prompt_len"][0])].tolist(), response[: int(others["response_len"][0])].tolist()
-    mask = data.batch["attention_mask"][0].bool()
-    return prompt[mask[: len(prompt)]].tolist(), response[mask[len(prompt) :]].tolist()
+        prompt, kept = prompt[: int(others["prompt_len"][0])], slice(0, int(others["response_len"][0]))
+    else:
+        mask = data.batch["attention_mask"][0].bool()
+        prompt, kept = prompt[mask[: len(prompt)]], mask[len(prompt) :]
+    return prompt.tolist(), response[kept].tolist(), None if own is None else own[kept].tolist()
