@@ -25,7 +25,8 @@ ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>",
     "deepseek": "<｜end▁of▁sentence｜>", "diffusion_gemma": "<turn|>", "gemma4": "<turn|>", "gemma": "<end_of_turn>",
     "glm4moe": "", "gptoss": "<|return|>", "idefics3": "<end_of_utterance>", "lfm2": "<|im_end|>",
-    "llama3": "<|eot_id|>", "llava_next": "</s>", "muse_glimmer": "<|eot|>", "nemotron": "<|im_end|>", "phi3": "<|end|>",
+    "llama3": "<|eot_id|>", "llava_next": "</s>", "muse_glimmer": "<|eot|>", "nemotron": "<|im_end|>",
+    "phi3": "<|end|>",
     "qwen": "<|im_end|>", "smolvlm": "<end_of_utterance>",
 }  # fmt: skip
 CALL_ENDS = {

@@ -11,7 +11,7 @@ import pytest
 from cli_harness import PAIR, LengthScorer, put, run
 from endoreward_fast.checkpoint import weights_of
 from endoreward_fast.command import pipeline, side_by_side
-from endoreward_fast.command.options import DTYPE_ALIASES, DTYPES
+from endoreward_fast.dtypes import ALIASES, DTYPES
 
 ROOT = Path(__file__).resolve().parents[1]
 PREFERENCE = {"prompt": "p", "chosen": "a", "rejected": "bb"}
@@ -140,7 +140,7 @@ def test_completion_scripts_are_offered_by_the_command_alone():
 # --- aliases
 
 
-@pytest.mark.parametrize(("alias", "name"), [*DTYPE_ALIASES.items(), ("BF16", "bfloat16"), ("torch.half", "float16")])
+@pytest.mark.parametrize(("alias", "name"), [*ALIASES.items(), ("BF16", "bfloat16"), ("torch.half", "float16")])
 def test_dtypes_by_their_other_names(alias, name, scorer, tmp_path):
     import torch
 
