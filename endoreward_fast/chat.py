@@ -108,13 +108,14 @@ class _Turn:
         self.whole = self._write(self._answer)
         if self._is_empty():
             spoken_in = _saying(self._answer, "x")
-            _, self.end = self._ending(spoken_in, Marked([spoken_in]), self._write(spoken_in))
+            marked = Marked([spoken_in])
+            _, self.end = self._ending(spoken_in, marked, self._write(spoken_in), self._write(*marked.messages))
             self.completion = ""
             return
         marked = Marked([self._answer])
-        behind, self.end = self._ending(self._answer, marked, self.whole)
-        body = self.whole[: len(self.whole) - len(behind)]
         other = self._write(*marked.messages)
+        behind, self.end = self._ending(self._answer, marked, self.whole, other)
+        body = self.whole[: len(self.whole) - len(behind)]
         self._cut(body, _shared([self.whole, other]))
         self.completion = self._without_own_end(self.completion)
         if _says_only_text(self._answer):
@@ -129,17 +130,27 @@ class _Turn:
         """Whether the turn says nothing, to the template: that may trim white space."""
         return is_blank(self._answer) and self.whole == self._write(_saying(self._answer, ""))
 
-    def _ending(self, answer: Message, marked: Marked, whole: str) -> tuple[str, str]:
-        """(all that the template writes behind the last text of the turn, what of that ends the turn)."""
-        last = _behind_marks(whole, self._write(*marked.messages))
+    def _ending(self, answer: Message, marked: Marked, whole: str, other: str) -> tuple[str, str]:
+        """(all that the template writes behind the last text of the turn, what of that ends the turn).
+
+        `whole` and `other` are the conversation as it is and with that text marked.
+        """
+        last = _behind_marks(whole, other)
         if last is None:
             raise EndoRewardError(f"the chat template of {self._template.name} does not write the assistant's turn")
+        if not answer.get("tool_calls"):
+            # What stands behind a text is all that its end depends on: it is asked for once.
+            known = self._template.ends
+            if (last, str(self._extras.kwargs)) not in known:
+                before_a_next = self._before_a_next_turn(answer, marked.messages[0])
+                known[last, str(self._extras.kwargs)] = self._end_of(last, before_a_next, calls=False)
+            return last, known[last, str(self._extras.kwargs)]
         before_a_next = self._before_a_next_turn(answer, marked.messages[0])
         closed = ""
-        if answer.get("tool_calls") and not self._ends_turns_of_text():
+        if not self._ends_turns_of_text():
             closed = last  # the rest of the call, and nothing that ends the turn
             before_a_next = (before_a_next or "").removeprefix(last)
-        end = self._end_of(last[len(closed) :], before_a_next, calls=bool(answer.get("tool_calls")))
+        end = self._end_of(last[len(closed) :], before_a_next, calls=True)
         return "" if closed else last, end
 
     def _ends_turns_of_text(self) -> bool:

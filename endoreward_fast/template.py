@@ -150,6 +150,11 @@ class Template:
         return f"{{% macro {CLOCK}(format) %}}{{{{ format{spelt} }}}}{{% endmacro %}}\n"
 
     @cached_property
+    def ends(self) -> dict[tuple[str, str], str]:
+        """What ends a turn of text, by all that stands behind it and the template's variables; chat.py fills it in."""
+        return {}
+
+    @cached_property
     def takes_text(self) -> bool:
         """Whether it writes content that is a text (those of vision models may want a list of parts)."""
         mark = MARKS[0].format(0)
