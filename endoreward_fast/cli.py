@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from .checkpoint import weights_of
 from .command import look, pipeline, plots, side_by_side
 from .command.data import STDIN, open_source
+from .command.going_on import going_on
 from .command.jobs import ANSWERS, Engine, Job, here, nothing_left
 from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags, takes
 from .command.output import Monitor, Sink, one_line
@@ -31,6 +32,13 @@ BAD_INPUT = 2  # exit code
 
 class _Group(TyperGroup):
     """Says an EndoRewardError in one line, exit code 2; anything else is a defect and keeps its traceback."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context keeps the command line, as it was given, in `obj`."""
+        given = tuple(args)
+        ctx = super().make_context(info_name, args, parent, **extra)
+        ctx.obj = given
+        return ctx
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -86,19 +94,25 @@ def _common(
 
 @app.command()
 @takes(EngineFlags)
-def score(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
+def score(
+    ctx: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
+) -> None:
     """Score every completion of FILE: JSON Lines out, every column kept, `score` added."""
-    _rows_to_rows(Job("score", flags, per_token), flags, file, resume)
+    _rows_to_rows(Job("score", flags, per_token), flags, file, resume, ctx.find_root().obj)
 
 
 @app.command()
 @takes(EngineFlags)
-def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
+def rank(
+    ctx: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
+) -> None:
     """Rank the completions of every row of FILE: adds `scores`, `ranking` (best first) and `best`."""
-    _rows_to_rows(Job("rank", flags, per_token), flags, file, resume)
+    _rows_to_rows(Job("rank", flags, per_token), flags, file, resume, ctx.find_root().obj)
 
 
-def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None:
+def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, arguments: tuple[str, ...]) -> None:
+    if resume and flags.overwrite:
+        raise EndoRewardError("--resume and --overwrite: name one of them")
     rank = Rank.from_environment()
     if not rank.first:
         return help_out(job, rank)
@@ -112,7 +126,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
         about = (version("endoreward-fast"), flags.to_json(), job.per_token, weights_of(flags.model))
         return settings_of(job.command, *about)
 
-    with Sink(flags.output, (file,), emptying=lambda: recorded(output, settings())) as sink:
+    ways = {"overwrite": flags.overwrite, "resume": resume}
+    with Sink(flags.output, (file,), **ways, emptying=lambda: recorded(output, settings())) as sink:
         if resume and sink.is_stdout:
             raise EndoRewardError("--resume goes on with a file: name it by --output")
         done = rows_done(output, settings(), flags.id) if resume else Done()
@@ -128,7 +143,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
         if first and done == Done():  # what is left of a run may well be just what cannot be scored
             pipeline.check_usable(first, source.name)
         run = _engine(job, flags, rank, settings, idle=not first)
-        with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal) as monitor:
+        monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal)
+        with going_on(arguments, sink, monitor), monitor:
             if done != Done():
                 monitor.note(f"{output} holds {done.described}")
             run(windows, sink.write, monitor)
@@ -166,14 +182,14 @@ def evaluate(
 ) -> None:
     """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
     as_json = as_json or flags.output == STDIN
-    with Sink(flags.output, tuple(files)) as sink:
+    with Sink(flags.output, tuple(files), overwrite=flags.overwrite) as sink:
         sources = [open_source(file, flags.limit) for file in files]
         readers = [pipeline.checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
         panel = side_by_side.panel(flags)
         totals = [source.total for source in sources]
         total = None if None in totals else panel.passes * sum(t for t in totals if t is not None)
         results = [FileResult.by_methods(source.name, panel.methods) for source in sources]
-        monitor, interrupted = Monitor(total, quiet=flags.quiet), False
+        monitor, interrupted = Monitor(total, passes=panel.passes, quiet=flags.quiet), False
         try:
             with monitor:
                 for result, reader in zip(results, readers, strict=True):

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from ..errors import EndoRewardError
-from .data import is_messages, kind_of
+from .records import is_messages, kind_of
 
 PROMPT = ("prompt", "question")
 COMPLETION = ("completion", "response", "answer")
@@ -162,7 +163,7 @@ def _completion(value: Any, name: str) -> Any:
 
 
 def _text(value: Any, name: str) -> str:
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
         value = str(value)  # a numeric answer, as JSON files have them
     if not isinstance(value, str):
         raise EndoRewardError(f"{name}: wanted text or messages, found {kind_of(value)}")
@@ -177,9 +178,20 @@ def _messages(value: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     for i, message in enumerate(value):
         if not isinstance(message["role"], str):
             raise EndoRewardError(f"{name}[{i}].role: wanted text, found {kind_of(message['role'])}")
-        if not isinstance(message.get("content"), str):
-            raise EndoRewardError(f"{name}[{i}].content: wanted text, found {kind_of(message.get('content'))}")
-        _text(message["content"], f"{name}[{i}].content")
+        content = message.get("content")
+        if isinstance(content, list):
+            for j, part in enumerate(content):
+                if not isinstance(part, dict):
+                    raise EndoRewardError(f"{name}[{i}].content[{j}]: wanted an object, found {kind_of(part)}")
+                if "text" in part:
+                    _text(part["text"], f"{name}[{i}].content[{j}].text")
+        elif content is not None or not message.get("tool_calls"):  # null beside tool_calls is OpenAI's own form
+            if not isinstance(content, str):
+                raise EndoRewardError(f"{name}[{i}].content: wanted text, found {kind_of(content)}")
+            _text(content, f"{name}[{i}].content")
+        for key, field in message.items():
+            if isinstance(field, float) and not isfinite(field):
+                raise EndoRewardError(f"{name}[{i}].{key}: found {kind_of(field)}")
     return value
 
 

@@ -27,7 +27,7 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
     if html is not None and flags.output is not None:
         raise EndoRewardError("--html and --output: name one of them")
     source = _source(file, prompt, completions, flags.limit or SHOWN)
-    with Sink(html or flags.output, (file,) if file else ()) as sink:
+    with Sink(html or flags.output, (file,) if file else (), overwrite=flags.overwrite) as sink:
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "entropy": True}

@@ -80,6 +80,10 @@ class ModelFlags:
         return {name: getattr(self, name) for name in names}
 
 
+UNSAID = ("output", "overwrite", "quiet", "strict")
+"""fields that no number of a run depends on"""
+
+
 @dataclass(frozen=True)
 class RowFlags(ModelFlags):
     """And how files are read and results written."""
@@ -90,6 +94,7 @@ class RowFlags(ModelFlags):
     truncate: Annotated[Text, typer.Option(help="Cut over-long rows at the prompt or the completion.")] = None
     limit: Annotated[Count, typer.Option(help="Only the first so many rows of each file.")] = None
     output: Annotated[Text, typer.Option("--output", "-o", help="Write results here, not to standard output.")] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what --output holds.")] = False
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first row that cannot be scored.")] = False
 
     def check(self) -> None:
@@ -106,7 +111,7 @@ class RowFlags(ModelFlags):
 
     def to_json(self) -> dict[str, Any]:
         """What the numbers of a run depend on: how it spoke and where it wrote is left out."""
-        return {name: value for name, value in asdict(self).items() if name not in ("output", "quiet", "strict")}
+        return {name: value for name, value in asdict(self).items() if name not in UNSAID}
 
 
 @dataclass(frozen=True)

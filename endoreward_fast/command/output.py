@@ -51,11 +51,12 @@ class Sink:
     Opening checks that the path can be written, keeps other runs from it, and touches nothing there; the first write
     empties it, within `emptying()`, or after `append` goes on behind what is there. A device, a pipe or what standard
     output or error goes to is never emptied. Raises EndoRewardError if the path cannot be written, is one of `inputs`,
-    or is being written by another run.
+    is being written by another run, or holds something, unless `overwrite` or `resume` says what is to become of that
+    (`resume` None: the command has no --resume).
     """
 
     def __init__(
-        self, path: str | None, inputs: tuple[str, ...] = (), *,
+        self, path: str | None, inputs: tuple[str, ...] = (), *, overwrite: bool = False, resume: bool | None = None,
         emptying: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
         self._emptying = emptying
@@ -78,6 +79,11 @@ class Sink:
             if not (_lock(self._file) and _is_at(self._file, path)):
                 self._file.close()
                 raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
+            if not (overwrite or resume) and os.fstat(self._file.fileno()).st_size:
+                self._file.close()
+                ways = "--overwrite replaces it, or name another --output"
+                ways = ways if resume is None else f"--resume goes on with it, {ways}"
+                raise EndoRewardError(f"{path} exists and is not empty: {ways}")
 
     def append(self, kept: Iterable[bytes] | None = None) -> None:
         """Keep what is there; or of that, from the first write on, the lines `kept`."""
@@ -123,6 +129,11 @@ class Sink:
             raise
         except OSError as error:
             raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the path holds what this run has written so far: --resume goes on there."""
+        return self._before_first is None and not self.is_stdout
 
     @property
     def is_stdout(self) -> bool:
@@ -191,11 +202,15 @@ class Monitor:
     """Progress, notes and row errors on standard error.
 
     A bar is drawn only if standard error is a terminal and results do not go to that terminal too. `quiet`
-    leaves the errors alone. At the end of its context it says what was done.
+    leaves the errors alone. At the end of its context it says what was done. `total`: rows, each as often as there are
+    `passes`.
     """
 
-    def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True) -> None:
+    def __init__(
+        self, total: int | None = None, *, passes: int = 1, quiet: bool = False, bar: bool = True
+    ) -> None:  # fmt: skip
         self.quiet = quiet
+        self._of = None if total is None else total // passes
         self.rows = self.tokens = self.failed = self.missed = 0
         self._noted: set[str] = set()
         self._done = 0
@@ -268,8 +283,9 @@ class Monitor:
 
     def _summary(self, prefix: str) -> None:
         """What was done, in how long; how many rows failed (said even when quiet)."""
+        of = self._of if prefix and self._of is not None else self.rows
         self.note(
-            f"{prefix}scored {self.rows - self.failed} of {self.rows} rows, {self.tokens:,} tokens "
+            f"{prefix}scored {self.rows - self.failed} of {of} rows, {self.tokens:,} tokens "
             f"in {self.seconds:.1f} s ({self.rate:,.0f} tokens/s)"
         )
         hidden = self.failed + self.missed - ERRORS_SHOWN
