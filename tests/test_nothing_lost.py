@@ -98,10 +98,10 @@ def test_arguments_are_kept_as_they_are():
 @pytest.mark.parametrize(
     ("row", "error"),
     [
-        ('{"prompt": NaN, "completion": "c"}', "prompt: wanted text or messages, found nan, a missing value"),
-        ('{"prompt": "p", "completion": NaN}', "completion: wanted text or messages, found nan, a missing value"),
-        ('{"prompt": "p", "completion": -Infinity}', "completion: wanted text or messages, found -inf, a missing"),
-        ('{"prompt": "p", "completion": 1e999}', "completion: wanted text or messages, found inf, a missing value"),
+        ('{"prompt": NaN, "completion": "c"}', "prompt: wanted text or messages, found nan, which stands for a missing"),
+        ('{"prompt": "p", "completion": NaN}', "completion: wanted text or messages, found nan, which stands for a missing"),
+        ('{"prompt": "p", "completion": -Infinity}', "completion: wanted text or messages, found -inf, which stands"),
+        ('{"prompt": "p", "completion": 1e999}', "completion: wanted text or messages, found inf, which stands for a missing"),
         ('{"prompt": "p", "completions": ["a", NaN]}', "completions[1]: wanted text or messages, found nan"),
         ('{"prompt": "p", "completions": NaN}', "completions: wanted an array of completions, found nan"),
         ('{"prompt": "p", "chosen": NaN, "rejected": "b"}', "chosen: wanted text or messages, found nan"),
@@ -112,7 +112,7 @@ def test_arguments_are_kept_as_they_are():
         ('{"messages": [{"role": "assistant", "content": [{"type": "text", "text": NaN}]}]}',
          "messages[0].content[0].text: wanted text or messages, found nan"),
         ('{"messages": [{"role": "assistant", "content": "a", "reasoning_content": NaN}]}',
-         "messages[0].reasoning_content: found nan, a missing value"),
+         "messages[0].reasoning_content: found nan, which stands for a missing"),
     ],
 )  # fmt: skip
 def test_a_missing_value_is_an_error_and_never_a_word(row, error, scorer, tmp_path):

@@ -52,7 +52,7 @@ def _ambiguous(value: dict[str, Any] | list[Any]) -> Ambiguous | None:
 def kind_of(value: object) -> str:
     """The JSON name of a value's type, for messages."""
     if value != value or value in (float("inf"), float("-inf")):
-        return f"{value}, a missing value"
+        return f"{value}, which stands for a missing value"
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "an array"}
     return "null" if value is None else names.get(type(value), "an object")
 
