@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..encoding import in_words
 from ..errors import EndoRewardError
 from ..heatmap import Card, Row, Token, best_of, counted, limit_of_rows, number, page, visible
 from ..notebook import tokens_of
@@ -63,7 +64,9 @@ def row_of(item: Item) -> Row:
     for i in range(len(item.task.samples)):
         table = item.results[i].tokens
         tokens = () if table is None else tokens_of(table)
-        cards.append(Card(labels[i], item.score(i), tokens, item.problem(i) or item.results[i].note))
+        notes = (in_words(item.task.flags), item.results[i].note)
+        note = item.problem(i) or "; ".join(note for note in notes if note) or None
+        cards.append(Card(labels[i], item.score(i), tokens, note))
     if not cards:
         return Row(item.record.where, "", [Card("no completion", None)])
     return Row(item.record.where, _prompt(item.task.samples[0]), cards)
