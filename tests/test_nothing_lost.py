@@ -85,6 +85,7 @@ def test_an_interruption_says_the_command_that_goes_on(end, system, scorer, tmp_
 def test_without_a_file_or_before_the_first_row_there_is_nothing_to_go_on_with(scorer, tmp_path):
     scorer.stop_after = 2
     assert "to go on" not in run("score", put(tmp_path, *ROWS), code=130).stderr
+    assert "to go on" not in run("score", put(tmp_path, *ROWS), "-o", os.devnull, code=130).stderr
     scorer.stop_after = 0
     assert "to go on" not in run("score", put(tmp_path, *ROWS), "-o", tmp_path / "out", code=130).stderr
 

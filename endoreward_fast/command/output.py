@@ -61,7 +61,7 @@ class Sink:
     ) -> None:  # fmt: skip
         self._emptying = emptying
         self._before_first: Callable[[], None] | None = None
-        self._created = False
+        self._created = self._regular = False
         if path is None or path == STDIN or _is_open_as(path, STDOUT):
             self.name, self._file = "standard output", sys.stdout.buffer
             return
@@ -75,7 +75,7 @@ class Sink:
         except OSError as error:
             raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
         if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode) and not _is_open_as(path, STDERR):
-            self._before_first = self._empty
+            self._before_first, self._regular = self._empty, True
             if not (_lock(self._file) and _is_at(self._file, path)):
                 self._file.close()
                 raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
@@ -133,7 +133,7 @@ class Sink:
     @property
     def begun(self) -> bool:
         """Whether the path holds what this run has written so far: --resume goes on there."""
-        return self._before_first is None and not self.is_stdout
+        return self._regular and self._before_first is None
 
     @property
     def is_stdout(self) -> bool:
