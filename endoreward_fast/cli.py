@@ -21,6 +21,7 @@ from .checkpoint import weights_of
 from .command import guide, look, pipeline, plots, side_by_side
 from .command.data import STDIN, open_source
 from .command.formats import JSON, JSON_LINES, refuse_other_format
+from .command.going_on import going_on
 from .command.jobs import ANSWERS, Engine, Job, here, nothing_left
 from .command.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
 from .command.output import Monitor, Sink, one_line
@@ -39,6 +40,13 @@ class _Group(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """`help COMMAND` is `COMMAND --help`."""
         return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """The context keeps the command line, as it was given, in `obj`."""
+        given = tuple(args)
+        ctx = super().make_context(info_name, args, parent, **extra)
+        ctx.obj = given
+        return ctx
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -97,19 +105,25 @@ def _common(
 
 @app.command(epilog=guide.SCORE)
 @takes(EngineFlags)
-def score(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
+def score(
+    context: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
+) -> None:
     """Score every completion of FILE: JSON Lines out, every column kept, `score` added."""
-    _rows_to_rows(Job("score", flags, per_token), flags, file, resume)
+    _rows_to_rows(Job("score", flags, per_token), flags, file, resume, context.find_root().obj)
 
 
 @app.command(epilog=guide.RANK)
 @takes(EngineFlags)
-def rank(file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False) -> None:
+def rank(
+    context: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
+) -> None:
     """Rank the completions of every row of FILE: adds `scores`, `ranking` (best first) and `best`."""
-    _rows_to_rows(Job("rank", flags, per_token), flags, file, resume)
+    _rows_to_rows(Job("rank", flags, per_token), flags, file, resume, context.find_root().obj)
 
 
-def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None:
+def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, arguments: tuple[str, ...]) -> None:
+    if resume and flags.overwrite:
+        raise EndoRewardError("--resume and --overwrite: name one of them")
     rank = Rank.from_environment()
     if flags.engine != LOCAL and not rank.alone:
         raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
@@ -132,7 +146,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
         pipeline.before_hub(flags)
         return by_flags | {"weights": weights_of(flags.model, **flags.source)}
 
-    with Sink(flags.output, (file,), emptying=lambda: recorded(output, settings())) as sink:
+    ways = {"overwrite": flags.overwrite, "resume": resume}
+    with Sink(flags.output, (file,), **ways, emptying=lambda: recorded(output, settings())) as sink:
         note = refuse_other_format(flags.output, JSON_LINES)
         if resume and sink.is_stdout:
             raise EndoRewardError("--resume goes on with a file: name it by --output")
@@ -152,7 +167,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool) -> None
         if first and done == Done():  # what is left of a run may well be just what cannot be scored
             pipeline.check_usable(first, source.name)
         run = _engine(job, flags, rank, settings, idle=not first)
-        with Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model) as monitor:
+        monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model)
+        with going_on(arguments, sink, monitor), monitor:
             if note:
                 monitor.note(note)
             if done != Done():
@@ -192,7 +208,7 @@ def evaluate(
     """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
     as_json = as_json or flags.output == STDIN
     flags = replace(flags, date=flags.date or date.today().isoformat())
-    with Sink(flags.output, tuple(files)) as sink:
+    with Sink(flags.output, tuple(files), overwrite=flags.overwrite) as sink:
         refuse_other_format(flags.output, JSON)
         sources = [open_source(file, flags.limit) for file in files]
         readers = [pipeline.checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
@@ -202,7 +218,7 @@ def evaluate(
         totals = [source.total for source in sources]
         total = None if None in totals else panel.passes * sum(t for t in totals if t is not None)
         results = [FileResult.by_methods(source.name, panel.methods) for source in sources]
-        monitor, interrupted = Monitor(total, quiet=flags.quiet, model=flags.model), False
+        monitor, interrupted = Monitor(total, passes=panel.passes, quiet=flags.quiet, model=flags.model), False
         try:
             with monitor:
                 if panel.readings:

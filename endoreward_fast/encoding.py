@@ -49,6 +49,7 @@ FLAGS = MappingProxyType(
         "first_token_unscored": "nothing comes before the completion, so its first token was chosen in no known state",
         "context_turns": "of several turns in the completion only the last is scored",
         "system_in_user": "the chat template has no system turn: the system prompt leads the first user turn",
+        "split_at_speaker": "a dialogue as text: what follows the last speaker that both answers share is scored",
         "template_rewrites": "the chat template would change the completion: it is scored as written",
         "template_drops": "the chat template leaves out a part of the turn: what it writes is scored",
         "template_ignores": "the chat template makes no use of the tools, documents or template arguments given",

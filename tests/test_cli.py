@@ -111,7 +111,7 @@ def test_more_rows_than_a_window_come_in_order_and_all(scorer, tmp_path, monkeyp
 def test_limit_output_and_standard_input(scorer, tmp_path):
     target = tmp_path / "out.jsonl"
     target.write_text("what was there before")
-    result = run("score", "-", "--limit", 2, "--output", target, input=(json.dumps(PAIR) + "\n") * 5)
+    result = run("score", "-", "--limit", 2, "--output", target, "--overwrite", input=(json.dumps(PAIR) + "\n") * 5)
     assert result.stdout == ""
     assert [r["score"] for r in rows_of(target.read_text())] == [-3.0, -3.0]
     assert "scored 2 of 2 rows" in result.stderr

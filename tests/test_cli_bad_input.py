@@ -129,7 +129,7 @@ def test_a_failure_before_the_first_result_leaves_an_old_output_alone(scorer, tm
     target = tmp_path / "out.jsonl"
     target.write_text("an earlier run\n")
     scorer.stop_after = 0
-    run("score", put(tmp_path, PAIR), "-o", target, code=130)
+    run("score", put(tmp_path, PAIR), "-o", target, "--overwrite", code=130)
     assert target.read_text() == "an earlier run\n"
 
 
@@ -144,7 +144,7 @@ def test_what_was_scored_before_an_interruption_is_written(scorer, tmp_path):
     scorer.stop_after = 3  # the scorer starts at the end: the last three of five are done
     result = run("score", put(tmp_path, *({**PAIR, "n": n} for n in range(5))), "-o", target, code=130)
     assert [r["n"] for r in rows_of(target.read_text())] == [2, 3, 4]
-    assert "stopped early: scored 3 of 3 rows" in result.stderr
+    assert "stopped early: scored 3 of 5 rows" in result.stderr
 
 
 def test_damage_late_in_a_file_comes_after_the_rows_before_it(scorer, tmp_path):

@@ -214,9 +214,9 @@ def test_two_completions_have_no_correlation_and_what_is_not_drawn_is_named(tmp_
     run("plot", put(tmp_path, *PAIRS[:2]), "-o", target)
     assert "correlation" not in target.read_text() and "chosen and rejected: fewer than 5 have" in target.read_text()
     few = [{"prompt": "p", "completion": text} for text in ("", "", "", "a", "b", "c")]
-    run("plot", put(tmp_path, *few), "-o", target)
+    run("plot", put(tmp_path, *few), "-o", target, "--overwrite")
     assert "completions: fewer than 5 have a token" in target.read_text()
-    run("plot", put(tmp_path, *PAIRS), "-o", target)
+    run("plot", put(tmp_path, *PAIRS), "-o", target, "--overwrite")
     assert "fewer than" not in target.read_text()
 
 

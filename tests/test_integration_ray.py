@@ -173,7 +173,8 @@ def test_what_stops_the_command_comes_after_what_was_done(cluster, tmp_path):
     said = run("score", put(tmp_path, *rows), "--strict", *ray_flags, code=2).stderr
     assert said.startswith("endoreward: line 8: ") and "--strict: stopped here" in said
     assert [row["id"] for row in rows_of(out.read_text())] == list(range(7))
-    assert "no such folder" in run("score", put(tmp_path, *rows), "--model", "./nowhere", *ray_flags, code=2).stderr
+    elsewhere = ("--model", "./nowhere", "--overwrite")
+    assert "no such folder" in run("score", put(tmp_path, *rows), *elsewhere, *ray_flags, code=2).stderr
 
 
 def test_a_file_that_breaks_off_is_said_after_its_rows(cluster, tmp_path):

@@ -46,7 +46,7 @@ def test_what_is_done_is_skipped_and_a_torn_line_is_done_again(scorer, tmp_path)
             out.write_text("".join(lines[:kept]) + torn)
             run("score", source, "-o", out, "--resume", "-q")
             assert out.read_text() == whole, (kept, torn)
-    run("score", source, "-o", out, "-q")  # without the flag it begins again
+    run("score", source, "-o", out, "--overwrite", "-q")  # with this flag it begins again
     assert out.read_text() == whole
 
 
@@ -208,11 +208,11 @@ def test_bad_input_is_one_clear_line(scorer, tmp_path):
     out.write_text("{}\n")
     result = run("score", source, "-o", out, "--resume", "-q", code=2)
     assert "out.jsonl.settings.json does not say how it was made" in result.stderr and out.read_text() == "{}\n"
-    run("score", source, "-o", out, "-q")
+    run("score", source, "-o", out, "--overwrite", "-q")
     Path(f"{out}.settings.json").write_text('{"settings": [1]}')
     said = run("score", source, "-o", out, "--resume", "-q", code=2).stderr
     assert "does not say how it was made" in said
-    run("score", source, "-o", out, "-q")
+    run("score", source, "-o", out, "--overwrite", "-q")
     out.write_text("[1]\n")
     assert "line 1 is not a row of results" in run("score", source, "-o", out, "--resume", "-q", code=2).stderr
 
@@ -223,7 +223,7 @@ def test_what_ends_before_its_first_row_leaves_nothing_that_resume_trips_over(sc
     run("score", source, "-o", out, "-q")
     before = out.read_text()
     scorer.stop_after = 0
-    run("score", source, "-o", out, "--alpha", "2", "-q", code=130)
+    run("score", source, "-o", out, "--alpha", "2", "--overwrite", "-q", code=130)
     scorer.stop_after = None
     assert out.read_text() == before
     said = run("score", source, "-o", out, "--alpha", "2", "--resume", "-q", code=2).stderr
@@ -234,15 +234,16 @@ def test_what_ends_before_its_first_row_leaves_nothing_that_resume_trips_over(sc
     assert out.read_text() == before
 
 
-@pytest.mark.parametrize("resume", [[], ["--resume"]])
+@pytest.mark.parametrize("resume", [["--overwrite"], ["--resume"]])
 def test_settings_that_cannot_be_written_leave_old_results_alone(scorer, resume, tmp_path):
     source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
-    if not resume:
+    old = "--overwrite" in resume
+    if old:
         out.write_text("mine\n")
     Path(f"{out}.settings.json.part").mkdir()
     said = run("score", source, "-o", out, "-q", *resume, code=2).stderr
     assert f"cannot write {out}.settings.json: Is a directory" in said and said.count("\n") == 1
-    assert out.exists() == (not resume) and (resume or out.read_text() == "mine\n")
+    assert out.exists() == old and (not old or out.read_text() == "mine\n")
 
 
 @pytest.mark.parametrize("descriptor", ["stdout", "stderr"])
@@ -420,7 +421,7 @@ def test_two_runs_do_not_write_one_output(scorer, flags, tmp_path):
 def test_an_output_written_anew_is_kept_from_other_runs_too(tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("bad\nkept\n")
-    with Sink(str(out)) as sink:
+    with Sink(str(out), resume=True) as sink:
         sink.append(iter([b"kept\n"]))
         assert out.read_text() == "bad\nkept\n"
         sink.write("more\n")
@@ -484,5 +485,6 @@ def test_an_input_without_rows_leaves_other_results_alone(scorer, tmp_path):
     source, out = tmp_path / "none.parquet", tmp_path / "out.jsonl"
     parquet.write_table(pyarrow.table({"prompt": [], "completion": []}), source)
     out.write_text("{}\n")
-    assert "none.parquet has no rows: there is nothing to score" in run("score", source, "-o", out, code=2).stderr
+    said = run("score", source, "-o", out, "--overwrite", code=2).stderr
+    assert "none.parquet has no rows: there is nothing to score" in said
     assert out.read_text() == "{}\n"

@@ -5,6 +5,8 @@
 | prompt and completions (responses)                   | a list                                   |
 | prompt, chosen and rejected                          | {"chosen": ..., "rejected": ...}         |
 | chosen and rejected as whole conversations           | the same; their common start is the prompt |
+| the same as text of hh-rlhf (Human: Assistant:)      | the same; what follows the last "Assistant:" that both |
+|                                                      | share is scored, flag "split_at_speaker" |
 | messages                                             | one number, for the last assistant turn  |
 | prompt_ids and completion_ids                        | one number                               |
 
@@ -12,7 +14,8 @@
 beside token ids marks those that are scored.
 
 A completion, like a prompt, is text or a list of messages. `chosen` and `rejected` may be lists of
-completions (RM-Bench: three styles each).
+completions (RM-Bench: three styles each). Dialogues as text stay text: a model without a chat template reads them as
+they are, and a chat template writes what comes before the split as one turn of the user.
 """
 
 from __future__ import annotations
@@ -24,13 +27,15 @@ from typing import Any
 
 from ..errors import EndoRewardError
 from ..messages import check_message, check_text
-from .data import is_messages, kind_of
+from .records import is_messages, kind_of
 
 PROMPT = ("prompt", "question")
 COMPLETION = ("completion", "response", "answer")
 COMPLETIONS = ("completions", "responses")
 GIVEN = ("tools", "documents", "chat_template_kwargs")
 """columns for the chat template"""
+SPEAKER = "\n\nAssistant:"
+"""how hh-rlhf marks the turn that is scored"""
 WANTED = {
     "score": "prompt and completion; prompt and completions; prompt, chosen and rejected; or messages",
     "rank": "prompt and completions; or prompt, chosen and rejected",
@@ -50,6 +55,8 @@ class Task:
     """rows as EndoRewardModel.score takes them"""
     layout: Any
     """positions in `samples`, in the answer's shape: an int, a list, or {"chosen": ..., "rejected": ...}"""
+    flags: tuple[str, ...] = ()
+    """what is worth knowing about how the row was read: keys of encoding.FLAGS, for every sample"""
 
 
 def arrange(layout: Any, value: Callable[[int], Any]) -> Any:
@@ -107,10 +114,12 @@ def _preference(row: Mapping[str, Any]) -> Task:
     chosen, rejected = _candidates(row["chosen"]), _candidates(row["rejected"])
     name = _first(row, PROMPT)
     prompt = _prompt(row[name], name) if name else None
+    flags: tuple[str, ...] = ()
     if prompt is None and (isinstance(chosen, _Many) or isinstance(rejected, _Many)):
         raise MissingColumns(f"columns wanted: {WANTED['eval']}; found: {', '.join(map(str, row))}")
     if prompt is None:
         prompt, chosen, rejected = _implicit_prompt(chosen, rejected)
+        flags = ("split_at_speaker",) if isinstance(prompt, str) and prompt.endswith(SPEAKER) else ()
     samples: list[dict[str, Any]] = []
     layout: dict[str, Any] = {}
     for side, value in (("chosen", chosen), ("rejected", rejected)):
@@ -121,7 +130,7 @@ def _preference(row: Mapping[str, Any]) -> Task:
         for i, one in enumerate(value if many else [value]):
             samples.append(_sample(prompt, _completion(one, f"{side}[{i}]" if many else side)))
         layout[side] = list(range(at, len(samples))) if many else at
-    return Task(tuple(samples), layout)
+    return Task(tuple(samples), layout, flags)
 
 
 class _Many(list):  # type: ignore[type-arg]
@@ -133,7 +142,10 @@ def _candidates(value: Any) -> Any:
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Two whole conversations, or two texts: the prompt ends where they part, at a turn's or word's start."""
+    """Two whole conversations, or two texts: the prompt ends at the last turn that begins before they part.
+
+    In text without speakers it ends at the last word that does.
+    """
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
         raise EndoRewardError(
             "without a prompt, chosen and rejected must both be text or both be messages, "
@@ -144,6 +156,8 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     )
     if isinstance(chosen, list):
         shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+    elif (speaker := chosen.rfind(SPEAKER, 0, shared)) >= 0:
+        shared = speaker + len(SPEAKER)
     else:
         while shared and not (chosen + " ")[shared].isspace():
             shared -= 1

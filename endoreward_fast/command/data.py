@@ -2,47 +2,38 @@
 
 What a file is follows from its content; its extension decides only where the content leaves a choice.
 JSON Lines and CSV are read as a stream, so that the first rows are scored before the last are read.
+
+Reading is strict: what two readers could take for different rows is an error, of its row where the next one can be
+found, else of the file, after the rows before it.
 """
 
 from __future__ import annotations
 
-import ast
-import csv
 import gzip
 import importlib.util
 import io
 import itertools
-import json
 import stat
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ..errors import EndoRewardError
+from .csv_rows import csv_rows
+from .json_rows import COLUMNS, LISTS, TEXTS, document, is_mostly_lines, is_row, json_lines, rows_of_document
+from .magic import HEAD, refuse_foreign
+from .records import DEEPEST, Record, is_messages, kind_of, record
+
+__all__ = [
+    "COLUMNS", "DEEPEST", "LISTS", "STDIN", "TEXTS", "Record", "Source", "is_messages", "kind_of", "open_source",
+]  # fmt: skip
 
 STDIN = "-"
 UTF8_BOM = b"\xef\xbb\xbf"
-DEEPEST = 100
-"""levels of lists and objects in a row: far below where Python's readers and writers give up, each at another depth"""
 JSON_LINES = (".jsonl", ".ndjson")
-UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
-LISTS = frozenset(("completions", "responses", "messages", "prompt_ids", "completion_ids"))
-TEXTS = frozenset(("prompt", "question", "completion", "response", "answer", "chosen", "rejected"))
-COLUMNS = TEXTS | LISTS
-"""Column names that mean something here; candidates.py says what."""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row of the input, or why it cannot be used."""
-
-    where: str
-    """ "line 3" or "row 3", counted from 1: how messages name it"""
-    row: dict[str, Any] | None
-    error: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +54,11 @@ def open_source(path: str, limit: int | None = None) -> Source:
     """
     name = "standard input" if path == STDIN else path
     stream = _open(path, name)
-    if stream.peek(4)[:4] == b"PAR1":  # type: ignore[attr-defined]
+    head: bytes = stream.peek(HEAD)  # type: ignore[attr-defined]
+    if head[:4] == b"PAR1":
         source = Source(name, _parquet(stream, name), None)
     else:
+        refuse_foreign(head, name)
         source = _text_source(path, name, stream)
     records = _readable(source.records, name, stream)
     if limit is None:
@@ -115,10 +108,20 @@ def _text_source(path: str, name: str, stream: BinaryIO) -> Source:
     opening = first.lstrip()[:1]
     suffix = next((s.lower() for s in reversed(Path(path).suffixes) if s.lower() != ".gz"), "")
     if suffix in (".csv", ".tsv") or (suffix not in (*JSON_LINES, ".json") and opening not in (b"{", b"[")):
-        return Source(name, _csv(lines, skipped, name), None)
-    if (suffix in JSON_LINES and opening != b"[") or (suffix != ".json" and _is_row(first)):
-        return Source(name, _json_lines(lines, skipped), _count_lines(path, stream))
-    return _json_source(name, b"".join(lines), skipped, lines_allowed=suffix in JSON_LINES or opening == b"{")
+        return Source(name, csv_rows(lines, skipped, name), None)
+    if (suffix in JSON_LINES and opening != b"[") or (suffix != ".json" and is_row(first)):
+        return Source(name, json_lines(lines, skipped), _count_lines(path, stream))
+    data = b"".join(lines)
+    try:
+        value = document(name, data, skipped)
+    except EndoRewardError:
+        # Or else JSON Lines under a name that does not say so.
+        if (suffix in JSON_LINES or opening == b"{") and is_mostly_lines(data):
+            broken = data.split(b"\n")
+            return Source(name, json_lines(broken, skipped), len(broken))
+        raise
+    rows = rows_of_document(value, name)
+    return Source(name, (record(f"row {n}", row) for n, row in enumerate(rows, start=1)), len(rows))
 
 
 def _after_blank_lines(stream: BinaryIO, name: str) -> tuple[Iterator[bytes], int]:
@@ -126,21 +129,12 @@ def _after_blank_lines(stream: BinaryIO, name: str) -> tuple[Iterator[bytes], in
     lines = iter(stream)
     try:
         first = next(lines, b"")
-        if first[:2] in UTF16_BOMS:
-            raise EndoRewardError(f"{name} is UTF-16: save it as UTF-8")
         first, skipped = first.removeprefix(UTF8_BOM), 0
         while first and not first.strip():
             first, skipped = next(lines, b""), skipped + 1
     except (EOFError, zlib.error, OSError) as error:
         raise EndoRewardError(f"cannot read {name}: {_reason(error)}") from None
     return itertools.chain([first], lines), skipped
-
-
-def _is_row(line: bytes) -> bool:
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _count_lines(path: str, stream: BinaryIO) -> int | None:
@@ -154,129 +148,6 @@ def _count_lines(path: str, stream: BinaryIO) -> int | None:
     return count + (last != b"\n")
 
 
-def _json_lines(lines: Iterable[bytes], skipped: int = 0) -> Iterator[Record]:
-    for number, line in enumerate(lines, start=skipped + 1):
-        if not line.strip():
-            continue
-        where = f"line {number}"
-        try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            yield Record(where, None, f"not UTF-8 (byte {error.start + 1})")
-        except json.JSONDecodeError as error:
-            yield Record(where, None, f"not valid JSON ({error.msg}, column {error.colno})")
-        except (ValueError, RecursionError) as error:
-            yield Record(where, None, f"not valid JSON ({error})")
-        else:
-            yield _record(where, row)
-
-
-def _record(where: str, row: object) -> Record:
-    if not isinstance(row, dict):
-        return Record(where, None, f"wanted a JSON object, found {kind_of(row)}")
-    if _is_deeper(row, DEEPEST):
-        return Record(where, None, f"nested more than {DEEPEST} levels deep")
-    return Record(where, row)
-
-
-def _is_deeper(value: dict[str, Any] | list[Any], levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value
-    return levels == 0 or any(_is_deeper(one, levels - 1) for one in inner if isinstance(one, (dict, list)))
-
-
-def kind_of(value: object) -> str:
-    """The JSON name of a value's type, for messages."""
-    names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "an array"}
-    return "null" if value is None else names.get(type(value), "an object")
-
-
-def _json_source(name: str, data: bytes, skipped: int, lines_allowed: bool) -> Source:
-    """A JSON document; or else, where allowed, JSON Lines under a name that does not say so."""
-    try:
-        value = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        lines = data.split(b"\n")
-        if lines_allowed and any(_is_row(line) for line in lines):
-            return Source(name, _json_lines(lines, skipped), len(lines))
-        raise EndoRewardError(f"{name} is not valid JSON ({_json_reason(error, skipped)})") from None
-    rows = _rows_of(value, name)
-    if not rows:
-        raise EndoRewardError(f"{name} has no rows: there is nothing to score")
-    return Source(name, (_record(f"row {n}", row) for n, row in enumerate(rows, start=1)), len(rows))
-
-
-def _json_reason(error: BaseException, skipped: int) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}, line {error.lineno + skipped} column {error.colno}"
-    return str(error)
-
-
-def _rows_of(value: object, name: str) -> list[Any]:
-    """Rows of an array, of {"data": ...}, of an object of arrays (or pandas' index objects), or one row."""
-    if isinstance(value, list):
-        return value
-    if not isinstance(value, dict):
-        raise EndoRewardError(f"{name}: wanted an array or an object, found {kind_of(value)}")
-    if not COLUMNS & value.keys() and isinstance(value.get("data"), (list, dict)):
-        return _rows_of(value["data"], name)
-    columns = {key: list(v.values()) if isinstance(v, dict) else v for key, v in value.items()}
-    if not columns or not all(isinstance(v, list) and not is_messages(v) for v in columns.values()):
-        return [value]
-    lengths = {key: len(v) for key, v in columns.items()}
-    if len(set(lengths.values())) > 1:
-        raise EndoRewardError(f"{name}: its columns differ in length: {lengths}")
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def is_messages(value: object) -> bool:
-    """Whether `value` is a chat: a list of {"role": ..., "content": ...}."""
-    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
-
-
-def _csv(lines: Iterable[bytes], skipped: int, name: str) -> Iterator[Record]:
-    # A byte that is not UTF-8 becomes a lone surrogate, so that it spoils its own row only.
-    text = (line.decode("utf-8", "surrogateescape") for line in lines)
-    header_line = next(text)
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses a completion of 128 KiB
-    number, line_number = 0, 1
-    try:
-        delimiter = max(",;\t", key=lambda d: len(COLUMNS & set(next(csv.reader([header_line], delimiter=d)))))
-        reader = csv.reader(itertools.chain([header_line], text), delimiter=delimiter)
-        header = [column.strip() for column in next(reader)]
-        for number, fields in enumerate((f for f in reader if f), start=1):
-            line_number = reader.line_num
-            yield _csv_record(f"row {number} (ends on line {line_number + skipped})", header, fields)
-    except csv.Error as error:
-        raise EndoRewardError(f"{name} is not valid CSV (after line {line_number + skipped}: {error})") from None
-    finally:
-        csv.field_size_limit(limit)
-    if not number:
-        raise EndoRewardError(f"{name} has a header and no rows: there is nothing to score")
-
-
-def _csv_record(where: str, header: list[str], fields: list[str]) -> Record:
-    if len(fields) != len(header):
-        return Record(where, None, f"{len(fields)} fields where the header has {len(header)}")
-    try:
-        "".join(fields).encode("utf-8")
-    except UnicodeEncodeError:
-        return Record(where, None, "not UTF-8")
-    return _record(where, {column: _cell(column, text) for column, text in zip(header, fields, strict=True)})
-
-
-def _cell(column: str, text: str) -> Any:
-    """A cell: text, unless it spells out the list its column needs, as JSON or (pandas) as Python."""
-    if column in COLUMNS and text.lstrip().startswith("["):
-        for parse in (json.loads, ast.literal_eval):
-            try:
-                value = parse(text)
-            except (ValueError, SyntaxError, RecursionError, MemoryError):
-                continue
-            if isinstance(value, list) and (column in LISTS or is_messages(value)):
-                return value
-    return text
-
-
 def _parquet(stream: BinaryIO, name: str) -> Iterator[Record]:
     if importlib.util.find_spec("pyarrow") is None:
         raise EndoRewardError(f"{name} is Parquet: `pip install pyarrow` to read it, or save it as JSON Lines")
@@ -284,9 +155,13 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[Record]:
 
     data: Any = stream if stream.seekable() else io.BytesIO(stream.read())
     try:
-        batches = parquet.ParquetFile(data).iter_batches(batch_size=256)
+        file = parquet.ParquetFile(data)
+        names = file.schema_arrow.names
+        batches = file.iter_batches(batch_size=256)
     except (ArrowException, OSError) as error:
         raise EndoRewardError(f"cannot read {name}: {error}") from None
+    if twice := next((column for n, column in enumerate(names) if column in names[:n]), None):
+        raise EndoRewardError(f"{name} has two columns named {twice!r}: rename one")
     return _parquet_records(batches, name)
 
 
@@ -295,6 +170,6 @@ def _parquet_records(batches: Iterator[Any], name: str) -> Iterator[Record]:
 
     try:
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from (_record(f"row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from (record(f"row {number}", row) for number, row in enumerate(rows, start=1))
     except (ArrowException, OSError) as error:
         raise EndoRewardError(f"cannot read {name} to its end: {error}") from None

@@ -79,6 +79,16 @@ class Judged:
         return len(self.chosen) == len(self.rejected) == len(STYLES)
 
     @property
+    def on_top(self) -> float:
+        """1.0 if every chosen completion is strictly above every rejected one, else 0.0."""
+        return float(min(self.chosen) > max(self.rejected))
+
+    @property
+    def chance_on_top(self) -> float:
+        """How likely that is for scores in random order: k! m! / (k + m)! of k chosen and m rejected."""
+        return 1 / math.comb(len(self.chosen) + len(self.rejected), len(self.chosen))
+
+    @property
     def accuracy(self) -> float:
         """Share of comparisons won."""
         return sum(map(sum, self.wins)) / self.comparisons

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..encoding import in_words
 from ..errors import EndoRewardError
 from ..heatmap import Card, Row, Token, best_of, clipped, counted, limit_of_rows, number, page, visible
 from ..notebook import tokens_of
@@ -30,7 +31,7 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
     if format_of(flags.output) == PAGE:
         html = flags.output
     source = _source(file, prompt, completions, flags.limit or SHOWN)
-    with Sink(html or flags.output, (file,) if file else ()) as sink:
+    with Sink(html or flags.output, (file,) if file else (), overwrite=flags.overwrite) as sink:
         refuse_other_format(html or flags.output, PAGE if html else TEXT, "--html" if html else "--output")
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
         pipeline.before_loading(flags)
@@ -68,7 +69,9 @@ def row_of(item: Item) -> Row:
     for i in range(len(item.task.samples)):
         table = item.results[i].tokens
         tokens = () if table is None else tokens_of(table)
-        cards.append(Card(labels[i], item.score(i), tokens, item.problem(i) or item.results[i].note))
+        notes = (in_words(item.task.flags), item.results[i].note)
+        note = item.problem(i) or "; ".join(note for note in notes if note) or None
+        cards.append(Card(labels[i], item.score(i), tokens, note))
     if not cards:
         return Row(item.record.where, "", [Card("no completion", None)])
     return Row(item.record.where, _prompt(item.task.samples[0]), cards)

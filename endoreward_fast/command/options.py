@@ -159,7 +159,7 @@ class ModelFlags:
         return {name: getattr(self, name) for name in names}
 
 
-UNSAID = ("output", "quiet", "strict", "model_by_default")
+UNSAID = ("output", "overwrite", "quiet", "strict", "model_by_default")
 """fields that no number of a run depends on"""
 
 
@@ -198,6 +198,7 @@ class RowFlags(ModelFlags):
         ),
     ] = None
     output: Annotated[Text, of_output("--output", "-o", help="Write results here; default: standard output.")] = None
+    overwrite: Annotated[bool, of_output("--overwrite", help="Replace what --output holds.")] = False
 
     def check(self) -> None:
         super().check()

@@ -51,16 +51,17 @@ class Sink:
     Opening checks that the path can be written, keeps other runs from it, and touches nothing there; the first write
     empties it, within `emptying()`, or after `append` goes on behind what is there. A device, a pipe or what standard
     output or error goes to is never emptied. Raises EndoRewardError if the path cannot be written, is one of `inputs`,
-    or is being written by another run.
+    is being written by another run, or holds something, unless `overwrite` or `resume` says what is to become of that
+    (`resume` None: the command has no --resume).
     """
 
     def __init__(
-        self, path: str | None, inputs: tuple[str, ...] = (), *,
+        self, path: str | None, inputs: tuple[str, ...] = (), *, overwrite: bool = False, resume: bool | None = None,
         emptying: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
         self._emptying = emptying
         self._before_first: Callable[[], None] | None = None
-        self._created = False
+        self._created = self._regular = False
         if path is None or path == STDIN or _is_open_as(path, STDOUT):
             self.name, self._file = "standard output", sys.stdout.buffer
             return
@@ -74,10 +75,15 @@ class Sink:
         except OSError as error:
             raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
         if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode) and not _is_open_as(path, STDERR):
-            self._before_first = self._empty
+            self._before_first, self._regular = self._empty, True
             if not (_lock(self._file) and _is_at(self._file, path)):
                 self._file.close()
                 raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
+            if not (overwrite or resume) and os.fstat(self._file.fileno()).st_size:
+                self._file.close()
+                ways = "--overwrite replaces it, or name another --output"
+                ways = ways if resume is None else f"--resume goes on with it, {ways}"
+                raise EndoRewardError(f"{path} exists and is not empty: {ways}")
 
     def append(self, kept: Iterable[bytes] | None = None) -> None:
         """Keep what is there; or of that, from the first write on, the lines `kept`."""
@@ -123,6 +129,11 @@ class Sink:
             raise
         except OSError as error:
             raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the path holds what this run has written so far: --resume goes on there."""
+        return self._regular and self._before_first is None
 
     @property
     def is_stdout(self) -> bool:
@@ -191,12 +202,16 @@ class Monitor:
     """Progress, notes and row errors on standard error.
 
     A bar is drawn only if standard error is a terminal and results do not go to that terminal too. `quiet`
-    leaves the errors alone. At the end of its context it says what was done.
+    leaves the errors alone. At the end of its context it says what was done. `total`: rows, each as often as there are
+    `passes`.
     """
 
-    def __init__(self, total: int | None = None, *, quiet: bool = False, bar: bool = True, model: str = "") -> None:
+    def __init__(
+        self, total: int | None = None, *, passes: int = 1, quiet: bool = False, bar: bool = True, model: str = ""
+    ) -> None:  # fmt: skip
         self.quiet = quiet
         self._by = f", model {model}" if model else ""
+        self._of = None if total is None else total // passes
         self.rows = self.tokens = self.failed = self.missed = 0
         self._noted: set[str] = set()
         self._done = 0
@@ -269,8 +284,9 @@ class Monitor:
 
     def _summary(self, prefix: str) -> None:
         """What was done, in how long; how many rows failed (said even when quiet)."""
+        of = self._of if prefix and self._of is not None else self.rows
         self.note(
-            f"{prefix}scored {self.rows - self.failed} of {self.rows} rows, {self.tokens:,} tokens "
+            f"{prefix}scored {self.rows - self.failed} of {of} rows, {self.tokens:,} tokens "
             f"in {self.seconds:.1f} s ({self.rate:,.0f} tokens/s){self._by}"
         )
         hidden = self.failed + self.missed - ERRORS_SHOWN

@@ -46,15 +46,16 @@ def takes(flags: type[F]) -> Callable[[Callable[..., None]], Callable[..., None]
         before = [
             p.replace(annotation=own[p.name], kind=inspect.Parameter.KEYWORD_ONLY)
             for p in inspect.signature(command).parameters.values()
-            if p.name != "flags"
+            if p.name not in ("flags", "context")
         ]
+        asks = "context" in inspect.signature(command).parameters
 
         def run(context: typer.Context, **values: Any) -> None:
             source = context.get_parameter_source("model")
             by_default = source is not None and source.name == "DEFAULT"
             given = flags(**{p.name: values.pop(p.name) for p in parameters}, **{"model_by_default": by_default})
             given.check()
-            command(**values, flags=given)
+            command(**values, **({"context": context} if asks else {}), flags=given)
 
         run.__doc__, run.__name__ = command.__doc__, command.__name__
         taken = [context, *parameters, *before]

@@ -267,9 +267,9 @@ def _with_columns(item: Item, new: dict[str, Any], layout: Any, per_token: bool)
     if item.task is None:
         new["error"] = f"{item.record.where}: {item.error}" if item.record.row is None else item.error
     else:
-        results = item.results
-        if any(result.flags for result in results.values()):
-            new["flags"] = arrange(layout, lambda i: list(results[i].flags))
+        results, given = item.results, item.task.flags
+        if any((*given, *result.flags) for result in results.values()):
+            new["flags"] = arrange(layout, lambda i: [*given, *results[i].flags])
         if item.first_problem:
             new["error"] = arrange(layout, item.problem)
         if per_token:

@@ -90,7 +90,7 @@ def plot(file: str, flags: RowFlags) -> bool:
         raise EndoRewardError(f"--output {path}: its name must end in {' or '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib, or endoreward-fast[plot]")
-    with Sink(path, (file,)) as sink:
+    with Sink(path, (file,), overwrite=flags.overwrite) as sink:
         source = open_source(file, flags.limit)
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
         pipeline.before_loading(flags)

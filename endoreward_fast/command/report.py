@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .evaluation import STYLES, Accuracy, Block, Judged, RmBench, block, by, over_rows, reward_bench, rm_bench
+from .reward_bench_2 import CHANCE, RewardBench2, reward_bench_2
 
 
 @dataclass
@@ -39,6 +40,7 @@ class FileResult:
         }
         if self.judged:
             found |= over_rows(self.judged, lambda r: r.accuracy).to_json() | {"rows": self.rows}
+            found["every_chosen_on_top"] = self.on_top.to_json() | {"chance": self.chance}
             found["subsets"] = {n: over_rows(g, lambda r: r.accuracy).to_json() for n, g in self.subsets.items()}
         if self.styled:
             found["rm_bench"] = block(self.judged).to_json()
@@ -48,6 +50,21 @@ class FileResult:
     def subsets(self) -> dict[str, list[Judged]]:
         """Rows by subset."""
         return by(self.judged, lambda r: r.subset)
+
+    @property
+    def on_top(self) -> Accuracy:
+        """Share of rows whose chosen completions are all above all rejected ones."""
+        return over_rows(self.judged, lambda r: r.on_top)
+
+    @property
+    def chance(self) -> float:
+        """Of `on_top`, for scores in random order."""
+        return sum(row.chance_on_top for row in self.judged) / len(self.judged)
+
+    @property
+    def listed(self) -> bool:
+        """Whether some row compares more than two completions, and not all have RM-Bench's shape."""
+        return not self.styled and any(row.comparisons > 1 for row in self.judged)
 
     @property
     def styled(self) -> bool:
@@ -63,11 +80,12 @@ def to_json(files: Sequence[FileResult], about: dict[str, Any]) -> dict[str, Any
 
 def _numbers(files: Sequence[FileResult]) -> dict[str, Any]:
     judged = _judged(files)
-    bench, rewards = rm_bench(judged), reward_bench(judged)
+    bench, rewards, second = rm_bench(judged), reward_bench(judged), reward_bench_2(judged)
     return {
         "files": [file.to_json() for file in files],
         "rm_bench": bench.to_json() if bench else None,
         "reward_bench": {name: a.to_json() for name, a in rewards.items()} if rewards else None,
+        "reward_bench_2": second.to_json() if second else None,
         "scores": [
             {
                 "file": r.file,
@@ -101,8 +119,12 @@ def to_text(files: Sequence[FileResult], note: str | None = None) -> str:
     if rewards := reward_bench(judged):
         lines += ["RewardBench sections", *(f"  {name:<26}{_with_interval(a)}" for name, a in rewards.items())]
         lines += [*_beside_reward_bench_lines(files), ""]
+    if second := reward_bench_2(judged):
+        lines += [*_reward_bench_2_lines(second), ""]
     lines += [note + "."] if note else []
-    lines.append("Intervals: 95%, Wilson, a row being one trial. Ties count as lost. Chance is 50%.")
+    lines.append("Intervals: 95%, Wilson, a row being one trial. Ties count as lost.")
+    if not any(file.listed for file in files):
+        lines[-1] += " Chance is 50%."
     return "\n".join(lines) + "\n"
 
 
@@ -124,12 +146,35 @@ def _file_lines(file: FileResult) -> list[str]:
         return lines
     if file.styled:
         lines += _matrix_lines(block(file.judged))
-    lines.append(f"  {'accuracy':<26}{_with_interval(over_rows(file.judged, lambda r: r.accuracy))}")
-    if any(row.comparisons > 1 for row in file.judged) and not file.styled:
-        best = over_rows(file.judged, lambda r: float(min(r.chosen) > max(r.rejected)))
-        lines.append(f"  {'every chosen on top':<26}{_with_interval(best)}")
+    accuracy = _with_interval(over_rows(file.judged, lambda r: r.accuracy))
+    if not file.listed:
+        lines.append(f"  {'accuracy':<26}{accuracy}")
+        for name, rows in file.subsets.items():
+            lines.append(f"    {name:<24}{_with_interval(over_rows(rows, lambda r: r.accuracy))}")
+        return lines
+    lines.append(f"  {'accuracy of comparisons':<26}{accuracy}{_chance(0.5)}")
+    lines.append(f"  {'every chosen on top':<26}{_with_interval(file.on_top)}{_chance(file.chance)}")
     for name, rows in file.subsets.items():
-        lines.append(f"    {name:<24}{_with_interval(over_rows(rows, lambda r: r.accuracy))}")
+        subset = FileResult(name, len(rows), rows)
+        lines.append(f"    {name:<24}{_with_interval(subset.on_top)}{_chance(subset.chance)}")
+    return lines
+
+
+def _chance(value: float) -> str:
+    return f"  chance {100 * value:.1f}%"
+
+
+def _reward_bench_2_lines(bench: RewardBench2) -> list[str]:
+    lines = ["RewardBench 2, best of 4 (a tie for the highest score earns its share)"]
+    lines += [f"  {name:<26}{_with_interval(a)}{_chance(CHANCE)}" for name, a in bench.subsets.items()]
+    if (ties := bench.ties) is not None:
+        value = f"not computed: {ties.why}" if ties.score is None else _percent(ties.score) + "%"
+        about = f"  its own score, of {ties.pairs} pairs of prompts" if ties.score is not None else ""
+        lines.append(f"  {'Ties':<26}{value}{about}")
+    if bench.score is not None:
+        lines.append(f"  {'mean of the six':<26}{_percent(bench.score)}%")
+    elif bench.absent:
+        lines.append(f"  not in these files: {', '.join(bench.absent)} (the benchmark's own score is over six subsets)")
     return lines
 
 
