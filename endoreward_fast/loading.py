@@ -70,7 +70,7 @@ def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str
         base, base_options = _base_of(adapter, kind, options)
     if "gguf_file" in base_options:
         _refuse_without_readers(name)
-    with _explained(name), _quiet():
+    with _explained(name, adapter), _quiet():
         config = _config(base, base_options)
         kind.refuse_other(config, name, adapter)
         model, absent = _weights(kind, base, base_options, config, wanted, device)
@@ -120,18 +120,19 @@ def _weights(
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def _explained(name: str, adapter: Adapter | None) -> Iterator[None]:
     """Whatever is raised inside becomes one line: file readers, quantisers and a model's own code raise anything."""
+    model = f"model {name!r}" if adapter is None or adapter.base is None else f"model {name!r} on {adapter.base!r}"
     try:
         yield
     except EndoRewardError as error:
         said = str(error)
-        raise (error if name in said else EndoRewardError(f"model {name!r} cannot be loaded: {said}")) from None
+        raise (error if name in said else EndoRewardError(f"{model} cannot be loaded: {said}")) from None
     except Exception as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if isinstance(error, TypeError) and unknown:
-            raise EndoRewardError(f"model {name!r}: from_pretrained takes no option {unknown[1]!r} here") from error
-        raise EndoRewardError(f"model {name!r} cannot be loaded: {first_line(error)}") from error
+            raise EndoRewardError(f"{model}: from_pretrained takes no option {unknown[1]!r} here") from error
+        raise EndoRewardError(f"{model} cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager

@@ -175,3 +175,29 @@ def test_the_adapter_of_a_reward_model(base, tmp_path, of):
     refused(tmp_path / "rm", "of a classifier, not of a causal")
     of_base(base, tmp_path / "causal")
     refused(tmp_path / "causal", "LlamaForCausalLM, which is not a reward model", RewardModel.from_pretrained)
+
+
+def test_an_adapter_and_its_base_in_the_cache_of_the_hub(base, adapter, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    from endoreward_fast.checkpoint import weights_of
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def cached(name, folder, commit):
+        repository = tmp_path / f"models--me--{name}"
+        shutil.copytree(folder, repository / "snapshots" / commit)
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text(commit)
+        return repository / "snapshots" / commit
+
+    one, two = "1" * 40, "2" * 40
+    cached("base", base, one)
+    renamed(cached("adapter", adapter, two), base_model_name_or_path="me/base")
+    found = EndoRewardModel.from_pretrained("me/adapter", device="cpu", cache_dir=str(tmp_path))
+    assert found.score(ROWS[:1]) == EndoRewardModel.from_pretrained(adapter, device="cpu").score(ROWS[:1])
+    assert weights_of("me/adapter", cache_dir=str(tmp_path)) == f"commit {two} on commit {one}"
+    renamed(tmp_path / "models--me--adapter" / "snapshots" / two, base_model_name_or_path="me/gone")
+    with pytest.raises(EndoRewardError, match=r"me/gone") as caught:
+        EndoRewardModel.from_pretrained("me/adapter", device="cpu", cache_dir=str(tmp_path))
+    assert "\n" not in str(caught.value) and "me/adapter" in str(caught.value)
