@@ -130,7 +130,6 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
     if flags.engine != LOCAL and importlib.util.find_spec("ray") is None:
         raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
     if not rank.first:
-        pipeline.before_hub(replace(flags, quiet=True))
         return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
         # Rank 0 reads in a thread, which nothing could end while it waits for more.
@@ -143,7 +142,6 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
 
     @cache
     def settings() -> dict[str, Any]:
-        pipeline.before_hub(flags)
         return by_flags | {"weights": weights_of(flags.model, **flags.source)}
 
     ways = {"overwrite": flags.overwrite, "resume": resume}

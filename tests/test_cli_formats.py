@@ -49,7 +49,7 @@ def test_a_page_under_another_name_is_refused(name, folder):
 def test_a_page_is_written_where_the_name_says_so(name, folder):
     run(*ASKED, "-q", "-o", name)
     by_output = (folder / name).read_text()
-    run(*ASKED, "-q", "--html", name)
+    run(*ASKED, "-q", "--html", name, "--overwrite")
     assert by_output == (folder / name).read_text() and by_output.startswith("<!DOCTYPE html>")
 
 

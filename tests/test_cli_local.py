@@ -9,7 +9,7 @@ import pytest
 
 from cli_harness import PAIR, LengthScorer, put, run
 from endoreward_fast import cli
-from endoreward_fast.command import network, pipeline, side_by_side
+from endoreward_fast.command import pipeline, side_by_side
 
 ROOT = Path(__file__).resolve().parents[1]
 ASKED = ("--prompt", "p", "--completion", "c")
@@ -107,28 +107,5 @@ def test_a_hub_out_of_reach_costs_no_retries(tmp_path):
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "endoreward_fast", "score", put(tmp_path, PAIR), "-m", "owner/model"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
-    first, *_, last = done.stderr.splitlines()
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
-    assert first.startswith("endoreward: http://127.0.0.1:9 cannot be reached (Connection refused)")
-    assert last.startswith("endoreward: model 'owner/model' cannot be loaded")
-
-
-def test_the_hub_is_looked_for_only_where_it_is_asked(monkeypatch, tmp_path):
-    monkeypatch.delitem(sys.modules, "huggingface_hub", raising=False)
-    for name in (*network.PROXIES, *map(str.upper, network.PROXIES), "HF_HUB_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-
-    def refused(*args):
-        raise ConnectionRefusedError(111, "Connection refused")
-
-    monkeypatch.setattr(network.socket, "create_connection", refused)
-    assert network.stay_offline_without_hub(["pocket", str(tmp_path)]) is None
-    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    assert network.stay_offline_without_hub(["owner/model"]) is None and os.environ["HF_HUB_OFFLINE"] == "0"
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:1")
-    assert network.stay_offline_without_hub(["owner/model"]) is None
-    monkeypatch.delenv("HTTPS_PROXY")
-    assert "cannot be reached" in (network.stay_offline_without_hub(["pocket", "owner/model"]) or "")
-    assert os.environ.pop("HF_HUB_OFFLINE") == "1"
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "'owner/model'" in done.stderr and "http://127.0.0.1:9 cannot be reached" in done.stderr

@@ -120,7 +120,10 @@ def test_what_is_worth_knowing_of_a_row_is_shown(tmp_path):
     target, flags = tmp_path / "out.html", ("--max-length", 9, "--truncate", "completion", "-q")
     run("show", path, *flags, "--html", target)
     for said in (run("show", path, *flags).stdout, target.read_text()):
-        assert "the completion is empty: score 0" in said and "tokens were cut to fit the limit" in said
+        assert (
+            "the completion is empty: only the token that ends it" in said
+            and "tokens were cut to fit the limit" in said
+        )
 
 
 def test_how_the_scores_were_made_is_said(tmp_path):
@@ -213,7 +216,7 @@ def test_two_completions_have_no_correlation_and_what_is_not_drawn_is_named(tmp_
     target = tmp_path / "out.svg"
     run("plot", put(tmp_path, *PAIRS[:2]), "-o", target)
     assert "correlation" not in target.read_text() and "chosen and rejected: fewer than 5 have" in target.read_text()
-    few = [{"prompt": "p", "completion": text} for text in ("", "", "", "a", "b", "c")]
+    few = [{"prompt": "p", "completion": text} for text in ("", "a", "b", "c")]
     run("plot", put(tmp_path, *few), "-o", target, "--overwrite")
     assert "completions: fewer than 5 have a token" in target.read_text()
     run("plot", put(tmp_path, *PAIRS), "-o", target, "--overwrite")

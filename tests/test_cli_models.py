@@ -73,5 +73,5 @@ def test_where_the_weights_are_goes_to_every_loader(monkeypatch):
     ],
 )
 def test_what_is_no_model_is_said_at_once(tmp_path, flags, said):
-    result = run("score", put(tmp_path, ROW), *flags, code=2)
+    result = run("score", put(tmp_path, ROW), *flags, "-q", code=2)
     assert said in result.stderr and result.stderr.count("\n") == 1

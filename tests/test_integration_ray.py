@@ -70,7 +70,7 @@ def test_bad_input_is_one_clear_line():
         score({"prompt": ["a"]})
     with pytest.raises(EndoRewardError, match="has a column 'error', which ScoreRows adds"):
         score(pyarrow.table({"prompt": ["a"], "completion": ["b"], "error": ["c"]}))
-    with pytest.raises(TypeError, match="unknown"):
+    with pytest.raises(EndoRewardError, match="no option 'unknown'"):
         ScoreRows("pocket", unknown=1)
 
 

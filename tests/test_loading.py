@@ -155,6 +155,7 @@ def test_loading_draws_no_bars_and_leaves_transformers_as_it_was(saved, tmp_path
     from transformers.utils import logging
 
     seen = []
+    logging.enable_progress_bar()
     logging.set_tqdm_hook(lambda factory, args, kwargs: seen.append(kwargs) or factory(*args, **kwargs))
     try:
         EndoRewardModel.from_pretrained(saved, device="cpu")

@@ -479,7 +479,7 @@ def test_a_warning_over_a_model_is_said_by_rank_0_alone(monkeypatch, tmp_path):
         board.put("end", b"0")
         monkeypatch.setattr(
             "endoreward_fast.command.ranks.come",
-            lambda *about: (board, {"weights": weights_of("pocket"), "idle": False}),
+            lambda *about: (board, {"weights": weights_of("pocket"), "idle": False, "date": None}),
         )
         help_out(Job("score", A_ROW_A_WINDOW), Rank(1, 2, 1))
     assert caught == [] and board.has("rank 1 left")

@@ -155,7 +155,8 @@ def test_the_row_that_stopped_a_strict_run_is_not_done(scorer, tmp_path):
 
 OTHER = {
     "dtype": "float16", "alpha": 2.0, "reduction": "mean", "gamma": 0.5, "floor": 0.25, "system": "s",
-    "chat": False, "max_length": 9, "truncate": "prompt",
+    "chat": False, "max_length": 9, "truncate": "prompt", "date": "2024-02-29", "template_kwargs": '{"a": 1}',
+    "tools": '[{"name": "add"}]',
 }  # fmt: skip
 """another value of every flag that scores depend on"""
 
@@ -172,7 +173,9 @@ def test_another_configuration_is_refused(scorer, monkeypatch, name, tmp_path):
     if name == "version":
         monkeypatch.setattr("endoreward_fast.cli.version", lambda package: "9.9")
     flag, value = "--" + name.replace("_", "-"), OTHER.get(name, "9.9" if name == "version" else True)
-    flags = {"version": [], "per_token": [flag], "chat": ["--no-chat"]}.get(name, [flag, value])
+    (tmp_path / "tools.json").write_text(OTHER["tools"])
+    flags = {"version": [], "per_token": [flag], "chat": ["--no-chat"], "tools": [flag, tmp_path / "tools.json"]}
+    flags = flags.get(name, [flag, value])
     said = run("score", source, "-o", out, "--resume", *flags, "-q", code=2).stderr
     assert f"--resume: {out} was made with {name}=" in said and said.count("\n") == 1
     assert said.endswith(f"not {value!r}: scores would not compare\n") and out.read_text() == before

@@ -390,8 +390,7 @@ def test_a_second_model_with_other_words_is_refused(llama):
 
 
 def test_the_second_models_limits_hold(llama):
-    short = EndoRewardModel(MODELS["llama"](), TOKENIZER)
-    short.model.config.max_position_embeddings = 20
+    short = EndoRewardModel(build(LlamaConfig, max_position_embeddings=20), TOKENIZER)
     results = llama.score(ROWS[:2], signals="all", reference=short)
     assert results[0].error is None and results[0].signals["log-ratio"] == pytest.approx(0, abs=1e-5)
     assert "42 tokens, the limit is 20" in results[1].error

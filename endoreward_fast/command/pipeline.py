@@ -15,7 +15,6 @@ from ..encoding import NOTHING_TO_SCORE
 from ..errors import EndoRewardError
 from .candidates import MissingColumns, Task, arrange, plan
 from .data import Record, Source
-from .network import stay_offline_without_hub
 from .output import Aside, Monitor, compact
 
 if TYPE_CHECKING:
@@ -72,14 +71,6 @@ def before_loading(flags: ModelFlags) -> None:
     """Call it between the cheap checks and loading: says which model scores where the command line named none."""
     if flags.model_by_default and not flags.quiet:
         print(f"endoreward: {NO_MODEL}", file=sys.stderr, flush=True)
-    before_hub(flags)
-
-
-def before_hub(flags: ModelFlags) -> None:
-    """Call it before anything that may ask the hub; says so where that cannot be reached."""
-    note = stay_offline_without_hub(flags.models.values())
-    if note and not flags.quiet:
-        print(f"endoreward: {note}", file=sys.stderr, flush=True)
 
 
 def _quieten(flags: ModelFlags) -> None:

@@ -46,8 +46,8 @@ def day_of(output: str | None, *, resume: bool) -> str | None:
     if output is None or output == STDIN:
         return None
     if resume:
-        with suppress(OSError, ValueError, KeyError, TypeError):  # what is wrong with them is said where they are read
-            found = json.loads(_beside(output).read_text(encoding="utf-8"))["settings"].get("date")
+        with suppress(OSError, ValueError, LookupError, TypeError):  # what is wrong is said where all of it is read
+            found = json.loads(_beside(output).read_text(encoding="utf-8"))["settings"]["date"]
             if isinstance(found, str):
                 return found
     return date.today().isoformat()

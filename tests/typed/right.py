@@ -59,7 +59,7 @@ for position, result in scorer.iter_scores([row], on_tokens=lambda tokens: None,
     assert_type(result, RowScore)
 ranked = scorer.rank("2 + 3", ("5", "6"), truncate="prompt", max_length=64)
 assert_type(ranked, list[Ranked])
-assert_type(ranked[0].score, float)
+assert_type(ranked[0].score, float | None)
 
 rival = RewardModel.from_pretrained("a/name", subfolder="reward", local_files_only=True).to("cpu", torch.bfloat16)
 assert_type(rival, RewardModel)
