@@ -23,6 +23,7 @@ def local(monkeypatch, tmp_path):
     def reached(*args, **kw):
         raise AssertionError("a model or the hub was asked")
 
+    for name in ("load_scorer", "load_reward_model", "load_judges"):
         monkeypatch.setattr(pipeline, name, reached)
     for module in (cli, side_by_side):
         monkeypatch.setattr(module, "weights_of", reached)
