@@ -118,14 +118,16 @@ def _function(call: Message) -> Message:
 
 
 def with_texts(message: Message, change: Callable[[str], str]) -> dict[str, Any]:
-    """The message with every text of it that is not blank, names and arguments of tool calls included, changed."""
+    """The message with every text of it that is not blank, changed; with names and arguments of its tool calls, of
+    which numbers become texts."""
 
     def changed(value: Any) -> Any:
-        if isinstance(value, str):
-            return change(value) if value.strip() else value
         if isinstance(value, Mapping):
             return {key: changed(inner) for key, inner in value.items()}
-        return [changed(inner) for inner in value] if isinstance(value, list | tuple) else value
+        if isinstance(value, list | tuple):
+            return [changed(inner) for inner in value]
+        text = value if isinstance(value, str) else json.dumps(value)
+        return change(text) if text.strip() else value
 
     def in_part(part: Message) -> dict[str, Any]:
         return {**part, part["type"]: changed(part[part["type"]])}
