@@ -203,6 +203,11 @@ class _Turn:
             self.completion = body[len(self.prompt) :]
             return
         shared = _shared([self.opening, body])
+        added = self.opening[len(_shared([self.opening, self._write()])) :]
+        turn = before_text.rfind(added) if added.strip() else -1
+        if len(shared) < turn:  # an earlier turn is written otherwise, now that it is not the last
+            self.completion = body[turn + len(added) :]
+            return
         at = min(len(before_text), len(shared))
         if self.opening[at:].isspace():
             self.completion = body[at:].lstrip()

@@ -204,7 +204,7 @@ def _blank_null(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_object(message: dict[str, Any]) -> dict[str, Any]:
-    return _with_arguments(message, lambda arguments: parsed(arguments) or arguments)
+    return _with_arguments(message, lambda arguments: arguments if parsed(arguments) is None else parsed(arguments))
 
 
 def _as_json(message: dict[str, Any]) -> dict[str, Any]:

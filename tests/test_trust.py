@@ -7,6 +7,7 @@ import torch
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardModel
+from endoreward_fast.boundary import decode
 from endoreward_fast.encoding import encode_row
 from tiny_models import MODELS, byte_tokenizer
 
@@ -75,6 +76,30 @@ def test_a_turn_is_all_of_its_fields(model, name, special):
     assert result.score == pytest.approx(float64_score(model, tokenizer, asked(), written), rel=1e-4, abs=1e-3)
     if name == "its own end":
         assert "end_in_text" in result.flags
+
+
+def test_arguments_that_are_json_of_nothing(model):
+    """A template that wants an object gets one, also of {}."""
+    items = QWEN_LIKE.replace("c.function.arguments | tojson", "c.function.arguments.items() | list | length")
+    call = {"type": "function", "function": {"name": "now", "arguments": "{}"}}
+    row = {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Now:", "tool_calls": [call]}]
+    }
+    tokenizer = chat_tokenizer(items)
+    encoded = encode_row(tokenizer, row)
+    assert decode(tokenizer, encoded.input_ids[encoded.prompt_length :]) == "Now:<call>0</call><|im_end|>"
+
+
+def test_an_earlier_turn_that_is_written_otherwise_once_it_is_not_the_last():
+    """Qwen3 writes a thinking block into the last turn alone: the prompt is the policy's, the turn only the last."""
+    last_only = QWEN_LIKE.replace("{{ m.content }}", "{% if loop.last %}<think></think>{% endif %}{{ m.content }}")
+    tokenizer = chat_tokenizer(last_only)
+    turns = [{"role": role, "content": text} for role, text in (("user", "?"), ("assistant", "a"), ("assistant", "b"))]
+    encoded = encode_row(tokenizer, {"messages": turns})
+    opening = tokenizer.apply_chat_template(turns[:2], add_generation_prompt=True, tokenize=False)
+    assert "<think></think>a" in opening
+    assert decode(tokenizer, encoded.input_ids[: encoded.prompt_length]) == opening
+    assert decode(tokenizer, encoded.input_ids[encoded.prompt_length :]) == "<think></think>b<|im_end|>"
 
 
 def test_what_a_row_gives_its_template_is_in_the_prompt(model):
