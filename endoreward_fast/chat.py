@@ -112,9 +112,12 @@ class _Turn:
             _, self.end = self._ending(spoken_in, marked, self._write(spoken_in), self._write(*marked.messages))
             self.completion = ""
             return
-        marked = Marked([self._answer])
+        # White space alone cannot be marked: where it stands is seen from a turn with a text in its place.
+        shown = _saying(self._answer, "x") if is_blank(self._answer) else self._answer
+        marked = Marked([shown])
         other = self._write(*marked.messages)
-        behind, self.end = self._ending(self._answer, marked, self.whole, other)
+        written = self.whole if shown is self._answer else self._write(shown)
+        behind, self.end = self._ending(shown, marked, written, other)
         body = self.whole[: len(self.whole) - len(behind)]
         self._cut(body, _shared([self.whole, other]))
         self.completion = self._without_own_end(self.completion)

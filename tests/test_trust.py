@@ -62,6 +62,8 @@ TURNS = {
     "parts": ({"content": [{"type": "text", "text": "4"}]}, "4<|im_end|>"),
     "its own end": ({"content": "4<|im_end|>"}, "4<|im_end|>"),
     "nothing": ({"content": ""}, "<|im_end|>"),
+    "white space": ({"content": " \n"}, " \n<|im_end|>"),
+    "reasoning alone": ({"content": "", "reasoning_content": "add"}, "<think>\nadd\n</think>\n\n<|im_end|>"),
 }
 
 
