@@ -47,6 +47,10 @@ def check_message(message: Message, name: str) -> None:
         function = _function(call) if isinstance(call, Mapping) else None
         if function is None or not isinstance(function.get("name"), str):
             raise EndoRewardError(f"{name}.tool_calls[{i}]: wanted a function with a name, found {kind_of(call)}")
+        try:
+            json.dumps(function.get("arguments"), allow_nan=False, default=str)
+        except ValueError:
+            raise EndoRewardError(f"{name}.tool_calls[{i}].arguments: NaN or infinity is no value") from None
 
 
 def _check_part(part: Any, name: str) -> None:
@@ -79,8 +83,10 @@ def kind_of(value: Any) -> str:
 
 
 def without_nulls(message: Message) -> dict[str, Any]:
-    """The message without fields that are null, which tables fill in where other rows have one; content stays."""
-    return {name: value for name, value in message.items() if value is not None or name == "content"}
+    """The message without fields that are null or an empty list of calls, which tables fill in where other rows have
+    one; content stays."""
+    kept = {name: value for name, value in message.items() if value is not None or name == "content"}
+    return kept if kept.get("tool_calls", True) else {name: v for name, v in kept.items() if name != "tool_calls"}
 
 
 def text_of(content: Any) -> str:
@@ -241,7 +247,7 @@ def misspelt(messages: Sequence[Message], text: str, source: str) -> bool:
             arguments = _function(call).get("arguments")
             if isinstance(arguments, Mapping) and arguments and odd(arguments):
                 return True
-            if isinstance(arguments, str) and parsed(arguments) and json.dumps(arguments) in text:
+            if isinstance(arguments, str) and parsed(arguments) is not None and json.dumps(arguments) in text:
                 return True
     if any(message.get("content", "") is None for message in messages):
         return text.count("None") > source.count("None") + str([spoken(m) for m in messages]).count("None")

@@ -59,6 +59,7 @@ TURNS = {
     "reasoning by another name": ({"content": "4", "reasoning": "add"}, "<think>\nadd\n</think>\n\n4<|im_end|>"),
     "call": ({"content": "", "tool_calls": CALL}, '<call>{"a": 2}</call><|im_end|>'),
     "null": ({"content": None, "tool_calls": CALL}, '<call>{"a": 2}</call><|im_end|>'),
+    "no calls": ({"content": "4", "tool_calls": []}, "4<|im_end|>"),
     "parts": ({"content": [{"type": "text", "text": "4"}]}, "4<|im_end|>"),
     "its own end": ({"content": "4<|im_end|>"}, "4<|im_end|>"),
     "nothing": ({"content": ""}, "<|im_end|>"),
@@ -141,6 +142,7 @@ def test_a_message_that_cannot_be_written_is_an_error_of_its_row(model):
         ({"content": None}, "content: wanted text, found nothing"),
         ({"content": [{"type": "image_url", "image_url": "x"}]}, "only parts of text"),
         ({"content": "x", "tool_calls": [{"id": "1"}]}, "a function with a name"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {"a": float("nan")}}}]}, "arguments: NaN"),
         ({"content": "half \ud800"}, "half of a surrogate pair"),
     ):
         row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **message}]}
