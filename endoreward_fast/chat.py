@@ -246,7 +246,10 @@ def _saying(message: Message, text: str) -> Message:
 
 
 def _says_only_text(message: Message) -> bool:
-    return is_plain({**message, "content": text_of(message.get("content"))})
+    content = message.get("content")
+    if isinstance(content, list) and any(part["type"] != "text" for part in content):
+        return False
+    return is_plain({**message, "content": text_of(content)})
 
 
 def _behind_marks(text: str, marked: str) -> str | None:

@@ -193,7 +193,12 @@ def _same(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(message: dict[str, Any]) -> dict[str, Any]:
-    return {**message, "content": text_of(message["content"])} if isinstance(message.get("content"), list) else message
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    thought = text_of([part for part in content if part["type"] != "text"])
+    found = {**message, "content": text_of([part for part in content if part["type"] == "text"])}
+    return found | {REASONING[0]: thought} if thought else found
 
 
 def _as_parts(message: dict[str, Any]) -> dict[str, Any]:

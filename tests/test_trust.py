@@ -59,6 +59,10 @@ TURNS = {
     "reasoning by another name": ({"content": "4", "reasoning": "add"}, "<think>\nadd\n</think>\n\n4<|im_end|>"),
     "call": ({"content": "", "tool_calls": CALL}, '<call>{"a": 2}</call><|im_end|>'),
     "null": ({"content": None, "tool_calls": CALL}, '<call>{"a": 2}</call><|im_end|>'),
+    "a thought as a part": (
+        {"content": [{"type": "thinking", "thinking": "add"}, {"type": "text", "text": "4"}]},
+        "<think>\nadd\n</think>\n\n4<|im_end|>",
+    ),
     "no calls": ({"content": "4", "tool_calls": []}, "4<|im_end|>"),
     "parts": ({"content": [{"type": "text", "text": "4"}]}, "4<|im_end|>"),
     "its own end": ({"content": "4<|im_end|>"}, "4<|im_end|>"),
