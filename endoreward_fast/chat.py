@@ -8,14 +8,14 @@ generation prompt and whole. Where the turn ends is seen from what the template 
 conversation and before a next turn alike (`</s>`, `<|im_end|>` without the newline that no model generates).
 
 Where a template changes the text of a turn (drops its reasoning, say), the turn is scored as it is written there: that
-is what a policy has generated. All else that is dropped is flagged.
+is what a policy has generated. All that is dropped is flagged, in the turn and in those before it.
 """
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .errors import EndoRewardError
-from .messages import Message, is_blank, is_plain, spoken, text_of, without_nulls
+from .messages import Message, has_nulls, is_blank, is_plain, text_of, texts_of, with_text, without_nulls
 from .template import Extras, Marked, Template
 
 NEXT = "QzNEXTzQ"
@@ -49,9 +49,12 @@ def render(
     messages = [without_nulls(message) for message in messages]
     prompt, flags = _with_a_system_turn(template, messages[:-1], extras, system)
     turn = _Turn(template, [*prompt, messages[-1]], extras, ends)
-    ignored = _ignored(template, turn, extras)
-    marked = _marks_in(template, messages, turn.end)
-    return Rendered(turn.prompt, turn.completion, turn.end, (*turn.flags, *flags, *ignored, *marked))
+    filled = has_nulls(extras.tools) or any(has_nulls(message.get("tool_calls")) for message in messages)
+    found = (
+        *_changed_before(turn), *_ignored(template, turn, extras), *_marks_in(template, messages, turn.end),
+        *(("null_fields",) if filled else ()),
+    )  # fmt: skip
+    return Rendered(turn.prompt, turn.completion, turn.end, (*turn.flags, *flags, *found))
 
 
 def conversation(template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None) -> str:
@@ -100,9 +103,9 @@ class _Turn:
     """The last turn of a conversation: `prompt`, `completion`, `end` and `flags` of what is scored."""
 
     def __init__(self, template: Template, messages: list[Message], extras: Extras, ends: Collection[str]) -> None:
-        self._template, self._extras, self._ends = template, extras, ends
+        self.template, self.extras, self._ends = template, extras, ends
         self.messages = template.fit(messages, extras)
-        *self._before, self._answer = self.messages
+        *self.before, self._answer = self.messages
         self.flags: tuple[str, ...] = ()
         self.opening = self.prompt = self._write(generate=True)
         self.whole = self._write(self._answer)
@@ -112,11 +115,9 @@ class _Turn:
             _, self.end = self._ending(spoken_in, marked, self._write(spoken_in), self._write(*marked.messages))
             self.completion = ""
             return
-        # White space alone cannot be marked: where it stands is seen from a turn with a text in its place.
-        shown = _saying(self._answer, "x") if is_blank(self._answer) else self._answer
+        shown, written = self._shown()
         marked = Marked([shown])
         other = self._write(*marked.messages)
-        written = self.whole if shown is self._answer else self._write(shown)
         behind, self.end = self._ending(shown, marked, written, other)
         body = self.whole[: len(self.whole) - len(behind)]
         self._cut(body, _shared([self.whole, other]))
@@ -127,7 +128,20 @@ class _Turn:
             self.flags += ("template_drops",)
 
     def _write(self, *turns: Message, generate: bool = False) -> str:
-        return self._template.write([*self._before, *turns], self._extras, generate=generate)
+        return self.template.write([*self.before, *turns], self.extras, generate=generate)
+
+    def _shown(self) -> tuple[Message, str]:
+        """(the turn with a text where it has none, what the template writes for it).
+
+        White space cannot be marked, and a turn that only thinks has more behind its thought than the end of a turn.
+        """
+        if _has_text(self._answer) or self._answer.get("tool_calls"):
+            return self._answer, self.whole
+        shown = with_text(self._answer, "x")
+        written = self._write(shown)
+        front, back = written.rpartition("x")[::2]
+        alike = self.whole.startswith(front.rstrip()) and self.whole.endswith(back)
+        return (shown, written) if alike or is_blank(self._answer) else (self._answer, self.whole)
 
     def _is_empty(self) -> bool:
         """Whether the turn says nothing, to the template: that may trim white space."""
@@ -140,14 +154,14 @@ class _Turn:
         """
         last = _behind_marks(whole, other)
         if last is None:
-            raise EndoRewardError(f"the chat template of {self._template.name} does not write the assistant's turn")
+            raise EndoRewardError(f"the chat template of {self.template.name} does not write the assistant's turn")
         if not answer.get("tool_calls"):
             # What stands behind a text is all that its end depends on: it is asked for once.
-            known = self._template.ends
-            if (last, str(self._extras.kwargs)) not in known:
+            known = self.template.ends
+            if (last, str(self.extras.kwargs)) not in known:
                 before_a_next = self._before_a_next_turn(answer, marked.messages[0])
-                known[last, str(self._extras.kwargs)] = self._end_of(last, before_a_next, calls=False)
-            return last, known[last, str(self._extras.kwargs)]
+                known[last, str(self.extras.kwargs)] = self._end_of(last, before_a_next, calls=False)
+            return last, known[last, str(self.extras.kwargs)]
         before_a_next = self._before_a_next_turn(answer, marked.messages[0])
         closed = ""
         if not self._ends_turns_of_text():
@@ -192,7 +206,7 @@ class _Turn:
 
     @property
     def _special(self) -> set[str]:
-        tokenizer = self._template.tokenizer
+        tokenizer = self.template.tokenizer
         added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         return (added | set(tokenizer.all_special_tokens)) - {""}
 
@@ -200,9 +214,10 @@ class _Turn:
         """`body`, the conversation up to the end of its last text, into prompt and completion."""
         if body.startswith(self.opening):
             header = before_text[len(self.opening) :]
-            if header.strip() and self.opening == self._write():
+            usual = self.template.generation_prompt
+            if header.strip() and self.opening == self._write() and header.startswith(usual):
                 self.flags += ("no_generation_prompt",)
-                self.prompt = before_text.rstrip()
+                self.prompt = self.opening + usual if usual else before_text.rstrip()
             self.completion = body[len(self.prompt) :]
             return
         shared = _shared([self.opening, body])
@@ -245,6 +260,12 @@ def _saying(message: Message, text: str) -> Message:
     return {"role": message["role"], "content": [{"type": "text", "text": text}] if parts else text}
 
 
+def _has_text(message: Message) -> bool:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return bool((text_of([p for p in parts if p["type"] == "text"]) if parts else text_of(content)).strip())
+
+
 def _says_only_text(message: Message) -> bool:
     content = message.get("content")
     if isinstance(content, list) and any(part["type"] != "text" for part in content):
@@ -272,6 +293,17 @@ def _behind_opening(text: str, lost: str) -> str:
     return rest.removeprefix(lost[len(lost.rstrip()) :])
 
 
+def _changed_before(turn: _Turn) -> tuple[str, ...]:
+    """A flag if the template leaves out or changes a text of the turns before the last."""
+    written = _squeezed(turn.opening)
+    if all(is_plain(message) and _squeezed(message["content"]) in written for message in turn.before):
+        return ()
+    # A text may be escaped, as in JSON: then its marks are there still.
+    marked = Marked(turn.before)
+    text = turn.template.write(marked.messages, turn.extras, generate=True)
+    return () if marked.whole(text) else ("context_changed",)
+
+
 def _ignored(template: Template, turn: _Turn, extras: Extras) -> tuple[str, ...]:
     """A flag if the template makes nothing of what the row gives it."""
     flags: tuple[str, ...] = ()
@@ -290,7 +322,7 @@ def _marks_in(template: Template, messages: Sequence[Message], end: str) -> tupl
     tokenizer = template.tokenizer
     marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token) in source}
     marks |= {mark for mark in (tokenizer.bos_token, tokenizer.eos_token, end.strip()) if mark}
-    texts = [spoken(message) for message in messages]
+    texts = [text for message in messages for text in texts_of(message)]
     return ("marks_in_text",) if any(mark in text for mark in marks for text in texts) else ()
 
 

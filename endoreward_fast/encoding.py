@@ -52,6 +52,8 @@ FLAGS = MappingProxyType(
         "split_at_speaker": "a dialogue as text: what follows the last speaker that both answers share is scored",
         "template_rewrites": "the chat template would change the completion: it is scored as written",
         "template_drops": "the chat template leaves out a part of the turn: what it writes is scored",
+        "context_changed": "the chat template leaves out or rewrites a part of an earlier turn: the prompt is what it "
+        "writes",
         "template_ignores": "the chat template makes no use of the tools, documents or template arguments given",
         "opening_differs": "the generation prompt opens the turn otherwise than the chat template writes it (a "
         "thinking block, say): the turn is scored as the template writes it",
@@ -60,6 +62,8 @@ FLAGS = MappingProxyType(
         "end_made_up": "the chat template writes no end of turn: the tokenizer's end of sequence is scored as one",
         "end_in_text": "the completion has its own end of turn: it is scored once",
         "marks_in_text": "a text holds special tokens of the chat template, which are read as such",
+        "null_fields": "a tool or a tool call has null fields, which are written as null: leave out those that a table "
+        "has filled in",
         "dated": "the chat template writes today's date: date (--date) pins it",
     }
 )

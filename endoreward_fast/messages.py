@@ -5,6 +5,7 @@ reasoning besides, under the names that chat templates and OpenAI's API use.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,18 +40,24 @@ def check_message(message: Message, name: str) -> None:
         elif value is not None:
             check_text(value, f"{name}.{field}")
     calls = message.get("tool_calls")
-    if calls is None:
-        return
-    if not isinstance(calls, list | tuple):
+    if not isinstance(calls, list | tuple | None):
         raise EndoRewardError(f"{name}.tool_calls: wanted a list of calls, found {kind_of(calls)}")
-    for i, call in enumerate(calls):
+    for i, call in enumerate(calls or ()):
         function = _function(call) if isinstance(call, Mapping) else None
         if function is None or not isinstance(function.get("name"), str):
             raise EndoRewardError(f"{name}.tool_calls[{i}]: wanted a function with a name, found {kind_of(call)}")
-        try:
-            json.dumps(function.get("arguments"), allow_nan=False, default=str)
-        except ValueError:
-            raise EndoRewardError(f"{name}.tool_calls[{i}].arguments: NaN or infinity is no value") from None
+    _check_numbers(message, name)
+
+
+def _check_numbers(value: Any, name: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise EndoRewardError(f"{name}: NaN or infinity is no value")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_numbers(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            _check_numbers(inner, f"{name}[{i}]")
 
 
 def _check_part(part: Any, name: str) -> None:
@@ -84,9 +91,25 @@ def kind_of(value: Any) -> str:
 
 def without_nulls(message: Message) -> dict[str, Any]:
     """The message without fields that are null or an empty list of calls, which tables fill in where other rows have
-    one; content stays."""
+    one; content stays. A call without arguments has none: {}."""
     kept = {name: value for name, value in message.items() if value is not None or name == "content"}
-    return kept if kept.get("tool_calls", True) else {name: v for name, v in kept.items() if name != "tool_calls"}
+    calls = kept.pop("tool_calls", None)
+    return {**kept, "tool_calls": [_without_nulls(call) for call in calls]} if calls else kept
+
+
+def _without_nulls(call: Message) -> dict[str, Any]:
+    function = {name: value for name, value in _function(call).items() if value is not None}
+    function.setdefault("arguments", {})
+    if _function(call) is call:
+        return function
+    return {name: value for name, value in call.items() if value is not None} | {"function": function}
+
+
+def has_nulls(value: Any) -> bool:
+    """Whether a field of `value` is null, at any depth."""
+    if isinstance(value, Mapping):
+        return any(inner is None or has_nulls(inner) for inner in value.values())
+    return isinstance(value, list | tuple) and any(map(has_nulls, value))
 
 
 def text_of(content: Any) -> str:
@@ -160,6 +183,27 @@ def with_texts(message: Message, change: Callable[[str], str]) -> dict[str, Any]
     if found.get("tool_calls"):
         found["tool_calls"] = [in_call(call) for call in found["tool_calls"]]
     return found
+
+
+def texts_of(message: Message) -> list[str]:
+    """Every text of the message: of its fields, parts, and tool calls."""
+    found: list[str] = []
+
+    def keep(text: str) -> str:
+        found.append(text)
+        return text
+
+    with_texts(message, keep)
+    return found
+
+
+def with_text(message: Message, text: str) -> dict[str, Any]:
+    """The message with that text for its content, beside parts that are its reasoning."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return {**message, "content": text}
+    kept = [part for part in content if part["type"] != "text"]
+    return {**message, "content": [*kept, {"type": "text", "text": text}]}
 
 
 def parsed(arguments: Any) -> Any:

@@ -155,6 +155,16 @@ class Template:
         return {}
 
     @cached_property
+    def generation_prompt(self) -> str:
+        """What opens the assistant's turn behind a user's; "" where the template has nothing for it."""
+        asked = self.fit([{"role": "user", "content": "x"}], Extras())
+        try:
+            opened = self.write(asked, Extras(), generate=True)
+            return opened.removeprefix(self.write(asked, Extras()))
+        except EndoRewardError:
+            return ""  # it wants more of a conversation than this
+
+    @cached_property
     def takes_text(self) -> bool:
         """Whether it writes content that is a text (those of vision models may want a list of parts)."""
         mark = MARKS[0].format(0)
@@ -212,3 +222,7 @@ class Marked:
     def missing(self, text: str) -> list[int]:
         """Numbers of the texts of which neither mark is in `text`."""
         return [i for i, marks in enumerate(self.marks) if not any(mark in text for mark in marks)]
+
+    def whole(self, text: str) -> bool:
+        """Whether both marks of every text are in `text`."""
+        return all(sum(text.count(mark) for mark in set(marks)) >= 2 for marks in self.marks)

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.boundary import decode
+from endoreward_fast.encoding import encode_row
+from endoreward_fast.errors import EndoRewardError
 
 pytest.importorskip("trl", reason="trl, which has the templates, is not installed")
 
-from tools.template_families import BEGIN, CALL, END, PAGE, ROWS, encoded, eos_ids, sources, table, tokenizer_of
+from tools.template_families import ASKED, BEGIN, CALL, END, PAGE, ROWS, encoded, eos_ids, sources, table, tokenizer_of
 
 SOURCES = sources()
 TODAY = date(2026, 11, 29)
@@ -165,6 +167,70 @@ def test_the_same_turn_in_another_spelling_is_the_same_tokens(found):
             assert isinstance(one, str) == isinstance(other, str), (name, kind)
             if not isinstance(one, str):
                 assert (one.input_ids, one.prompt_length) == (other.input_ids, other.prompt_length), (name, kind)
+
+
+def turns_of(name, tokenizer, messages, **row):
+    """(prompt, completion, flags) of a conversation, or None where the template refuses it."""
+    try:
+        got = encode_row(tokenizer, {"messages": messages, **row}, eos_ids=eos_ids(name, tokenizer), date="2026-11-29")
+    except EndoRewardError as error:
+        assert "the chat template" in str(error)
+        return None
+    ids, at = got.input_ids, got.prompt_length
+    return decode(tokenizer, ids[:at]), decode(tokenizer, ids[at:]), got.flags
+
+
+def test_what_an_earlier_turn_loses_is_flagged(found):
+    """Its reasoning, a tool call, a tool's result, a thought inside its text."""
+    tokenizers, _ = found
+    result = {"role": "tool", "name": "add", "tool_call_id": "1", "content": 'TOLD "5"'}
+    last = {"role": "assistant", "content": "It is 5."}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": "ARGS"}}}
+    earlier = {
+        "reasoning": ({"role": "assistant", "content": "Four.", "reasoning_content": "SUMS"}, ASKED),
+        "call": ({"role": "assistant", "content": "", "tool_calls": [call]}, result),
+        "thought in text": ({"role": "assistant", "content": "<think>\nSUMS\n</think>\n\nFour."}, ASKED),
+        "nothing": ({"role": "assistant", "content": "Four."}, ASKED),
+    }
+    lost = set()
+    for name, tokenizer in tokenizers.items():
+        for kind, turns in earlier.items():
+            row = {"tools": ROWS["tools"]["tools"]} if kind == "call" else {}
+            got = turns_of(name, tokenizer, [ASKED, *turns, last], **row)
+            if got is None:
+                continue
+            prompt, completion, flags = got
+            said = {"call": ("TOLD", "ARGS"), "nothing": ()}.get(kind, ("SUMS",))
+            whole = all(word in prompt for word in said)
+            assert ("context_changed" in flags) == (not whole), (name, kind, prompt)
+            assert "It is 5." in completion
+            lost |= {kind} if not whole else set()
+    assert lost == {"reasoning", "call", "thought in text"}
+
+
+def test_a_turn_that_only_thinks_is_scored_to_its_end(found):
+    tokenizers, _ = found
+    for name, tokenizer in tokenizers.items():
+        thinking = {"role": "assistant", "content": "", "reasoning_content": "SUMS"}
+        prompt, completion, flags = turns_of(name, tokenizer, [ASKED, thinking])
+        whole = rendered(SOURCES[name], spelt(name, [ASKED, thinking]))
+        end = by_family(name, ENDS)
+        if "SUMS" not in whole:
+            assert completion.endswith(end or "<|user|>") and "template_drops" in flags, name
+            continue
+        assert prompt + completion == (whole[: whole.rindex(end) + len(end)] if end else whole + "<|user|>"), name
+        assert "SUMS" in completion and "marks_in_text" not in flags and "no_generation_prompt" not in flags, name
+
+
+def test_a_thought_behind_a_tools_answer_is_scored(found):
+    """Some templates have no generation prompt there: the turn goes on."""
+    tokenizers, _ = found
+    name = "gemma4_v5"
+    result = {"role": "tool", "name": "add", "tool_call_id": "1", "content": "5"}
+    calls = {"role": "assistant", "content": "", **CALL}
+    last = {"role": "assistant", "content": "It is 5.", "reasoning_content": "so"}
+    _, completion, flags = turns_of(name, tokenizers[name], [ASKED, calls, result, last])
+    assert completion == "<|channel>thought\nso\n<channel|>It is 5.<turn|>" and flags == ()
 
 
 FAMILIES = (

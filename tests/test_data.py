@@ -196,6 +196,18 @@ def test_parquet(tmp_path):
             read(path)
 
 
+def test_nulls_that_parquet_fills_into_tool_calls_are_left_out(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    calls = [{"function": {"name": "f", "arguments": {"a": 1}}}, {"function": {"name": "g", "arguments": {"b": [2]}}}]
+    messages = [{"role": "user", "content": None}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    tools = [{"name": "f", "parameters": {"a": {"type": "int"}}}, {"name": "g", "parameters": {"b": {"enum": [1]}}}]
+    path = tmp_path / "calls.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages, "tools": tools}]), path)
+    (row,) = rows(path)
+    assert row["messages"][1]["tool_calls"] == calls and row["tools"] == tools
+    assert row["messages"][0]["content"] is None
+
+
 USER, ASSISTANT = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
 OTHER = {"role": "assistant", "content": "b"}
 

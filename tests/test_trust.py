@@ -146,12 +146,29 @@ def test_a_message_that_cannot_be_written_is_an_error_of_its_row(model):
         ({"content": None}, "content: wanted text, found nothing"),
         ({"content": [{"type": "image_url", "image_url": "x"}]}, "only parts of text"),
         ({"content": "x", "tool_calls": [{"id": "1"}]}, "a function with a name"),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": {"a": float("nan")}}}]}, "arguments: NaN"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": {"a": float("nan")}}}]}, "arguments.a: NaN"),
+        ({"content": "x", "name": float("nan")}, "name: NaN"),
         ({"content": "half \ud800"}, "half of a surrogate pair"),
     ):
         row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **message}]}
         (result,) = scorer.score([row])
         assert result.score is None and said in result.error and "\n" not in result.error, said
+
+
+def test_arguments_that_a_table_filled_in_with_nulls():
+    tokenizer = chat_tokenizer(QWEN_LIKE.replace("<call>", "<call>{{ c.function.name }}"))
+
+    def encoded(**function):
+        call = {"type": "function", "id": None, "function": {"name": "now", **function}}
+        row = {
+            "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        }
+        return encode_row(tokenizer, row)
+
+    without = encoded(arguments={})
+    assert encoded() == without
+    assert encoded(arguments=None).input_ids == without.input_ids
+    assert "null_fields" in encoded(arguments={"zone": None}).flags and "null_fields" not in without.flags
 
 
 # --- the command

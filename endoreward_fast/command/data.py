@@ -170,6 +170,14 @@ def _parquet_records(batches: Iterator[Any], name: str) -> Iterator[Record]:
 
     try:
         rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from (record(f"row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from (record(f"row {number}", _unfilled(row)) for number, row in enumerate(rows, start=1))
     except (ArrowException, OSError) as error:
         raise EndoRewardError(f"cannot read {name} to its end: {error}") from None
+
+
+def _unfilled(value: Any, *, inside: bool = False) -> Any:
+    """A row without the null fields of its tools and tool calls: Parquet fills in those that only other calls have."""
+    if isinstance(value, dict):
+        kept = ((name, inner) for name, inner in value.items() if not inside or inner is not None)
+        return {name: _unfilled(inner, inside=inside or name in ("tools", "tool_calls")) for name, inner in kept}
+    return [_unfilled(inner, inside=inside) for inner in value] if isinstance(value, list) else value
