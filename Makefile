@@ -53,7 +53,7 @@ gpu: ## every test on the GPU, then every GPU benchmark, under 9 minutes; JSON a
 	@$(GPU_PYTHON) -m bench.gpu --out $(OUT)
 
 gpu-sanitize: ## tests of small shapes on the GPU under compute-sanitizer, memcheck and racecheck, 9 minutes at most
-	@$(GPU_PYTHON) -m bench.sanitize
+	@$(GPU_PYTHON) -m bench.gpu.sanitize
 
 kernel-report: $(READY) ## registers, spills, shared memory of every kernel on every architecture
 	$(BIN)/python -m bench.kernel_report

@@ -5,19 +5,14 @@ package named `kernels` would shadow Hugging Face's package of that name, which 
 reason kernels/ holds no __init__.py. In a checkout the symlink endoreward_fast/kernels leads to it.
 """
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 setup(
-    packages=[
-        "endoreward_fast",
-        "endoreward_fast.command",
-        "endoreward_fast.integrations",
-        "endoreward_fast.kernels",
-        "endoreward_fast.pocket",
-    ],
+    packages=[*find_packages(include=["endoreward_fast", "endoreward_fast.*"]), "endoreward_fast.kernels"],
     package_dir={"endoreward_fast.kernels": "kernels"},
     package_data={
-        "endoreward_fast": ["py.typed", "compiled.cpp"],
+        "endoreward_fast": ["py.typed"],
+        "endoreward_fast.vocab": ["compiled.cpp"],
         "endoreward_fast.pocket": ["*.json", "*.jinja", "*.safetensors", "*.md", "*.txt"],
         "endoreward_fast.kernels": ["README.md"],
     },

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.harness import Case
+from bench.harness.timing import Case
 
 SLOW = ("F.linear_cross_entropy, chunked",)  # 20 times the others on a CPU, so measured at N=64 only
 SAVE_TIME = (*SLOW, "torch.compile")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.harness import Case
+from bench.harness.timing import Case
 
 CASES = [
     Case("logits", "qwen3-0.6b", 512, rounds=21, memory=True),

@@ -3,8 +3,8 @@ every peer, measured in the same rounds, are printed at the end and kept in benc
 
 import pytest
 
-from bench import harness
-from bench.peers import OURS
+from bench.harness import timing
+from bench.harness.peers import OURS
 
 RESULTS = pytest.StashKey[dict]()
 
@@ -12,38 +12,38 @@ RESULTS = pytest.StashKey[dict]()
 @pytest.fixture
 def run_and_keep(request, benchmark):
     """run(file name, case): times the case and keeps its result for the file."""
-    kept = request.config.stash.setdefault(RESULTS, {"environment": harness.environment(), "files": {}})
+    kept = request.config.stash.setdefault(RESULTS, {"environment": timing.environment(), "files": {}})
 
-    def run(file_name: str, case: harness.Case) -> dict:
+    def run(file_name: str, case: timing.Case) -> dict:
         result = _run(benchmark, case)
         cases = kept["files"].setdefault(file_name, [])
         cases.append(result)
         benchmark.extra_info["ratios"] = {name: peer["ratio"] for name, peer in result["peers"].items()}
-        harness.write(file_name, kept["environment"], cases)
+        timing.write(file_name, kept["environment"], cases)
         return result
 
     return run
 
 
-def _run(benchmark, case: harness.Case) -> dict:
+def _run(benchmark, case: timing.Case) -> dict:
     """A case timed here: pytest-benchmark runs ours, and before each of its rounds the peers take theirs."""
     if case.isa:  # in a process of its own; the benchmark fixture has to time something: that process
-        return benchmark.pedantic(harness.run_case, args=(case,), rounds=1)
-    calls, skipped = harness.prepare(case)
+        return benchmark.pedantic(timing.run_case, args=(case,), rounds=1)
+    calls, skipped = timing.prepare(case)
     ours = calls.pop(OURS)
     times = {name: [] for name in [*calls, OURS]}
 
     def peers_first():
-        for name, seconds in harness.interleave(calls, 1).items():
+        for name, seconds in timing.interleave(calls, 1).items():
             times[name] += seconds
 
-    benchmark.pedantic(lambda: times[OURS].append(harness.HOST.seconds(ours)), setup=peers_first, rounds=case.rounds)
-    extra = harness.HOST.weigh(case, times) if case.memory else {}
-    return harness.summarise(case, times, skipped, extra)
+    benchmark.pedantic(lambda: times[OURS].append(timing.HOST.seconds(ours)), setup=peers_first, rounds=case.rounds)
+    extra = timing.HOST.weigh(case, times) if case.memory else {}
+    return timing.summarise(case, times, skipped, extra)
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
     for name, cases in config.stash.get(RESULTS, {"files": {}})["files"].items():
         terminalreporter.section(f"bench/results/{name}.json")
         for case in cases:
-            terminalreporter.write_line(harness.table(case))
+            terminalreporter.write_line(timing.table(case))

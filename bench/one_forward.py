@@ -12,7 +12,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-from bench import harness
+from bench.harness import timing
 from endoreward_fast import EndoRewardModel
 
 LAYERS, ROWS, PROMPT, COMPLETION = 28, 4, 64, 128
@@ -56,19 +56,19 @@ def jobs(model: Qwen3ForCausalLM, rows: int, prompt: int, completion: int) -> di
 def run(layers: int, rows: int, prompt: int, completion: int, rounds: int, folder: Path) -> Path:
     with torch.inference_mode():
         calls = jobs(build(layers), rows, prompt, completion)
-        times = harness.interleave(calls, rounds)
+        times = timing.interleave(calls, rounds)
     first = next(iter(calls))
-    found = {name: harness.spread(t, times[first]) for name, t in times.items()}
+    found = {name: timing.spread(t, times[first]) for name, t in times.items()}
     for name, s in found.items():
         quartiles = f"{s['ratio_low']:.2f}-{s['ratio_high']:.2f}"
         print(f"{name:34}{s['median_s']:8.2f} s  {s['ratio']:6.3f} of the first  quartiles {quartiles}")
     case = {"layers": layers, "rows": rows, "prompt": prompt, "completion": completion, "rounds": rounds}
-    return harness.write("one-forward", harness.environment(), [case | {"baseline": first, "peers": found}], folder)
+    return timing.write("one-forward", timing.environment(), [case | {"baseline": first, "peers": found}], folder)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    parser.add_argument("--out", type=Path, default=timing.RESULTS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--layers", type=int, default=LAYERS)
     args = parser.parse_args()

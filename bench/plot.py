@@ -4,8 +4,8 @@ import json
 
 import matplotlib
 
-from bench.harness import RESULTS
-from bench.peers import OURS, OURS_COMPILED
+from bench.harness.peers import OURS, OURS_COMPILED
+from bench.harness.timing import RESULTS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

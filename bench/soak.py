@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from bench import harness
-from bench.environment import environment
-from endoreward_fast.demo_data import problems
+from bench.harness import timing
+from bench.harness.environment import environment
+from endoreward_fast.pocket.quiz import problems
 
 ROWS, SAMPLE, TENTHS = 100_000, 500, 10
 UNUSABLE = 100  # every so many rows one has no completion
@@ -164,7 +164,7 @@ def sentence(run: dict) -> str:
 
 def draw(runs: list[dict], path: Path) -> Path:
     """Memory and throughput against rows done."""
-    from bench.charts import INK, plt, quiet
+    from bench.harness.charts import INK, plt, quiet
 
     figure, (of_memory, of_pace) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     for run, colour in zip(runs, ("#d1495b", "#00798c"), strict=False):
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--every", type=float, default=1.0, help="seconds between two readings")
-    parser.add_argument("--out", type=Path, default=harness.RESULTS)
+    parser.add_argument("--out", type=Path, default=timing.RESULTS)
     args = parser.parse_args(arguments)
     runs = []
     small = ["--max-tokens-per-batch", str(BATCH)]
@@ -195,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
         runs.append(soak(count, flags, args.every))
         print(sentence(runs[-1]), flush=True)
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")}
-    print(harness.write("soak", environment() | threads, runs, args.out))
+    print(timing.write("soak", environment() | threads, runs, args.out))
     print(draw(runs, args.out / "soak.png"))
     return int(any(run["wrong"] for run in runs))
 

@@ -6,8 +6,8 @@ Writes bench/results/cpu-sweep.json and its pictures. Use a quiet machine: ratio
 import argparse
 from pathlib import Path
 
-from bench import charts, harness
-from bench.cases import Case
+from bench.harness import charts, timing
+from bench.harness.cases import Case
 
 SECONDS = 170
 WITHOUT = ("torch.compile", "F.linear_cross_entropy, chunked")
@@ -21,17 +21,17 @@ CASES = (
 
 def run(cases, seconds: float, folder: Path) -> list[Path]:
     """The pictures' paths."""
-    budget, record, done = harness.Budget(seconds, len(cases)), harness.environment(), []
+    budget, record, done = timing.Budget(seconds, len(cases)), timing.environment(), []
     for case in cases:
-        done.append(harness.run_case(case, enough=budget.next_case()))
-        print(harness.table(done[-1]), flush=True)
-        harness.write("cpu-sweep", record, done, folder)
+        done.append(timing.run_case(case, enough=budget.next_case()))
+        print(timing.table(done[-1]), flush=True)
+        timing.write("cpu-sweep", record, done, folder)
     return charts.draw(folder, "cpu-sweep.json", "cpu-")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder for cpu-sweep.json and its pictures")
+    parser.add_argument("--out", type=Path, default=timing.RESULTS, help="folder for cpu-sweep.json and its pictures")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     args = parser.parse_args()
     for path in run(CASES, args.seconds, args.out):

@@ -15,25 +15,25 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .errors import EndoRewardError
     from .functional import linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
-    from .model import EndoRewardModel
+    from .model.model import EndoRewardModel
     from .returns import rewards_to_go, sequence_score, terminal_at
-    from .reward_model import RewardModel
-    from .scoring import Ranked, RowScore, ScoreOptions, TokenTable
-    from .shards import VocabShard
+    from .rivals.reward_model import RewardModel
+    from .scoring.score import Ranked, RowScore, ScoreOptions, TokenTable
     from .signals import SIGNALS
     from .types import TokenRewards, VocabStats
+    from .vocab.shards import VocabShard
 
 _MODULE_OF = {
     "EndoRewardError": "errors",
-    "EndoRewardModel": "model",
-    "Ranked": "scoring",
-    "RewardModel": "reward_model",
-    "RowScore": "scoring",
+    "EndoRewardModel": "model.model",
+    "Ranked": "scoring.score",
+    "RewardModel": "rivals.reward_model",
+    "RowScore": "scoring.score",
     "SIGNALS": "signals",
-    "ScoreOptions": "scoring",
+    "ScoreOptions": "scoring.score",
     "TokenRewards": "types",
-    "TokenTable": "scoring",
-    "VocabShard": "shards",
+    "TokenTable": "scoring.score",
+    "VocabShard": "vocab.shards",
     "VocabStats": "types",
     "linear_token_rewards": "functional",
     "linear_vocab_stats": "functional",

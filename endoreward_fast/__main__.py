@@ -1,6 +1,6 @@
 """`python -m endoreward_fast` is the `endoreward` command."""
 
-from .cli import main
+from .command.cli import main
 
 if __name__ == "__main__":
     main()

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from . import reference
-from .checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
+from .vocab import reference
+from .vocab.checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
 
 if TYPE_CHECKING:
-    from .shards import VocabShard
+    from .vocab.shards import VocabShard
 
 Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
@@ -43,7 +43,7 @@ def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
         return impl
     if impl in ("chunked", "reference"):
         return impl
-    from .fused import obstacle_to_kernels
+    from .vocab.fused import obstacle_to_kernels
 
     obstacle = obstacle_to_kernels(device, *dtypes)
     if impl == "fused" and obstacle:
@@ -82,7 +82,7 @@ def vocab_stats(
     if chosen == "reference":
         return reference.vocab_stats(logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean)
     check_reverse_mode(chosen, logits)
-    from .ops import logits_stats
+    from .vocab.ops import logits_stats
 
     out = logits_stats(_as_3d(logits), _flat(targets), _flat(mask), None, float(alpha), entropy, logit_mean, chosen)
     return _vocab_stats(out, targets.shape, entropy, logit_mean)
@@ -159,8 +159,8 @@ def token_rewards(
             logits, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, alpha=alpha, entropy=entropy
         )
     check_reverse_mode(chosen, logits)
-    from .ops import logits_stats
-    from .rows import plan_rows
+    from .vocab.ops import logits_stats
+    from .vocab.rows import plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens)
     out = logits_stats(logits, plan.targets, plan.needed, plan.successor, float(alpha), entropy, False, chosen)
@@ -190,7 +190,7 @@ def linear_token_rewards(
             logit_scale=logit_scale, softcap=softcap, alpha=alpha, entropy=entropy,
         )  # fmt: skip
     check_reverse_mode(chosen, hidden, weight, bias)
-    from .rows import plan_rows
+    from .vocab.rows import plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens)
     out = _linear_stats(shard)(
@@ -217,7 +217,7 @@ def _localize(
     plain = shard is None and vocab_size is None and type(weight) in (Tensor, torch.nn.Parameter)
     if plain and type(hidden) in (Tensor, torch.nn.Parameter) and weight.numel():
         return hidden, weight, bias, None
-    from .shards import localize
+    from .vocab.shards import localize
 
     return localize(hidden, weight, bias, shard, vocab_size)
 
@@ -225,10 +225,10 @@ def _localize(
 def _linear_stats(shard: "VocabShard | None") -> Callable[..., list[Tensor]]:
     """The operator on the head as it lies here, or across processes."""
     if shard is None:
-        from .ops import linear_stats
+        from .vocab.ops import linear_stats
 
         return linear_stats
-    from .sharded import sharded_linear_stats
+    from .vocab.sharded import sharded_linear_stats
 
     return partial(sharded_linear_stats, shard=shard)
 

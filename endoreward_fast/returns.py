@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import as_bool, check_tensors
+from .vocab.checks import as_bool, check_tensors
 
 
 def sequence_score(

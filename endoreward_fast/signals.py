@@ -23,13 +23,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_linear, check_logits, check_rewards
 from .errors import EndoRewardError
 from .functional import Impl, linear_vocab_stats, vocab_stats
-from .reference import shift_left
 from .returns import sequence_score
-from .rows import RowPlan, plan_rows
 from .types import NO_TARGET, TokenRewards, VocabStats
+from .vocab.checks import check_linear, check_logits, check_rewards
+from .vocab.reference import shift_left
+from .vocab.rows import RowPlan, plan_rows
 
 IMMENSE = 1e30
 """A mean of this size has words at the lowest number of bfloat16 or float32 in it: one in 2^24 would make it 2e31."""

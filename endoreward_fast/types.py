@@ -34,6 +34,6 @@ class TokenRewards(NamedTuple):
 
     def _repr_html_(self) -> str | None:
         """For notebooks: one row as a heatmap, each token by its position; None, so their plain text, for several."""
-        from .notebook import html_of_rewards
+        from .view.notebook import html_of_rewards
 
         return html_of_rewards(self)

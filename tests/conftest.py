@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which no test module does earlier
 
 # "fixed" draws the same examples every time and shows the first that fails; `HYPOTHESIS_PROFILE=long python -m pytest
-# tests/test_properties.py tests/test_identities.py` draws 1000 new ones a test, and makes those that fail small.
+# tests/vocab/test_properties.py tests/test_identities.py` draws 1000 new ones a test, and makes those that fail small.
 settings.register_profile(
     "fixed", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
 )

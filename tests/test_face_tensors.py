@@ -6,8 +6,8 @@ import torch
 from transformers import BatchEncoding
 
 import endoreward_fast as er
-from endoreward_fast.compiled import find_compiler
 from endoreward_fast.signals import linear_token_stats, token_stats
+from endoreward_fast.vocab.compiled import find_compiler
 from tiny_models import MODELS, TOKENIZER
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

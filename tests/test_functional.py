@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import endoreward_fast as er
-from endoreward_fast import ops, reference
-from endoreward_fast.compiled import find_compiler
+from endoreward_fast.vocab import ops, reference
+from endoreward_fast.vocab.compiled import find_compiler
 
 COMPILED = pytest.param(
     "compiled",
@@ -120,7 +120,7 @@ def test_float32_hidden_with_a_low_precision_weight_gives_exact_logits(dtype, de
 
 
 def _chunked_is_exact(hidden, weight):
-    from endoreward_fast.chunked_tiles import uses_native_matmul
+    from endoreward_fast.vocab.chunked_tiles import uses_native_matmul
 
     return hidden.device.type != "cpu" or not uses_native_matmul(hidden, weight)
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import endoreward_fast as er
-from endoreward_fast import reference
-from endoreward_fast.compiled import find_compiler
+from endoreward_fast.vocab import reference
+from endoreward_fast.vocab.compiled import find_compiler
 from property_cases import ALPHAS, DEVICE, F64, VOCABS, drawn
 
 EPS32 = torch.finfo(torch.float32).eps

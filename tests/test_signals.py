@@ -7,9 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel, signals
-from endoreward_fast.heads import without_cache
-from endoreward_fast.reference import final_logits
+from endoreward_fast.head.head import without_cache
 from endoreward_fast.signals import SIGNALS, linear_token_stats, select, token_stats
+from endoreward_fast.vocab.reference import final_logits
 from tiny_models import EOS, MODELS, ROWS, TOKENIZER, VOCAB, build, byte_tokenizer, random_rows
 
 ONE_MODEL = [name for name, signal in SIGNALS.items() if not signal.needs_reference]
@@ -294,7 +294,7 @@ def test_one_forward_and_one_pass_over_the_vocabulary(llama, monkeypatch):
     inner = signals.linear_vocab_stats
     monkeypatch.setattr(signals, "linear_vocab_stats", lambda *a, **o: count("vocabulary") or inner(*a, **o))
     monkeypatch.setattr(
-        "endoreward_fast.model.linear_token_rewards", lambda *a, **o: pytest.fail("the vocabulary is read twice")
+        "endoreward_fast.model.model.linear_token_rewards", lambda *a, **o: pytest.fail("the vocabulary is read twice")
     )
     hooks = [llama.model.register_forward_hook(lambda *_: count("model"))]
     llama.score(ROWS, signals="all")

@@ -2,7 +2,7 @@
 
     python tools/families.py          rewrites docs/families.md (under a minute on two cores)
 
-`tests/test_families.py` holds every row to what is written here.
+`tests/head/test_families.py` holds every row to what is written here.
 """
 
 import warnings
@@ -18,9 +18,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from endoreward_fast.errors import EndoRewardError
-from endoreward_fast.head_recipes import RULES, Rule
-from endoreward_fast.heads import Head, logits_of, without_cache
-from endoreward_fast.reference import final_logits
+from endoreward_fast.head.head import Head, logits_of, without_cache
+from endoreward_fast.head.recipes import RULES, Rule
+from endoreward_fast.vocab.reference import final_logits
 
 TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 CLASSES = dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from endoreward_fast.demo_data import CORRUPTIONS, FORMS, TASKS, corrupted, passages, problems, steered
+from endoreward_fast.pocket.quiz import CORRUPTIONS, FORMS, TASKS, corrupted, passages, problems, steered
 
 CARD = """---
 library_name: transformers
@@ -43,7 +43,7 @@ documentation sounds like. Its scores on anything else say nothing about the tex
 
 - Text: docstrings of the standard library of that Python, and the language reference behind `help()`.
   That text is under Python's own licence (PSF); other versions of Python carry slightly different text.
-- Problems: `endoreward_fast/demo_data.py`, through the chat template, as `Question: ... Answer:` and bare.
+- Problems: `endoreward_fast/pocket/quiz.py`, through the chat template, as `Question: ... Answer:` and bare.
   System prompts it has learnt: "Answer in words.", "Answer in digits.", "Answer in capital letters."
 
 A tenth of the modules, topics and problems is held out by a hash of its name or of what it asks (`is_heldout`); a

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from endoreward_fast import demo_data, demo_text
+from endoreward_fast.pocket import quiz, sentences
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
@@ -58,12 +58,12 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 
 def training_texts() -> list[str]:
     """The documentation texts of the training split, less those that share a long line with a held-out text."""
-    held = {line.strip() for _, text in demo_text.documents("heldout") for line in text.splitlines()}
+    held = {line.strip() for _, text in sentences.documents("heldout") for line in text.splitlines()}
     held = {line for line in held if len(line) >= 30}
-    return [text for _, text in demo_text.documents("train") if held.isdisjoint(map(str.strip, text.splitlines()))]
+    return [text for _, text in sentences.documents("train") if held.isdisjoint(map(str.strip, text.splitlines()))]
 
 
-def rendered(problem: demo_data.Problem, style: str) -> tuple[str, str]:
+def rendered(problem: quiz.Problem, style: str) -> tuple[str, str]:
     """(prompt, completion) as they reach the tokenizer: through the chat template, as plain text, or bare."""
     if style == "chat":
         system = f"<|system|> {problem.system}{EOS}" if problem.system else ""
@@ -104,7 +104,7 @@ def text_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int,
 
 def problem_rows(tokenizer: PreTrainedTokenizerFast, tasks: list[str], length: int, seed: int) -> Iterator[list]:
     """Rows of training problems: half through the chat template, the rest as plain text; no problem is cut in two."""
-    rng, source = random.Random(f"styles {seed}"), demo_data.stream(seed, "train", tasks)
+    rng, source = random.Random(f"styles {seed}"), quiz.stream(seed, "train", tasks)
 
     def pieces() -> Iterator[tuple[list[int], list[float]]]:
         room = length

@@ -11,8 +11,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from endoreward_fast.encoding import Encoded, encode_row
 from endoreward_fast.errors import EndoRewardError
+from endoreward_fast.text.encoding import Encoded, encode_row
 
 PAGE = Path(__file__).parent.parent / "docs" / "templates.md"
 BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"

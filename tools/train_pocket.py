@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python tools/train_pocket.py --output endoreward_fast/pocket
 
-Text: the standard library's documentation. Questions: endoreward_fast/demo_data.py. Nothing is
+Text: the standard library's documentation. Questions: endoreward_fast/pocket/quiz.py. Nothing is
 downloaded. The same seed, Python, torch and processor give the same weights.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
 
-from endoreward_fast.demo_data import TASKS, problems
+from endoreward_fast.pocket.quiz import TASKS, problems
 
 VOCAB_SIZE = 1024
 # What takes longest to learn comes more often.

@@ -20,7 +20,7 @@ import torch
 
 from bench.paper import output
 from bench.paper.rl import BETA, RATE, WARMUP, Verifiable, questions, smooth
-from endoreward_fast.checkpoint import pocket_path
+from endoreward_fast.model.checkpoint import pocket_path
 
 ARMS = {"totals": "over the spread of the totals (before)", "largest": "over the largest spread (now)"}
 COLOURS = {"totals": output.IMITATION, "largest": output.ENDOGENOUS}

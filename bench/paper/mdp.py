@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from endoreward_fast import reference, token_rewards
+from endoreward_fast import token_rewards
+from endoreward_fast.vocab import reference
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def endogenous(mdp: TokenMDP, logits: Tensor, alpha: float, exact: bool = False)
     """Endogenous reward (H, S, A) of every token in every state, by endoreward_fast.token_rewards (float32 inside).
 
     Each (state, token) is a row of one token after one prompt, with the logits of the state and of the one it leads to.
-    exact: by the same package's oracle in float64 (endoreward_fast.reference), for comparisons below 1e-6.
+    exact: by the same package's oracle in float64 (endoreward_fast.vocab.reference), for comparisons below 1e-6.
     """
     h, s, a = logits.shape
     after = torch.zeros(h, s, a, a, dtype=logits.dtype)

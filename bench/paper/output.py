@@ -9,12 +9,12 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
-from bench.environment import environment
+from bench.harness.environment import environment
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from bench.charts import INK, MUTED, quiet
+from bench.harness.charts import INK, MUTED, quiet
 
 RESULTS = Path(__file__).parents[1] / "results"
 IMITATION, ENDOGENOUS, OTHER, GUIDE = "#3d5a80", "#d1495b", "#edae49", "#b9c2cc"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from endoreward_fast.demo_data import Problem
+from endoreward_fast.pocket.quiz import Problem
 
 LONGEST = 12  # tokens: the longest right answer of the arithmetic tasks has 7, its end included
 

@@ -24,11 +24,11 @@ from torch import nn
 
 from bench.paper import output
 from endoreward_fast import EndoRewardModel
-from endoreward_fast.checkpoint import pocket_path
-from endoreward_fast.command.evaluation import Accuracy, wilson
-from endoreward_fast.demo_data import TASKS, Problem, problems
-from endoreward_fast.judges import JUDGES
-from endoreward_fast.reward_model import RewardModel
+from endoreward_fast.command.evaluate.evaluation import Accuracy, wilson
+from endoreward_fast.model.checkpoint import pocket_path
+from endoreward_fast.pocket.quiz import TASKS, Problem, problems
+from endoreward_fast.rivals.judges import JUDGES
+from endoreward_fast.rivals.reward_model import RewardModel
 from endoreward_fast.signals import SIGNALS
 
 PER_TASK, STEPS, PAIRS, RATE = 20, 120, 16, 1e-4

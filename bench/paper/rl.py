@@ -30,8 +30,8 @@ import torch
 from bench.paper import output
 from bench.paper.policies import answers, right
 from endoreward_fast import EndoRewardModel
-from endoreward_fast.checkpoint import pocket_path
-from endoreward_fast.demo_data import Problem, problems
+from endoreward_fast.model.checkpoint import pocket_path
+from endoreward_fast.pocket.quiz import Problem, problems
 
 TASKS = ("add", "subtract", "count")
 BETA, RATE, PROMPTS, GROUP, STEPS, WARMUP = 0.01, 1e-4, 8, 8, 40, 4

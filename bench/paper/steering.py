@@ -27,8 +27,8 @@ import torch
 from bench.paper import output
 from bench.paper.policies import answers
 from endoreward_fast import EndoRewardModel
-from endoreward_fast.command.evaluation import Accuracy, wilson
-from endoreward_fast.demo_data import IN_DIGITS, IN_WORDS, Problem, in_words, steered
+from endoreward_fast.command.evaluate.evaluation import Accuracy, wilson
+from endoreward_fast.pocket.quiz import IN_DIGITS, IN_WORDS, Problem, in_words, steered
 
 FORMS = ("words", "digits")
 UNSEEN = "Answer in Latin."

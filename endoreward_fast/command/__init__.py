@@ -1,1 +1,1 @@
-"""The parts of the `endoreward` command, which cli.py puts together: rows in, rows out."""
+"""The command `endoreward`: flags, input, run, evaluate, and one file for each of demo and show."""

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..demo_data import CORRUPTIONS, Passage, Problem, corrupted, passages, problems, steered
 from ..errors import EndoRewardError
-from . import pipeline
-from .evaluation import Accuracy, wilson
-from .options import ModelFlags
-from .output import Monitor
+from ..pocket.quiz import CORRUPTIONS, Passage, Problem, corrupted, passages, problems, steered
+from .evaluate.evaluation import Accuracy, wilson
+from .flags.options import ModelFlags
+from .run import pipeline
+from .run.output import Monitor
 
 PASSAGES, PROBLEMS, STEERED = 40, 220, 60
 SHOWN = 3  # examples printed of each kind

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from ..arguments import ScoreKwargs
-from ..model import EndoRewardModel, RowScore
+from ..model.model import EndoRewardModel, RowScore
+from ..scoring.arguments import ScoreKwargs
 
 Ids = Sequence[int]
 Own = Sequence[int]

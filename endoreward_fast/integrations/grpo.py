@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import EndoRewardError
-from ..layout import PaddingLast
-from ..model import EndoRewardModel
+from ..model.layout import PaddingLast
+from ..model.model import EndoRewardModel
+from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import rewards_to_go
-from ..scoring import evaluating
-from ..vocabulary import refuse_other_vocabulary
+from ..scoring.score import evaluating
 from .advantages import token_advantages
 from .generated import Ids, Own
 from .trl import EndoReward, Scored

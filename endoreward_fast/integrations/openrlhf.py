@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from ..boundary import decode, split_ids, tokenize
 from ..errors import EndoRewardError
+from ..text.boundary import decode, split_ids, tokenize
 from .batched import UNSCORED, BatchedReward, Rewarded
 from .generated import generated_row
 

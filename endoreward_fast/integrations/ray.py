@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
-from ..arguments import ScoreKwargs
-from ..command.jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
-from ..command.options import EngineFlags
-from ..command.output import Monitor
-from ..command.pipeline import Item
+from ..command.flags.options import EngineFlags
+from ..command.run.jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
+from ..command.run.output import Monitor
+from ..command.run.pipeline import Item
 from ..errors import EndoRewardError
-from ..model import EndoRewardModel
-from ..scoring import ScoreOptions
+from ..model.model import EndoRewardModel
+from ..scoring.arguments import ScoreKwargs
+from ..scoring.score import ScoreOptions
 
 if TYPE_CHECKING:
     import pyarrow

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chat import with_system
 from ..errors import EndoRewardError
-from ..model import EndoRewardModel
+from ..model.model import EndoRewardModel
+from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import sequence_score
-from ..scoring import ScoreOptions
-from ..vocabulary import refuse_other_vocabulary
+from ..scoring.score import ScoreOptions
+from ..text.chat import with_system
 from .generated import NOT_FINITE, Ids, Own, ending_ids, generated_row, score_completions, scorer_of
 from .prompts import Rendering, answered_by_tools
 

@@ -27,7 +27,7 @@ from endoreward_fast import (
     token_rewards,
     vocab_stats,
 )
-from endoreward_fast.judges import JUDGES, Judge, Pairwise, Verifier
+from endoreward_fast.rivals.judges import JUDGES, Judge, Pairwise, Verifier
 from endoreward_fast.signals import Signal, TokenStats
 
 scorer = EndoRewardModel.from_pretrained(

@@ -4,7 +4,7 @@ import torch
 
 import endoreward_fast
 from endoreward_fast import EndoRewardModel, RewardModel, rewards_to_go, sequence_score, token_rewards, vocab_stats
-from endoreward_fast.judges import Verifier
+from endoreward_fast.rivals.judges import Verifier
 
 scorer, rival = EndoRewardModel.from_pretrained("pocket"), RewardModel.from_pretrained("a/name")
 ids, logits = torch.tensor([[1, 2]]), torch.randn(1, 2, 8)

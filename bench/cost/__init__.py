@@ -1,0 +1,1 @@
+"""`python -m bench.cost`: what scoring costs, by formula and measured."""

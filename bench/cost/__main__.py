@@ -1,0 +1,3 @@
+from bench.cost.page import main
+
+main()

@@ -1,0 +1,31 @@
+"""`python -m bench.cost`: what scoring costs, by formula, and what was measured against it. The page: docs/scale.md.
+
+Writes bench/results/cost.json.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from bench.cost import formulas, points, tables
+from endoreward_fast.model.checkpoint import place_of
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a name or folder: only this model's line, by its config.json")
+    parser.add_argument("--markdown", action="store_true", help="the page's tables, and nothing measured")
+    parser.add_argument("--out", type=Path, help="folder for cost.json; default: bench/results")
+    parser.add_argument("--rounds", type=int, default=7)
+    args = parser.parse_args(arguments)
+    if args.model is None:
+        points.run(args.out, args.rounds, tables_only=args.markdown)
+        return
+    try:
+        model = formulas.of_config(AutoConfig.from_pretrained(place_of(args.model)), args.model)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"bench.cost: {args.model}: {' '.join(str(error).split())}") from None
+    tables.show(tables.TYPICAL.described, tables.shapes_table((model,)))

@@ -1,0 +1,1 @@
+"""`python -m bench.gpu`: tests and benchmarks on a GPU."""

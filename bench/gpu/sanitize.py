@@ -1,0 +1,51 @@
+"""`python -m bench.gpu.sanitize`: tests of small shapes on the GPU under compute-sanitizer, memcheck then racecheck.
+
+torch's caching allocator is turned off, so that a read past the end of a tensor is one past the end of an allocation.
+Each tool has a time limit and says how long it took. Exit code: 2 without a GPU or without the tool, 1 where it
+found something, a test failed, or the time ran out.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+
+from bench.gpu.run import run_limited, why_no_gpu
+
+TOOLS = {"memcheck": ("--leak-check", "no"), "racecheck": ("--racecheck-report", "all")}
+FILES = ("tests/test_functional.py", "tests/vocab/test_workspace.py")
+# Statistics, rewards and gradients of every impl; what times, compiles or captures is left to `make gpu`.
+SELECTION = "statistics or low_precision or token_rewards or packed_rows or gradients or mask or nothing_to_do"
+LIMIT = 260  # seconds for each tool
+
+
+def commands() -> dict[str, list[str]]:
+    test = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", *FILES, "-k", f"({SELECTION}) and not reference"]
+    head = ["compute-sanitizer", "--target-processes", "all", "--error-exitcode", "99", "--print-limit", "20"]
+    return {tool: [*head, "--tool", tool, *options, *test] for tool, options in TOOLS.items()}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.sanitize", description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for each tool")
+    args = parser.parse_args(arguments)
+    obstacle = why_no_gpu()
+    if obstacle is None and shutil.which("compute-sanitizer") is None:
+        obstacle = "compute-sanitizer, of the CUDA toolkit, is not on the PATH"
+    if obstacle:
+        print(obstacle, file=sys.stderr)
+        return 2
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    good = True
+    for tool, command in commands().items():
+        start = time.monotonic()
+        code = run_limited(command, args.limit)
+        said = {None: "did not finish", 0: "found nothing", 99: "FOUND ERRORS"}.get(code, f"failed (exit code {code})")
+        print(f"{tool}: {said}, {time.monotonic() - start:.0f} s (limit {args.limit:.0f} s)", flush=True)
+        good = good and code == 0
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

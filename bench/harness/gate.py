@@ -1,0 +1,108 @@
+"""No timing without right numbers: some rows of what a peer gives, against fp64."""
+
+import torch
+from torch import Tensor
+
+from bench.harness.peers import Inputs
+from endoreward_fast.vocab import reference
+
+GATE_ROWS = 16
+
+
+class Gate:
+    """Statistics of some rows, and gradients where they are asked for, against fp64.
+
+    In float32 statistics must be within 1e-4; in bfloat16 within the rounding of a bfloat16 logit. Gradients are held
+    to a relative error, over the rows checked: 1e-3, in bfloat16 5%; at other columns than the target's, where eager
+    torch's bfloat16 probabilities are off by 4%, 10%.
+    """
+
+    def __init__(self, inputs: Inputs):
+        self._inputs = inputs
+        on = torch.arange(len(inputs.targets)) if inputs.mask is None else inputs.mask.nonzero().squeeze(1).cpu()
+        self._rows = on[:GATE_ROWS].to(inputs.targets.device)
+        self._targets = inputs.targets[self._rows]
+        self._at = torch.arange(len(self._rows), device=self._rows.device), self._targets
+        self._logits = _logits(inputs, self._rows)
+        self._oracle = reference.vocab_stats(self._logits, self._targets, entropy=True, dtype=torch.float64)
+        dtype = inputs.logits.dtype if inputs.hidden is None else inputs.hidden.dtype
+        exact = dtype == torch.float32
+        self._tolerance = 1e-4 if exact else 0.13  # half a unit of bfloat16 at 32 is 0.125
+        self._relative, self._relative_elsewhere = (1e-3, 1e-3) if exact else (0.05, 0.1)
+
+    def check(self, name: str, gives: str, got) -> None:
+        """`gives`: see peers.Peer. Raises AssertionError where the numbers are wrong."""
+        lse, target = self._oracle.lse, self._oracle.target_logit
+        if gives == "nll":
+            self._stats(name, [(got, lse - target)])
+        elif gives == "stats":
+            self._stats(name, zip(got, (lse, target, self._oracle.entropy), strict=False))
+        elif gives == "rewards":  # negative log-likelihoods, and rewards: target logit less the next state's value
+            nll, reward = got
+            last = len(self._rows) - 1
+            self._stats(name, [(nll, lse - target)])
+            self._close(name, reward[self._rows[:last]], (target[:last] - lse[1:]))
+        elif gives == "logits gradient":
+            self._logits_gradient(name, got[self._rows].double())
+        elif gives == "gradients":  # negative log-likelihoods, gradients of hidden and of weight
+            nll, dhidden, dweight = got
+            self._stats(name, [(nll, lse - target)])
+            self._linear_gradients(name, dhidden, dweight)
+
+    def _stats(self, name: str, pairs) -> None:
+        for ours, oracle in pairs:
+            self._close(name, ours[self._rows], oracle)
+
+    def _close(self, name: str, ours: Tensor, oracle: Tensor) -> None:
+        _refuse(name, (ours.double() - oracle).abs().max().item(), self._tolerance)
+
+    def _dlogits(self) -> Tensor:
+        """Of upstream * (lse - target logit), (rows, V)."""
+        p = torch.softmax(self._logits, -1)
+        p[self._at] -= 1.0
+        return p * self._inputs.upstream[self._rows].double().unsqueeze(1)
+
+    def _logits_gradient(self, name: str, got: Tensor) -> None:
+        want = self._dlogits()
+        _refuse(name, _relative(got, want), self._relative)
+        got[self._at] = want[self._at] = 0.0
+        _refuse(name, _relative(got, want), self._relative_elsewhere)
+
+    def _linear_gradients(self, name: str, dhidden: Tensor, dweight: Tensor) -> None:
+        weight, hidden = self._inputs.weight, self._inputs.hidden
+        want = sum(
+            part @ w.double() for part, w in zip(self._dlogits().split(PART, 1), weight.split(PART), strict=True)
+        )
+        _refuse(name, _relative(dhidden[self._rows].double(), want), self._relative)
+        # Of the weight: the targets' rows, over all N; their probabilities need every row's log-sum-exp.
+        columns = self._targets.unique()
+        p = torch.exp(hidden.double() @ weight[columns].double().T - self._all_lse().unsqueeze(1))
+        g = (p - (self._inputs.targets.unsqueeze(1) == columns).double()) * self._inputs.upstream.double().unsqueeze(1)
+        _refuse(name, _relative(dweight[columns].double(), g.T @ hidden.double()), self._relative)
+
+    def _all_lse(self) -> Tensor:
+        """(N,) by float32 products."""
+        hidden = self._inputs.hidden.float()
+        parts = [torch.logsumexp(hidden @ w.float().T, -1) for w in self._inputs.weight.split(PART)]
+        return torch.logsumexp(torch.stack(parts).double(), 0)
+
+
+PART = 16384  # vocabulary entries in float64 at a time: a float64 weight may not fit
+
+
+def _logits(inputs: Inputs, rows: Tensor) -> Tensor:
+    if inputs.logits is not None:
+        return inputs.logits[rows].double()
+    hidden = inputs.hidden[rows].double()
+    z = torch.cat([hidden @ part.double().T for part in inputs.weight.split(PART)], 1)
+    softcap = inputs.shape.softcap
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return ((got - want).norm() / want.norm()).item()
+
+
+def _refuse(name: str, error: float, allowed: float) -> None:
+    if not error <= allowed:  # NaN too
+        raise AssertionError(f"{name} is off by {error:.2e} (allowed {allowed}); it is not timed")

@@ -1,0 +1,53 @@
+"""Peak memory of one call on the CPU, each peer in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.harness import peers as registry
+from bench.harness import shapes
+
+
+def weigh(case, names) -> dict[str, float]:
+    return {name: in_a_process(case, weigh=name)["extra_mib"] for name in names}
+
+
+def extra_mib(case, name: str) -> float:
+    """Peak resident memory during one call, over that before it, with the inputs in place; MiB.
+
+    Counts all memory, the matmul library's and the outputs' included. Meant for a fresh process (`in_a_process`), in
+    which the allocator returns what it frees; a call on a small shape first starts threads and loads code.
+    """
+    shape = shapes.find(case.shape)
+    peer = registry.peers(case.subject)[name]
+    small = registry.make_inputs(case.subject, shapes.Shape("small", 64, 4096, shape.softcap), 8, case.torch_dtype)
+    peer.run(case.for_peer(name, small))
+    inputs = case.for_peer(name, registry.make_inputs(case.subject, shape, case.rows, case.torch_dtype))
+    if name == "torch.compile":  # the compiler's own memory is no part of a call's
+        peer.run(inputs)
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
+    before = _status_kib("VmRSS")
+    peer.run(inputs)
+    return (_status_kib("VmHWM") - before) / 1024
+
+
+def _status_kib(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def in_a_process(case, env: dict[str, str] | None = None, weigh: str | None = None) -> dict:
+    """The case in a fresh interpreter, which prints its result as the last line."""
+    settings = dict(os.environ) | (env or {})
+    if weigh:  # every block over 64 KiB straight from the system and straight back
+        settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    command = [sys.executable, "-m", "bench.harness.one", json.dumps(asdict(case)), *([weigh] if weigh else [])]
+    run = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    if run.returncode:
+        raise RuntimeError(f"{case.name}: {' '.join(command)} failed:\n{run.stderr}")
+    return json.loads(run.stdout.splitlines()[-1])

@@ -1,0 +1,19 @@
+"""`python -m bench.harness.one CASE [PEER]`: one case in this process, as JSON; with PEER, its memory only."""
+
+import json
+import sys
+
+from bench.harness.cases import Case
+from bench.harness.memory import extra_mib
+from bench.harness.timing import run_case
+
+
+def main(arguments: list[str]) -> None:
+    fields = json.loads(arguments[0])
+    case = Case(**fields | {"without": tuple(fields["without"])})
+    result = {"extra_mib": extra_mib(case, arguments[1])} if len(arguments) > 1 else run_case(case)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,170 @@
+"""What the fast paths are compared with: one adapter each, all giving (lse, target_logit) or what they can of it.
+
+A peer that this installation lacks is named with the reason, never left out in silence.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.harness.shapes import Shape
+from endoreward_fast import linear_vocab_stats, vocab_stats
+from endoreward_fast.functional import Impl
+from endoreward_fast.vocab.compiled import find_compiler
+
+OURS = "endoreward_fast"
+OURS_COMPILED = "endoreward_fast, compiled"
+BARE_MATMUL = "bare matmul"
+LOGSUMEXP = "logsumexp + gather"
+THREE_MATMULS = "three bare matmuls"
+DEVICE_COPY = "device copy"
+SUBJECTS = ("linear", "logits")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """hidden (N, D) and weight (V, D), or logits (N, V); targets (N,).
+
+    upstream (N,) is the gradient that arrives at each row's negative log-likelihood. mask (N,) bool: rows to compute.
+    """
+
+    shape: Shape
+    targets: Tensor
+    upstream: Tensor
+    hidden: Tensor | None = None
+    weight: Tensor | None = None
+    logits: Tensor | None = None
+    mask: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Peer:
+    """`run` gives `gives`:
+
+    "nothing"                                   "stats"   lse, target_logit and, if there is a third, entropy
+    "nll"      lse - target_logit               "rewards" nll, reward
+    "gradients" nll, of hidden, of weight       "logits gradient"
+    """
+
+    run: Callable[[Inputs], object]
+    gives: str = "stats"
+    missing: str | None = None  # why it cannot run here
+    bytes_per_logit: float = 0.0  # device memory it takes at its peak: what does not fit is left out by name
+    in_two_steps: bool = False  # run gives the call to time; what run itself does (a forward, say) is not timed
+
+    def prepare(self, inputs: Inputs) -> Callable[[], object]:
+        return self.run(inputs) if self.in_two_steps else functools.partial(self.run, inputs)
+
+
+def make_inputs(
+    subject: str, shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
+) -> Inputs:
+    """Random inputs whose logits have a standard deviation of about 3, as a trained model's do."""
+    generator = torch.Generator(device).manual_seed(seed)
+    on = {"generator": generator, "device": device}
+    targets = torch.randint(0, shape.vocab, (rows,), **on)
+    inputs = Inputs(shape, targets, upstream=torch.rand(rows, **on) + 0.5)
+    if subject.startswith("logits"):
+        logits = torch.empty(rows, shape.vocab, dtype=dtype, device=device)
+        for part in logits.split(1024):
+            part.copy_(torch.randn(part.shape, **on).mul_(3.0))
+        return replace(inputs, logits=logits)
+    hidden = torch.randn(rows, shape.hidden, **on).to(dtype)
+    weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype, device=device)
+    for part in weight.split(16384):  # in parts: a float32 copy of the whole would double the memory
+        part.copy_(torch.randn(part.shape, **on).mul_(3.0 / shape.hidden**0.5))
+    mask = completion_mask(rows).to(device) if subject == "linear masked" else None
+    return replace(inputs, hidden=hidden, weight=weight, mask=mask)
+
+
+def completion_mask(rows: int) -> Tensor:
+    """(N,) bool: the last fifth of each sequence of at most 2048 tokens; the prompt before it is off."""
+    length = min(rows, 2048)
+    return torch.arange(rows) % length >= length - length // 5
+
+
+def peers(subject: str, gpu: bool = False) -> dict[str, Peer]:
+    """Every peer of a subject; the first is what ratios are taken to, the last is ours."""
+    if gpu:
+        from bench.gpu import peers_gpu
+
+        return peers_gpu.peers(subject)
+    if subject == "linear":
+        return {
+            BARE_MATMUL: Peer(lambda i: i.hidden @ i.weight.T, gives="nothing"),
+            "eager": Peer(_eager_linear),
+            "torch.compile": _compiled(linear_stats, lambda i: (i.hidden, i.weight, i.targets, i.shape.softcap)),
+            "F.linear_cross_entropy": _linear_cross_entropy(chunked=False),
+            "F.linear_cross_entropy, chunked": _linear_cross_entropy(chunked=True),
+            OURS_COMPILED: Peer(functools.partial(_ours_linear, impl="compiled"), missing=_no_compiler()),
+            OURS: Peer(_ours_linear),
+        }
+    return {
+        LOGSUMEXP: Peer(lambda i: stats(i.logits, i.targets)),
+        "log_softmax + gather": Peer(_log_softmax, gives="nll"),
+        "torch.compile": _compiled(stats, lambda i: (i.logits, i.targets)),
+        OURS_COMPILED: Peer(functools.partial(_ours_logits, impl="compiled"), missing=_no_compiler()),
+        OURS: Peer(_ours_logits),
+    }
+
+
+def unsuited(name: str, inputs: Inputs) -> str | None:
+    """Why a peer that is installed cannot do these inputs."""
+    if name.startswith("F.linear_cross_entropy") and inputs.shape.softcap is not None:
+        return "has no softcap"
+    return None
+
+
+def _no_compiler() -> str | None:
+    return None if find_compiler() else "needs a C++ compiler, and there is none"
+
+
+def _ours_linear(i: Inputs, impl: Impl = "chunked"):
+    out = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, impl=impl)
+    return out.lse, out.target_logit
+
+
+def _ours_logits(i: Inputs, impl: Impl = "chunked"):
+    out = vocab_stats(i.logits, i.targets, impl=impl)
+    return out.lse, out.target_logit
+
+
+def stats(logits: Tensor, targets: Tensor):
+    return torch.logsumexp(logits, -1), logits.gather(1, targets.unsqueeze(1)).squeeze(1)
+
+
+def linear_stats(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float | None):
+    logits = hidden @ weight.T
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return stats(logits, targets)
+
+
+def _eager_linear(i: Inputs):
+    return linear_stats(i.hidden, i.weight, i.targets, i.shape.softcap)
+
+
+def _log_softmax(i: Inputs):
+    return -torch.log_softmax(i.logits, -1).gather(1, i.targets.unsqueeze(1)).squeeze(1)
+
+
+def _compiled(function: Callable, arguments: Callable[[Inputs], tuple]) -> Peer:
+    return Peer(lambda i: compiled(function)(*arguments(i)))
+
+
+@functools.cache  # at its first use: the compiler takes seconds to load
+def compiled(function: Callable) -> Callable:
+    return torch.compile(function, dynamic=False)
+
+
+def _linear_cross_entropy(chunked: bool) -> Peer:
+    """torch's own, which gives the negative log-likelihood only; by default it stores the logits."""
+    options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if not hasattr(F, "linear_cross_entropy") or (chunked and options is None):
+        return Peer(lambda i: None, missing=f"torch {torch.__version__} does not have it")
+    how = {"reduction": "none"} | ({"options": options()} if chunked else {})
+    return Peer(lambda i: F.linear_cross_entropy(i.hidden, i.weight, i.targets, **how), gives="nll")

@@ -1,0 +1,1 @@
+"""Scores of preference files to accuracies, tables and pictures."""

@@ -1,0 +1,133 @@
+"""`endoreward eval`: rows through the model and whatever its score is compared with, results by method."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from ...model.checkpoint import weights_of
+from ..flags.options import PAIRWISE, SOURCE, EvalFlags
+from ..run import pipeline
+from ..run.output import Aside, Monitor
+from ..run.pipeline import Item, Scorer
+from .evaluation import Judged, rm_bench_part
+from .report import FileResult
+
+REWARD_MODEL = "reward model"
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A scorer that goes over the rows once more."""
+
+    name: str
+    scorer: Scorer
+    readings: str = "1"
+    """how often it reads a completion"""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A model, and whatever its score is compared with."""
+
+    scorer: Scorer
+    options: dict[str, Any]
+    """of the model: its signals among them"""
+    signals: tuple[str, ...]
+    rivals: tuple[Rival, ...]
+    rival_options: dict[str, Any]
+
+    @property
+    def passes(self) -> int:
+        """How often every row is scored."""
+        return 1 + len(self.rivals)
+
+    @property
+    def readings(self) -> str | None:
+        """In words how often a completion is read, if that is not once: what an evaluation costs."""
+        others = ["1 by the reference model"] if "reference" in self.options else []
+        others += [f"{rival.readings} by the {rival.name}" for rival in self.rivals]
+        return f"every completion is read more than once: {'; '.join(['1 by the model', *others])}" if others else None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What stands beside the score, in the order of the tables."""
+        return (*self.signals, *(rival.name for rival in self.rivals))
+
+    def judge(self, items: list[Item], result: FileResult, monitor: Monitor, *, strict: bool) -> None:
+        """Score one window of rows by every method, into `result`."""
+        pipeline.score_items(items, self.scorer, self.options, self._collect(result), monitor, strict=strict)
+        for rival in self.rivals:
+            readable = [item.again() for item in items if item.task]
+            collect = partial(add, result.beside[rival.name])
+            aside = Aside(monitor, rival.name)
+            pipeline.score_items(readable, rival.scorer, self.rival_options, collect, aside, strict=strict)
+
+    def _collect(self, result: FileResult) -> Callable[[Item], None]:
+        def collect(item: Item) -> None:
+            add(result, item)
+            for name in self.signals:
+                add(result.beside[name], item, name)
+            if item.task is None:
+                for rival in self.rivals:
+                    add(result.beside[rival.name], item)
+
+        return collect
+
+
+def panel(flags: EvalFlags) -> Panel:
+    """Load every model that `flags` name. Call it after the cheap checks."""
+    scorer, plain = pipeline.load_scorer(flags), flags.scoring()
+    options = plain | ({"signals": flags.compared} if flags.compared else {})
+    if flags.reference_model:
+        elsewhere = replace(flags, model=flags.reference_model, **dict.fromkeys(SOURCE))
+        options["reference"] = pipeline.load_scorer(elsewhere)
+    judges = pipeline.load_judges(flags.judges, scorer)
+    rivals = [Rival(f"judge, {name}", judge, _readings(name, judge)) for name, judge in judges.items()]
+    if flags.reward_model:
+        rivals.append(Rival(REWARD_MODEL, pipeline.load_reward_model(flags, flags.reward_model)))
+    return Panel(scorer, options, flags.compared, tuple(rivals), plain)
+
+
+def _readings(name: str, judge: Any) -> str:
+    # A question is read once with each reply that it may have.
+    return f"{len(judge.possible())}{' for each rival' if name == PAIRWISE else ''}"
+
+
+def models(flags: EvalFlags) -> dict[str, dict[str, str]]:
+    """Name and weights of every model that `flags` name. Call it once they are loaded: it asks the Hub no more."""
+    where = {"model": flags.source}
+    return {
+        what.replace(" ", "_"): {"name": name, "weights": weights_of(name, **where.get(what, {}))}
+        for what, name in flags.models.items()
+    }
+
+
+def heading(models: dict[str, dict[str, str]], flags: EvalFlags) -> str:
+    """What stands above the tables: every model, and how its rewards became a score."""
+    lines = [f"{what.replace('_', ' '):<18}{found['name']}, {found['weights']}" for what, found in models.items()]
+    return "\n".join([*lines, f"{'score':<18}{flags.score_described()}", ""])
+
+
+def add(result: FileResult, item: Item, signal: str | None = None) -> None:
+    """One scored row, by its score or a signal of it, to `result`."""
+    result.rows += 1
+    problem = item.trouble(signal)
+    if problem or item.task is None:
+        result.errors.append(f"{item.record.where}: {problem}")
+        return
+    row = item.record.row or {}
+    chosen, rejected = (_scores(item, item.task.layout[side], signal) for side in ("chosen", "rejected"))
+    subset = None if row.get("subset") is None else str(row["subset"])
+    part = rm_bench_part(row, result.name)
+    result.judged.append(Judged(result.name, subset, part, row.get("id"), chosen, rejected))
+
+
+def _scores(item: Item, layout: Any, signal: str | None) -> tuple[float, ...]:
+    positions = layout if isinstance(layout, list) else [layout]
+    # A completion that says nothing loses every comparison.
+    scores = (-math.inf if item.says_nothing(i) else item.score(i, signal) for i in positions)
+    return tuple(score for score in scores if score is not None)

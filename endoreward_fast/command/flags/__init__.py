@@ -1,0 +1,1 @@
+"""What the command line may say: options, their checks, the help."""

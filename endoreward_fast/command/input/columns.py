@@ -1,0 +1,225 @@
+"""A row of the input into what the model scores, and its scores back into the row's own shape.
+
+| columns                                              | scores                                   |
+| prompt (or question) and completion (response, answer) | one number                               |
+| prompt and completions (responses)                   | a list                                   |
+| prompt, chosen and rejected                          | {"chosen": ..., "rejected": ...}         |
+| chosen and rejected as whole conversations           | the same; their common start is the prompt |
+| the same as text of hh-rlhf (Human: Assistant:)      | the same; what follows the last "Assistant:" that both |
+|                                                      | share is scored, flag "split_at_speaker" |
+| messages                                             | one number, for the last assistant turn  |
+| prompt_ids and completion_ids                        | one number                               |
+
+`tools`, `documents` and `chat_template_kwargs` beside messages or text go to the chat template; `completion_mask`
+beside token ids marks those that are scored.
+
+A completion, like a prompt, is text or a list of messages. `chosen` and `rejected` may be lists of
+completions (RM-Bench: three styles each). Dialogues as text stay text: a model without a chat template reads them as
+they are, and a chat template writes what comes before the split as one turn of the user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from math import isfinite
+from typing import Any
+
+from ...errors import EndoRewardError
+from ...text.messages import check_message, check_text
+from .records import is_messages, kind_of
+
+PROMPT = ("prompt", "question")
+COMPLETION = ("completion", "response", "answer")
+COMPLETIONS = ("completions", "responses")
+GIVEN = ("tools", "documents", "chat_template_kwargs")
+"""columns for the chat template"""
+SPEAKER = "\n\nAssistant:"
+"""how hh-rlhf marks the turn that is scored"""
+WANTED = {
+    "score": "prompt and completion; prompt and completions; prompt, chosen and rejected; or messages",
+    "rank": "prompt and completions; or prompt, chosen and rejected",
+    "eval": "prompt, chosen and rejected",
+}
+
+
+class MissingColumns(EndoRewardError):
+    """The row has none of the sets of columns that the command can use."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one row asks to have scored."""
+
+    samples: tuple[dict[str, Any], ...]
+    """rows as EndoRewardModel.score takes them"""
+    layout: Any
+    """positions in `samples`, in the answer's shape: an int, a list, or {"chosen": ..., "rejected": ...}"""
+    flags: tuple[str, ...] = ()
+    """what is worth knowing about how the row was read: keys of encoding.FLAGS, for every sample"""
+
+
+def arrange(layout: Any, value: Callable[[int], Any]) -> Any:
+    """`layout` with every position replaced by `value(position)`."""
+    if isinstance(layout, dict):
+        return {key: arrange(part, value) for key, part in layout.items()}
+    if isinstance(layout, list):
+        return [arrange(part, value) for part in layout]
+    return value(layout)
+
+
+def plan(row: Mapping[str, Any], command: str = "score") -> Task:
+    """What `command` ("score", "rank" or "eval") scores in `row`.
+
+    Raises MissingColumns if the columns do not say, EndoRewardError if what they hold cannot be scored.
+    """
+    task = _plan(row, command)
+    given = {name: row[name] for name in GIVEN if row.get(name) is not None}
+    return replace(task, samples=tuple(sample | given for sample in task.samples)) if given else task
+
+
+def _plan(row: Mapping[str, Any], command: str) -> Task:
+    if "chosen" in row and "rejected" in row:
+        return _preference(row)
+    if (name := _first(row, COMPLETIONS)) and (prompt := _first(row, PROMPT)) and command != "eval":
+        return _listed(row, prompt, name)
+    if command == "score":
+        if (name := _first(row, COMPLETION)) and (prompt := _first(row, PROMPT)):
+            return Task((_sample(_prompt(row[prompt], prompt), _completion(row[name], name)),), 0)
+        if "messages" in row:
+            return Task(({"messages": _dialogue(row["messages"], "messages")},), 0)
+        if "prompt_ids" in row and "completion_ids" in row:
+            sample: dict[str, Any] = {key: _ids(row[key], key) for key in ("prompt_ids", "completion_ids")}
+            if row.get("completion_mask") is not None:
+                sample["completion_mask"] = row["completion_mask"]
+            return Task(({**sample, "terminal": row.get("terminal", True)},), 0)
+    found = ", ".join(map(str, row)) or "none"
+    raise MissingColumns(f"columns wanted: {WANTED[command]}; found: {found}")
+
+
+def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
+    return next((name for name in names if name in row), None)
+
+
+def _listed(row: Mapping[str, Any], prompt: str, name: str) -> Task:
+    values = row[name]
+    if not isinstance(values, list) or is_messages(values):
+        raise EndoRewardError(f"{name}: wanted an array of completions, found {kind_of(values)}")
+    start = _prompt(row[prompt], prompt)
+    samples = tuple(_sample(start, _completion(v, f"{name}[{i}]")) for i, v in enumerate(values))
+    return Task(samples, list(range(len(samples))))
+
+
+def _preference(row: Mapping[str, Any]) -> Task:
+    chosen, rejected = _candidates(row["chosen"]), _candidates(row["rejected"])
+    name = _first(row, PROMPT)
+    prompt = _prompt(row[name], name) if name else None
+    flags: tuple[str, ...] = ()
+    if prompt is None and (isinstance(chosen, _Many) or isinstance(rejected, _Many)):
+        raise MissingColumns(f"columns wanted: {WANTED['eval']}; found: {', '.join(map(str, row))}")
+    if prompt is None:
+        prompt, chosen, rejected = _implicit_prompt(chosen, rejected)
+        flags = ("split_at_speaker",) if isinstance(prompt, str) and prompt.endswith(SPEAKER) else ()
+    samples: list[dict[str, Any]] = []
+    layout: dict[str, Any] = {}
+    for side, value in (("chosen", chosen), ("rejected", rejected)):
+        if value == []:
+            raise EndoRewardError(f"{side}: wanted at least one completion, found an empty array")
+        many = isinstance(value, _Many)
+        at = len(samples)
+        for i, one in enumerate(value if many else [value]):
+            samples.append(_sample(prompt, _completion(one, f"{side}[{i}]" if many else side)))
+        layout[side] = list(range(at, len(samples))) if many else at
+    return Task(tuple(samples), layout, flags)
+
+
+class _Many(list):  # type: ignore[type-arg]
+    """Several completions, as opposed to one that is a list of messages."""
+
+
+def _candidates(value: Any) -> Any:
+    return _Many(value) if isinstance(value, list) and not is_messages(value) else value
+
+
+def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Two whole conversations, or two texts: the prompt ends at the last turn that begins before they part.
+
+    In text without speakers it ends at the last word that does.
+    """
+    if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
+        raise EndoRewardError(
+            "without a prompt, chosen and rejected must both be text or both be messages, "
+            f"found {kind_of(chosen)} and {kind_of(rejected)}"
+        )
+    shared = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    if isinstance(chosen, list):
+        shared = min(shared, len(chosen) - 1, len(rejected) - 1)
+    elif (speaker := chosen.rfind(SPEAKER, 0, shared)) >= 0:
+        shared = speaker + len(SPEAKER)
+    else:
+        while shared and not (chosen + " ")[shared].isspace():
+            shared -= 1
+    if not shared:
+        raise EndoRewardError("no prompt: chosen and rejected have no common start to take for one")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _sample(prompt: Any, completion: Any) -> dict[str, Any]:
+    """A prompt and its completion; what a completion repeats of the prompt (whole conversations do) goes."""
+    if not isinstance(completion, list):
+        return {"prompt": prompt, "completion": completion}
+    if isinstance(prompt, list) and completion[: len(prompt)] == prompt:
+        completion = completion[len(prompt) :]
+        if not completion:
+            raise EndoRewardError("the completion repeats the prompt and adds nothing")
+    elif isinstance(prompt, str):
+        # A text prompt beside whole conversations (UltraFeedback) is their first user turn once more.
+        prompt = [{"role": "user", "content": prompt}] if completion[0]["role"] == "assistant" else []
+    if completion[0]["role"] != "assistant":
+        prompt, completion = prompt + completion[:-1], completion[-1:]
+    return {"prompt": prompt, "completion": completion}
+
+
+def _prompt(value: Any, name: str) -> Any:
+    return _messages(value, name) if is_messages(value) else _text(value, name)
+
+
+def _completion(value: Any, name: str) -> Any:
+    return _dialogue(value, name) if is_messages(value) else _text(value, name)
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
+        value = str(value)  # a numeric answer, as JSON files have them
+    if not isinstance(value, str):
+        missing = isinstance(value, float)
+        found = f"{value}, which stands for a missing value" if missing else kind_of(value)
+        raise EndoRewardError(f"{name}: wanted text or messages, found {found}")
+    check_text(value, name)
+    return value
+
+
+def _messages(value: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    for i, message in enumerate(value):
+        if not isinstance(message["role"], str):
+            raise EndoRewardError(f"{name}[{i}].role: wanted text, found {kind_of(message['role'])}")
+        check_message(message, f"{name}[{i}]")
+    return value
+
+
+def _dialogue(value: Any, name: str) -> list[dict[str, Any]]:
+    """Messages that end in what is scored."""
+    if not is_messages(value):
+        raise EndoRewardError(f'{name}: wanted an array of {{"role", "content"}} objects, found {kind_of(value)}')
+    messages = _messages(value, name)
+    if messages[-1]["role"] != "assistant":
+        raise EndoRewardError(f"{name}: the last turn must be the assistant's, found {messages[-1]['role']!r}")
+    return messages
+
+
+def _ids(value: Any, name: str) -> list[int]:
+    if not isinstance(value, list) or not all(type(i) is int and i >= 0 for i in value):
+        raise EndoRewardError(f"{name}: wanted an array of token ids")
+    return value

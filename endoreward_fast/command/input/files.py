@@ -1,0 +1,183 @@
+"""Files and standard input into rows: JSON Lines, JSON, CSV or TSV, each plain or gzipped, and Parquet.
+
+What a file is follows from its content; its extension decides only where the content leaves a choice.
+JSON Lines and CSV are read as a stream, so that the first rows are scored before the last are read.
+
+Reading is strict: what two readers could take for different rows is an error, of its row where the next one can be
+found, else of the file, after the rows before it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import io
+import itertools
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from ...errors import EndoRewardError
+from .csv_rows import csv_rows
+from .json_rows import COLUMNS, LISTS, TEXTS, document, is_mostly_lines, is_row, json_lines, rows_of_document
+from .magic import HEAD, refuse_foreign
+from .records import DEEPEST, Record, is_messages, kind_of, record
+
+__all__ = [
+    "COLUMNS", "DEEPEST", "LISTS", "STDIN", "TEXTS", "Record", "Source", "is_messages", "kind_of", "open_source",
+]  # fmt: skip
+
+STDIN = "-"
+UTF8_BOM = b"\xef\xbb\xbf"
+JSON_LINES = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened input."""
+
+    name: str
+    records: Iterator[Record]
+    total: int | None
+    """rows, where that is known without reading everything twice"""
+
+
+def open_source(path: str, limit: int | None = None) -> Source:
+    """Open `path` ("-": standard input) and find out its format.
+
+    Raises EndoRewardError if it cannot be opened, is empty, or is no text this module reads. Damage further
+    in surfaces as a Record with an error where the next row can be found, else as EndoRewardError on the way.
+    """
+    name = "standard input" if path == STDIN else path
+    stream = _open(path, name)
+    head: bytes = stream.peek(HEAD)  # type: ignore[attr-defined]
+    if head[:4] == b"PAR1":
+        source = Source(name, _parquet(stream, name), None)
+    else:
+        refuse_foreign(head, name)
+        source = _text_source(path, name, stream)
+    records = _readable(source.records, name, stream)
+    if limit is None:
+        return Source(name, records, source.total)
+    total = None if source.total is None else min(limit, source.total)
+    return Source(name, itertools.islice(records, limit), total)
+
+
+def _open(path: str, name: str) -> BinaryIO:
+    """A peekable, decompressed byte stream."""
+    try:
+        if path == STDIN:
+            raw: Any = sys.stdin.buffer
+            stream = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
+        else:
+            stream = open(path, "rb")  # noqa: SIM115  read on long after this returns; _readable closes it
+        if stream.peek(2)[:2] == b"\x1f\x8b":
+            stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
+        stream.peek(1)  # a damaged gzip header speaks up here
+    except FileNotFoundError:
+        raise EndoRewardError(f"no such file: {name}") from None
+    except (EOFError, zlib.error, OSError) as error:
+        raise EndoRewardError(f"cannot read {name}: {_reason(error)}") from None
+    return stream
+
+
+def _reason(error: BaseException) -> str:
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _readable(records: Iterator[Record], name: str, stream: BinaryIO) -> Iterator[Record]:
+    """`records`, with what reading may raise half-way said in one line; the file is closed at the end."""
+    try:
+        yield from records
+        if stream is not getattr(sys.stdin, "buffer", None):
+            stream.close()
+    except (EOFError, zlib.error, OSError) as error:
+        raise EndoRewardError(f"cannot read {name} to its end: {_reason(error)}") from None
+
+
+def _text_source(path: str, name: str, stream: BinaryIO) -> Source:
+    lines, skipped = _after_blank_lines(stream, name)
+    first = next(lines, b"")
+    if not first.strip():
+        raise EndoRewardError(f"{name} is empty: there is nothing to score")
+    lines = itertools.chain([first], lines)
+    opening = first.lstrip()[:1]
+    suffix = next((s.lower() for s in reversed(Path(path).suffixes) if s.lower() != ".gz"), "")
+    if suffix in (".csv", ".tsv") or (suffix not in (*JSON_LINES, ".json") and opening not in (b"{", b"[")):
+        return Source(name, csv_rows(lines, skipped, name), None)
+    if (suffix in JSON_LINES and opening != b"[") or (suffix != ".json" and is_row(first)):
+        return Source(name, json_lines(lines, skipped), _count_lines(path, stream))
+    data = b"".join(lines)
+    try:
+        value = document(name, data, skipped)
+    except EndoRewardError:
+        # Or else JSON Lines under a name that does not say so.
+        if (suffix in JSON_LINES or opening == b"{") and is_mostly_lines(data):
+            broken = data.split(b"\n")
+            return Source(name, json_lines(broken, skipped), len(broken))
+        raise
+    rows = rows_of_document(value, name)
+    return Source(name, (record(f"row {n}", row) for n, row in enumerate(rows, start=1)), len(rows))
+
+
+def _after_blank_lines(stream: BinaryIO, name: str) -> tuple[Iterator[bytes], int]:
+    """The lines from the first that holds anything, without a byte-order mark, and how many came before."""
+    lines = iter(stream)
+    try:
+        first = next(lines, b"")
+        first, skipped = first.removeprefix(UTF8_BOM), 0
+        while first and not first.strip():
+            first, skipped = next(lines, b""), skipped + 1
+    except (EOFError, zlib.error, OSError) as error:
+        raise EndoRewardError(f"cannot read {name}: {_reason(error)}") from None
+    return itertools.chain([first], lines), skipped
+
+
+def _count_lines(path: str, stream: BinaryIO) -> int | None:
+    """Lines of a plain file, at the speed of the disk; None for pipes and compressed files."""
+    if path == STDIN or isinstance(stream, gzip.GzipFile) or not stat.S_ISREG(Path(path).stat().st_mode):
+        return None
+    with open(path, "rb") as file:
+        count, last = 0, b"\n"
+        while block := file.read(1 << 20):
+            count, last = count + block.count(b"\n"), block[-1:]
+    return count + (last != b"\n")
+
+
+def _parquet(stream: BinaryIO, name: str) -> Iterator[Record]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise EndoRewardError(f"{name} is Parquet: `pip install pyarrow` to read it, or save it as JSON Lines")
+    from pyarrow import ArrowException, parquet
+
+    data: Any = stream if stream.seekable() else io.BytesIO(stream.read())
+    try:
+        file = parquet.ParquetFile(data)
+        names = file.schema_arrow.names
+        batches = file.iter_batches(batch_size=256)
+    except (ArrowException, OSError) as error:
+        raise EndoRewardError(f"cannot read {name}: {error}") from None
+    if twice := next((column for n, column in enumerate(names) if column in names[:n]), None):
+        raise EndoRewardError(f"{name} has two columns named {twice!r}: rename one")
+    return _parquet_records(batches, name)
+
+
+def _parquet_records(batches: Iterator[Any], name: str) -> Iterator[Record]:
+    from pyarrow import ArrowException
+
+    try:
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from (record(f"row {number}", _unfilled(row)) for number, row in enumerate(rows, start=1))
+    except (ArrowException, OSError) as error:
+        raise EndoRewardError(f"cannot read {name} to its end: {error}") from None
+
+
+def _unfilled(value: Any, *, inside: bool = False) -> Any:
+    """A row without the null fields of its tools and tool calls: Parquet fills in those that only other calls have."""
+    if isinstance(value, dict):
+        kept = ((name, inner) for name, inner in value.items() if not inside or inner is not None)
+        return {name: _unfilled(inner, inside=inside or name in ("tools", "tool_calls")) for name, inner in kept}
+    return [_unfilled(inner, inside=inside) for inner in value] if isinstance(value, list) else value

@@ -1,0 +1,1 @@
+"""Rows through a model: windows, output, resuming, ranks, Ray."""

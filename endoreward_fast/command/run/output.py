@@ -1,0 +1,331 @@
+"""Where results and messages go: JSON Lines by the whole line, and progress, on a terminal only."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from ...errors import EndoRewardError
+from ..input.files import STDIN
+
+UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+STDOUT, STDERR = 1, 2  # file descriptors
+ERRORS_SHOWN = 20  # row errors named on standard error; the others are counted
+
+
+def compact(value: float, digits: int = 9) -> float:
+    """A float32 as its shortest decimal: 9 significant digits give back every float32 exactly."""
+    return float(f"{value:.{digits}g}")
+
+
+def to_line(row: dict[str, Any]) -> str:
+    """JSON in one line: one to every reader, also to those that break lines where Unicode does.
+
+    What JSON has no spelling for becomes null (NaN, infinities) or text (dates).
+    """
+    try:
+        text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        text = json.dumps(plain(row), ensure_ascii=False)
+    return text.translate(UNICODE_BREAKS) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """`value` as it is read again once it is written."""
+    return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
+
+
+class Sink:
+    """Output to a path, or to standard output where the path is None or "-".
+
+    Opening checks that the path can be written, keeps other runs from it, and touches nothing there; the first write
+    empties it, within `emptying()`, or after `append` goes on behind what is there. A device, a pipe or what standard
+    output or error goes to is never emptied. Raises EndoRewardError if the path cannot be written, is one of `inputs`,
+    is being written by another run, or holds something, unless `overwrite` or `resume` says what is to become of that
+    (`resume` None: the command has no --resume).
+    """
+
+    def __init__(
+        self, path: str | None, inputs: tuple[str, ...] = (), *, overwrite: bool = False, resume: bool | None = None,
+        emptying: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self._emptying = emptying
+        self._before_first: Callable[[], None] | None = None
+        self._created = self._regular = False
+        if path is None or path == STDIN or _is_open_as(path, STDOUT):
+            self.name, self._file = "standard output", sys.stdout.buffer
+            return
+        self.name = path
+        self._file: BinaryIO
+        if any(i != STDIN and _same(path, i) for i in inputs):
+            raise EndoRewardError(f"{path} is the input: writing there would lose it")
+        self._created = not os.path.lexists(path)
+        try:
+            self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__
+        except OSError as error:
+            raise EndoRewardError(f"cannot write {path}: {error.strerror}") from None
+        if stat.S_ISREG(os.fstat(self._file.fileno()).st_mode) and not _is_open_as(path, STDERR):
+            self._before_first, self._regular = self._empty, True
+            if not (_lock(self._file) and _is_at(self._file, path)):
+                self._file.close()
+                raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
+            if not (overwrite or resume) and os.fstat(self._file.fileno()).st_size:
+                self._file.close()
+                ways = "--overwrite replaces it, or name another --output"
+                ways = ways if resume is None else f"--resume goes on with it, {ways}"
+                raise EndoRewardError(f"{path} exists and is not empty: {ways}")
+
+    def append(self, kept: Iterable[bytes] | None = None) -> None:
+        """Keep what is there; or of that, from the first write on, the lines `kept`."""
+        self._before_first = None if kept is None else partial(self.rewrite, kept)
+
+    def _empty(self) -> None:
+        with self._emptying():
+            self._file.truncate(0)
+
+    def rewrite(self, lines: Iterable[bytes]) -> None:
+        """`lines` in the place of what is there, which stays whole until they are. EndoRewardError: they cannot be."""
+        path = os.path.realpath(self.name)  # a link stays one
+        part = f"{path}.part"
+        try:
+            file = open(part, "wb")  # noqa: SIM115  it becomes the output
+            shutil.copymode(path, part)
+            _lock(file)
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(part, path)
+        except BaseException as error:
+            with suppress(OSError):  # it could not even be begun
+                os.unlink(part)
+            if isinstance(error, OSError):
+                raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
+            raise
+        self._file.close()
+        self._file = file
+
+    def write(self, text: str | bytes) -> None:
+        """Write `text` and push it through to the operating system."""
+        try:
+            if self._before_first:
+                self._before_first()
+                self._before_first = None
+            # Half a surrogate pair has no UTF-8; its backslash escape is what JSON spells it with.
+            self._file.write(text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))
+            self._file.flush()
+        except BrokenPipeError:
+            # Whoever read us has left. Nothing more can be said there, not even by the flush at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
+            raise
+        except OSError as error:
+            raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
+
+    @property
+    def begun(self) -> bool:
+        """Whether the path holds what this run has written so far: --resume goes on there."""
+        return self._regular and self._before_first is None
+
+    @property
+    def is_stdout(self) -> bool:
+        """Whether results go to standard output."""
+        return self._file is getattr(sys.stdout, "buffer", None)
+
+    @property
+    def on_terminal(self) -> bool:
+        """Whether results scroll over the same screen as a progress bar would: whoever reads a pipe may write there."""
+        return self.is_stdout and (sys.stdout.isatty() or stat.S_ISFIFO(os.fstat(STDOUT).st_mode))
+
+    def __enter__(self) -> Sink:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file is getattr(sys.stdout, "buffer", None):
+            return
+        made_for_nothing = self.name if kind and self._created and self._before_first else None
+        if made_for_nothing and sys.platform != "win32":
+            os.unlink(made_for_nothing)  # while it is locked: afterwards it may be the next run's
+        try:
+            self._file.close()  # which writes what could not be written before, on a full disk
+        except OSError as error:
+            if kind is None:
+                raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
+        if made_for_nothing and sys.platform == "win32":
+            os.unlink(made_for_nothing)
+
+
+def _is_open_as(path: str, descriptor: int) -> bool:
+    """Whether `path` names what that descriptor of this process is open on, such as /dev/stdout."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except OSError:
+        return False  # one of the two is not there
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether nobody else has it. Whoever does lets go of it when its process ends, however that ends.
+
+    What is left of a launch whose launcher was killed would otherwise write its rows beside those of the next.
+    """
+    if sys.platform == "win32":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system that has no locks
+    return True
+
+
+def _is_at(file: BinaryIO, path: str) -> bool:
+    """Whether `path` still names it: whoever had the lock may have removed it."""
+    return os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+
+
+def _same(a: str, b: str) -> bool:
+    return Path(a).exists() and Path(b).exists() and os.path.samefile(a, b)
+
+
+class Monitor:
+    """Progress, notes and row errors on standard error.
+
+    A bar is drawn only if standard error is a terminal and results do not go to that terminal too. `quiet`
+    leaves the errors alone. At the end of its context it says what was done. `total`: rows, each as often as there are
+    `passes`.
+    """
+
+    def __init__(
+        self, total: int | None = None, *, passes: int = 1, quiet: bool = False, bar: bool = True, model: str = ""
+    ) -> None:  # fmt: skip
+        self.quiet = quiet
+        self._by = f", model {model}" if model else ""
+        self._of = None if total is None else total // passes
+        self.rows = self.tokens = self.failed = self.missed = 0
+        self._noted: set[str] = set()
+        self._done = 0
+        self._started = time.perf_counter()
+        self._progress: Any = None
+        if bar and not quiet and sys.stderr.isatty():
+            self._progress = _progress_bar()
+            self._bar = self._progress.add_task("scoring", total=total, rate="")
+
+    def __enter__(self) -> Monitor:
+        self._started = time.perf_counter()
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._progress:
+            self._progress.stop()
+        if not isinstance(value, BrokenPipeError):
+            self._summary("stopped early: " if value else "")
+
+    @property
+    def seconds(self) -> float:
+        """Since the start of the work."""
+        return time.perf_counter() - self._started
+
+    @property
+    def rate(self) -> float:
+        """Tokens through the model per second so far."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def on_tokens(self, count: int) -> None:
+        """`count` more tokens went through the model."""
+        self.tokens += count
+        self._show()
+
+    def advance(self, rows: int) -> None:
+        """The model is done with `rows` more, though an earlier row may still hold them back."""
+        self._done += rows
+        self._show()
+
+    def on_row(self, where: str, error: str | None) -> None:
+        """One more row is written; an error is named at once."""
+        self.rows += 1
+        if error:
+            self.failed += 1
+            self._say_error(f"{where}: {error}")
+
+    def _say_error(self, text: str) -> None:
+        if self.failed + self.missed <= ERRORS_SHOWN:
+            self.say(text)
+
+    def _show(self) -> None:
+        if self._progress:
+            self._progress.update(self._bar, completed=self._done, rate=f"{self.rate:,.0f} tokens/s")
+
+    def note(self, text: str) -> None:
+        """Say `text`, once, unless quiet."""
+        if not self.quiet and text not in self._noted:
+            self._noted.add(text)
+            self.say(text)
+
+    def say(self, text: str) -> None:
+        """Say `text` on standard error, above the bar."""
+        line = f"endoreward: {one_line(text)}"
+        if self._progress:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def _summary(self, prefix: str) -> None:
+        """What was done, in how long; how many rows failed (said even when quiet)."""
+        of = self._of if prefix and self._of is not None else self.rows
+        self.note(
+            f"{prefix}scored {self.rows - self.failed} of {of} rows, {self.tokens:,} tokens "
+            f"in {self.seconds:.1f} s ({self.rate:,.0f} tokens/s){self._by}"
+        )
+        hidden = self.failed + self.missed - ERRORS_SHOWN
+        more = f"; {hidden} not shown" if hidden > 0 else ""
+        if self.missed:
+            self.say(f"rows that another method could not score: {self.missed} (exit code 2){more}")
+        if self.failed:
+            self.say(f"{self.failed} of {self.rows} rows could not be scored (exit code 2){more}")
+
+
+class Aside:
+    """A Monitor's view of the same rows once more, by another scorer: what fails is named and counted apart."""
+
+    def __init__(self, monitor: Monitor, name: str) -> None:
+        self._monitor, self._name = monitor, name
+        self.on_tokens, self.advance = monitor.on_tokens, monitor.advance
+
+    def on_row(self, where: str, error: str | None) -> None:
+        """One more row is written; an error is named at once."""
+        if error:
+            self._monitor.missed += 1
+            self._monitor._say_error(f"{where}: {self._name}: {error}")
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks or control characters."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
+
+
+def _progress_bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,288 @@
+"""Rows through the model: read by the window, scored in batches of like length, handed on in input order."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from math import inf, isfinite
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ...errors import EndoRewardError
+from ...model.checkpoint import POCKET
+from ...text.encoding import NOTHING_TO_SCORE
+from ..input.columns import MissingColumns, Task, arrange, plan
+from ..input.files import Record, Source
+from .output import Aside, Monitor, compact
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ...model.model import RowScore
+    from ...scoring.arguments import ScoreKwargs
+    from ...scoring.score import OnTokens
+    from ..flags.options import ModelFlags, RowFlags
+
+WINDOW = 32
+"""Characters sorted by length together, per token of a batch: at four characters a token eight batches, enough to
+fill them evenly and few enough to write results early"""
+
+
+NO_MODEL = (
+    f"no --model: scored by {POCKET}, the embedded demonstration model of 3 million weights; name yours by --model"
+)
+
+
+class Scorer(Protocol):
+    """What of EndoRewardModel is used here."""
+
+    def iter_scores(
+        self, rows: list[dict[str, Any]], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> Iterator[tuple[int, RowScore]]:
+        """(position in rows, score) as batches finish, in any order."""
+
+
+def load_scorer(flags: ModelFlags) -> Scorer:
+    """The model that `flags` name. Imports torch and transformers: call it after the cheap checks."""
+    from ...model.model import EndoRewardModel
+
+    _quieten(flags)
+    return EndoRewardModel.from_pretrained(flags.model, dtype=flags.dtype, device=flags.device, **flags.source)
+
+
+def load_reward_model(flags: ModelFlags, name: str) -> Scorer:
+    """The trained reward model `name`, in the same dtype and on the same device."""
+    from ...rivals.reward_model import RewardModel
+
+    _quieten(flags)
+    return RewardModel.from_pretrained(name, dtype=flags.dtype, device=flags.device)
+
+
+def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Any]:
+    """The model that `scorer` is as its own judge, in each of the ways named."""
+    from ...rivals.judges import JUDGES
+
+    return {name: JUDGES[name](scorer) for name in names}
+
+
+def before_loading(flags: ModelFlags) -> None:
+    """Call it between the cheap checks and loading: says which model scores where the command line named none."""
+    if flags.model_by_default and not flags.quiet:
+        print(f"endoreward: {NO_MODEL}", file=sys.stderr, flush=True)
+
+
+def _quieten(flags: ModelFlags) -> None:
+    from transformers.utils import logging
+
+    if flags.quiet or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if flags.quiet:
+        logging.set_verbosity_error()
+
+
+@dataclass
+class Item:
+    """One row on its way: its samples and, as they come, their scores."""
+
+    record: Record
+    task: Task | None
+    error: str | None = None
+    """why the row as a whole has no score"""
+    unusable: bool = False
+    """whether that is because of its columns"""
+    results: dict[int, RowScore] = field(default_factory=dict)
+
+    @property
+    def done(self) -> bool:
+        return self.task is None or len(self.results) == len(self.task.samples)
+
+    def problem(self, position: int, signal: str | None = None) -> str | None:
+        """Why the sample at `position` has no score, or no such signal; or None."""
+        result, score = self.results[position], self._value(position, signal)
+        if self.says_nothing(position):
+            return None
+        if result.error is None and (score is None or not isfinite(score)):
+            return f"the score is not finite ({score})"
+        return result.error
+
+    def says_nothing(self, position: int) -> bool:
+        """Whether the sample at `position` is empty and without a score: that is no problem, but always the worst."""
+        return self.results[position].error == NOTHING_TO_SCORE
+
+    def score(self, position: int, signal: str | None = None) -> float | None:
+        """The score (or signal) of the sample at `position`; None where there is none."""
+        return None if self.problem(position, signal) else self._value(position, signal)
+
+    def _value(self, position: int, signal: str | None) -> float | None:
+        result = self.results[position]
+        return result.score if signal is None else (result.signals or {}).get(signal)
+
+    @property
+    def first_problem(self) -> str | None:
+        """One line for the whole row, or None."""
+        return self.trouble()
+
+    def trouble(self, signal: str | None = None) -> str | None:
+        """The same for a signal."""
+        if self.task is None:
+            return self.error
+        return next((problem for i in range(len(self.task.samples)) if (problem := self.problem(i, signal))), None)
+
+    def again(self) -> Item:
+        """The same row for another scorer."""
+        return replace(self, results={})
+
+
+def windows(source: Source, command: str, flags: RowFlags) -> Iterator[list[Item]]:
+    """The rows of `source`, planned, in lists of about WINDOW characters for every token of a batch.
+
+    Where reading fails, or in strict mode a row cannot be used, the rows before it come first and then the
+    EndoRewardError.
+    """
+    items: list[Item] = []
+    size, full = 0, WINDOW * flags.max_tokens_per_batch
+    try:
+        for record in source.records:
+            item = _item(record, command)
+            if flags.strict and item.error:
+                raise EndoRewardError(f"{record.where}: {item.error} (--strict: stopped here)")
+            items.append(item)
+            size += sum(len(str(sample)) for sample in item.task.samples) if item.task else 1
+            if size >= full:
+                yield items
+                items, size = [], 0
+    except EndoRewardError:
+        if items:
+            yield items
+        raise
+    if items:
+        yield items
+
+
+def _item(record: Record, command: str) -> Item:
+    if record.row is None or record.error:
+        return Item(record, None, record.error)
+    try:
+        return Item(record, plan(record.row, command))
+    except EndoRewardError as error:
+        return Item(record, None, str(error), unusable=isinstance(error, MissingColumns))
+
+
+def check_usable(items: list[Item], name: str) -> None:
+    """Raise EndoRewardError if none of the first rows can be scored, before a model is loaded for nothing."""
+    if all(item.task is None for item in items):
+        worst = next((item for item in items if item.unusable), items[0])
+        raise EndoRewardError(f"{name}: {worst.record.where}: {worst.error}")
+
+
+def peek(batches: Iterator[list[Item]]) -> tuple[list[Item], Iterator[list[Item]]]:
+    """The first of `batches`, read now; empty where there is none. And all of them."""
+    first = next(batches, [])
+    return first, itertools.chain([first] if first else (), batches)
+
+
+def checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
+    """`batches`, of which the first is read and found usable now: before a model is loaded."""
+    first, batches = peek(batches)
+    check_usable(first, name)
+    return batches
+
+
+def score_items(
+    items: list[Item],
+    scorer: Scorer,
+    options: Mapping[str, Any],
+    write: Callable[[Item], None],
+    monitor: Monitor | Aside,
+    *,
+    strict: bool = False,
+) -> None:
+    """Score one window and `write` its rows in order, each as soon as all before it are done.
+
+    Whatever stops it (Ctrl-C, an error), every row that is completely scored is written first.
+    """
+    owners = [(item, i) for item in items if item.task for i in range(len(item.task.samples))]
+    # Whoever compares completions with each other does so within a row.
+    samples = [{**sample, "group": n} for n, item in enumerate(items) if item.task for sample in item.task.samples]
+    waiting = deque(items)
+    monitor.advance(sum(item.done for item in items))
+
+    def hand_on(item: Item) -> None:
+        write(item)
+        monitor.on_row(item.record.where, item.first_problem)
+
+    try:
+        for position, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **options) if samples else ():
+            item, i = owners[position]
+            item.results[i] = result
+            if strict and (problem := item.problem(i)):
+                del item.results[i]  # it is not written: to --resume it is not done
+                raise EndoRewardError(f"{item.record.where}: {problem} (--strict: stopped here)")
+            monitor.advance(item.done)
+            while waiting and waiting[0].done:
+                hand_on(waiting.popleft())
+    finally:
+        while waiting:
+            if (item := waiting.popleft()).done:
+                hand_on(item)
+
+
+def scored_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
+    """The row with `score` and, where there is something to say, `flags` and `error` in the score's shape."""
+    if item.task is None:
+        return _with_columns(item, {"score": None}, None, per_token)
+    layout = item.task.layout
+    return _with_columns(item, {"score": arrange(layout, lambda i: _number(item.score(i)))}, layout, per_token)
+
+
+def ranked_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
+    """The row with `scores`, `ranking` (positions, best first; ties in input order) and `best`."""
+    if item.task is None:
+        return _with_columns(item, {"scores": None, "ranking": None, "best": None}, None, per_token)
+    samples = item.task.samples
+    scores = [item.score(i) for i in range(len(samples))]
+    worth = [-inf if item.says_nothing(i) else score for i, score in enumerate(scores)]
+    ranking = sorted((i for i, w in enumerate(worth) if w is not None), key=lambda i: -(worth[i] or 0.0))
+    best = samples[ranking[0]].get("completion") if ranking and scores[ranking[0]] is not None else None
+    new = {"scores": [_number(s) for s in scores], "ranking": ranking, "best": best}
+    return _with_columns(item, new, list(range(len(samples))), per_token)
+
+
+def _number(score: float | None) -> float | None:
+    return None if score is None else compact(score)
+
+
+def _with_columns(item: Item, new: dict[str, Any], layout: Any, per_token: bool) -> dict[str, Any]:
+    if item.task is None:
+        new["error"] = f"{item.record.where}: {item.error}" if item.record.row is None else item.error
+    else:
+        results, given = item.results, item.task.flags
+        if any((*given, *result.flags) for result in results.values()):
+            new["flags"] = arrange(layout, lambda i: [*given, *results[i].flags])
+        if item.first_problem:
+            new["error"] = arrange(layout, item.problem)
+        if per_token:
+            new["token_rewards"] = arrange(layout, lambda i: _token_table(results[i]))
+    row = item.record.row or {}
+    return {**{_kept_as(name, new, row): value for name, value in row.items()}, **new}
+
+
+def _kept_as(name: str, new: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """An input column's name beside the new ones: one of the same name (a file scored before) stays, as input_..."""
+    taken = name in new
+    while taken:
+        name = f"input_{name}"
+        taken = name in row  # scored twice before
+    return name
+
+
+def _token_table(result: RowScore) -> dict[str, list[Any]] | None:
+    """Parallel lists, one entry per scored token."""
+    if result.tokens is None:
+        return None
+    columns = {name: list(values) for name, values in vars(result.tokens).items() if values is not None}
+    return {
+        name: [compact(float(v), 6) if isinstance(v, float) else v for v in values] for name, values in columns.items()
+    }

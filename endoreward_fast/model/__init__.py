@@ -1,0 +1,1 @@
+"""`EndoRewardModel` and what it takes to load one: names, adapters, dtypes, devices, limits of length, layouts."""

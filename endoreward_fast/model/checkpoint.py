@@ -1,0 +1,125 @@
+"""What a model's name stands for: a folder, a GGUF file, the Hub, or the model that is built in.
+
+Torch is not needed to know.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from ..errors import EndoRewardError
+from .adapters import adapter_at
+from .hub import commit_of, reachable, refuse_no_hub_name
+
+POCKET = "pocket"
+FILES = (
+    "config.json", "generation_config.json", "adapter_config.json", "*.index.json", "*.py", "*.model", "tokenizer*",
+    "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
+)  # fmt: skip
+"""those of a folder that scores depend on"""
+WEIGHTS = ("*.safetensors", "*.bin")
+"""and of a folder that is not read by a GGUF file"""
+NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
+"""what trainers leave beside them"""
+MAGIC = b"GGUF"
+SAMPLES, SAMPLE = 64, 4096
+"""pieces of each file that are hashed, and their bytes: to read terabytes of weights would take longer than to score"""
+
+
+def pocket_path() -> Path:
+    """The folder of the embedded demonstration model, in Hugging Face's format."""
+    return Path(__file__).parents[1] / POCKET
+
+
+def place_of(name: str) -> str:
+    """The folder that `name` stands for, or else its name on the Hub. EndoRewardError: it can be neither."""
+    if not name.strip():
+        raise EndoRewardError("the model's name is empty: give a folder, a name of the Hub or a GGUF file")
+    folder = pocket_path() if name == POCKET else _path(name)
+    if folder.is_dir():
+        return str(folder)
+    if folder.is_file():
+        raise EndoRewardError(f"model {name!r} is a file, and no GGUF file: name the folder that it lies in")
+    if folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or folder.suffix == ".gguf":
+        kind = "file" if folder.suffix == ".gguf" else "folder"
+        raise EndoRewardError(f"model {name!r}: there is no such {kind}")
+    refuse_no_hub_name(name, (POCKET,))
+    return name
+
+
+def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(place, options) of a model: the path of a GGUF file is its folder and `gguf_file`.
+
+    Raises EndoRewardError: there is no such folder, subfolder or file, or the Hub cannot be asked for it.
+    """
+    options = {key: value for key, value in options.items() if value is not None and value != ""}
+    path = _path(name)
+    if name != POCKET and path.is_file() and _is_gguf(path):
+        if "gguf_file" in options:
+            raise EndoRewardError(f"model {name!r} is a GGUF file: there is no gguf_file inside one")
+        return str(path.parent), options | {"gguf_file": path.name}
+    place = place_of(name)
+    if not os.path.isdir(place):
+        return place, reachable(place, options)
+    inside = Path(place, options.get("subfolder", ""))
+    if not inside.is_dir():
+        raise EndoRewardError(f"model {name!r}: there is no folder {options['subfolder']!r} in it")
+    if "gguf_file" in options:
+        file = inside / options["gguf_file"]
+        if not file.is_file():
+            raise EndoRewardError(f"model {name!r}: there is no file {options['gguf_file']!r} in it")
+        if not _is_gguf(file):
+            raise EndoRewardError(f"model {name!r}: {options['gguf_file']!r} is no GGUF file (it does not begin so)")
+    return place, options
+
+
+def weights_of(name: str, **options: Any) -> str:
+    """A hash of the model: of its folder's files, wherever that lies; from the Hub, the commit. An adapter's base too.
+
+    Files go in by name, size and SAMPLES pieces. `options`: revision, subfolder, gguf_file and the like, as in
+    EndoRewardModel.from_pretrained. Raises EndoRewardError: there is no such model.
+    """
+    place, options = located(name, options)
+    if os.path.isdir(place):
+        found = _hash_of(Path(place, options.get("subfolder", "")), options.get("gguf_file"))
+    else:
+        parts = [options[key] for key in ("subfolder", "gguf_file") if key in options]
+        found = " ".join(["commit", commit_of(place, options, options.get("gguf_file", "")), *parts])
+    adapter = adapter_at(name, place, options)
+    if adapter is None or adapter.base is None:
+        return found
+    return f"{found} on {weights_of(adapter.base, **adapter.base_options(options))}"
+
+
+def _hash_of(folder: Path, gguf_file: str | None) -> str:
+    patterns = (*FILES, *(WEIGHTS if gguf_file is None else (gguf_file,)))
+    found = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        if path.name not in NO_WEIGHTS:
+            found.update(f"{path.name} {path.stat().st_size}\n".encode())
+            _add_pieces(path, found)
+    return f"sha256 {found.hexdigest()[:32]}"
+
+
+def _add_pieces(path: Path, found: "hashlib._Hash") -> None:
+    size = path.stat().st_size
+    step = max(SAMPLE, -(-size // SAMPLES))
+    with path.open("rb") as file:
+        for start in range(0, size, step):
+            file.seek(start)
+            found.update(file.read(SAMPLE))
+
+
+def _path(name: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, no such home
+        raise EndoRewardError(f"model {name[:80]!r}: that is no path: {error}") from error
+    return path
+
+
+def _is_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC

@@ -1,0 +1,254 @@
+"""A model's name -> the loaded model and its tokenizer, with one clear line for whatever can be wrong with the name."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from os import PathLike
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ..errors import EndoRewardError, first_line
+from .adapters import Adapter, adapter_at, attach, refuse_without_peft, replaced_by_adapter
+from .checkpoint import located
+from .devices import device_of
+from .dtypes import dtype_name
+from .hub import OPTIONS
+
+OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
+SHARED = (*OPTIONS, "trust_remote_code", "code_revision", "gguf_file")
+"""options that the tokenizer takes as well"""
+SPREAD = ("device_map", "tp_plan", "distributed_config")
+"""options that say where a model's parts go"""
+Dtype: TypeAlias = torch.dtype | str | None
+Device: TypeAlias = torch.device | str | None
+Loaded: TypeAlias = tuple[nn.Module, Any, str | None]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is loaded."""
+
+    auto: str
+    """transformers' class for it"""
+    words: str
+    refuse_other: Callable[[Any, str, Adapter | None], None]
+    """(config, name, adapter)"""
+
+
+def load(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
+    """(model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
+    kind = Kind("AutoModelForCausalLM", "a causal language model", _refuse_unless_causal)
+    return _load(kind, str(name), dtype, device, options)
+
+
+def load_classifier(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
+    """As `load`, a sequence classifier with one output. See `RewardModel.from_pretrained`."""
+    kind = Kind("AutoModelForSequenceClassification", "a reward model", _refuse_unless_reward_model)
+    return _load(kind, str(name), dtype, device, options)
+
+
+def refuse_other_than_one_output(config: Any, name: str) -> None:
+    """EndoRewardError unless the classifier gives one number."""
+    if config.num_labels != 1:
+        labels = ", ".join(map(str, list(config.id2label.values())[:4]))
+        raise EndoRewardError(f"{name} has {config.num_labels} outputs ({labels}): a reward model has one")
+
+
+def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
+    wanted, options = _dtype(dtype, options)
+    _refuse_gone(name, options)
+    place, options = located(name, options)
+    adapter = adapter_at(name, place, options)
+    base, base_options = place, options
+    if adapter is not None:
+        refuse_without_peft(adapter)
+        base, base_options = _base_of(adapter, kind, options)
+    if "gguf_file" in base_options:
+        _refuse_without_readers(name)
+    with _explained(name, adapter), _quiet():
+        config = _config(base, base_options)
+        kind.refuse_other(config, name, adapter)
+        model, absent = _weights(kind, base, base_options, config, wanted, device)
+        if adapter is not None:
+            attach(model, adapter, options.get("adapter_name", "default"))
+            absent = [key for key in absent if not replaced_by_adapter(model, key)]
+    if absent:
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise EndoRewardError(f"{name!r} is not {kind.words}: its checkpoint lacks {absent[0]!r}{more}")
+    model.eval()
+    return model, *_tokenizer(adapter, place, options, base, base_options, config)
+
+
+def _base_of(adapter: Adapter, kind: Kind, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The base model's place and options."""
+    if adapter.of_classifier and kind.auto == "AutoModelForCausalLM":
+        raise EndoRewardError(f"model {adapter.name!r} is the adapter of a classifier, not of a causal language model")
+    found = adapter.base_options(options)
+    found = {key: value for key, value in found.items() if key not in ("adapter_kwargs", "adapter_name")}
+    if adapter.of_classifier:
+        found = {"num_labels": 1} | found  # a causal model's config says nothing of the head that was trained
+    if adapter.base is None:
+        # transformers would load the adapter with the model, and not say what the model's own checkpoint lacks.
+        return adapter.place, found | {"adapter_kwargs": {"subfolder": "no adapter here"}}
+    return located(adapter.base, found)
+
+
+def _weights(
+    kind: Kind, place: str, options: dict[str, Any], config: Any, dtype: torch.dtype | str, device: Device
+) -> tuple[Any, list[str]]:
+    """The model, and the parameters that its checkpoint did not have."""
+    import transformers
+
+    options = dict(options) | {"ignore_mismatched_sizes": True}  # they are refused below, by their names
+    target = None if any(options.get(name) is not None for name in SPREAD) else device_of(device)
+    quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
+    if target is not None and quantised:
+        options["device_map"], target = {"": target}, None  # its weights are made for their device as they are read
+    loaded: Any = getattr(transformers, kind.auto).from_pretrained(
+        place, dtype=dtype, output_loading_info=True, **options
+    )
+    model, info = loaded
+    for key, there, here in sorted(info["mismatched_keys"]):
+        raise EndoRewardError(f"{key!r} is {tuple(there)} in its checkpoint, and {tuple(here)} in the model")
+    absent = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
+    return model if target is None else model.to(target), absent
+
+
+@contextmanager
+def _explained(name: str, adapter: Adapter | None) -> Iterator[None]:
+    """Whatever is raised inside becomes one line: file readers, quantisers and a model's own code raise anything."""
+    model = f"model {name!r}" if adapter is None or adapter.base is None else f"model {name!r} on {adapter.base!r}"
+    try:
+        yield
+    except EndoRewardError as error:
+        said = str(error)
+        raise (error if name in said else EndoRewardError(f"{model} cannot be loaded: {said}")) from None
+    except Exception as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if isinstance(error, TypeError) and unknown:
+            raise EndoRewardError(f"{model}: from_pretrained takes no option {unknown[1]!r} here") from error
+        raise EndoRewardError(f"{model} cannot be loaded: {first_line(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, transformers draws no bar while it copies weights into a model, and prints no table of absent weights,
+    which are refused or of no use. Bars of downloads stay."""
+    from transformers.utils import logging
+
+    def without(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return factory(*args, **kwargs | {"disable": True})
+
+    def no_report(record: Any) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger = logging.get_logger("transformers.modeling_utils")
+    logger.addFilter(no_report)
+    before = logging.set_tqdm_hook(without)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by PEFT
+            yield
+    finally:
+        logging.set_tqdm_hook(before)
+        logger.removeFilter(no_report)
+
+
+def _refuse_gone(name: str, options: dict[str, Any]) -> None:
+    """Options that transformers 5 does not have any more, and what it has in their place."""
+    for option in ("load_in_8bit", "load_in_4bit"):
+        if options.get(option) is not None:
+            raise EndoRewardError(
+                f"model {name!r}: transformers 5 takes no {option}; give "
+                f"quantization_config=BitsAndBytesConfig({option}={options[option]})"
+            )
+
+
+def _refuse_without_readers(name: str) -> None:
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise EndoRewardError(
+                f"model {name!r} is read from a GGUF file, and {package} is not installed: pip install {package} "
+                "(the extra [gguf])"
+            )
+
+
+def _config(place: str, options: dict[str, Any]) -> Any:
+    """As the auto classes read it: options may change what it says."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    given = options.get("config")
+    if isinstance(given, PreTrainedConfig):
+        return given
+    if given is not None:
+        raise EndoRewardError(f"config is a {type(given).__name__}: expected a configuration of transformers")
+    plain = {key: value for key, value in options.items() if key not in ("quantization_config", *SPREAD)}
+    return AutoConfig.from_pretrained(place, return_unused_kwargs=True, **plain)[0]
+
+
+def _refuse_unless_causal(config: Any, name: str, adapter: Adapter | None) -> None:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    for architecture in getattr(config, "architectures", None) or ():
+        if architecture.endswith(OTHER_TASKS):
+            raise EndoRewardError(f"model {name!r} is a {architecture}, which is not a causal language model")
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise EndoRewardError(f"model {name!r} is of type {config.model_type!r}, which is not a causal language model")
+
+
+def _refuse_unless_reward_model(config: Any, name: str, adapter: Adapter | None) -> None:
+    architectures = getattr(config, "architectures", None) or ()
+    if adapter is not None and adapter.of_classifier:
+        architectures = ()  # TRL's RewardTrainer begins with a causal model: the head comes with the adapter
+    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
+    if architectures and not remote and not any(a.endswith("ForSequenceClassification") for a in architectures):
+        raise EndoRewardError(
+            f"model {name!r} is a {architectures[0]}, which is not a reward model (a sequence classifier)"
+        )
+    refuse_other_than_one_output(config, f"model {name!r}")
+
+
+def _tokenizer(
+    adapter: Adapter | None, place: str, options: dict[str, Any], base: str, base_options: dict[str, Any], config: Any
+) -> tuple[Any, str | None]:
+    """(tokenizer or None, why there is none): an adapter's own, or else its base's."""
+    from transformers import AutoTokenizer
+
+    places: list[tuple[str, dict[str, Any]]] = [(base, base_options)]
+    if adapter is not None and adapter.base is not None:
+        places.insert(0, (place, options | adapter.options | {"config": config}))
+    reason = None
+    for where, asked in places:
+        try:
+            return AutoTokenizer.from_pretrained(where, **_shared(asked)), None
+        except Exception as error:  # tokenizers raises Exception itself
+            reason = first_line(error)  # token ids can be scored all the same; text is refused with this reason
+    return None, reason
+
+
+def _shared(options: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if k in (*SHARED, "config")}
+
+
+def _dtype(dtype: Dtype, options: dict[str, Any]) -> tuple[torch.dtype | str, dict[str, Any]]:
+    """(dtype, options without torch_dtype, its older name)."""
+    older = options.get("torch_dtype")
+    if older is not None and dtype is not None and _of(older) != _of(dtype):
+        raise EndoRewardError(f"dtype {dtype!r} and torch_dtype {older!r}: give one of them")
+    rest = {key: value for key, value in options.items() if key != "torch_dtype"}
+    return _of(older if dtype is None else dtype), rest
+
+
+def _of(dtype: Dtype) -> torch.dtype | str:
+    if isinstance(dtype, torch.dtype):
+        if not dtype.is_floating_point:
+            raise EndoRewardError(f"dtype {dtype}: expected a floating-point one")
+        return dtype
+    name = "auto" if dtype is None else dtype_name(dtype)
+    return "auto" if name == "auto" else getattr(torch, name)

@@ -1,0 +1,52 @@
+"""Whether a tokenizer's ids mean what a model takes them for."""
+
+from typing import TYPE_CHECKING, Any
+
+from ..errors import EndoRewardError
+
+if TYPE_CHECKING:
+    from .model import EndoRewardModel
+
+
+def refuse_larger_vocabulary(tokenizer: Any, rows: int) -> None:
+    """EndoRewardError if text can give token ids that the model lacks.
+
+    Special tokens beyond the head are let pass (Gemma 3's text models come with an image token): text does not give
+    them, and a row that spells one out is refused by itself.
+    """
+    known = getattr(tokenizer, "added_tokens_decoder", {})
+    beyond = [i for i in tokenizer.get_vocab().values() if i >= rows] if len(tokenizer) > rows else []
+    if any(i not in known or not known[i].special for i in beyond):
+        raise EndoRewardError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's output head only {rows}: "
+            "they do not belong together, or the model's embeddings were not resized"
+        )
+
+
+def refuse_other_vocabulary(
+    scorer: "EndoRewardModel", tokenizer: Any, *, asked: str = "the policy", known: str = "the reward model"
+) -> None:
+    """EndoRewardError, naming both vocabularies, unless token ids of `tokenizer` mean the same to `scorer`.
+
+    Special tokens that only `tokenizer` knows (an added padding token) are let pass: a completion that holds one is
+    refused by itself. `asked` and `known` are what the message calls the two.
+    """
+    if tokenizer is None or scorer.tokenizer is None or tokenizer is scorer.tokenizer:
+        return
+    vocabulary, others = scorer.tokenizer.get_vocab(), tokenizer.get_vocab()
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    for token, i in others.items():
+        if vocabulary.get(token) == i or (token not in vocabulary and i in added and added[i].special):
+            continue
+        other = scorer.tokenizer.convert_ids_to_tokens(i) if i < len(scorer.tokenizer) else None
+        theirs = f"is {other!r}" if other is not None else "does not exist"
+        raise EndoRewardError(
+            f"{asked}'s vocabulary ({_named(tokenizer, others)}) is not {known}'s "
+            f"({_named(scorer.tokenizer, vocabulary)}): token {i} is {token!r} in the first and {theirs} in the "
+            "second; token ids can only be scored by a model with the same tokenizer"
+        )
+
+
+def _named(tokenizer: Any, vocabulary: dict[str, int]) -> str:
+    name = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+    return f"{name}, {len(vocabulary)} tokens"

@@ -1,0 +1,1 @@
+"""What the endogenous reward is compared with: the model as a judge, and trained reward models."""

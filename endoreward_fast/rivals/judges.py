@@ -1,0 +1,308 @@
+"""The same language model asked for its judgement: as a verifier, for a rating, or to compare.
+
+A judge is a scorer as EndoRewardModel is one (`iter_scores(rows, **options)`, of rows as encoding.py has them), so that
+`endoreward eval` takes either. It works through an EndoRewardModel, on rows rewritten as questions about the answer;
+its score is made of the log-probabilities of the replies, under pi = softmax(z / alpha). Of the options those count
+that say how text is encoded and batched, and alpha. Instructions are `str.format` texts: pass another to ask otherwise.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from typing_extensions import Unpack
+
+from ..errors import EndoRewardError
+from ..scoring.arguments import ScoreKwargs, list_of_rows
+from ..scoring.score import OnTokens, RowScore, ScoreOptions, Scores, in_order
+from ..text.boundary import tokenize
+from ..text.encoding import NOTHING_TO_SCORE, Encoder, Row, prompt_and_completion, refuse_no_row, wants_chat
+from ..text.messages import spoken
+from ..text.template import Extras
+
+if TYPE_CHECKING:
+    from ..model.model import EndoRewardModel
+
+VERIFIER = """{question}
+
+Proposed answer: {answer}
+
+Is the proposed answer correct? Reply with Yes or No."""
+POINTWISE = """{question}
+
+Answer: {answer}
+
+How good is this answer, from 1 (bad) to 5 (excellent)? Reply with the number alone."""
+PAIRWISE = """{question}
+
+Answer A: {first}
+
+Answer B: {second}
+
+Which answer is better? Reply with A or B."""
+RATINGS = ("1", "2", "3", "4", "5")
+NOT_A_JUDGES = ("signals", "reference", "per_token", "tools", "documents")
+"""options of the rows that are judged, not of the questions about them"""
+TEXT_ENDING = "\nReply:"
+"""what a question ends in where there is no chat template"""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A language model (an EndoRewardModel) that is asked about completions. The base of the three below.
+
+    Raises EndoRewardError if the tokenizer has no token for a reply: it would be read as the unknown token, whose
+    log-probability says nothing of the answer. A reply may be several tokens long.
+    """
+
+    scorer: "EndoRewardModel"
+    method: ClassVar[str]
+    formula: ClassVar[str]
+    source: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        if not hasattr(self.scorer, "tokenizer"):
+            found = type(self.scorer).__name__
+            raise EndoRewardError(f"scorer is a {found}: expected an EndoRewardModel, which the judge asks")
+        tokenizer = self.scorer.tokenizer
+        unknown = getattr(tokenizer, "unk_token_id", None)
+        if unknown is None:
+            return
+        lacking = [reply for reply in self.possible() if unknown in tokenize(tokenizer, reply)]
+        if lacking:
+            raise EndoRewardError(
+                f"{self.method}: the model's tokenizer has no token for {', '.join(map(repr, lacking))}"
+            )
+
+    def possible(self) -> tuple[str, ...]:
+        """The replies that are weighed."""
+        raise NotImplementedError
+
+    def iter_scores(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> Scores:  # fmt: skip
+        """(position in rows, score) as the model's replies come in. Options as in `EndoRewardModel.score`."""
+        return self._scores(list_of_rows(rows), ScoreOptions.of(options), on_tokens, options)
+
+    def _scores(self, rows: list[Row], chosen: ScoreOptions, on_tokens: OnTokens, options: ScoreKwargs) -> Scores:
+        kept: Any = {name: value for name, value in options.items() if name not in NOT_A_JUDGES}
+        asked = Questions(self.scorer.tokenizer, chosen.chat)
+        needs: dict[int, list[int]] = {}
+        for position, found in enumerate(self.ask(rows, asked)):
+            if not isinstance(found, EndoRewardError) and self._says_nothing(rows[position], chosen):
+                yield position, RowScore(None, 0, None, ("empty",), NOTHING_TO_SCORE)
+            elif isinstance(found, EndoRewardError):
+                yield position, RowScore(None, 0, None, error=str(found))
+            else:
+                needs[position] = found
+        users: dict[int, list[int]] = {}
+        for position, replies in needs.items():
+            for reply in set(replies):
+                users.setdefault(reply, []).append(position)
+        missing = {position: len(set(replies)) for position, replies in needs.items()}
+        results: dict[int, RowScore] = {}
+        for i, result in self.scorer.iter_scores(asked.rows, on_tokens=on_tokens, **kept | {"append_eos": False}):
+            results[i] = result
+            for position in users[i]:
+                missing[position] -= 1
+                if not missing[position]:
+                    yield position, self._verdict([results[reply] for reply in needs[position]], chosen.alpha)
+
+    def _says_nothing(self, row: Row, options: ScoreOptions) -> bool:
+        """Whether the row's completion is empty and nothing ends it: it has no score, by any method."""
+        if _text(prompt_and_completion(row)[1]):
+            return False
+        encoded = Encoder(self.scorer.tokenizer, chat=options.chat, append_eos=options.append_eos).encode(row)
+        return encoded.prompt_length == len(encoded.input_ids)
+
+    def score(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> list[RowScore]:  # fmt: skip
+        """Scores of rows, in their order."""
+        return in_order(self.iter_scores(rows, on_tokens=on_tokens, **options))
+
+    def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
+        """For each row the replies, as `asked` numbers them, whose log-probabilities its score is made of."""
+        raise NotImplementedError
+
+    def decide(self, logprobs: list[float], alpha: float) -> float:
+        """The score of a row from those log-probabilities, nats; NaN if they leave none."""
+        raise NotImplementedError
+
+    def _verdict(self, replies: list[RowScore], alpha: float) -> RowScore:
+        count = sum(reply.num_tokens for reply in replies)
+        flags = tuple(dict.fromkeys(flag for reply in replies for flag in reply.flags))
+        error = next((reply.error for reply in replies if reply.error), None)
+        if error is None:
+            score = self.decide([reply.logprob for reply in replies if reply.logprob is not None], alpha)
+            if not math.isnan(score):
+                return RowScore(score, count, None, flags)
+            error = "the model rules every reply out"
+        return RowScore(None, count, None, flags, error)
+
+
+@dataclass(frozen=True)
+class Verifier(Judge):
+    """alpha log pi("Yes" | question, answer, instruction).
+
+    A special case of the endogenous reward: that of the reply "Yes", of one token after which the episode ends, less
+    V of the state it is chosen in.
+    """
+
+    instruction: str = VERIFIER
+    """with {question} and {answer}"""
+    reply: str = "Yes"
+    method = "Generative verifier"
+    formula = 'alpha log pi("Yes" | question, answer)'
+    source = "GenRM, 2408.15240, untrained"
+
+    def possible(self) -> tuple[str, ...]:
+        return (self.reply,)
+
+    def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
+        return [asked.about(row, self.instruction, (self.reply,)) for row in rows]
+
+    def decide(self, logprobs: list[float], alpha: float) -> float:
+        return alpha * logprobs[0]
+
+
+@dataclass(frozen=True)
+class Pointwise(Judge):
+    """The mean rating under the model's probabilities of the ratings, which are made to sum to 1."""
+
+    instruction: str = POINTWISE
+    """with {question} and {answer}"""
+    ratings: tuple[str, ...] = RATINGS
+    """replies, each a number; one question to the model for each of them"""
+    method = "Judge, pointwise"
+    formula = "sum k pi(k | question, answer) / sum pi(k | question, answer), k = 1 ... 5"
+    source = "G-Eval, 2303.16634"
+
+    def possible(self) -> tuple[str, ...]:
+        return self.ratings
+
+    def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
+        return [asked.about(row, self.instruction, self.ratings) for row in rows]
+
+    def decide(self, logprobs: list[float], alpha: float) -> float:
+        top = max(logprobs)
+        weights = [math.exp(logprob - top) if top > -math.inf else math.nan for logprob in logprobs]
+        return sum(w * float(k) for w, k in zip(weights, self.ratings, strict=True)) / sum(weights)
+
+
+@dataclass(frozen=True)
+class Pairwise(Judge):
+    """log pi("A") - log pi("B"), with the completion as A and as B, so that a liking for a place cancels; the mean over
+    its rivals.
+
+    Rivals are the rows of one "group"; without that key, those of an equal prompt. N of them are N (N - 1) questions
+    of two replies each.
+    """
+
+    instruction: str = PAIRWISE
+    """with {question}, {first} and {second}"""
+    replies: tuple[str, str] = ("A", "B")
+    method = "Judge, pairwise"
+    formula = 'mean over rivals, both orders, of log pi("A") - log pi("B")'
+    source = "LLM-as-a-judge, 2306.05685"
+
+    def possible(self) -> tuple[str, ...]:
+        return self.replies
+
+    def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
+        texts = [_question_and_answer(row) for row in rows]
+        groups: dict[Any, list[int]] = {}
+        for position, (row, found) in enumerate(zip(rows, texts, strict=True)):
+            if not isinstance(found, EndoRewardError):
+                groups.setdefault(("group", row["group"]) if "group" in row else found[0], []).append(position)
+        needs: list[list[int] | EndoRewardError] = [
+            found
+            if isinstance(found, EndoRewardError)
+            else EndoRewardError("a pairwise judge needs a rival completion")
+            for found in texts
+        ]
+        for members in groups.values():
+            for i in members:
+                pairs = [order for j in members if j != i for order in ((i, j), (j, i))]
+                if pairs:
+                    needs[i] = [reply for pair in pairs for reply in self._compare(rows, texts, pair, asked)]
+        return needs
+
+    def _compare(self, rows: Sequence[Row], texts: Any, pair: tuple[int, int], asked: "Questions") -> list[int]:
+        (question, first), (_, second) = (texts[i] for i in pair)
+        return asked.put(
+            self.instruction.format(question=question, first=first, second=second), self.replies, rows[pair[0]]
+        )
+
+    def decide(self, logprobs: list[float], alpha: float) -> float:
+        # as A: A, B; then as B: A, B
+        fours = [logprobs[k : k + 4] for k in range(0, len(logprobs), 4)]
+        return sum((a - b) - (c - d) for a, b, c, d in fours) / (2 * len(fours))
+
+
+JUDGES: Mapping[str, type[Judge]] = MappingProxyType(
+    {"verifier": Verifier, "pointwise": Pointwise, "pairwise": Pairwise}
+)
+
+
+class Questions:
+    """Questions to a language model with the replies to be weighed, each pair once however often it is put."""
+
+    def __init__(self, tokenizer: Any, chat: bool | None) -> None:
+        self.rows: list[Row] = []
+        self._tokenizer, self._chat = tokenizer, chat
+        self._known: dict[tuple[str, str, str], int] = {}
+
+    def about(self, row: Row, instruction: str, replies: Sequence[str]) -> list[int] | EndoRewardError:
+        """Places in `rows` of the replies to `instruction` about a row."""
+        found = _question_and_answer(row)
+        if isinstance(found, EndoRewardError):
+            return found
+        return self.put(instruction.format(question=found[0], answer=found[1]), replies, row)
+
+    def put(self, text: str, replies: Sequence[str], row: Row) -> list[int]:
+        """Places in `rows` of the replies to `text`; as chat or as text, as `row` would be scored."""
+        chat = wants_chat(self._tokenizer, row.get("chat", self._chat))
+        # How the template writes a prompt holds for questions too; what tools there are is said in the question.
+        kwargs = {"chat_template_kwargs": row["chat_template_kwargs"]} if row.get("chat_template_kwargs") else {}
+        return [self._place(text, reply, {"chat": chat, **kwargs}) for reply in replies]
+
+    def _place(self, text: str, reply: str, how: dict[str, Any]) -> int:
+        place = self._known.setdefault((text, reply, repr(how)), len(self.rows))
+        if place == len(self.rows):
+            ending, space = ("", "") if how["chat"] else (TEXT_ENDING, " ")
+            self.rows.append({"prompt": text + ending, "completion": space + reply, **how})
+        return place
+
+
+def _question_and_answer(row: Row) -> tuple[str, str] | EndoRewardError:
+    try:
+        refuse_no_row(row)
+        if "prompt_ids" in row:
+            raise EndoRewardError("a judge reads text, but the row holds token ids")
+        prompt, completion = prompt_and_completion(row)
+        return _given(row) + _text(prompt), _text(completion)
+    except EndoRewardError as error:
+        return error
+
+
+def _given(row: Row) -> str:
+    """The tools and documents of a row, which are part of its question."""
+    extras = Extras.of(row, Extras())
+    given = (("Tools", extras.tools), ("Documents", extras.documents))
+    found = [
+        f"{name}: {json.dumps(list(values), ensure_ascii=False, default=repr)}" for name, values in given if values
+    ]
+    return "".join(f"{text}\n\n" for text in found)
+
+
+def _text(value: Any) -> str:
+    """A prompt or completion as plain text; several turns with the roles before them."""
+    if isinstance(value, str):
+        return value.strip()
+    if len(value) == 1:
+        return spoken(value[0]).strip()
+    return "\n\n".join(f"{message['role'].capitalize()}: {spoken(message).strip()}" for message in value)

@@ -1,0 +1,168 @@
+"""Trained reward models, to compare with: sequence classifiers of transformers, as scorers like EndoRewardModel."""
+
+import math
+from collections.abc import Iterable
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from ..errors import EndoRewardError
+from ..model.loading import load_classifier, refuse_other_than_one_output
+from ..model.positions import Positions
+from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name
+from ..scoring.batching import Room, does_not_fit, in_batches
+from ..scoring.score import OnTokens, RowScore, ScoreOptions, Scores, evaluating, in_order
+from ..text.boundary import tokenize
+from ..text.chat import conversation
+from ..text.encoding import Encoder, Row, dialogue, prompt_and_completion, refuse_no_row, wants_chat
+from ..text.template import Extras
+
+
+class RewardModel:
+    """A sequence classifier of transformers with one output: the score of a whole conversation (Skywork's kind).
+
+    Messages go through the classifier's own chat template, to its end; text without one is prompt + completion as
+    its tokenizer reads it. Evaluation mode, batches of like length, padded on the right; one row at a time where its
+    config has no padding token, as transformers then wants it.
+
+    Raises EndoRewardError for more than one output.
+    """
+
+    method = "Trained reward model"
+    formula = "its output"
+    source = "such as Skywork-Reward, 2410.18451"
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        refuse_name(RewardModel, model, tokenizer)
+        self.model, self.tokenizer, self.room = model, tokenizer, Room()
+        config: Any = model.config
+        refuse_other_than_one_output(config, type(model).__name__)
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.pad: int | None = text_config.pad_token_id
+        usual = getattr(tokenizer, "model_max_length", None)
+        usual = usual if isinstance(usual, int) and 0 < usual < 10**9 else None  # a huge number means: none is known
+        self.positions = Positions.of(model, text_config, usual)
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens in a row unless an option says otherwise: the tokenizer's number or the model's."""
+        return self.positions.default
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str | PathLike[str], *, dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None, **options: Unpack[LoadKwargs],
+    ) -> "RewardModel":  # fmt: skip
+        """Load by folder or Hugging Face name, an adapter's too; arguments as in `EndoRewardModel.from_pretrained`.
+
+        Raises EndoRewardError, in one line: no such model, not a sequence classifier, a checkpoint without its
+        output head, more than one output, no tokenizer.
+        """
+        refuse_misspelt(options, LoadKwargs.__annotations__)
+        model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=dict(options))
+        if tokenizer is None:
+            raise EndoRewardError(f"reward model {str(name_or_path)!r} has no usable tokenizer: {reason}")
+        return cls(model, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's first weight: a quantised model's other weights may have another."""
+        return next(self.model.parameters()).dtype
+
+    def to(
+        self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
+    ) -> "RewardModel":
+        """Move the model, or change its dtype, as nn.Module.to does. Returns self."""
+        where: list[Any] = [x for x in (device, dtype) if x is not None]
+        self.model.to(*where)
+        return self
+
+    def iter_scores(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> Scores:  # fmt: skip
+        """(position in rows, score) as batches finish. Options as in `EndoRewardModel.score`; those of them count that
+        say how rows are encoded and batched."""
+        return self._scores(list_of_rows(rows), ScoreOptions.of(options), on_tokens)
+
+    def _scores(self, rows: list[Row], chosen: ScoreOptions, on_tokens: OnTokens) -> Scores:
+        encoder = Encoder(self.tokenizer, date=chosen.date, extras=chosen.extras)
+        ready: list[tuple[int, list[int], tuple[str, ...]]] = []
+        for position, row in enumerate(rows):
+            try:
+                ready.append((position, *self._encode(row, chosen, encoder)))
+            except EndoRewardError as error:
+                yield position, RowScore(None, 0, None, error=str(error))
+        budget = 1 if self.pad is None else chosen.max_tokens_per_batch
+        lengths = [len(ids) for _, ids, _ in ready]
+
+        def run(batch: list[int]) -> list[float]:
+            return self._classify([ready[i][1] for i in batch])
+
+        for batch, scores in in_batches(run, lengths, budget, self.room):
+            if on_tokens is not None:
+                on_tokens(sum(lengths[i] for i in batch))
+            for i, score in zip(batch, scores or [None] * len(batch), strict=True):
+                position, ids, flags = ready[i]
+                if score is None:
+                    yield position, RowScore(None, len(ids), None, flags, does_not_fit(len(ids)))
+                elif math.isnan(score):
+                    yield position, RowScore(None, len(ids), None, flags, "the reward model gave NaN for this row")
+                else:
+                    yield position, RowScore(score, len(ids), None, flags)
+
+    def score(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> list[RowScore]:  # fmt: skip
+        """Scores of rows, in their order."""
+        return in_order(self.iter_scores(rows, on_tokens=on_tokens, **options))
+
+    def _encode(self, row: Row, options: ScoreOptions, encoder: Encoder) -> tuple[list[int], tuple[str, ...]]:
+        """(token ids, flags) of a row."""
+        refuse_no_row(row)
+        if "prompt_ids" in row:
+            raise EndoRewardError("a reward model reads text with its own tokenizer, but the row holds token ids")
+        prompt, completion = prompt_and_completion(row)
+        plain = isinstance(prompt, str) and isinstance(completion, str)
+        if plain and not wants_chat(self.tokenizer, row.get("chat", options.chat)):
+            before = f"{options.system}\n\n{prompt}" if options.system else prompt
+            ids = self.tokenizer(before + completion, truncation=False, verbose=False)["input_ids"]
+            leading = encoder.leading
+            if leading and tuple(ids[: 2 * len(leading)]) == leading * 2:  # the text has its own
+                ids = ids[len(leading) :]
+        else:
+            turns, extras = dialogue(prompt, completion), Extras.of(row, encoder.extras)
+            text = conversation(encoder.template, turns, extras, system=options.system)
+            ids = tokenize(self.tokenizer, text)
+        limit = self.positions.limit(options.max_length)
+        if not ids:
+            raise EndoRewardError("the row is empty: there is nothing to classify")
+        if limit is None or len(ids) <= limit:
+            return ids, ()
+        return _cut(ids, limit, options.truncate), ("truncated",)
+
+    def _classify(self, rows: list[list[int]]) -> list[float]:
+        width = max(map(len, rows))
+        padding = 0 if self.pad is None else self.pad
+        lengths = torch.tensor([[len(ids)] for ids in rows])
+        inputs = {"input_ids": torch.tensor([ids + [padding] * (width - len(ids)) for ids in rows])}
+        inputs["attention_mask"] = (torch.arange(width) < lengths).long()
+        with evaluating(self.model):
+            logits: Tensor = self.model(**{name: x.to(self.device) for name, x in inputs.items()}).logits
+        return logits[:, 0].double().tolist()
+
+
+def _cut(ids: list[int], limit: int, truncate: str | None) -> list[int]:
+    """Without the oldest tokens but the first ("prompt"), or without the last ("completion")."""
+    if truncate is None:
+        raise EndoRewardError(
+            f'{len(ids)} tokens, the limit is {limit}; truncate (--truncate) "prompt" or "completion" would cut it'
+        )
+    return ids[:limit] if truncate == "completion" else [*ids[:1], *ids[len(ids) - limit + 1 :]]

@@ -1,0 +1,1 @@
+"""Rows to token ids: messages, the chat template, the boundary between prompt and completion."""

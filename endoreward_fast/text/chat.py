@@ -1,0 +1,345 @@
+"""Conversations as the model's own chat template writes them, cut where the scored turn begins and ends.
+
+    prompt + completion + end     prompt: the template's text up to and with the generation prompt, as the policy saw it
+                                  completion + end: what it writes from there to the end of the last turn
+
+The turn is every field of its message: text, parts, reasoning, tool calls. The conversation is written twice, up to the
+generation prompt and whole. Where the turn ends is seen from what the template writes behind it: at the end of the
+conversation and before a next turn alike (`</s>`, `<|im_end|>` without the newline that no model generates).
+
+Where a template changes the text of a turn (drops its reasoning, say), the turn is scored as it is written there: that
+is what a policy has generated. All that is dropped is flagged, in the turn and in those before it.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from ..errors import EndoRewardError
+from .messages import Message, has_nulls, is_blank, is_plain, text_of, texts_of, with_text, without_nulls
+from .template import Extras, Marked, Template
+
+NEXT = "QzNEXTzQ"
+"""what a next turn says where it is asked what comes before it"""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """prompt + completion + end is the conversation; `end` is "" where the template writes no end of turn."""
+
+    prompt: str
+    completion: str
+    end: str
+    flags: tuple[str, ...] = ()
+
+
+def render(
+    template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None,
+    ends: Collection[str] = (),
+) -> Rendered:  # fmt: skip
+    """The conversation that ends in the assistant's `messages[-1]`. An empty turn has the completion "".
+
+    `system` is put before the conversation; a system message that is there already follows it after an empty line. A
+    template without a place for it (Gemma 2) gets it at the head of the first user turn, flag "system_in_user".
+    `ends` are tokens at which the model stops: one that the template puts before every next turn ends this one, if
+    nothing else does (GLM's `<|user|>`).
+
+    Raises EndoRewardError: no template, or one that refuses the conversation (its own message is in the line).
+    """
+    template.source()
+    messages = [without_nulls(message) for message in messages]
+    prompt, flags = _with_a_system_turn(template, messages[:-1], extras, system)
+    turn = _Turn(template, [*prompt, messages[-1]], extras, ends)
+    filled = has_nulls(extras.tools) or any(has_nulls(message.get("tool_calls")) for message in messages)
+    found = (
+        *_changed_before(turn), *_ignored(template, turn, extras), *_marks_in(template, messages, turn.end),
+        *(("null_fields",) if filled else ()),
+    )  # fmt: skip
+    return Rendered(turn.prompt, turn.completion, turn.end, (*turn.flags, *flags, *found))
+
+
+def conversation(template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None) -> str:
+    """All that the template writes for `messages`, to its very end: what a classifier of conversations is trained on.
+
+    Raises EndoRewardError as `render` does, also where the template has no place for `system`.
+    """
+    template.source()
+    whole = with_system([without_nulls(message) for message in messages], system)
+    return template.write(template.fit(whole, extras), extras)
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """`messages` led by the system prompt: `system`, then what a system message of their own says."""
+    if not system:
+        return list(messages)
+    if messages and messages[0].get("role") == "system":
+        return [{**messages[0], "content": f"{system}\n\n{text_of(messages[0].get('content'))}"}, *messages[1:]]
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _with_a_system_turn(
+    template: Template, prompt: Sequence[Message], extras: Extras, system: str | None
+) -> tuple[list[Message], tuple[str, ...]]:
+    """(prompt led by its system prompt, flags)."""
+    led = with_system(prompt, system)
+    instruction = text_of(led[0].get("content")).strip() if led and led[0].get("role") == "system" else ""
+    if not instruction:
+        return led, ()
+    try:
+        if instruction in template.write(template.fit(led, extras), extras, generate=True):
+            return led, ()
+    except EndoRewardError:
+        # It may refuse the system turn, or something else: without that turn it says so again.
+        pass
+    first, *rest = led[1:] or [None]
+    if first is None or first.get("role") != "user":
+        raise EndoRewardError(
+            "the chat template has no place for a system prompt, and no user turn of text comes first"
+        )
+    together = f"{instruction}\n\n{text_of(first.get('content'))}"
+    return [{**first, "content": together}, *rest], ("system_in_user",)
+
+
+class _Turn:
+    """The last turn of a conversation: `prompt`, `completion`, `end` and `flags` of what is scored."""
+
+    def __init__(self, template: Template, messages: list[Message], extras: Extras, ends: Collection[str]) -> None:
+        self.template, self.extras, self._ends = template, extras, ends
+        self.messages = template.fit(messages, extras)
+        *self.before, self._answer = self.messages
+        self.flags: tuple[str, ...] = ()
+        self.opening = self.prompt = self._write(generate=True)
+        self.whole = self._write(self._answer)
+        if self._is_empty():
+            spoken_in = _saying(self._answer, "x")
+            marked = Marked([spoken_in])
+            _, self.end = self._ending(spoken_in, marked, self._write(spoken_in), self._write(*marked.messages))
+            self.completion = ""
+            return
+        shown, written = self._shown()
+        marked = Marked([shown])
+        other = self._write(*marked.messages)
+        behind, self.end = self._ending(shown, marked, written, other)
+        body = self.whole[: len(self.whole) - len(behind)]
+        self._cut(body, _shared([self.whole, other]))
+        self.completion = self._without_own_end(self.completion)
+        if _says_only_text(self._answer):
+            self._put_back(text_of(self._answer["content"]))
+        elif marked.missing(other):
+            self.flags += ("template_drops",)
+
+    def _write(self, *turns: Message, generate: bool = False) -> str:
+        return self.template.write([*self.before, *turns], self.extras, generate=generate)
+
+    def _shown(self) -> tuple[Message, str]:
+        """(the turn with a text where it has none, what the template writes for it).
+
+        White space cannot be marked, and a turn that only thinks has more behind its thought than the end of a turn.
+        """
+        if _has_text(self._answer) or self._answer.get("tool_calls"):
+            return self._answer, self.whole
+        shown = with_text(self._answer, "x")
+        written = self._write(shown)
+        front, back = written.rpartition("x")[::2]
+        alike = self.whole.startswith(front.rstrip()) and self.whole.endswith(back)
+        return (shown, written) if alike or is_blank(self._answer) else (self._answer, self.whole)
+
+    def _is_empty(self) -> bool:
+        """Whether the turn says nothing, to the template: that may trim white space."""
+        return is_blank(self._answer) and self.whole == self._write(_saying(self._answer, ""))
+
+    def _ending(self, answer: Message, marked: Marked, whole: str, other: str) -> tuple[str, str]:
+        """(all that the template writes behind the last text of the turn, what of that ends the turn).
+
+        `whole` and `other` are the conversation as it is and with that text marked.
+        """
+        last = _behind_marks(whole, other)
+        if last is None:
+            raise EndoRewardError(f"the chat template of {self.template.name} does not write the assistant's turn")
+        if not answer.get("tool_calls"):
+            # What stands behind a text is all that its end depends on: it is asked for once.
+            known = self.template.ends
+            if (last, str(self.extras.kwargs)) not in known:
+                before_a_next = self._before_a_next_turn(answer, marked.messages[0])
+                known[last, str(self.extras.kwargs)] = self._end_of(last, before_a_next, calls=False)
+            return last, known[last, str(self.extras.kwargs)]
+        before_a_next = self._before_a_next_turn(answer, marked.messages[0])
+        closed = ""
+        if not self._ends_turns_of_text():
+            closed = last  # the rest of the call, and nothing that ends the turn
+            before_a_next = (before_a_next or "").removeprefix(last)
+        end = self._end_of(last[len(closed) :], before_a_next, calls=True)
+        return "" if closed else last, end
+
+    def _ends_turns_of_text(self) -> bool:
+        answer = _saying(self._answer, "x")
+        behind = _behind_marks(self._write(answer), self._write(*Marked([answer]).messages))
+        return bool((behind or "").strip())
+
+    def _before_a_next_turn(self, answer: Message, marked: Message) -> str | None:
+        """What the template writes between this turn and a next one, and then that; None if it takes none."""
+        user, tool = (_saying({**answer, "role": role}, NEXT) for role in ("user", "tool"))
+        for following in [tool, user] if answer.get("tool_calls") else [user]:
+            try:
+                whole = self._write(answer, following)
+                if NEXT in whole:
+                    return _behind_marks(whole, self._write(marked, following))
+            except EndoRewardError:
+                continue  # a template may not want such a turn here
+        return None
+
+    def _end_of(self, last: str, before_a_next: str | None, *, calls: bool) -> str:
+        whole = last.rstrip()
+        by_its_look = whole if calls else _up_to_first(self._special, whole)
+        if before_a_next is None:
+            return by_its_look
+        shared = _shared([last, before_a_next])
+        if whole and len(shared) >= len(whole):
+            return whole
+        if whole:
+            return shared[: self._whole_marks(shared)].rstrip() or by_its_look
+        return next((token for token in self._ends if token and before_a_next.lstrip().startswith(token)), "")
+
+    def _whole_marks(self, shared: str) -> int:
+        """Length of what two texts share without the part of a mark in whose middle they part."""
+        ends = [shared.rfind(token) + len(token) for token in self._special if token in shared]
+        return max([*ends, *(i + 1 for i, c in enumerate(shared) if c.isspace())], default=0)
+
+    @property
+    def _special(self) -> set[str]:
+        tokenizer = self.template.tokenizer
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        return (added | set(tokenizer.all_special_tokens)) - {""}
+
+    def _cut(self, body: str, before_text: str) -> None:
+        """`body`, the conversation up to the end of its last text, into prompt and completion."""
+        if body.startswith(self.opening):
+            header = before_text[len(self.opening) :]
+            usual = self.template.generation_prompt
+            if header.strip() and self.opening == self._write() and header.startswith(usual):
+                self.flags += ("no_generation_prompt",)
+                self.prompt = self.opening + usual if usual else before_text.rstrip()
+            self.completion = body[len(self.prompt) :]
+            return
+        shared = _shared([self.opening, body])
+        added = self.opening[len(_shared([self.opening, self._write()])) :]
+        turn = before_text.rfind(added) if added.strip() else -1
+        if len(shared) < turn:  # an earlier turn is written otherwise, now that it is not the last
+            self.completion = body[turn + len(added) :]
+            return
+        at = min(len(before_text), len(shared))
+        if self.opening[at:].isspace():
+            self.completion = body[at:].lstrip()
+            return
+        if len(shared) < len(before_text):
+            at = self._whole_marks(shared)
+        self.flags += ("opening_differs",)
+        self.prompt, self.completion = body[:at], body[at:]
+
+    def _without_own_end(self, completion: str) -> str:
+        """The completion without the end of turn that its text already has: the template writes it once more."""
+        found, mark = completion, self.end.strip()
+        while mark and found.rstrip().endswith(mark):
+            found = found.rstrip().removesuffix(mark)
+        if found != completion and "end_in_text" not in self.flags:
+            self.flags += ("end_in_text",)
+        return found
+
+    def _put_back(self, text: str) -> None:
+        """Where the template leaves out something of a turn of text, what was written is scored."""
+        text = self._without_own_end(text)
+        if _squeezed(text) in _squeezed(_open_thought(self.prompt) + self.completion):
+            return
+        open_thought = self.opening[len(self.prompt) :] or _open_thought(self.opening)
+        self.prompt, self.completion = self.opening, _behind_opening(text, open_thought)
+        self.flags = (*(flag for flag in self.flags if flag != "opening_differs"), "template_rewrites")
+
+
+def _saying(message: Message, text: str) -> Message:
+    """A message of the same role that says that alone, in the spelling that this one's content has."""
+    parts = isinstance(message.get("content"), list)
+    return {"role": message["role"], "content": [{"type": "text", "text": text}] if parts else text}
+
+
+def _has_text(message: Message) -> bool:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    return bool((text_of([p for p in parts if p["type"] == "text"]) if parts else text_of(content)).strip())
+
+
+def _says_only_text(message: Message) -> bool:
+    content = message.get("content")
+    if isinstance(content, list) and any(part["type"] != "text" for part in content):
+        return False
+    return is_plain({**message, "content": text_of(content)})
+
+
+def _behind_marks(text: str, marked: str) -> str | None:
+    """What is written behind the text that is marked; None if no mark is written."""
+    return None if text == marked else _shared([text[::-1], marked[::-1]])[::-1]
+
+
+def _open_thought(opening: str) -> str:
+    """The thinking block that a generation prompt opens, or ""."""
+    tail = opening[opening.rstrip().rfind("\n") + 1 :]
+    return tail if tail.startswith("<think>") else ""
+
+
+def _behind_opening(text: str, lost: str) -> str:
+    """A text without what the generation prompt already holds of it (`lost`: "<think>" and a newline)."""
+    mark = lost.strip()
+    if not mark or not text.lstrip().startswith(mark):
+        return text
+    rest = text.lstrip()[len(mark) :]
+    return rest.removeprefix(lost[len(lost.rstrip()) :])
+
+
+def _changed_before(turn: _Turn) -> tuple[str, ...]:
+    """A flag if the template leaves out or changes a text of the turns before the last."""
+    written = _squeezed(turn.opening)
+    if all(is_plain(message) and _squeezed(message["content"]) in written for message in turn.before):
+        return ()
+    # A text may be escaped, as in JSON: then its marks are there still.
+    marked = Marked(turn.before)
+    text = turn.template.write(marked.messages, turn.extras, generate=True)
+    return () if marked.whole(text) else ("context_changed",)
+
+
+def _ignored(template: Template, turn: _Turn, extras: Extras) -> tuple[str, ...]:
+    """A flag if the template makes nothing of what the row gives it."""
+    flags: tuple[str, ...] = ()
+    for name in ("tools", "documents"):
+        if getattr(extras, name) is not None:
+            without = Extras(**{**vars(extras), name: None})
+            if template.write(turn.messages, without) == turn.whole:
+                flags = ("template_ignores",)
+    source = template.source(tools=bool(extras.tools))
+    return ("template_ignores",) if any(name not in source for name in extras.kwargs) else flags
+
+
+def _marks_in(template: Template, messages: Sequence[Message], end: str) -> tuple[str, ...]:
+    """A flag if a text of the conversation holds what the template marks turns with."""
+    source = template.source()
+    tokenizer = template.tokenizer
+    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token) in source}
+    marks |= {mark for mark in (tokenizer.bos_token, tokenizer.eos_token, end.strip()) if mark}
+    texts = [text for message in messages for text in texts_of(message)]
+    return ("marks_in_text",) if any(mark in text for mark in marks for text in texts) else ()
+
+
+def _up_to_first(special: Collection[str], text: str) -> str:
+    """`text` up to and with its first special token; all of it if it has none."""
+    places = [(text.index(token), -len(token), token) for token in special if token in text]
+    if not places:
+        return text
+    at, _, token = min(places)
+    return text[: at + len(token)]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _shared(texts: list[str]) -> str:
+    """What the texts begin with, all of them (between the first and the last in order stand no others)."""
+    short, long = min(texts), max(texts)
+    return short[: next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))]

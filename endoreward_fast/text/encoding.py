@@ -1,0 +1,339 @@
+"""A row of text, chat or token ids -> the tokens that the model reads and where the scored ones begin.
+
+| row                                                        | scored                                          |
+| {"prompt": str, "completion": str}                         | the completion                                  |
+| {"prompt": str or messages, "completion": str or messages} | the last assistant turn (earlier ones: context) |
+| {"messages": [...]}                                        | the last assistant turn                         |
+| {"prompt_ids": [...], "completion_ids": [...]}             | the completion's ids, as they are               |
+| the same with "completion_mask": [0 or 1, ...]             | those of them that have a 1 (see below)         |
+
+A row may have `tools`, `documents` and `chat_template_kwargs` besides: they belong to its prompt. The last turn is
+every field of its message: content (text or parts of text), reasoning, tool calls.
+
+Text goes through the tokenizer's chat template where it has one (a prompt as the user's turn, a completion as the
+assistant's), because that is what a chat model was trained on; chat=False, or "chat": False in the row, scores
+prompt + completion as plain text. Without a template, text is plain and messages are refused.
+
+Plain text is tokenized as the tokenizer would (BOS and the like in front), a system prompt going before it with an
+empty line between. A completion ends in the tokenizer's end-of-sequence token, a chat turn in the template's
+end-of-turn token, unless append_eos=False. Special tokens that a text has already are not added again.
+
+An empty completion is that end alone: a model that says nothing ends its turn at once. Where nothing ends it, there is
+nothing to score.
+
+completion_mask marks the tokens that the policy chose. The others (a tool's answer, say) are context: they are read,
+and have no reward. The token before them does not end the episode: its V(s') is that of the state right after it.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from numbers import Integral
+from types import MappingProxyType
+from typing import Any, Literal
+
+from ..errors import EndoRewardError
+from .boundary import split_ids, tokenize
+from .chat import render
+from .messages import Message, are_messages, check_message, check_text, kind_of
+from .template import Extras, Template, as_date
+
+Row = Mapping[str, Any]
+Truncate = Literal["prompt", "completion"] | None
+
+FLAGS = MappingProxyType(
+    {
+        "empty": "the completion is empty: only the token that ends it can be scored",
+        "truncated": "tokens were cut to fit the limit",
+        "bootstrapped": "the episode does not end with the last token: V(s') counts after it",
+        "first_token_unscored": "nothing comes before the completion, so its first token was chosen in no known state",
+        "context_turns": "of several turns in the completion only the last is scored",
+        "system_in_user": "the chat template has no system turn: the system prompt leads the first user turn",
+        "split_at_speaker": "a dialogue as text: what follows the last speaker that both answers share is scored",
+        "template_rewrites": "the chat template would change the completion: it is scored as written",
+        "template_drops": "the chat template leaves out a part of the turn: what it writes is scored",
+        "context_changed": "the chat template leaves out or rewrites a part of an earlier turn: the prompt is what it "
+        "writes",
+        "template_ignores": "the chat template makes no use of the tools, documents or template arguments given",
+        "opening_differs": "the generation prompt opens the turn otherwise than the chat template writes it (a "
+        "thinking block, say): the turn is scored as the template writes it",
+        "no_generation_prompt": "the chat template has no generation prompt: what it writes before the turn is taken "
+        "for it",
+        "end_made_up": "the chat template writes no end of turn: the tokenizer's end of sequence is scored as one",
+        "end_in_text": "the completion has its own end of turn: it is scored once",
+        "marks_in_text": "a text holds special tokens of the chat template, which are read as such",
+        "null_fields": "a tool or a tool call has null fields, which are written as null: leave out those that a table "
+        "has filled in",
+        "dated": "the chat template writes today's date: date (--date) pins it",
+    }
+)
+
+
+def in_words(flags: Collection[str]) -> str | None:
+    """What is worth knowing about a row, or None."""
+    return "; ".join(FLAGS[flag] for flag in flags) or None
+
+
+NOTHING_TO_SCORE = "the completion is empty and no token ends it: there is nothing to score"
+"""the error of a row without a scored token. It is no fault of the row: such a completion is the worst of any"""
+WANTED = "prompt and completion, or messages, or prompt_ids and completion_ids"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One row, ready for the model."""
+
+    input_ids: list[int]
+    """prompt, then completion"""
+    prompt_length: int
+    """tokens before the first scored one; all of them if there is nothing to score"""
+    terminal: bool
+    """whether the episode ends with the last token"""
+    truncated: int = 0
+    """tokens cut"""
+    flags: tuple[str, ...] = ()
+    """what is worth knowing about the row: keys of FLAGS"""
+    completion_mask: tuple[bool, ...] | None = None
+    """which of the tokens from prompt_length on are scored; None: all"""
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that are scored."""
+        mask = self.completion_mask
+        return len(self.input_ids) - self.prompt_length if mask is None else sum(mask)
+
+    @property
+    def note(self) -> str | None:
+        """The flags in words, or None."""
+        return in_words(self.flags)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How rows become tokens. See `encode_row` for the fields; without a tokenizer only token ids can be encoded."""
+
+    tokenizer: Any = None
+    system: str | None = None
+    chat: bool | None = None
+    max_length: int | None = None
+    truncate: Truncate = None
+    append_eos: bool = True
+    eos_ids: Collection[int] = ()
+    extras: Extras = field(default_factory=Extras)
+    date: str | None = None
+
+    @cached_property
+    def template(self) -> Template:
+        """The tokenizer's chat template, on the day that all rows are written."""
+        return Template(self.tokenizer) if self.date is None else Template(self.tokenizer, as_date(self.date))
+
+    @cached_property
+    def leading(self) -> tuple[int, ...]:
+        """Special tokens that the tokenizer puts before a text: BOS, [CLS], or none."""
+        return _leading_ids(self.tokenizer)
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        """Tokens that end a turn, the tokenizer's own last."""
+        known = (i for i in self.eos_ids if 0 <= i < len(self.tokenizer))
+        named = (*self.tokenizer.convert_ids_to_tokens(list(known)), getattr(self.tokenizer, "eos_token", None))
+        return tuple(token for token in dict.fromkeys(named) if token)
+
+    def encode(self, row: Row) -> Encoded:
+        """Tokens of one row. EndoRewardError in one line where it cannot be scored."""
+        refuse_no_row(row)
+        flags: tuple[str, ...] = ()
+        terminal = True
+        if "prompt_ids" in row and "completion_ids" in row:
+            if self.system:
+                raise EndoRewardError("a system prompt cannot be put before a row of token ids")
+            prompt, completion = (_ids(row, name) for name in ("prompt_ids", "completion_ids"))
+            terminal = bool(row.get("terminal", True))
+            flags = () if completion else ("empty",)
+        else:
+            prompt, completion, flags = self._text_ids(row)
+        if not completion:
+            return Encoded(prompt, len(prompt), terminal, flags=flags)
+        length = len(prompt)
+        if not prompt:
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            if bos is not None and completion[0] != bos:
+                prompt, length = [bos], 1
+            else:
+                length, flags = 1, (*flags, "first_token_unscored")
+        encoded = self._fit([*prompt, *completion], length, terminal, flags)
+        if row.get("completion_mask") is None or "completion_ids" not in row:
+            return encoded
+        mask = _mask(row, completion)[length - len(prompt) :]
+        mask = mask[: len(encoded.input_ids) - encoded.prompt_length]
+        if not any(mask):
+            raise EndoRewardError("completion_mask: no token of the completion is marked, so there is none to score")
+        return replace(encoded, completion_mask=mask)
+
+    def _text_ids(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
+        """(prompt ids, completion ids, flags) of a row of text."""
+        prompt, completion = prompt_and_completion(row)
+        if self.tokenizer is None:
+            raise EndoRewardError("text needs a tokenizer, and the model came without one: give it one, or token ids")
+        chat = row.get("chat", self.chat)
+        plain = isinstance(prompt, str) and isinstance(completion, str)
+        if chat is False and not plain:
+            raise EndoRewardError("chat=False scores plain text, but the row holds messages")
+        if plain and not wants_chat(self.tokenizer, chat):
+            before = f"{self.system}\n\n{prompt}" if self.system else prompt
+            return self._plain(before, completion)
+        flags = ("context_turns",) if not isinstance(completion, str) and len(completion) > 1 else ()
+        extras = Extras.of(row, self.extras)
+        dated = self.date is None and self.template.asks_for_the_date(extras)
+        text = render(self.template, dialogue(prompt, completion), extras, system=self.system, ends=self._ends)
+        flags = (*flags, *text.flags, *(("dated",) if dated else ()), *(() if text.completion else ("empty",)))
+        end = text.end if self.append_eos else ""
+        if text.completion.endswith(self._ends):  # it has ended already, by another token than the template's
+            end = ""
+        before, after = split_ids(self.tokenizer, text.prompt, text.completion + end)
+        if end or not self.append_eos:
+            return before, after, flags
+        ended = self._with_eos(after)
+        return before, ended, (*flags, *(("end_made_up",) if ended != after else ()))
+
+    def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[int], tuple[str, ...]]:
+        before, after = split_ids(self.tokenizer, prompt, completion)
+        leading = () if tuple(before[: len(self.leading)]) == self.leading else self.leading
+        return [*leading, *before], self._with_eos(after), () if after else ("empty",)
+
+    def _has_ended(self, ids: list[int]) -> bool:
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return bool(ids) and (ids[-1] == eos or ids[-1] in self.eos_ids)
+
+    def _with_eos(self, ids: list[int]) -> list[int]:
+        eos = getattr(self.tokenizer, "eos_token_id", None)
+        return ids if not self.append_eos or eos is None or self._has_ended(ids) else [*ids, eos]
+
+    def _fit(self, ids: list[int], length: int, terminal: bool, flags: tuple[str, ...]) -> Encoded:
+        """Within max_length, by `truncate`."""
+        if not terminal:
+            flags = (*flags, "bootstrapped")
+        limit = self.max_length
+        if limit is None or len(ids) <= limit:
+            return Encoded(ids, length, terminal, flags=flags)
+        over = len(ids) - limit
+        if self.truncate == "prompt":
+            bos = getattr(self.tokenizer, "bos_token_id", None)
+            first = int(ids[0] == bos and length > 1)
+            if length - first - 1 >= over:
+                ids = ids[:first] + ids[first + over :]
+                return Encoded(ids, length - over, terminal, over, (*flags, "truncated"))
+        elif self.truncate == "completion" and limit > length:
+            flags = (*(flag for flag in flags if flag != "bootstrapped"), "truncated", "bootstrapped")
+            return Encoded(ids[:limit], length, False, over, flags)
+        raise EndoRewardError(_too_long(len(ids), len(ids) - length, limit, self.truncate))
+
+
+def encode_row(
+    tokenizer: Any, row: Row, *, system: str | None = None, chat: bool | None = None, max_length: int | None = None,
+    truncate: Truncate = None, append_eos: bool = True, eos_ids: Collection[int] = (),
+    extras: Extras | None = None, date: str | None = None,
+) -> Encoded:  # fmt: skip
+    """Tokens of one row (the module's table says which rows there are).
+
+    system      a system prompt; it comes before the row's own, if that has one
+    chat        None: the chat template where the tokenizer has one; False: plain text; True: insist on the template
+    max_length  most tokens of prompt and completion; None: no limit
+    truncate    what to do beyond: None, refuse the row; "prompt", drop its oldest tokens, keeping BOS and one more at
+                least; "completion", cut its end, after which the episode goes on (terminal False)
+    append_eos  end the completion with an end-of-sequence (or end-of-turn) token, if it has none
+    eos_ids     tokens that count as one, beside the tokenizer's own
+    extras      tools, documents and template arguments of rows that have none
+    date        "YYYY-MM-DD": the day that a template is told which asks for it; None: today
+
+    An empty completion is the token that ends it, if there is one; else it has no scored token, as an empty list of ids
+    has none. Before an empty prompt goes BOS; without one, the first token of the completion is not scored.
+
+    Raises EndoRewardError, in one line: keys or types that do not fit, text without a tokenizer, messages without a
+    chat template or refused by it, a row beyond the limit.
+    """
+    encoder = Encoder(
+        tokenizer, system=system, chat=chat, max_length=max_length, truncate=truncate, append_eos=append_eos,
+        eos_ids=eos_ids, extras=extras or Extras(), date=date,
+    )  # fmt: skip
+    return encoder.encode(row)
+
+
+def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
+    """Special tokens that the tokenizer puts before a text: BOS, [CLS], or none."""
+    bare, full = tokenize(tokenizer, "a"), tokenizer("a", truncation=False)["input_ids"]
+    at = next((k for k in range(len(full)) if full[k : k + len(bare)] == bare), 0)
+    return tuple(full[:at])
+
+
+def wants_chat(tokenizer: Any, chat: bool | None) -> bool:
+    """Whether text goes through the chat template: as `chat` says, or where there is one."""
+    return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
+
+
+def refuse_no_row(row: Any) -> None:
+    if not isinstance(row, Mapping):
+        raise EndoRewardError(f"a row is a mapping with {WANTED}; found {type(row).__name__}")
+
+
+def prompt_and_completion(row: Row) -> tuple[Any, Any]:
+    """Each a str or a list of messages; the prompt of {"messages": ...} is all but the last of them."""
+    if "prompt" in row and "completion" in row:
+        prompt, completion = row["prompt"], row["completion"]
+    elif "messages" in row:
+        messages = row["messages"]
+        if not are_messages(messages):
+            raise EndoRewardError(f"messages: wanted a list of {{role, content}}, found {kind_of(messages)}")
+        prompt, completion = list(messages[:-1]), list(messages[-1:])
+    else:
+        found = ", ".join(map(str, row)) or "nothing"
+        raise EndoRewardError(f"a row needs {WANTED}; found {found}")
+    for name, value in (("prompt", prompt), ("completion", completion)):
+        if isinstance(value, str):
+            check_text(value, name)
+        elif not are_messages(value):
+            raise EndoRewardError(f"{name}: wanted text or a list of {{role, content}}, found {kind_of(value)}")
+        else:
+            for i, message in enumerate(value):
+                check_message(message, f"{name}[{i}]")
+    return prompt, completion
+
+
+def dialogue(prompt: Any, completion: Any) -> list[Message]:
+    """The conversation that `prompt_and_completion` are; it ends in an assistant's turn."""
+    turns = _turns(prompt, "user") + _turns(completion, "assistant")
+    role = turns[-1]["role"] if turns else "none"
+    if role != "assistant":
+        raise EndoRewardError(f"the last message is what is scored: wanted the assistant's, found {role!r}")
+    return turns
+
+
+def _turns(value: Any, role: str) -> list[Message]:
+    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
+
+
+def _ids(row: Row, name: str) -> list[int]:
+    ids = row[name]
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # tensors and arrays
+    whole = isinstance(ids, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
+    if not whole:
+        raise EndoRewardError(f"{name}: wanted a list of token ids, found {kind_of(ids)}")
+    return [int(i) for i in ids]
+
+
+def _mask(row: Row, completion: list[int]) -> tuple[bool, ...]:
+    mask = row["completion_mask"]
+    mask = mask.tolist() if hasattr(mask, "tolist") else mask
+    if not isinstance(mask, list | tuple) or any(m not in (0, 1) for m in mask):
+        raise EndoRewardError(f"completion_mask: wanted a list of 0 and 1, found {kind_of(mask)}")
+    if len(mask) != len(completion):
+        raise EndoRewardError(f"completion_mask has {len(mask)} entries, and completion_ids {len(completion)}")
+    return tuple(map(bool, mask))
+
+
+def _too_long(tokens: int, completion: int, limit: int, truncate: Truncate) -> str:
+    text = f"{tokens} tokens, the limit is {limit}"
+    if truncate is None:
+        return f'{text}; truncate (--truncate) "prompt" or "completion" would cut it'
+    which = f"completion's {completion}" if truncate == "prompt" else f"prompt's {tokens - completion}"
+    return f'{text}; truncate="{truncate}" leaves no room beside the {which}'

@@ -1,0 +1,1 @@
+"""Token rewards as pictures: the heatmap, its colours, notebooks."""

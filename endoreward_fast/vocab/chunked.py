@@ -1,0 +1,180 @@
+"""Vocabulary statistics in a bounded workspace: logits, stored or recomputed, pass through cache-sized tiles.
+
+Each chunk c of a row of x = z / alpha leaves three numbers:
+
+    m_c = max z          l_c = log sum exp((z - m_c) / alpha)          H_c = entropy of softmax(x) within the chunk
+
+and a row's chunks combine, in a fixed order, without a cancelling subtraction (M = max_c m_c):
+
+    a_c = (m_c - M) / alpha + l_c        L = log sum_c exp(a_c)        lse = M / alpha + L
+    P_c = exp(a_c - L)                   entropy = sum_c P_c (H_c - log P_c)
+
+so an offset common to a row's logits never meets the sums. All of it is float32. The same torch code serves the
+CPU (extra memory under 64 MiB whatever N is) and GPUs (under 256 MiB). In the linear path the last bits of a row
+may depend on the batch around it, as far as the library's matmul does; from run to run they are the same.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..types import NO_TARGET
+from .chunked_backward import linear_backward, logits_backward
+from .chunked_tiles import (
+    EXP_IS_ZERO,
+    Buffer,
+    LinearTile,
+    LogitRows,
+    length,
+    limits_for,
+    linear_tiles,
+    logits_tiles,
+    spans,
+)
+from .rows import SUM_SCALE, RowRewards, RowStats, poisoned, rewards_of
+
+__all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward", "with_rewards"]
+
+
+@torch.no_grad()
+def logits_forward(
+    logits: Tensor, targets: Tensor, *, mask: Tensor | None, alpha: float, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None,
+) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
+    """Statistics, and with `successor` rewards, of stored logits (B, T, V) of any strides; 0 off the mask (N,)."""
+    vocab, device = logits.shape[-1], logits.device
+    source = LogitRows(logits, mask)
+    stats = _empty_stats(len(source), device, entropy, logit_mean)
+    tiles = logits_tiles(len(source), vocab, device)
+    whole = vocab - vocab % tiles.chunk
+    buffer, scratch = (
+        Buffer(size, device) for size in (tiles.rows * tiles.vocab, (entropy or logit_mean) * tiles.rows * tiles.vocab)
+    )
+    stats.target_logit.copy_(source.pick(source.keep(targets)))
+    for rows in spans(0, len(source), tiles.rows):
+        partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, alpha, entropy, logit_mean)
+        for columns in [*spans(0, whole, tiles.vocab), *spans(whole, vocab, tiles.chunk)]:
+            z = buffer.view(length(rows), length(columns)).copy_(source.load(rows, columns))
+            chunks = slice(columns.start // tiles.chunk, -(-columns.stop // tiles.chunk))
+            partials.reduce(z, scratch, chunks, slice(0, length(rows)))
+        partials.combine(vocab, rows, stats)
+    stats = _with_lse(stats, alpha)
+    stats = RowStats(*(None if f is None else source.spread(f) for f in stats))
+    targets = targets if mask is None else torch.where(mask, targets, NO_TARGET)
+    return with_rewards(stats, targets, vocab, successor, alpha)
+
+
+@torch.no_grad()
+def linear_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, logit_scale: float,
+    softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
+) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
+    """Statistics, and with `successor` rewards, of the head hidden (N, D), weight (V, D).
+
+    The logits are made tile by tile and never stored. For bfloat16 inputs see: chunked_tiles.uses_native_matmul.
+    """
+    num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
+    tiles = linear_tiles(hidden, weight)
+    tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
+    buffer, scratch = (
+        Buffer(size, device) for size in (tiles.rows * tiles.vocab, (entropy or logit_mean) * tiles.rows * tiles.vocab)
+    )
+    stats = _empty_stats(num_rows, device, entropy, logit_mean)
+    for sweep in spans(0, num_rows, limits_for(device).rows_per_sweep):
+        partials = _Partials(-(-vocab // tiles.vocab), length(sweep), device, alpha, entropy, logit_mean)
+        for chunk, columns in enumerate(spans(0, vocab, tiles.vocab)):
+            tile.load_weight(columns)
+            for rows in spans(sweep.start, sweep.stop, tiles.rows):
+                tile.load_hidden(rows)
+                z = tile.logits(buffer.view(length(rows), length(columns)))
+                _pick_targets(z, targets[rows], columns, stats.target_logit[rows])
+                in_sweep = slice(rows.start - sweep.start, rows.stop - sweep.start)
+                partials.reduce(z, scratch, slice(chunk, chunk + 1), in_sweep)
+        partials.combine(vocab, sweep, stats)
+    stats = _with_lse(stats, alpha)
+    return with_rewards(stats, targets, vocab, successor, alpha)
+
+
+class _Partials:
+    """What the chunks of some rows leave, one (chunks, rows) tensor per statistic, and how they combine."""
+
+    def __init__(self, chunks: int, rows: int, device: torch.device, alpha: float, entropy: bool, logit_mean: bool):
+        self._alpha = alpha
+        self._peak = torch.empty(chunks, rows, device=device, dtype=torch.float32)
+        self._log_sum = torch.empty_like(self._peak)
+        self._entropy = torch.empty_like(self._peak) if entropy else None
+        self._sum = torch.empty_like(self._peak) if logit_mean else None
+
+    def reduce(self, z: Tensor, scratch: Buffer, chunks: slice, rows: slice) -> None:
+        """Take in `chunks` of z (rows, chunks * width), contiguous. z is overwritten; `scratch`: for entropy, mean.
+
+        Not by log_softmax, which adds up a row one lane at a time: where one token stands out among many equal ones,
+        its sum is off by up to 300 units in the last place. A chunk that is all -inf comes out as NaN here; `combine`
+        puts it right.
+        """
+        shape = (length(rows), length(chunks))
+        z = z.view(shape[0] * shape[1], -1)
+        peak = z.amax(-1)
+        self._peak[chunks, rows] = peak.view(shape).T
+        if self._sum is not None:
+            scaled = torch.mul(z, SUM_SCALE, out=scratch.view(*z.shape))
+            self._sum[chunks, rows] = scaled.sum(-1).view(shape).T
+        # Shifted before it is scaled: the other way round rounds a common offset into the differences.
+        y = z.sub_(peak.unsqueeze(1))
+        if self._alpha != 1.0:
+            y.div_(self._alpha)
+        if self._entropy is None:
+            total = y.exp_().sum(-1)
+        else:
+            y.clamp_(min=EXP_IS_ZERO)  # so that 0 * -inf is 0
+            weight = torch.exp(y, out=scratch.view(*y.shape))
+            total = weight.sum(-1)
+            entropy = total.log() - weight.mul_(y).sum(-1) / total  # y <= 0: nothing cancels
+            self._entropy[chunks, rows] = entropy.view(shape).T
+        self._log_sum[chunks, rows] = total.log_().view(shape).T
+
+    def combine(self, vocab: int, rows: slice, stats: RowStats) -> None:
+        """Write these rows' statistics, but for lse and target_logit, into `rows` of stats."""
+        dead = self._peak == -torch.inf
+        peak = self._peak.amax(0)
+        offset = ((self._peak - peak) / self._alpha + self._log_sum).masked_fill_(dead, -torch.inf)
+        log_total = torch.logsumexp(offset, 0)
+        stats.shift[rows], stats.log_total[rows] = peak, log_total
+        if stats.entropy is not None:
+            log_share = (offset - log_total).clamp_(min=EXP_IS_ZERO).masked_fill_(dead, EXP_IS_ZERO)
+            within = self._entropy.masked_fill(dead, 0.0)
+            stats.entropy[rows] = (log_share.exp() * (within - log_share)).sum(0).clamp_(0.0, math.log(vocab))
+        if stats.logit_mean is not None:
+            stats.logit_mean[rows] = self._sum.sum(0) / vocab / SUM_SCALE
+
+
+def _empty_stats(num_rows: int, device: torch.device, entropy: bool, logit_mean: bool) -> RowStats:
+    wanted = (True, True, entropy, logit_mean, True, True)
+    return RowStats(*(torch.zeros(num_rows, device=device, dtype=torch.float32) if w else None for w in wanted))
+
+
+def _with_lse(stats: RowStats, alpha: float) -> RowStats:
+    return stats._replace(lse=stats.shift / alpha + stats.log_total)
+
+
+def with_rewards(
+    stats: RowStats, targets: Tensor, vocab: int, successor: Tensor | None, alpha: float
+) -> tuple[RowStats, RowRewards | None]:
+    """And NaN in rows whose target is no vocabulary entry. Not in the row before: its successor's value is right.
+
+    On the CPU such a target has been refused before any work.
+    """
+    rewards = None if successor is None else rewards_of(stats, targets, successor, alpha)
+    lost = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
+    if targets.device.type == "cpu" and not lost.any():
+        return stats, rewards
+    return poisoned(stats, lost), rewards and poisoned(rewards, lost)
+
+
+def _pick_targets(z: Tensor, targets: Tensor, columns: slice, out: Tensor) -> None:
+    """out <- z[i, targets[i]] for targets that lie in `columns`; others are left alone (-100 lies in none)."""
+    index = targets - columns.start
+    here = (index >= 0) & (index < length(columns))
+    picked = z.gather(1, torch.where(here, index, 0).unsqueeze(1)).squeeze(1)
+    torch.where(here, picked, out, out=out)

@@ -1,0 +1,218 @@
+"""Gradients of the vocabulary statistics, from logits recomputed tile by tile in a bounded workspace.
+
+With p = exp((z - shift) / alpha - log_total), H the entropy, and one upstream gradient per row and statistic:
+
+    dz_j = p_j (g_lse - g_entropy (log p_j + H)) / alpha + g_target [j = target] + g_mean / V
+    dy   = logit_scale dz (1 - (z / softcap)^2)                      the last factor only with a softcap
+    dhidden = dy @ weight    dweight = dy^T @ hidden    dbias = sum_rows dy
+
+A row that is all -inf has p = 0. Sums over the vocabulary and over rows accumulate in float32.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from ..types import NO_TARGET
+from .chunked_tiles import (
+    EXP_IS_ZERO,
+    Buffer,
+    LinearTile,
+    LogitRows,
+    length,
+    limits_for,
+    linear_tiles,
+    logits_tiles,
+    spans,
+)
+from .rows import RowGrads, RowStats
+
+
+@torch.no_grad()
+def logits_backward(
+    logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None, alpha: float
+) -> Tensor:
+    """dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
+    vocab = logits.shape[-1]
+    source = LogitRows(logits, mask)
+    tiles = logits_tiles(len(source), vocab, logits.device)
+    upstream = upstream_factors(targets, stats, grads, vocab, alpha).kept(source.keep)
+    z_buffer, scratch = (Buffer(tiles.rows * tiles.vocab, logits.device) for _ in range(2))
+    make = torch.empty_like if mask is None else torch.zeros_like
+    dlogits = make(logits, memory_format=torch.contiguous_format)
+    for rows in spans(0, len(source), tiles.rows):
+        row_upstream = upstream.kept(lambda field, rows=rows: field[rows])
+        for columns in spans(0, vocab, tiles.vocab):
+            shape = (length(rows), length(columns))
+            z = z_buffer.view(*shape).copy_(source.load(rows, columns))
+            source.store(dlogits.view(-1, vocab), rows, columns, row_upstream.dz(z, columns, scratch.view(*shape)))
+    return dlogits
+
+
+@torch.no_grad()
+def linear_backward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, bias: Tensor | None,
+    logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False."""
+    upstream = upstream_factors(targets, stats, grads, weight.shape[0], alpha, logit_scale)
+    source = _TileGradients(hidden, weight, bias, logit_scale, softcap, upstream)
+    return sweep_gradients(source, hidden, weight, bias, needs, most_rows=limits_for(hidden.device).copy)
+
+
+def sweep_gradients(
+    source, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], most_rows: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Add up (dhidden, dweight, dbias) from the tiles of dy that `source` makes (see _TileGradients).
+
+    dweight is finished chunk by chunk of the vocabulary, dhidden row by row, so one sweep does both only if
+    dhidden's float32 accumulator is the output itself or fits the workspace (`most_rows` elements of float32). Else
+    dhidden takes sweeps of its own, over blocks of rows that do fit: four matmuls instead of three.
+    """
+    dhidden, dweight, dbias = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+    rows_that_fit = max(1, most_rows // hidden.shape[1])
+    everything = slice(0, hidden.shape[0])
+    if dhidden is None or hidden.dtype == torch.float32 or hidden.shape[0] <= rows_that_fit:
+        _sweep(source, everything, weight.shape[0], dhidden, dweight, dbias)
+    else:
+        for rows in spans(0, hidden.shape[0], rows_that_fit):
+            _sweep(source, rows, weight.shape[0], dhidden, None, None)
+        if dweight is not None or dbias is not None:
+            _sweep(source, everything, weight.shape[0], None, dweight, dbias)
+    return dhidden, dweight, dbias
+
+
+def _sweep(source, rows: slice, vocab: int, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None):
+    """One pass over the vocabulary: rows `rows` of dhidden, and the whole of dweight and dbias as far as they go."""
+    into_hidden = None if dhidden is None else _accumulator(dhidden[rows])
+    for columns in spans(0, vocab, source.tiles.vocab):
+        source.load_weight(columns)
+        into_weight = None if dweight is None else _accumulator(dweight[columns])
+        into_bias = None if dbias is None else dbias.new_zeros(length(columns), dtype=torch.float32)
+        for tile_rows in spans(rows.start, rows.stop, source.tiles.rows):
+            source.load_hidden(tile_rows)
+            dy = source.dy(tile_rows, columns)
+            if into_bias is not None:
+                into_bias.add_(dy.sum(0, dtype=torch.float32))
+            if into_weight is not None:
+                _add_product(into_weight, dy.T, source.hidden)
+            if into_hidden is not None:
+                in_sweep = slice(tile_rows.start - rows.start, tile_rows.stop - rows.start)
+                _add_product(into_hidden[in_sweep], dy, source.weight)
+        _store(into_weight, dweight, columns)
+        _store(into_bias, dbias, columns)
+    _store(into_hidden, dhidden, rows)
+
+
+@dataclass(frozen=True)
+class _Upstream:
+    """Factors of dz, each (N, 1): with y = (z - shift) / alpha, the logits from the top of their row,
+
+    dz = exp(y) (constant + slope y) + each_column + at_target [j = target].
+
+    The row's total is in the factors: taking its logarithm from every y would round the largest p the most.
+    """
+
+    shift: Tensor
+    constant: Tensor
+    slope: Tensor | None
+    each_column: Tensor | None
+    at_target: Tensor
+    targets: Tensor
+    alpha: float
+
+    def kept(self, select: Callable[[Tensor], Tensor]) -> "_Upstream":
+        """These factors for the rows that `select` picks of a field."""
+        per_row = (getattr(self, f.name) for f in fields(self) if f.name != "alpha")
+        return _Upstream(*(None if t is None else select(t) for t in per_row), self.alpha)
+
+    def dz(self, z: Tensor, columns: slice, scratch: Tensor) -> Tensor:
+        """The gradient of z (rows, columns), in one of the two buffers; both are overwritten."""
+        y = z.sub_(self.shift)
+        if self.alpha != 1.0:
+            y.div_(self.alpha)
+        if self.slope is None:
+            dz = y.exp_().mul_(self.constant)
+        else:
+            y.clamp_(min=EXP_IS_ZERO)  # so that 0 * (slope * -inf) is 0
+            weight = torch.exp(y, out=scratch)
+            dz = torch.addcmul(self.constant, y, self.slope, out=y).mul_(weight)
+        if self.each_column is not None:
+            dz.add_(self.each_column)
+        index = self.targets - columns.start
+        here = (index >= 0) & (index < length(columns))
+        dz.scatter_add_(1, torch.where(here, index, 0), torch.where(here, self.at_target, 0.0))
+        return dz
+
+
+def upstream_factors(
+    targets: Tensor, stats: RowStats, grads: RowGrads, vocab: int, alpha: float, scale: float = 1.0
+) -> _Upstream:
+    """The factors of dz, from what the forward kept and the gradients of what it gave; `scale` multiplies every dz."""
+    dead = stats.log_total == -torch.inf  # all -inf: p is 0
+    shift, log_total = stats.shift.masked_fill(dead, 0.0), stats.log_total.masked_fill(dead, 0.0)
+    share = torch.exp(-log_total).masked_fill(dead, 0.0) * (scale / alpha)
+    constant, slope = grads.lse, None
+    if grads.entropy is not None:  # log p + H = y - log_total + H
+        constant, slope = grads.lse + grads.entropy * (log_total - stats.entropy), -grads.entropy * share
+    each_column = None if grads.logit_mean is None else grads.logit_mean * (scale / vocab)
+    at_target = torch.where(targets == NO_TARGET, 0.0, grads.target_logit * scale)
+    per_row = (shift, constant * share, slope, each_column, at_target, targets)
+    return _Upstream(*(None if t is None else t.unsqueeze(1) for t in per_row), alpha)
+
+
+class _TileGradients:
+    """Tiles of dy, float32, in torch: the logits made again, then their gradient, back through the softcap.
+
+    `tiles` says how large they are; `load_weight` and `load_hidden` choose one, whose sides `weight` and `hidden` are.
+    """
+
+    def __init__(self, hidden, weight, bias, logit_scale: float, softcap: float | None, upstream: _Upstream):
+        self.tiles = tiles = linear_tiles(hidden, weight, backward=True)
+        self._tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
+        self._softcap, self._upstream = softcap, upstream
+        count = 2 if softcap is None else 3
+        self._buffers = [Buffer(tiles.rows * tiles.vocab, hidden.device) for _ in range(count)]
+        self.load_weight, self.load_hidden = self._tile.load_weight, self._tile.load_hidden
+
+    @property
+    def weight(self) -> Tensor:
+        return self._tile.weight
+
+    @property
+    def hidden(self) -> Tensor:
+        return self._tile.hidden
+
+    def dy(self, rows: slice, columns: slice) -> Tensor:
+        """(rows, columns) for the loaded sides; valid until the next call."""
+        z, scratch, *slopes = (buffer.view(length(rows), length(columns)) for buffer in self._buffers)
+        self._tile.logits(z)
+        if self._softcap is not None:
+            torch.mul(z, z, out=slopes[0]).mul_(-1 / self._softcap**2).add_(1.0)
+        dz = self._upstream.kept(lambda field: field[rows]).dz(z, columns, scratch)
+        return dz.mul_(slopes[0]) if slopes else dz
+
+
+def _accumulator(out: Tensor) -> Tensor:
+    """Float32 zeros of out's shape: `out` itself where it is float32."""
+    return out.zero_() if out.dtype == torch.float32 else torch.zeros_like(out, dtype=torch.float32)
+
+
+def _store(accumulated: Tensor | None, out: Tensor | None, where: slice) -> None:
+    if out is not None and accumulated.data_ptr() != out[where].data_ptr():
+        out[where] = accumulated
+
+
+def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
+    """into += left @ right, in float32. Each is float32 or low precision."""
+    if left.dtype == right.dtype == torch.float32:
+        into.addmm_(left, right)
+    elif right.device.type == "cpu":
+        into.addmm_(left.float(), right.float())
+    else:  # addmm's own out_dtype has been seen to misbehave together with out= (pytorch issue 154086)
+        into.add_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))

@@ -1,0 +1,113 @@
+"""The Triton backend: picks a kernel's config for the device and hands over. The same four names as `chunked`.
+
+Rows off the mask cost nothing: the logits kernels leave them at once, the linear path takes the others out first.
+"""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+from . import workspace
+from .rows import RowGrads, RowRewards, RowStats
+
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run on the CPU, in its interpreter (read once, when Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def obstacle_to_kernels(device: torch.device, *dtypes: torch.dtype) -> str | None:
+    """Why the kernels cannot take tensors of these dtypes on this device; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
+        return f"its tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
+    if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    if dtypes[0] not in KERNEL_DTYPES or len(set(dtypes)) > 1:
+        found = " with ".join(map(str, dtypes))
+        return f"the kernels take one of bfloat16, float16 and float32, not {found}"
+    return None
+
+
+def logits_forward(
+    logits: Tensor, targets: Tensor, *, mask, alpha: float, entropy: bool, logit_mean: bool, successor=None
+) -> tuple[RowStats, RowRewards | None]:
+    from ..kernels.combine import combine
+    from ..kernels.vocab_stats import logits_partials
+
+    vocab = logits.shape[-1]
+    targets, mask, successor = _dense(targets, mask, successor)
+    partials = logits_partials(
+        logits, targets, needed=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean,
+        config=_logits_config(vocab),
+    )  # fmt: skip
+    stats, rewards = combine(partials, targets, vocab=vocab, alpha=alpha, needed=mask, successor=successor)
+    return RowStats(*stats), rewards and RowRewards(*rewards)
+
+
+def logits_backward(logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask, alpha: float) -> Tensor:
+    from ..kernels.vocab_stats import logits_backward as launch
+
+    targets, mask, *grads = _dense(targets, mask, *grads)
+    return launch(
+        logits, targets, stats.shift, stats.log_total, stats.entropy, *grads,
+        needed=mask, alpha=alpha, config=_logits_config(logits.shape[-1]),
+    )  # fmt: skip
+
+
+def linear_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias, logit_scale: float, softcap, alpha: float,
+    entropy: bool, logit_mean: bool, successor=None, config=None,
+) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
+    """`config`: a LinearConfig in place of the table's, for measurements."""
+    from ..kernels.combine import combine
+    from ..kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays
+    from ..kernels.linear_vocab_stats import linear_partials, tma_usable
+    from ..kernels.primitives import Head
+
+    bias, targets, successor = _dense(bias, targets, successor)
+    arch = _arch(hidden.device)
+    size = hidden.element_size()
+    tma = arch is not None and tma_pays(arch, size) and tma_usable(weight)
+    if config is None:
+        config = INTERPRETER_CONFIG if arch is None else linear_config(arch, size, tma)
+    partials = linear_partials(
+        hidden, weight, targets, head=Head(bias, logit_scale, softcap), alpha=alpha, entropy=entropy,
+        logit_mean=logit_mean, config=config, tma=tma, interpreted=arch is None,
+        programs=config.persistent and config.persistent * _processors(hidden.device),
+    )  # fmt: skip
+    stats, rewards = combine(partials, targets, vocab=weight.shape[0], alpha=alpha, successor=successor)
+    return RowStats(*stats), rewards and RowRewards(*rewards)
+
+
+# The logits are gone, so the backward makes them again: through the workspace, whatever made them the first time.
+linear_backward = workspace.linear_backward
+
+
+def _dense(*rows: Tensor | None) -> list[Tensor | None]:
+    """Per-row tensors at stride 1, as the kernels read them; the gradient of a sum, say, arrives at stride 0."""
+    return [None if x is None else x.contiguous() for x in rows]
+
+
+def _arch(device: torch.device) -> int | str | None:
+    """Compute capability's major number, "hip", or None in the interpreter."""
+    if interpreted():
+        return None
+    return "hip" if torch.version.hip else torch.cuda.get_device_capability(device)[0]
+
+
+def _processors(device: torch.device) -> int:
+    if device.type == "cpu":  # in the interpreter
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _logits_config(vocab: int):
+    from ..kernels.config import LogitsConfig, interpreter_logits_config
+
+    return interpreter_logits_config(vocab) if interpreted() else LogitsConfig()

@@ -1,0 +1,118 @@
+"""What passes between the public functions and the backends: statistics and rewards of states, flattened to N rows.
+
+Row i = b T + t is the state after token t of sequence b; its target is the token chosen there (t + 1), its successor
+the row of the state that this token leads to.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import NO_TARGET
+from .reference import scored_terminal_needed, shift_left
+
+SUM_SCALE = 2.0**-32
+"""Logits are summed for their mean at this scale: words masked by their dtype's lowest number would overflow the sum. A
+power of two, so that no bit of a logit above 1e-28 in size is lost."""
+
+
+class RowStats(NamedTuple):
+    """All (N,) float32. lse = shift / alpha + log_total: kept apart as well, because under a large common offset the
+    sum has lost the bits that the backward and the log-probability need."""
+
+    lse: Tensor
+    target_logit: Tensor
+    entropy: Tensor | None
+    logit_mean: Tensor | None
+    shift: Tensor
+    """max_a z_a"""
+    log_total: Tensor
+    """ln sum_a exp((z_a - shift) / alpha); -inf for a row that is all -inf"""
+
+
+class RowRewards(NamedTuple):
+    """All (N,) float32, 0 where the row has no target."""
+
+    reward: Tensor
+    logprob: Tensor
+    value: Tensor
+
+
+class RowGrads(NamedTuple):
+    """Upstream gradients of the first four fields of RowStats, (N,) float32; None where nothing flows."""
+
+    lse: Tensor
+    target_logit: Tensor
+    entropy: Tensor | None
+    logit_mean: Tensor | None
+
+
+class RowPlan(NamedTuple):
+    """How tokens (B, T) become rows; each (B T,)."""
+
+    targets: Tensor
+    """int64: the token chosen in the state, -100 where it is not scored"""
+    successor: Tensor
+    """int64: row of the state after that token, -1 where it is terminal or not scored"""
+    needed: Tensor
+    """bool: rows whose statistics the rewards take; the others are never computed"""
+
+
+def plan_rows(tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None) -> RowPlan:
+    scored, ends, needed = scored_terminal_needed(tokens, mask, terminal, cu_seqlens)
+    chosen = shift_left(scored)
+    next_token = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)
+    row = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
+    return RowPlan(
+        torch.where(chosen, next_token, NO_TARGET).flatten(),
+        torch.where(chosen & ~shift_left(ends), row + 1, -1).flatten(),
+        needed.flatten(),
+    )
+
+
+def successor_among(successor: Tensor | None, mask: Tensor, rows: Tensor) -> Tensor | None:
+    """`successor` of the rows that a mask keeps, numbered without the others, of which it never is one."""
+    if successor is None:
+        return None
+    place = mask.cumsum(0) - 1
+    successor = successor[rows]
+    return torch.where(successor >= 0, place[successor.clamp(min=0)], -1)
+
+
+def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float) -> RowRewards:
+    """The reward formulas on statistics of rows: what the combine kernel does, in torch."""
+    chosen = targets != NO_TARGET
+    dead = stats.log_total == -torch.inf
+    value = alpha * stats.lse
+    after = successor.clamp(min=0)
+    value_after = torch.where((successor < 0) | dead[after], 0.0, value[after])
+    # From the shifted parts: exact where lse itself has been rounded. Rounding alone could lift it above 0.
+    logprob = ((stats.target_logit - stats.shift) / alpha - stats.log_total).clamp(max=0.0)
+    fields = (
+        torch.where(dead, -torch.inf, stats.target_logit - value_after),
+        torch.where(dead, -torch.inf, logprob),
+        value,
+    )
+    return RowRewards(*(torch.where(chosen, field, 0.0) for field in fields))
+
+
+def poisoned(fields, lost: Tensor):
+    """A RowStats or RowRewards with NaN in the rows that are `lost`."""
+    return type(fields)(*(None if f is None else torch.where(lost, torch.nan, f) for f in fields))
+
+
+def stats_grads(
+    targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float, grads: RowRewards, g_entropy: Tensor | None
+) -> RowGrads:
+    """Gradients of rewards, log-probabilities and values -> gradients of the statistics they were made of."""
+    chosen = (targets != NO_TARGET) & (log_total != -torch.inf)
+    g_reward, g_logprob, g_value = (torch.where(chosen, g, 0.0) for g in grads)
+    leads_on = successor >= 0
+    # Each state follows one token at most; the zeros added at row 0 change nothing.
+    g_lse = (alpha * g_value - g_logprob).index_add(
+        0, successor.clamp(min=0), torch.where(leads_on, -alpha * g_reward, 0.0)
+    )
+    if g_entropy is not None:
+        g_entropy = torch.where(chosen, g_entropy, 0.0)
+    return RowGrads(g_lse, g_reward + g_logprob / alpha, g_entropy, None)

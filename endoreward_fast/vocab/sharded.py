@@ -1,0 +1,237 @@
+"""A head whose vocabulary is split over processes: each reads its own rows, and O(N) numbers cross the wire.
+
+    shard r has  shift_r = max z,  log_total_r = ln sum exp((z - shift_r) / alpha),  H_r of its own softmax,  sum z
+
+    share_r   = exp(lse_r - lse)                               lse = logsumexp_r lse_r
+    entropy   = sum_r share_r (H_r - ln share_r)               logit_mean = sum_r (sum z) / V
+
+Rows off the mask are taken out first. One all_gather of six float32 a row in the forward (on the CPU one of a single
+number before it, see `_refuse_unequal`); in the backward every shard takes its share of the upstream gradients, and one
+all_reduce adds up what the shards say of `hidden`. As in every tensor-parallel layer, all ranks hold the same hidden
+states and ask for the same gradients, and have to be given the same upstream gradients.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..types import NO_TARGET
+from .ops import linear_stats, linear_stats_backward, outputs, row_grads
+from .rows import SUM_SCALE, RowGrads, RowStats, poisoned, rewards_of, successor_among
+from .shards import VocabShard
+
+
+class Shards(NamedTuple):
+    """What each shard says, float32: of each row (shards, N), and of itself (shards,)."""
+
+    shift: Tensor
+    log_total: Tensor
+    target_logit: Tensor
+    """0 where another shard has the target"""
+    entropy: Tensor
+    total: Tensor
+    """sum of z"""
+    target: Tensor
+    """which token was asked for: float32 counts to 2^24"""
+    start: Tensor
+    size: Tensor
+    """vocabulary entries"""
+    mask: Tensor
+    """a number that tells which rows of the batch these are"""
+
+
+def sharded_linear_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None,
+    successor: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, entropy: bool,
+    logit_mean: bool, impl: str, shard: VocabShard,
+) -> list[Tensor]:  # fmt: skip
+    """`ops.linear_stats` of the whole vocabulary from this process's rows of it; `targets` are of the whole one.
+
+    Every rank returns the same. On the CPU, on every rank alike, IndexError for a target outside the vocabulary, and
+    ValueError for shards that overlap or leave a gap and for ranks that were given different targets, masks or numbers
+    of rows. On a device such rows come back NaN; the number of rows is not compared there.
+    """
+    head = {"logit_scale": logit_scale, "softcap": softcap, "alpha": alpha, "impl": impl}
+    wanted = {"entropy": entropy, "logit_mean": logit_mean}
+    count = len(targets)
+    rows = torch.arange(count, device=targets.device) if mask is None else mask.nonzero().squeeze(1)
+    if mask is not None:
+        hidden, targets, successor = hidden[rows], targets[rows], successor_among(successor, mask, rows)
+    out = _ShardedLinear.apply(hidden, weight, bias, targets, successor, _fingerprint(rows), shard, head, wanted)
+    if mask is None:
+        return list(out)
+    made = [True, True, entropy, logit_mean, True, True] + [True] * (len(out) - 6)
+    return [f.new_zeros(count).index_copy(0, rows, f) if m else f for f, m in zip(out, made, strict=True)]
+
+
+class _ShardedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden, weight, bias, targets, successor, fingerprint, shard, head, wanted):
+        here = (targets >= shard.start) & (targets < shard.start + len(weight))
+        own = torch.where(here, targets - shard.start, NO_TARGET)
+        _refuse_unequal(len(targets), targets.device, shard.group)
+        local = _local_stats(hidden, weight, bias, own, head, wanted)
+        shards = _gather(local, targets, (shard.start, len(weight), fingerprint), shard.group)
+        if targets.device.type == "cpu":
+            _refuse_lost(targets, shards)
+        whole, log_share = _merge(shards, head["alpha"])
+        lost = _lost(targets, shards)
+        whole = RowStats(
+            whole.lse, whole.target_logit, whole.entropy if wanted["entropy"] else None,
+            whole.logit_mean if wanted["logit_mean"] else None, whole.shift, whole.log_total,
+        )  # fmt: skip
+        # Before the statistics are: the value of a lost row's state is right, in the row before.
+        rewards = successor if successor is None else rewards_of(whole, targets, successor, head["alpha"])
+        rewards, whole = rewards and poisoned(rewards, lost), poisoned(whole, lost)
+        ctx.shard, ctx.head = shard, head
+        ctx.fraction = len(weight) / shards.size.sum()
+        share = torch.where(lost, torch.nan, log_share[dist.get_rank(shard.group)])
+        ctx.save_for_backward(hidden, weight, bias, own, targets, successor, share, *local, *whole)
+        ctx.set_materialize_grads(False)
+        found = outputs(whole, rewards)
+        ctx.mark_non_differentiable(found[4], found[5])
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads):
+        hidden, weight, bias, own, targets, successor, log_share, *stats = ctx.saved_tensors
+        local, whole = RowStats(*stats[:6]), RowStats(*stats[6:])
+        upstream = row_grads(list(grads), targets, successor, whole, ctx.head["alpha"])
+        ours = _share_of(upstream, local, whole, log_share, ctx.fraction)
+        needs = list(ctx.needs_input_grad[:3])
+        found = [torch.zeros_like(x) if need else None for x, need in zip((hidden, weight, bias), needs, strict=True)]
+        if len(weight):
+            out = linear_stats_backward(
+                hidden, weight, bias, own, None, outputs(local, None), *ours, ctx.head["logit_scale"],
+                ctx.head["softcap"], ctx.head["alpha"], needs, ctx.head["impl"],
+            )  # fmt: skip
+            found = [g if need else None for g, need in zip(out, needs, strict=True)]
+        if needs[0]:
+            # In low precision each addition would round once more; and what is added is memory, whatever its strides.
+            whole_gradient = found[0].float().contiguous()
+            dist.all_reduce(whole_gradient, group=ctx.shard.group)
+            found[0] = whole_gradient.to(hidden.dtype)
+        return *found, *(None,) * 6
+
+
+def _local_stats(hidden, weight, bias, own, head, wanted) -> RowStats:
+    """This shard's statistics; one that has no rows says what a row of -inf would."""
+    if not len(weight):
+        zero = hidden.new_zeros(len(own), dtype=torch.float32)
+        dead = torch.full_like(zero, -torch.inf)
+        return RowStats(dead, zero, zero, zero, dead, dead)
+    out = linear_stats(
+        hidden, weight, bias, own, None, None, head["logit_scale"], head["softcap"], head["alpha"], wanted["entropy"],
+        wanted["logit_mean"], head["impl"],
+    )[: len(RowStats._fields)]  # fmt: skip
+    return RowStats(*(f if f.numel() == len(own) else torch.zeros_like(out[0]) for f in out))
+
+
+def _refuse_unequal(rows: int, device: torch.device, group: Any) -> None:
+    """ValueError, on every rank, unless all have as many rows: gloo would end the process in the middle of a gather.
+
+    On a device, reading what was gathered would stall the stream.
+    """
+    if device.type != "cpu":
+        return
+    counts = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, torch.full((1,), rows, dtype=torch.int64), group=group)
+    numbers = torch.cat(counts)
+    if (numbers != rows).any():
+        raise ValueError(
+            f"the processes that share a head gave {numbers.tolist()} rows (on their masks): expected the same rows on "
+            "every one"
+        )
+
+
+def _fingerprint(rows: Tensor) -> Tensor:
+    """A whole number below 2^24, exact in float32, that two unlike sets of row numbers hardly share."""
+    prime = 16777213
+    return ((rows + 1).square() % prime).sum() % prime
+
+
+def _gather(local: RowStats, targets: Tensor, about: tuple[Any, ...], group: Any) -> Shards:
+    """Every shard's numbers, and `about` it start, size and mask: the collective that grows with the rows."""
+    total = local.logit_mean * SUM_SCALE * about[1]
+    rows = torch.stack([local.shift, local.log_total, local.target_logit, local.entropy, total, targets.float()])
+    mine = torch.cat([rows.flatten(), *(rows.new_ones(1) * x for x in about)])
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
+    everyone = torch.stack(gathered)
+    return Shards(*everyone[:, : -len(about)].unflatten(1, rows.shape).unbind(1), *everyone[:, -len(about) :].unbind(1))
+
+
+def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
+    """Statistics of the whole vocabulary, and ln of each shard's share of the probability (shards, N)."""
+    shift = shards.shift.amax(0)
+    finite = _finite(shift)
+    offset = (shards.shift - finite) / alpha + shards.log_total  # -inf for a shard of nothing, or of nothing but -inf
+    log_total = torch.logsumexp(offset, 0)
+    log_share = offset - _finite(log_total)
+    vocab = shards.size.sum()
+    entropy = (log_share.exp() * (shards.entropy - _finite(log_share))).sum(0).clamp(min=0.0)
+    entropy = torch.minimum(entropy, vocab.double().log().float())
+    lse = finite / alpha + log_total
+    return RowStats(
+        lse, shards.target_logit.sum(0), entropy, shards.total.sum(0) / vocab / SUM_SCALE, shift, log_total
+    ), log_share
+
+
+def _share_of(upstream: RowGrads, local: RowStats, whole: RowStats, log_share: Tensor, fraction: float) -> RowGrads:
+    """Gradients of the whole vocabulary's statistics -> of this shard's. The target's reaches the one that has it: in
+    the others that row has no target."""
+    share = log_share.exp()
+    lse, entropy, mean = upstream.lse * share, upstream.entropy, upstream.logit_mean
+    if entropy is not None:
+        lse = lse + entropy * share * (local.entropy - _finite(log_share) - whole.entropy)
+        entropy = entropy * share
+    return RowGrads(lse, upstream.target_logit, entropy, None if mean is None else mean * fraction)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """x, with 0 for -inf, where that stands next to a probability of 0."""
+    return torch.where(x == -torch.inf, 0.0, x)
+
+
+def _lost(targets: Tensor, shards: Shards) -> Tensor:
+    """Rows (N,) whose statistics mean nothing, the same on every rank."""
+    vocab = shards.size.sum()
+    outside = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
+    return outside | ~_split(shards) | _unlike(shards) | (shards.mask != shards.mask[0]).any()
+
+
+def _split(shards: Shards) -> Tensor:
+    """Whether each row of the vocabulary is in just one shard: what begins before a shard's end fills all up to it."""
+    start, size = shards.start, shards.size
+    before = (size * (start < start.unsqueeze(1))).sum(1)
+    with_it = (size * (start <= start.unsqueeze(1))).sum(1)
+    return ((size == 0) | ((before == start) & (with_it == start + size))).all()
+
+
+def _unlike(shards: Shards) -> Tensor:
+    """Rows (N,) for which the ranks were given different targets."""
+    return (shards.target != shards.target[:1]).any(0)
+
+
+def _refuse_lost(targets: Tensor, shards: Shards) -> None:
+    """ValueError or IndexError, the same on every rank, if a row is lost. A device would have to be waited for."""
+    if not _split(shards):
+        ends = zip(shards.start, shards.size, strict=True)
+        spans = ", ".join(f"[{int(start)}, {int(start + size)})" for start, size in ends)
+        raise ValueError(f"shards of the vocabulary overlap or leave a gap: {spans}; expected each row in one")
+    if (shards.mask != shards.mask[0]).any():
+        raise ValueError("the processes that share a head were given different masks: expected the same on every one")
+    if (unlike := _unlike(shards)).any():
+        row = int(unlike.nonzero()[0])
+        given = [int(target) for target in shards.target[:, row]]
+        raise ValueError(
+            f"the processes that share a head were given different targets, {given} at row {row} of the mask's (-100: "
+            "none): expected the same rows on every one"
+        )
+    if (lost := _lost(targets, shards)).any():
+        row, vocab = int(lost.nonzero()[0]), int(shards.size.sum())
+        raise IndexError(
+            f"target {int(targets[row])} at row {row} of the mask's is outside the vocabulary's shards, {vocab} rows"
+        )

@@ -1,0 +1,126 @@
+"""Vocabulary statistics from hidden states where there are kernels: the library's matmul fills a bounded workspace with
+float32 logits, and the row kernels read it, once. `chunked` on a GPU, and the backward of `fused`.
+
+Beside the matmul this moves 4 bytes per logit out and back (forward), or 4 out, 4 back and 2 more out (backward, 16-bit
+inputs). The forward's workspace is small enough to stay in the L2 cache of an A100 or H100. How a row is cut into
+pieces does not depend on N, but the bits of its logits may, as far as the library's matmul does.
+
+The matmul obeys torch's settings: where TF32 is allowed, float32 inputs get it here, also in the backward of `fused`,
+whose forward is exact float32. A float16 backward holds the gradient of the logits in float16, which flushes what is
+under 6e-8: scale the loss, as for the model's own float16 backward.
+"""
+
+import torch
+from torch import Tensor
+
+from .chunked_backward import sweep_gradients
+from .chunked_tiles import LOW_PRECISION, MIB, Buffer, Tiles, even_share, length, spans
+from .rows import RowGrads, RowRewards, RowStats
+
+PIECE = 2048  # vocabulary entries that one program of the row kernel reduces
+FORWARD_TILE = 8 * MIB  # float32 logits in the workspace at a time: 32 MiB
+FORWARD_ROWS = 4096
+# Backward: logits 64 MiB, their gradient 64 MiB in 16 bits (float32: 128), an accumulator 128 MiB (float32: none).
+BACKWARD_TILE, BACKWARD_ROWS, GRADIENT, ACCUMULATOR = 16 * MIB, 8192, 32 * MIB, 32 * MIB
+
+
+@torch.no_grad()
+def linear_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, logit_scale: float,
+    softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
+) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
+    from ..kernels.combine import Partials, combine
+    from ..kernels.config import LogitsConfig
+    from ..kernels.primitives import Head
+    from ..kernels.vocab_stats import logits_partials
+
+    num_rows, vocab = hidden.shape[0], weight.shape[0]
+    targets = targets.contiguous()
+    tiles = _tiles(num_rows, vocab, FORWARD_ROWS, FORWARD_TILE)
+    buffer = Buffer(tiles.rows * tiles.vocab, hidden.device)
+    partials = Partials.empty(-(-vocab // PIECE), num_rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
+    for columns in spans(0, vocab, tiles.vocab):
+        head = Head(None if bias is None else bias[columns].contiguous(), logit_scale, softcap)
+        part = _operand(weight[columns], hidden)
+        for rows in spans(0, num_rows, tiles.rows):
+            z = _product(hidden[rows], part, buffer.view(length(rows), length(columns)))
+            logits_partials(
+                z[None], targets[rows], alpha=alpha, entropy=entropy, logit_mean=logit_mean, head=head,
+                first=columns.start, config=LogitsConfig(block_v=PIECE, num_warps=4),
+                out=partials.part(slice(columns.start // PIECE, -(-columns.stop // PIECE)), rows),
+            )  # fmt: skip
+    successor = None if successor is None else successor.contiguous()
+    stats, rewards = combine(partials, targets, vocab=vocab, alpha=alpha, successor=successor)
+    return RowStats(*stats), rewards and RowRewards(*rewards)
+
+
+@torch.no_grad()
+def linear_backward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, bias: Tensor | None,
+    logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """(dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False. Recomputes the logits."""
+    source = _KernelGradients(hidden, weight, bias, logit_scale, softcap, targets, stats, grads, alpha)
+    return sweep_gradients(source, hidden, weight, bias, needs, most_rows=ACCUMULATOR)
+
+
+class _KernelGradients:
+    """Tiles of dy (see chunked_backward.sweep_gradients) in hidden's dtype: matmul, then one launch."""
+
+    def __init__(self, hidden, weight, bias, logit_scale, softcap, targets, stats: RowStats, grads: RowGrads, alpha):
+        rows = even_share(hidden.shape[0], BACKWARD_ROWS)
+        columns = min(weight.shape[0], max(1, GRADIENT // rows))
+        self.tiles = Tiles(rows, columns, columns)
+        self._inputs, self._head = (hidden, weight, bias), (logit_scale, softcap)
+        rowwise = (targets, stats.shift, stats.log_total, stats.entropy, *grads)
+        self._rowwise = [None if x is None else x.contiguous() for x in rowwise]
+        self._alpha = alpha
+        self._logit_rows = max(1, min(rows, BACKWARD_TILE // columns))
+        self._logits = Buffer(self._logit_rows * columns, hidden.device)
+        self._dy = Buffer(rows * columns, hidden.device, hidden.dtype)
+        self.hidden = self.weight = self._bias = None
+
+    def load_weight(self, columns: slice) -> None:
+        hidden, weight, bias = self._inputs
+        self.weight = _operand(weight[columns], hidden)
+        self._bias = None if bias is None else bias[columns].contiguous()
+
+    def load_hidden(self, rows: slice) -> None:
+        self.hidden = self._inputs[0][rows]
+
+    def dy(self, rows: slice, columns: slice) -> Tensor:
+        from ..kernels.config import LogitsConfig
+        from ..kernels.primitives import Head
+        from ..kernels.vocab_stats import logits_backward
+
+        dy = self._dy.view(length(rows), length(columns))
+        for part in spans(0, length(rows), self._logit_rows):
+            z = _product(self.hidden[part], self.weight, self._logits.view(length(part), length(columns)))
+            here = slice(rows.start + part.start, rows.start + part.stop)
+            logits_backward(
+                z[None], *(None if x is None else x[here] for x in self._rowwise), alpha=self._alpha,
+                config=LogitsConfig(block_v=PIECE, num_warps=4), head=Head(self._bias, *self._head),
+                first=columns.start, vocab=self._inputs[1].shape[0], out=dy[part],
+            )  # fmt: skip
+        return dy
+
+
+def _tiles(num_rows: int, vocab: int, most_rows: int, size: int) -> Tiles:
+    """As many whole pieces side by side as the workspace holds."""
+    rows = even_share(num_rows, most_rows)
+    columns = PIECE * max(1, size // (rows * PIECE))
+    return Tiles(rows, min(columns, PIECE * -(-vocab // PIECE)), PIECE)
+
+
+def _operand(weight: Tensor, hidden: Tensor) -> Tensor:
+    """A chunk of weight in hidden's dtype: itself, but for float32 hidden with a low-precision weight."""
+    return weight.to(hidden.dtype)
+
+
+def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """out <- hidden @ weight.T in float32."""
+    if hidden.dtype not in LOW_PRECISION:
+        return torch.mm(hidden, weight.T, out=out)
+    if hidden.device.type == "cpu":  # under Triton's interpreter: no float32 output from a 16-bit matmul there
+        return torch.mm(hidden.float(), weight.T.float(), out=out)
+    return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)

@@ -1,0 +1,82 @@
+"""Where ranks meet: the attempt that each of them takes part in, and messages of any size."""
+
+import time
+from threading import Thread
+
+import pytest
+import torch
+
+from endoreward_fast import EndoRewardError
+from endoreward_fast.command.run import board as boards
+from endoreward_fast.command.run.board import PART, Board, call, come
+
+
+@pytest.fixture
+def board():
+    return Board(torch.distributed.HashStore())
+
+
+class Coming(Thread):
+    """Rank `rank`, on its way into an attempt; `found` once it is there: (board, what rank 0 told)."""
+
+    def __init__(self, board, rank):
+        super().__init__(daemon=True)
+        self.board, self.rank, self.found = board, rank, None
+        self.start()
+
+    def run(self):
+        self.found = come(self.board, self.rank)
+
+    def told(self):
+        self.join(20)
+        return self.found[1]["attempt"]
+
+
+def test_ranks_started_anew_do_not_meet_what_earlier_ones_left(board):
+    """The launcher's store outlives them; whoever comes first waits for the others of its own attempt."""
+    for attempt in range(3):
+        others = [Coming(board, 1), Coming(board, 2)]
+        time.sleep(0.1)
+        assert [other.found for other in others] == [None, None]  # what began the attempt before is not for them
+        mine = call(board, 3, {"attempt": attempt})
+        assert [other.told() for other in others] == [attempt] * 2
+        assert [part.count("claimed") for part in (mine, *(other.found[0] for other in others))] == [1, 2, 3]
+
+
+def test_an_attempt_that_ended_before_all_had_come_is_left(board):
+    Thread(target=call, args=(board, 3, {"attempt": 0}), daemon=True).start()
+    other = Coming(board, 1)
+    time.sleep(0.1)
+    assert other.found is None
+    call(board, 2, {"attempt": 1})
+    assert other.told() == 1
+
+
+def test_rank_0_begins_when_all_have_come(board):
+    leader = Thread(target=call, args=(board, 3, {"attempt": 0}), daemon=True)
+    leader.start()
+    first = Coming(board, 1)
+    time.sleep(0.1)
+    assert leader.is_alive() and first.found is None
+    assert (Coming(board, 2).told(), first.told()) == (0, 0)
+    leader.join(20)
+    assert not leader.is_alive()
+
+
+def test_a_rank_that_never_comes_is_named(board, monkeypatch):
+    monkeypatch.setattr(boards, "PATIENCE", 0.1)
+    with pytest.raises(EndoRewardError, match="rank 1 has not come within 0 minutes"):
+        call(board, 2, {})
+    with pytest.raises(EndoRewardError, match="rank 0 has not come"):
+        come(Board(torch.distributed.HashStore()), 1)
+
+
+def test_messages_of_any_size_travel_whole_and_leave_nothing():
+    store = torch.distributed.HashStore()
+    board = Board(store)
+    text = ("ü" * PART + "end").encode()  # two bytes each: three parts
+    board.put("a", text)
+    assert store.num_keys() == 4 and board.has("a") and not board.has("b")
+    assert board.get("a") == text == board.take("a")
+    assert store.num_keys() == 0
+    assert [board.count("claimed"), board.count("claimed"), board.count("other", 0)] == [1, 2, 0]

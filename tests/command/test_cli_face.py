@@ -1,0 +1,187 @@
+"""What the command says of itself: the model in every output, help, aliases, and what a mistyped line gets."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli_harness import PAIR, LengthScorer, put, run
+from endoreward_fast.command.evaluate import side_by_side
+from endoreward_fast.command.run import pipeline
+from endoreward_fast.model.checkpoint import weights_of
+from endoreward_fast.model.dtypes import ALIASES, DTYPES
+
+ROOT = Path(__file__).resolve().parents[2]
+PREFERENCE = {"prompt": "p", "chosen": "a", "rejected": "bb"}
+NOTE = (
+    "endoreward: no --model: scored by pocket, the embedded demonstration model of 3 million weights; name yours by "
+    "--model"
+)
+COMMANDS = ("score", "rank", "eval", "show", "plot", "demo")
+
+
+@pytest.fixture
+def scorer(monkeypatch):
+    made = LengthScorer()
+    made.loaded = []
+
+    def load(flags):
+        made.loaded.append(flags)
+        return made
+
+    monkeypatch.setattr(pipeline, "load_scorer", load)
+    monkeypatch.setattr(side_by_side, "weights_of", lambda name: f"weights of {name}")
+    return made
+
+
+# --- which model
+
+
+@pytest.mark.parametrize("command", ["score", "rank", "eval"])
+def test_a_model_that_was_not_named_is_said_in_one_line(command, scorer, tmp_path):
+    path = put(tmp_path, PREFERENCE)
+    said = run(command, path).stderr
+    assert said.splitlines()[0] == NOTE and said.count("no --model") == 1
+    assert said.splitlines()[-1].startswith("endoreward: scored 1 of 1 rows, ") and said.endswith(", model pocket\n")
+    assert "no --model" not in run(command, path, "-q").stderr
+    for named in ("--model", "-m"):
+        said = run(command, path, named, "owner/model").stderr
+        assert "no --model" not in said and said.endswith(", model owner/model\n")
+        assert "no --model" not in run(command, path, named, "pocket").stderr
+
+
+def test_the_note_is_true(scorer):
+    from endoreward_fast import EndoRewardModel
+
+    count = sum(p.numel() for p in EndoRewardModel.from_pretrained("pocket").parameters())
+    assert round(count / 1e6) == 3
+
+
+@pytest.mark.parametrize("command", ["show", "plot"])
+def test_so_it_is_where_rows_are_drawn(command, tmp_path):
+    target = tmp_path / "out.svg"
+    said = run(command, put(tmp_path, PREFERENCE), *(["-o", target] if command == "plot" else [])).stderr
+    assert said.splitlines()[0] == NOTE and said.endswith(", model pocket\n")
+
+
+def test_eval_names_every_model_and_its_weights(scorer, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "load_reward_model", lambda flags, name: LengthScorer())
+    path, target = put(tmp_path, PREFERENCE), tmp_path / "found.json"
+    flags = ("-m", "owner/model", "--reward-model", "owner/reward", "--alpha", 2, "-q", "-o", target)
+    heading = run("eval", path, *flags).stdout.splitlines()[:3]
+    assert [line.split(maxsplit=1)[1] for line in heading] == [
+        "owner/model, weights of owner/model",
+        "model      owner/reward, weights of owner/reward",
+        "sum of token rewards, alpha 2",
+    ]
+    found = json.loads(target.read_text())
+    assert found["model"] == {"name": "owner/model", "weights": "weights of owner/model"}
+    assert found["reward_model"] == {"name": "owner/reward", "weights": "weights of owner/reward"}
+    assert "reference_model" not in found
+
+
+def test_the_weights_are_those_that_a_settings_file_has(scorer, tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "weights_of", weights_of)
+    path, target = put(tmp_path, PREFERENCE), tmp_path / "out.jsonl"
+    run("score", path, "-o", target)
+    settings = json.loads((tmp_path / "out.jsonl.settings.json").read_text())["settings"]
+    assert "model_by_default" not in settings
+    found = json.loads(run("eval", path, "--json").stdout)
+    assert found["model"] == {"name": settings["model"], "weights": settings["weights"]}
+    assert "model_by_default" not in found["flags"]
+
+
+# --- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_in_groups_with_an_example(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run(command, "-h").stdout
+    assert text == run(command, "--help").stdout
+    groups = re.findall(r"^╭─ (\w+) ─", text, re.M)
+    wanted = {"score": ["Cluster"], "rank": ["Cluster"], "eval": ["Compare"]}.get(command, [])
+    rows = [] if command == "demo" else ["Input"]
+    assert {"Model", "Scoring", "Output", *rows, *wanted} <= set(groups)
+    [alone] = re.findall(r"^╭─ Options ─+╮\n(.*?)^╰", text, re.M | re.S)
+    assert alone.count("--") == 1 and "--help" in alone  # every other flag is in a group
+    assert f"  endoreward {command} " in text and "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    if command != "demo":
+        assert "Columns of FILE" in text and "prompt, chosen and rejected" in text
+
+
+def test_the_examples_in_help_are_commands(scorer, tmp_path, monkeypatch):
+    """Their flags exist, at least; what they name is put in the place of what they stand for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pipeline, "load_judges", lambda names, scorer: {})
+    for name in ("rows.jsonl", "pairs.jsonl"):
+        put(tmp_path, PREFERENCE, name=name)
+    monkeypatch.setenv("COLUMNS", "80")
+    seen = 0
+    for command in ("score", "rank", "eval"):
+        for line in re.findall(rf"^ *endoreward ({command} .*?)\s*$", run(command, "-h").stdout, re.M):
+            run(
+                *line.replace("MODEL", "pocket").replace("Qwen/Qwen2.5-0.5B-Instruct", "pocket").split(),
+                "--limit",
+                1,
+                "-q",
+            )
+            seen += 1
+    assert seen >= 5
+
+
+def test_completion_scripts_are_offered_by_the_command_alone():
+    assert "--install-completion" in run("--help").stdout and "--install-completion" not in run("score", "-h").stdout
+
+
+# --- aliases
+
+
+@pytest.mark.parametrize(("alias", "name"), [*ALIASES.items(), ("BF16", "bfloat16"), ("torch.half", "float16")])
+def test_dtypes_by_their_other_names(alias, name, scorer, tmp_path):
+    import torch
+
+    run("score", put(tmp_path, PAIR), "--dtype", alias, "-q")
+    assert scorer.loaded[0].dtype == name and name in DTYPES
+    if hasattr(torch, alias):
+        assert getattr(torch, alias) is getattr(torch, name)
+
+
+@pytest.mark.parametrize(("alias", "name"), [("gpu", "cuda"), ("GPU:1", "cuda:1"), ("cpu", "cpu")])
+def test_devices_by_their_other_names(alias, name, scorer, tmp_path):
+    run("score", put(tmp_path, PAIR), "--device", alias, "-q")
+    assert scorer.loaded[0].device == name
+
+
+# --- mistyped
+
+
+@pytest.mark.parametrize(
+    ("args", "suggestion"),
+    [(("scor", "x"), "score"), (("evla", "x"), "eval"), (("score", "x", "--modle", "m"), "--model"),
+     (("eval", "x", "--signal", "all"), "--signals")],
+)  # fmt: skip
+def test_a_mistyped_word_is_met_with_the_right_one(args, suggestion):
+    said = run(*args, code=2).stderr
+    assert suggestion in said.replace(" ".join(args), ""), said
+
+
+@pytest.mark.parametrize("args", [("help",), ("-h",), ("--help",)])
+def test_help_is_had_by_every_word_for_it(args):
+    result = run(*args)
+    assert "Usage: " in result.stdout and "score" in result.stdout and result.stderr == ""
+
+
+def test_help_of_one_command_by_word():
+    assert run("help", "score").stdout == run("score", "--help").stdout
+    assert "evla" in run("help", "evla", code=2).stderr
+
+
+def test_version_by_both_flags_and_as_a_module():
+    assert run("--version").stdout == run("-V").stdout
+    out = subprocess.run([sys.executable, "-m", "endoreward_fast", "-V"], capture_output=True, text=True, cwd=ROOT)
+    assert out.returncode == 0 and out.stdout == run("--version").stdout

@@ -1,0 +1,184 @@
+"""Mutations of the other implementations, of what surrounds them and of the oracle. name: Mutation."""
+
+from mutations import HARD, IDENTITIES, MAIN, OPS, PROPERTIES, Mutation
+
+CHUNKED = {
+    "0 times the logarithm of 0": Mutation(
+        "vocab/chunked.py",
+        "y.clamp_(min=EXP_IS_ZERO)",
+        "y",
+        f"{PROPERTIES}::test_within_the_budget[chunked-logits-stats]",
+    ),
+    "a row added up lane by lane": Mutation(
+        "vocab/chunked.py",
+        "total = weight.sum(-1)",
+        "total = torch.log_softmax(y, -1).amax(-1).neg().exp()",
+        f"{HARD}::test_one_token_that_stands_out_among_equal_ones[chunked]",
+    ),
+    "the caller's logits as a workspace": Mutation(
+        "vocab/chunked.py",
+        "buffer.view(length(rows), length(columns)).copy_(source.load(rows, columns))",
+        "source.load(rows, columns).float().contiguous()",
+        f"{HARD}::test_strides_are_honoured_and_inputs_left_alone[unaligned-chunked]",
+    ),
+    "arithmetic in the logits' own dtype": Mutation(
+        "vocab/chunked.py",
+        "buffer.view(length(rows), length(columns)).copy_(source",
+        "torch.empty(length(rows), length(columns), dtype=logits.dtype).copy_(source",
+        f"{PROPERTIES}::test_low_precision_logits_equal_the_same_numbers_in_float32[chunked]",
+    ),
+    "no pieces of no rows": Mutation(
+        "vocab/chunked_tiles.py",
+        "pieces = max(1, -(-total // most))",
+        "pieces = -(-total // most)",
+        f"{MAIN}::test_nothing_to_do[chunked]",
+        "ZeroDivisionError",
+    ),
+    "the scale forgotten behind a bias": Mutation(
+        "vocab/chunked_tiles.py",
+        "out.addmm_(self.hidden, self.weight.T, beta=scale, alpha=scale)",
+        "out.addmm_(self.hidden, self.weight.T, beta=1.0, alpha=scale)",
+        f"{PROPERTIES}::test_within_the_budget[chunked-linear-rewards]",
+    ),
+    "entropy left out of the chunked gradient": Mutation(
+        "vocab/chunked_backward.py",
+        "-grads.entropy * share",
+        "0.0 * grads.entropy * share",
+        f"{PROPERTIES}::test_gradients_within_the_budget[chunked-logits-stats]",
+    ),
+    "softcap left out of the gradient": Mutation(
+        "vocab/chunked_backward.py",
+        "mul_(-1 / self._softcap**2).add_(1.0)",
+        "mul_(0.0).add_(1.0)",
+        f"{PROPERTIES}::test_gradients_within_the_budget[chunked-linear-stats]",
+    ),
+    "dweight rounded to bf16 after each tile": Mutation(
+        "vocab/chunked_backward.py",
+        "into.addmm_(left.float(), right.float())",
+        "into.addmm_(left.float(), right.float()).copy_(into.bfloat16())",
+        f"{HARD}::test_weight_gradient_in_bf16_accumulates_in_fp32[chunked]",
+    ),
+    "statistics changed by their backward": Mutation(
+        "vocab/chunked_backward.py",
+        "share = torch.exp(-log_total)",
+        "share = torch.exp(stats.log_total.data.neg_())",
+        f"{HARD}::test_backward_twice_gives_the_same_gradient[logits-chunked]",
+    ),
+}
+
+COMPILED = {
+    "compiled: no rescaling when the maximum moves": Mutation(
+        "vocab/compiled.cpp", "total *= shrink;", "", f"{HARD}::test_odd_vocabularies[compiled-peaked-50257]"
+    ),
+    "compiled: the last vector filled up with zeros": Mutation(
+        "vocab/compiled.cpp",
+        "length, buffer, -INFINITY);",
+        "length, buffer, 0);",
+        f"{HARD}::test_odd_vocabularies[compiled-all negative-50257]",
+    ),
+    "compiled: a lane of 128 numbers in one strip": Mutation(
+        "vocab/compiled.cpp",
+        "STRIP = 256",
+        "STRIP = 2048",
+        f"{HARD}::test_one_token_that_stands_out_among_equal_ones[compiled]",
+    ),
+    "compiled: -inf minus -inf": Mutation(
+        "vocab/compiled.cpp",
+        "state.peak == -INFINITY ? 0.0f : static_cast<float>(state.peak)",
+        "static_cast<float>(state.peak)",
+        f"{HARD}::test_a_whole_tile_of_minus_infinity_and_single_ones[compiled]",
+    ),
+    "compiled: strides ignored": Mutation(
+        "vocab/compiled.cpp",
+        "buffer[i] = load(z[i * stride]);",
+        "buffer[i] = load(z[i]);",
+        f"{HARD}::test_strides_are_honoured_and_inputs_left_alone[transposed-compiled]",
+    ),
+}
+
+REWARDS = {
+    "a dead state's value": Mutation(
+        "vocab/rows.py",
+        "(successor < 0) | dead[after]",
+        "successor < 0",
+        f"{PROPERTIES}::test_within_the_budget[chunked-logits-rewards]",
+    ),
+    "the successor is the state itself": Mutation(
+        "vocab/rows.py",
+        "row + 1, -1)",
+        "row, -1)",
+        f"{IDENTITIES}::test_rewards_up_to_a_terminal_token_sum_to_the_logprobs_and_the_first_value[logits-fused]",
+    ),
+    "alpha forgotten in the gradient of the next value": Mutation(
+        "vocab/rows.py",
+        "-alpha * g_reward",
+        "-g_reward",
+        f"{PROPERTIES}::test_gradients_within_the_budget[fused-logits-rewards]",
+    ),
+    "alpha forgotten in the gradient of the logprob": Mutation(
+        "vocab/rows.py",
+        "g_reward + g_logprob / alpha",
+        "g_reward + g_logprob",
+        f"{IDENTITIES}::test_gradients_are_slopes[logits-fused]",
+    ),
+    "the mean of no tokens": Mutation(
+        "returns.py", "mask.sum(-1).clamp(min=1)", "mask.sum(-1)", f"{MAIN}::test_sequence_score"
+    ),
+}
+
+OPERATORS = {
+    "an expanded upstream gradient read as dense": Mutation(
+        "vocab/fused.py",
+        "None if x is None else x.contiguous() for x in rows",
+        "x for x in rows",
+        f"{HARD}::test_strides_are_honoured_and_inputs_left_alone[padded rows-fused]",
+    ),
+    "one row cut into other pieces than many": Mutation(
+        "vocab/fused.py",
+        "config=_logits_config(vocab),",
+        "config=_logits_config(vocab if logits.shape[0] > 1 else 4096),",
+        f"{IDENTITIES}::test_batches_put_together_are_bitwise_the_batches_apart[fused-logits]",
+    ),
+    "row numbers of before the others went": Mutation(
+        "vocab/rows.py",
+        "place[successor.clamp(min=0)]",
+        "successor.clamp(max=len(rows) - 1)",
+        f"{IDENTITIES}::test_fewer_scored_tokens_leave_the_others_as_they_were[fused-linear]",
+    ),
+    "one compilation a length": Mutation(
+        "vocab/ops.py",
+        "targets.new_empty(targets.shape[0] if want else 0",
+        "targets.new_empty(int(targets.shape[0]) if want else 0",
+        f"{OPS}::test_many_lengths_compile_a_bounded_number_of_times[chunked]",
+        "FailOnRecompileLimitHit",
+    ),
+    "a mask read back in a CUDA graph": Mutation(
+        "vocab/ops.py",
+        'linear_stats_backward", mutates_args=(), tags=NO_CUDA_GRAPH)',
+        'linear_stats_backward", mutates_args=())',
+        f"{OPS}::test_operators_that_read_a_mask_back_say_that_no_cuda_graph_holds_them",
+    ),
+}
+
+ORACLE = {
+    "the oracle packs without boundaries": Mutation(
+        "vocab/reference.py",
+        "return starts | offsets[:-1].view_as(starts)",
+        "return starts",
+        f"{PROPERTIES}::test_the_oracle_is_the_definition[logits]",
+    ),
+    "packed boundaries one token early": Mutation(
+        "vocab/reference.py",
+        "offsets[cu_seqlens.long()] = True",
+        "offsets[cu_seqlens.long() - 1] = True",
+        f"{IDENTITIES}::test_packed_sequences_are_bitwise_the_sequences_apart[fused-logits]",
+    ),
+    "the oracle's softcap without its factor": Mutation(
+        "vocab/reference.py",
+        "z = softcap * torch.tanh(z / softcap)",
+        "z = torch.tanh(z / softcap)",
+        f"{PROPERTIES}::test_the_oracle_is_the_definition[linear]",
+    ),
+}
+
+AROUND_KERNELS = CHUNKED | COMPILED | REWARDS | OPERATORS | ORACLE

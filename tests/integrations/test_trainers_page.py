@@ -1,0 +1,74 @@
+"""docs/trainers.md: its Python runs, on the embedded model, and the errors that it explains are raised."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from endoreward_fast.integrations.trl import EndoReward
+from endoreward_fast.model.checkpoint import pocket_path
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "trainers.md").read_text()
+
+
+def on_pocket(block):
+    """With the embedded model in place of the one that is named."""
+    return block.replace("Qwen/Qwen2.5-0.5B-Instruct", str(pocket_path()))
+
+
+BLOCKS = [on_pocket(block) for block in re.findall(r"```python\n(.*?)```", PAGE, re.S)]
+TRL = [block for block in BLOCKS if "from trl" in block]
+(TOOLS,) = (block for block in BLOCKS if "tools=[double]" in block)
+OTHERS = [block for block in BLOCKS if block not in (*TRL, TOOLS)]
+SAID = re.findall(r"^\| (.*?) \|", PAGE[PAGE.index("| it says |") :], re.M)[1:]
+
+
+@pytest.mark.parametrize("block", TRL, ids=["reward function", "token-level, one forward"])
+def test_training_runs_as_it_stands(block, tmp_path, monkeypatch):
+    """But for the model's name."""
+    pytest.importorskip("trl", reason="TRL asks for Python 3.11")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(block, names)
+    assert names["trainer"].state.global_step == 2
+
+
+def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL asks for Python 3.11")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```py(?:thon)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    [block] = (block for block in blocks if "GRPOTrainer(" in block)
+    names = {}
+    # Shorter answers, as those are most of the time; the rest is verbatim.
+    exec(on_pocket(block).replace("max_steps=2", "max_steps=1, max_completion_length=8"), names)
+    assert names["trainer"].state.global_step == 1
+
+
+def test_tools_are_given():
+    pytest.importorskip("trl", reason="TRL asks for Python 3.11")
+    names = {"policy": "pocket", "EndoReward": EndoReward}
+    exec(TOOLS, names)
+    assert names["double"](3) == 6
+
+
+def test_the_reward_file_for_openrlhf_runs():
+    [block] = OTHERS
+    names = {}
+    exec(block, names)
+    assert names["reward_func"](["<|user|>2 + 2<|end|>4"], ["<|user|>2 + 2<|end|>"], [None])["rewards"].shape == (1,)
+
+
+def _strings(path):
+    """Every string in a module; "..." stands for what an f-string fills in."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_what_it_says_is_what_is_raised(said):
+    assert any(said in text for path in (ROOT / "endoreward_fast").rglob("*.py") for text in _strings(path))

@@ -1,0 +1,116 @@
+"""Models in one GGUF file: scored as the same weights in a folder, or refused in one line."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.model import loading
+from tiny_models import EOS, ROWS, SIZES, TOKENIZER
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("accelerate")
+NAMES = {
+    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+
+
+def their_name(key):
+    outside = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    module = key.removesuffix(".weight")
+    if module in outside:
+        return f"{outside[module]}.weight"
+    _, _, layer, part = module.split(".", 3)
+    return f"blk.{layer}.{NAMES[part]}.weight"
+
+
+def written(path, model, architecture="llama", left_out=()):
+    """`model`, a Llama, as llama.cpp's converter writes it: halves of each head's rotary rows are interleaved there."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    words = sorted(TOKENIZER.get_vocab().items(), key=lambda item: item[1])
+    tokens = [word for word, _ in words] + [f"<unused{i}>" for i in range(config.vocab_size - len(words))]
+    tokens[len(words)] = "ĀĀ"  # a merge has to be there, and this one is of two zero bytes
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges(["Ā Ā"])
+    writer.add_token_types([3 if 256 <= i < len(words) else 1 for i in range(len(tokens))])
+    writer.add_bos_token_id(256)
+    writer.add_eos_token_id(EOS)
+    for key, tensor in model.state_dict().items():
+        data, name = tensor.float().numpy(), their_name(key)
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(key.split(".")[-2])
+        if heads:
+            data = data.reshape(heads, 2, data.shape[0] // heads // 2, data.shape[1]).swapaxes(1, 2).reshape(data.shape)
+        if not any(name.startswith(part) for part in left_out):
+            writer.add_tensor(name, np.ascontiguousarray(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def llama(**changes):
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("gguf") / "tiny.gguf", llama())
+
+
+def test_scores_are_those_of_the_same_weights_elsewhere(file):
+    expected = EndoRewardModel(llama().double(), TOKENIZER).score(ROWS)
+    for name, options in ((file, {}), (str(file.parent), {"gguf_file": file.name})):
+        loaded = EndoRewardModel.from_pretrained(name, device="cpu", **options)
+        assert loaded.head.weight.dtype == torch.float32 and loaded.max_positions == 128
+        assert TOKENIZER.decode([65]) == loaded.tokenizer.decode([65])
+        for one, other in zip(loaded.score(ROWS), expected, strict=True):
+            assert one.error is None and one.score == pytest.approx(other.score, rel=1e-4, abs=1e-3)
+
+
+def test_tied_heads_and_dtypes(tmp_path):
+    tied = llama(tie_word_embeddings=True)
+    path = written(tmp_path / "tied.gguf", tied, left_out=("output.",))
+    loaded = EndoRewardModel.from_pretrained(path, dtype="bf16", device="cpu")
+    assert loaded.head.weight.dtype == torch.bfloat16
+    expected = EndoRewardModel(tied.bfloat16(), TOKENIZER).score(ROWS[3:4])[0].score
+    assert loaded.score(ROWS[3:4])[0].score == pytest.approx(expected, rel=1e-2)
+
+
+def refused(path, said, **options):
+    with pytest.raises(EndoRewardError, match=said) as caught:
+        EndoRewardModel.from_pretrained(path, device="cpu", **options)
+    assert "\n" not in str(caught.value) and (path.name in str(caught.value))
+
+
+def test_what_is_wrong_with_a_file_is_one_line(file, tmp_path, monkeypatch):
+    refused(written(tmp_path / "new.gguf", llama(), "starling9"), "starling9")
+    refused(written(tmp_path / "clip.gguf", llama(), "clip"), "clip")
+    refused(written(tmp_path / "part.gguf", llama(), left_out=("blk.1.attn_q", "output_norm")), "lacks 'model")
+    whole = file.read_bytes()
+    damaged = {"short": whole[:2000], "cut": whole[:-5000], "header": b"GGUF", "zeros": b"GGUF" + bytes(64)}
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.gguf").write_bytes(content)
+        refused(tmp_path / f"{name}.gguf", "cannot be loaded")
+    (tmp_path / "text.gguf").write_text("no GGUF")
+    refused(tmp_path / "text.gguf", "no GGUF file")
+    refused(tmp_path / "absent.gguf", "no such file")
+    refused(tmp_path, "no file 'absent.gguf'", gguf_file="absent.gguf")
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    refused(file, "gguf is not installed: pip install gguf")

@@ -1,0 +1,466 @@
+"""Judges and trained reward models as scorers: their formulas by hand, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.rivals.judges import (
+    JUDGES,
+    PAIRWISE,
+    POINTWISE,
+    TEXT_ENDING,
+    VERIFIER,
+    Pairwise,
+    Pointwise,
+    Verifier,
+)
+from endoreward_fast.rivals.reward_model import RewardModel
+from endoreward_fast.scoring.batching import does_not_fit
+from endoreward_fast.scoring.score import RowScore
+from tiny_models import EOS, PAD, SIZES, TOKENIZER, build, byte_tokenizer
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+CHAT = byte_tokenizer()
+CHAT.chat_template = TEMPLATE
+LONG = {"max_position_embeddings": 1024}
+ROW = {"prompt": "What is 2 + 3?", "completion": " 5"}
+ROWS = [
+    ROW,
+    {"prompt": "What is 2 + 3?", "completion": "six"},
+    {"prompt": "What is 2 + 3?", "completion": "a lot more than that"},
+    {"prompt": "Name a colour.", "completion": "red"},
+    {"prompt": "Name a colour.", "completion": "Paris"},
+]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return EndoRewardModel(build(LlamaConfig, **LONG), TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return EndoRewardModel(build(LlamaConfig, **LONG), CHAT)
+
+
+@torch.no_grad()
+def reply_logprob(scorer, prompt, reply, alpha=1.0):
+    """Of the reply's tokens behind the prompt's, from full logits in float64."""
+    start, ids = (TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + reply))
+    log_pi = torch.log_softmax(scorer.model(torch.tensor([ids])).logits[0].double() / alpha, -1)
+    return sum(log_pi[t - 1, ids[t]].item() for t in range(len(start), len(ids)))
+
+
+def asked_in_text(instruction, **parts):
+    return instruction.format(**parts) + TEXT_ENDING
+
+
+def asked_in_chat(instruction, **parts):
+    return f"<|user|>{instruction.format(**parts)}</s>\n<|assistant|>"
+
+
+# --- verifier
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_the_verifier_is_alpha_log_pi_of_yes(plain, chat, alpha):
+    parts = {"question": "What is 2 + 3?", "answer": "5"}
+    (score,) = Verifier(plain).score([ROW], alpha=alpha)
+    expected = alpha * reply_logprob(plain, asked_in_text(VERIFIER, **parts), " Yes", alpha)
+    assert math.isclose(score.score, expected, rel_tol=1e-5) and score.num_tokens == 4  # bytes
+    (score,) = Verifier(chat).score([ROW], alpha=alpha)
+    expected = alpha * reply_logprob(chat, asked_in_chat(VERIFIER, **parts), "Yes", alpha)
+    assert math.isclose(score.score, expected, rel_tol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_the_verifier_is_a_special_case_of_the_endogenous_reward(plain, alpha):
+    """That of the reply as the whole answer, less V of the question: sum r = alpha sum log pi + V(s_1)."""
+    for row, verified in zip(ROWS, Verifier(plain).score(ROWS, alpha=alpha), strict=True):
+        question = asked_in_text(VERIFIER, question=row["prompt"], answer=row["completion"].strip())
+        rewritten = {"prompt": question, "completion": " Yes"}
+        (endogenous,) = plain.score([rewritten], alpha=alpha, append_eos=False, per_token=True)
+        assert math.isclose(verified.score, endogenous.score - endogenous.tokens.values[0], rel_tol=1e-4)
+
+
+def test_another_instruction_and_reply(plain):
+    judge = Verifier(plain, instruction="{answer} to {question}: right?", reply="Ja")
+    (score,) = judge.score([ROW])
+    assert math.isclose(score.score, reply_logprob(plain, "5 to What is 2 + 3?: right?\nReply:", " Ja"), rel_tol=1e-5)
+
+
+# --- pointwise
+
+
+def test_pointwise_is_the_mean_rating(plain):
+    (score,) = Pointwise(plain).score([ROW], alpha=0.8)
+    question = asked_in_text(POINTWISE, question="What is 2 + 3?", answer="5")
+    pi = [math.exp(reply_logprob(plain, question, f" {k}", 0.8)) for k in range(1, 6)]
+    expected = sum(k * p for k, p in enumerate(pi, start=1)) / sum(pi)
+    assert math.isclose(score.score, expected, rel_tol=1e-5) and 1 < score.score < 5
+
+
+class Replies:
+    """A made-up model: `say(prompt, reply)` is the log-probability; counts what it is asked."""
+
+    tokenizer = None
+
+    def __init__(self, say):
+        self.say, self.asked, self.options = say, [], {}
+
+    def iter_scores(self, rows, *, on_tokens=None, **options):
+        self.options = options
+        for i in reversed(range(len(rows))):
+            self.asked.append(rows[i])
+            said = self.say(rows[i]["prompt"], rows[i]["completion"].strip())
+            yield i, said if isinstance(said, RowScore) else RowScore(0.0, 1, said)
+
+
+def test_ratings_that_underflow_are_told_apart():
+    rated = {"good": [-900, -900, -900, -900, -800], "bad": [-800, -900, -900, -900, -900]}
+
+    def say(prompt, reply):
+        return rated["good" if "good" in prompt.split("Answer:")[1].split("\n")[0] else "bad"][int(reply) - 1]
+
+    rows = [{"prompt": "?", "completion": word} for word in rated]
+    assert [round(r.score, 6) for r in Pointwise(Replies(say)).score(rows)] == [5.0, 1.0]
+    impossible = Pointwise(Replies(lambda *_: -math.inf)).score(rows)[0]
+    assert impossible.score is None and impossible.error == "the model rules every reply out"
+
+
+def test_other_ratings():
+    def say(_, reply):
+        return {"-1": math.log(0.1), "0": math.log(0.2), "10": math.log(0.1)}[reply]
+
+    assert Pointwise(Replies(say), ratings=("-1", "0", "10")).score([ROW])[0].score == pytest.approx(0.9 / 0.4)
+
+
+# --- pairwise
+
+
+def liking(worth, bias=0.0):
+    """log pi of A and B that prefer the answer of more worth, and A by `bias`."""
+
+    def say(prompt, reply):
+        answers = [prompt.split(f"Answer {place}: ")[1].split("\n")[0] for place in "AB"]
+        margin = worth[answers[0]] - worth[answers[1]] + bias
+        return -math.log1p(math.exp(-margin if reply == "A" else margin))
+
+    return say
+
+
+def test_pairwise_cancels_a_liking_for_a_place():
+    worth = {"one": 1.0, "two": 0.4, "three": -2.0}
+    rows = [{"prompt": "?", "completion": answer} for answer in worth]
+    for bias in (0.0, 5.0):
+        model = Replies(liking(worth, bias))
+        scores = [r.score for r in Pairwise(model).score(rows)]
+        values = list(worth.values())
+        assert scores == pytest.approx([v - (sum(values) - v) / 2 for v in values], abs=1e-6)
+        assert len(model.asked) == 3 * 2 * 2
+
+
+def test_pairwise_by_the_models_own_logits(plain):
+    scores = [r.score for r in Pairwise(plain).score(ROWS[3:])]
+
+    def margin(first, second):
+        question = asked_in_text(PAIRWISE, question="Name a colour.", first=first, second=second)
+        return reply_logprob(plain, question, " A") - reply_logprob(plain, question, " B")
+
+    expected = (margin("red", "Paris") - margin("Paris", "red")) / 2
+    assert scores == pytest.approx([expected, -expected], rel=1e-4)
+
+
+def test_rivals_are_a_group_or_an_equal_prompt():
+    worth = {"one": 3.0, "two": 2.0, "three": 1.0, "four": 0.0}
+    rows = [{"prompt": "?", "completion": answer} for answer in worth]
+    together = [r.score for r in Pairwise(Replies(liking(worth))).score(rows)]
+    assert together == pytest.approx([2.0, 2 / 3, -2 / 3, -2.0])
+    grouped = [row | {"group": i // 2} for i, row in enumerate(rows)]
+    assert [r.score for r in Pairwise(Replies(liking(worth))).score(grouped)] == pytest.approx([1, -1, 1, -1])
+    other = [row | {"prompt": "!" if i else "?"} for i, row in enumerate(rows)]
+    alone, *rest = Pairwise(Replies(liking(worth))).score(other)
+    assert alone.score is None and "needs a rival" in alone.error
+    assert [r.score for r in rest] == pytest.approx([1.5, 0.0, -1.5])
+
+
+def test_equal_answers_tie_exactly_and_are_asked_about_once():
+    model = Replies(liking({"one": 0.3, "two": 0.1}, bias=0.7))
+    rows = [{"prompt": "?", "completion": answer} for answer in ("one", "one", "two")]
+    scores = [r.score for r in Pairwise(model).score(rows)]
+    assert scores[0] == scores[1] == pytest.approx(0.1)
+    assert len(model.asked) == 3 * 2  # one-one, one-two, two-one
+    model = Replies(lambda *_: -1.0)
+    Verifier(model).score(rows)
+    assert len(model.asked) == 2
+
+
+# --- all three
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_judges_say_what_they_cannot_judge_and_go_on(name, plain):
+    rows = [
+        {"prompt": "?", "completion": "one"},
+        {"prompt_ids": [1], "completion_ids": [2]},
+        {"prompt": "?"},
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "completion": "x"},
+        {"prompt": "?", "completion": "two"},
+    ]
+    first, ids, nothing, image, last = JUDGES[name](plain).score(rows)
+    assert first.error is None and last.error is None and isinstance(first.score, float)
+    assert "token ids" in ids.error and "found prompt" in nothing.error and "only parts of text" in image.error
+    long = JUDGES[name](plain).score([ROWS[3], ROWS[4] | {"completion": "x" * 2000}])
+    assert "the limit is 1024" in long[1].error
+
+
+def knows(*known):
+    """A model whose tokenizer has a token for `known` alone; the rest is one unknown token."""
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(("<unk>", *known))}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    return EndoRewardModel(build(LlamaConfig), PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "lacking"),
+    [("verifier", ["No"], "'Yes'"), ("pointwise", ["1", "2", "3", "4"], "'5'"), ("pairwise", ["Yes"], "'A', 'B'")],
+)
+def test_a_reply_that_the_tokenizer_lacks_is_refused(name, known, lacking):
+    """As one unknown token, all ratings were 3 and all comparisons ties."""
+    judge = JUDGES[name]
+    with pytest.raises(EndoRewardError, match=f"^{judge.method}: the model's tokenizer has no token for {lacking}$"):
+        judge(knows(*known))
+    assert judge(knows("Yes", "A", "B", "1", "2", "3", "4", "5")).score(ROWS)[0].score is not None
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_judges_pass_on_what_concerns_them(name):
+    model = Replies(lambda *_: -1.0)
+    options = {"alpha": 0.5, "system": "Be strict.", "max_length": 99, "signals": "all", "per_token": True}
+    scores = dict(JUDGES[name](model).iter_scores(ROWS, **options))
+    assert sorted(scores) == list(range(len(ROWS)))
+    assert model.options == {"alpha": 0.5, "system": "Be strict.", "max_length": 99, "append_eos": False}
+    with pytest.raises(EndoRewardError, match="alpha=0"):
+        JUDGES[name](model).score(ROWS, alpha=0)
+
+
+def test_conversations_become_text():
+    model = Replies(lambda *_: -1.0)
+    turns = [("system", "Sing."), ("user", "Hi"), ("assistant", "Ho"), ("user", "Sum {1}?"), ("assistant", "2")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    rows = [{"messages": messages}, {"prompt": messages[1:2], "completion": messages[2:3]}]
+    Verifier(model, instruction="[{question}][{answer}]").score(rows)
+    asked = {row["prompt"].removesuffix(TEXT_ENDING) for row in model.asked}
+    assert asked == {"[System: Sing.\n\nUser: Hi\n\nAssistant: Ho\n\nUser: Sum {1}?][2]", "[Hi][Ho]"}
+
+
+def test_a_row_chooses_text_or_chat_as_it_does_to_be_scored(chat):
+    texts = [Verifier(chat).score([ROW | extra])[0].score for extra in ({}, {"chat": False})]
+    parts = {"question": "What is 2 + 3?", "answer": "5"}
+    assert texts[1] == pytest.approx(reply_logprob(chat, asked_in_text(VERIFIER, **parts), " Yes"), rel=1e-5)
+    assert Verifier(chat).score([ROW], chat=False)[0].score == pytest.approx(texts[1], rel=1e-6)
+    assert texts[0] != pytest.approx(texts[1], rel=1e-3)
+
+
+# --- a trained reward model
+
+
+def classifier(pad=PAD, **changes):
+    torch.manual_seed(1)
+    config = LlamaConfig(**SIZES | {"num_labels": 1, "pad_token_id": pad, "vocab_size": 300} | changes)
+    return LlamaForSequenceClassification(config).eval()
+
+
+@torch.no_grad()
+def output(model, text):
+    ids = CHAT(text, add_special_tokens=False)["input_ids"]
+    return model(input_ids=torch.tensor([ids])).logits.item()
+
+
+def as_chat(row):
+    return f"<|user|>{row['prompt']}</s>\n<|assistant|>{row['completion']}</s>\n"
+
+
+@pytest.mark.parametrize("pad", [PAD, None, EOS])
+def test_a_reward_model_gives_its_output_for_the_whole_conversation(pad):
+    model = classifier(pad)
+    seen = []
+    model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
+    counted = []
+    found = dict(RewardModel(model, CHAT).iter_scores(ROWS, on_tokens=counted.append))
+    batches = [shape[0] for shape in seen]
+    assert batches == ([1] * 5 if pad is None else [5])
+    for i, row in enumerate(ROWS):
+        assert found[i].score == pytest.approx(output(model, as_chat(row)), rel=1e-4, abs=1e-5)
+        assert found[i].num_tokens == len(CHAT(as_chat(row), add_special_tokens=False)["input_ids"])
+    assert sum(counted) == sum(r.num_tokens for r in found.values())
+    assert len({round(r.score, 4) for r in found.values()}) == 5
+
+
+def test_batches_of_a_reward_model_keep_to_the_budget():
+    model = classifier()
+    seen = []
+    model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
+    few = [r.score for r in RewardModel(model, CHAT).score(ROWS, max_tokens_per_batch=100)]
+    assert len(seen) == 3 and max(seen) <= 100
+    assert few == pytest.approx([r.score for r in RewardModel(model, CHAT).score(ROWS)], rel=1e-4)
+
+
+def test_a_reward_model_goes_on_where_memory_runs_out():
+    model = classifier()
+    wanted = [r.score for r in RewardModel(model, CHAT).score(ROWS)]
+    lengths = [r.num_tokens for r in RewardModel(model, CHAT).score(ROWS)]
+
+    def room(module, args, kwargs):
+        if kwargs["input_ids"].numel() >= max(lengths):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.register_forward_pre_hook(room, with_kwargs=True)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found = RewardModel(model, CHAT).score(ROWS)
+    for row, score, length in zip(found, wanted, lengths, strict=True):
+        if length < max(lengths):
+            assert row.score == pytest.approx(score, rel=1e-4)
+        else:
+            assert row.score is None and row.error == does_not_fit(length)
+
+
+def test_a_reward_model_without_a_template_reads_text_and_refuses_messages():
+    model = classifier()
+    text, messages, system = (
+        RewardModel(model, TOKENIZER).score([row], **options)[0]
+        for row, options in (
+            (ROW, {}),
+            ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, {}),
+            (ROW, {"system": "Be kind."}),
+        )
+    )
+    assert text.score == pytest.approx(output(model, "What is 2 + 3? 5"), rel=1e-4)
+    assert system.score == pytest.approx(output(model, "Be kind.\n\nWhat is 2 + 3? 5"), rel=1e-4)
+    assert messages.score is None and "no chat template" in messages.error
+
+
+def leading_bos(template=None):
+    """A tokenizer that puts BOS before every text by itself."""
+    tokenizer = byte_tokenizer()
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>")}
+    around = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
+    tokenizer.backend_tokenizer.post_processor = around
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_template_that_writes_bos_gets_one_only():
+    model, tokenizer = classifier(), leading_bos("<s>" + TEMPLATE)
+    text = as_chat(ROW)
+    ids = tokenizer("<s>" + text, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1 and tokenizer("x")["input_ids"][0] == tokenizer.bos_token_id
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([ids])).logits.item()
+    assert RewardModel(model, tokenizer).score([ROW])[0].score == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_encoder_as_reward_model_does_not_see_its_padding():
+    torch.manual_seed(2)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=300, num_labels=1, initializer_range=0.5, pad_token_id=PAD, **size)
+    model, tokenizer = BertForSequenceClassification(config).eval(), leading_bos()
+    for row, result in zip(ROWS, RewardModel(model, tokenizer).score(ROWS), strict=True):
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
+        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id
+        with torch.no_grad():
+            expected = model(input_ids=torch.tensor([ids])).logits.item()
+        assert result.score == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_a_reward_model_takes_a_system_prompt_and_an_empty_answer():
+    model = classifier()
+    (system,) = RewardModel(model, CHAT).score([ROW], system="Sing.")
+    assert system.score == pytest.approx(output(model, "<|system|>Sing.</s>\n" + as_chat(ROW)), rel=1e-4)
+    empty = ROW | {"completion": ""}
+    assert RewardModel(model, CHAT).score([empty])[0].score == pytest.approx(output(model, as_chat(empty)), rel=1e-4)
+
+
+def test_rows_that_a_reward_model_cannot_score_are_said():
+    scorer = RewardModel(classifier(), CHAT)
+    rows = [ROW, {"prompt": "x" * 200, "completion": "y"}, {"prompt_ids": [1], "completion_ids": [2]}, {"prompt": "x"}]
+    fine, long, ids, odd = scorer.score(rows)
+    assert fine.error is None and "the limit is 128" in long.error and "token ids" in ids.error
+    assert "found prompt" in odd.error
+    whole = CHAT(as_chat(rows[1]), add_special_tokens=False)["input_ids"]
+    for side, ids in (("prompt", [whole[0], *whole[-127:]]), ("completion", whole[:128])):
+        (cut,) = scorer.score(rows[1:2], truncate=side)
+        with torch.no_grad():
+            expected = scorer.model(input_ids=torch.tensor([ids])).logits.item()
+        assert cut.score == pytest.approx(expected, rel=1e-4) and cut.flags == ("truncated",) and cut.num_tokens == 128
+    with torch.no_grad():
+        scorer.model.score.weight.fill_(math.nan)
+    (lost,) = scorer.score([ROW])
+    assert lost.score is None and "NaN" in lost.error
+
+
+def test_a_reward_model_scores_in_evaluation_mode_and_keeps_its_own():
+    model = classifier(attention_dropout=0.5).train()
+    one, other = (RewardModel(model, CHAT).score([ROW])[0].score for _ in range(2))
+    assert one == other and model.training and model.model.layers[0].training
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("reward-model")
+    classifier().save_pretrained(path)
+    CHAT.save_pretrained(path)
+    return path
+
+
+def test_a_reward_model_is_loaded_by_name(folder):
+    scorer = RewardModel.from_pretrained(str(folder), device="cpu")
+    assert scorer.score([ROW])[0].score == pytest.approx(output(classifier(), as_chat(ROW)), rel=1e-4)
+    half = RewardModel.from_pretrained(str(folder), device="cpu", dtype="bfloat16")
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+
+
+def test_what_is_no_reward_model_is_refused_by_name(tmp_path, folder):
+    def saved(name, model, tokenizer=CHAT):
+        model.save_pretrained(tmp_path / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    two = saved("two", classifier(num_labels=2))
+    causal = saved("causal", LlamaForCausalLM(LlamaConfig(**SIZES)))
+    headless = saved("headless", classifier())
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(f"{headless}/model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, f"{headless}/model.safetensors", metadata={"format": "pt"})
+    for name, said in (
+        (two, r"two' has 2 outputs \(LABEL_0, LABEL_1\): a reward model has one"),
+        (causal, r"causal' is a LlamaForCausalLM, which is not a reward model"),
+        (headless, r"headless' is not a reward model: its checkpoint lacks 'score.weight'"),
+        ("pocket", r"'pocket' is a \w+ForCausalLM, which is not a reward model"),
+        (saved("mute", classifier(), None), r"mute' has no usable tokenizer"),
+        (str(tmp_path / "nowhere"), r"nowhere': there is no such folder"),
+    ):
+        with pytest.raises(EndoRewardError, match=said):
+            RewardModel.from_pretrained(name, device="cpu")
+    with pytest.raises(EndoRewardError, match="LlamaForSequenceClassification has 2 outputs"):
+        RewardModel(AutoModelForSequenceClassification.from_pretrained(two), CHAT)

@@ -1,0 +1,176 @@
+"""What the methods that take rows refuse, in one line that says what was expected; and what they take."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForSequenceClassification
+
+from endoreward_fast import EndoRewardError, EndoRewardModel, RewardModel, ScoreOptions
+from endoreward_fast.rivals.judges import Pairwise, Verifier
+from endoreward_fast.scoring.arguments import LoadKwargs, ScoreKwargs
+from tiny_models import MODELS, SIZES, TOKENIZER
+
+ROW = {"prompt": "2 + 3 =", "completion": "5"}
+
+
+@pytest.fixture(scope="module")
+def scorers():
+    model = EndoRewardModel(MODELS["llama"](), TOKENIZER)
+    torch.manual_seed(0)
+    classifier = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1)).eval()
+    return {
+        "model": model,
+        "reward": RewardModel(classifier, TOKENIZER),
+        "verifier": Verifier(model),
+        "pairs": Pairwise(model),
+    }
+
+
+def named(x):
+    """A name for a test that is the same in every process: an iterator's address and a set's order are not."""
+    return type(x).__name__
+
+
+EVERY = pytest.mark.parametrize("name", ["model", "reward", "verifier", "pairs"])
+
+
+def one_line(error):
+    return "\n" not in str(error.value)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "rows",
+    ["hello", "", b"hello", ["a", "b"], ("a",), {"a", "b"}, ROW, OrderedDict(ROW), {}, [[ROW, ROW]], [None], None, 3,
+     torch.zeros(2, 3), np.zeros(3), Path("rows.jsonl"), iter("hello"), [1, 2], ROW.items()],
+    ids=named,
+)  # fmt: skip
+def test_what_is_no_list_of_rows_is_refused(scorers, name, rows):
+    for ask in (scorers[name].score, scorers[name].iter_scores):
+        if isinstance(rows, type(iter("a"))):
+            rows = iter("hello")
+        with pytest.raises(EndoRewardError, match=r"^rows .*expected a list of rows such as") as error:
+            ask(rows)
+        assert one_line(error)
+
+
+@EVERY
+def test_tables_name_the_call_that_makes_rows_of_them(scorers, name):
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    columns = {"prompt": ["2 + 3 ="] * 2, "completion": ["5", "6"]}
+    for table, call in (
+        (pandas.DataFrame(columns), r'rows.to_dict("records")'), (pandas.DataFrame(), r'rows.to_dict("records")'),
+        (pyarrow.table(columns), "rows.to_pylist()"), (pyarrow.RecordBatch.from_pydict(columns), "rows.to_pylist()"),
+    ):  # fmt: skip
+        with pytest.raises(EndoRewardError) as error:
+            scorers[name].score(table)
+        assert call in str(error.value) and type(table).__name__ in str(error.value)
+    wanted = scorers[name].score([ROW, ROW | {"completion": "6"}])
+    assert scorers[name].score(pandas.DataFrame(columns).to_dict("records")) == wanted
+    assert scorers[name].score(pyarrow.table(columns).to_pylist()) == wanted
+    assert scorers[name].score(pandas.Series(pyarrow.table(columns).to_pylist())) == wanted
+
+
+@EVERY
+def test_every_iterable_of_rows_is_taken_and_none_is_no_error(scorers, name):
+    rows = [ROW, ROW | {"completion": "6"}]
+    wanted = scorers[name].score(rows)
+    for given in (tuple(rows), (row for row in rows), map(dict, rows), dict(enumerate(rows)).values(), np.array(rows)):
+        assert scorers[name].score(given) == wanted
+    assert [scorers[name].score(given) for given in ([], (), iter(()))] == [[], [], []]
+
+
+@EVERY
+def test_a_bad_row_among_good_ones_stops_no_other(scorers, name):
+    first, *bad, last = scorers[name].score([ROW, "a", None, 3, ["b"], b"c", {}, ROW])
+    assert all(result.score is None and result.error and "\n" not in result.error for result in bad)
+    assert first.score == last.score is not None
+
+
+@EVERY
+def test_an_unknown_option_is_named_with_the_nearest(scorers, name):
+    for option, near in (
+        ("max_token_per_batch", "max_tokens_per_batch"),
+        ("reducton", "reduction"),
+        ("Alpha", "alpha"),
+    ):
+        for ask in (scorers[name].score, scorers[name].iter_scores):
+            with pytest.raises(EndoRewardError, match=rf"^no option '{option}': did you mean '{near}'\?$"):
+                ask([ROW], **{option: 2})
+    with pytest.raises(EndoRewardError, match=r"^no option 'zzz': expected some of alpha, reduction, "):
+        scorers[name].score([ROW], zzz=2)
+
+
+def test_options_are_known_by_name():
+    assert ScoreOptions.of({"alpha": 2.0}) == ScoreOptions(alpha=2.0)
+    assert list(ScoreKwargs.__annotations__) == list(ScoreOptions.__dataclass_fields__)
+    with pytest.raises(EndoRewardError, match="did you mean 'revision'"):
+        EndoRewardModel.from_pretrained("pocket", revison="main")
+    with pytest.raises(EndoRewardError, match="did you mean 'device_map'"):
+        RewardModel.from_pretrained("no/such", devicemap="auto")
+    assert "subfolder" in LoadKwargs.__annotations__
+
+
+@pytest.mark.parametrize("completions", ["Paris", "", b"Paris", {"a": "Paris"}, None, 3], ids=named)
+def test_a_ranking_wants_a_list_of_completions(scorers, completions):
+    with pytest.raises(EndoRewardError, match=r"^completions is .*expected a list of completions such as") as error:
+        scorers["model"].rank("Capital?", completions)
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("empty", [[], (), iter(())], ids=named)
+def test_a_ranking_of_nothing_is_refused(scorers, empty):
+    with pytest.raises(EndoRewardError, match=r"^completions is empty: expected a list of completions"):
+        scorers["model"].rank("Capital?", empty)
+
+
+def test_a_ranking_takes_any_iterable_and_hands_its_options_on(scorers):
+    counted = []
+    wanted = scorers["model"].rank("2 + 3 =", ["5", "66"], on_tokens=counted.append, reduction="mean")
+    assert sum(counted) and wanted == scorers["model"].rank("2 + 3 =", (c for c in ("5", "66")), reduction="mean")
+    with pytest.raises(EndoRewardError, match="no option 'reductoin'"):
+        scorers["model"].rank("2 + 3 =", ["5"], reductoin="mean")
+
+
+@pytest.mark.parametrize("owner", [EndoRewardModel, RewardModel])
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        (("pocket", None), r"takes a loaded model, not its name: \w+\.from_pretrained\('pocket'\)"),
+        ((Path("a/folder"), TOKENIZER), r"takes a loaded model, not its name: \w+\.from_pretrained\('a/folder'\)"),
+        ((TOKENIZER, None), r"model is a \w+: expected a loaded model"),
+        ((None, TOKENIZER), r"model is a NoneType: expected a loaded model"),
+        ((LlamaForSequenceClassification, None), r"model is a class LlamaForSequenceClassification: expected a loaded"),
+        ((LlamaConfig(), None), r"model is a LlamaConfig: expected a loaded model"),
+        (("scorer", None), r"model is a \w+: already is one|expected a loaded model"),
+        (("inner", "gpt2"), r"takes a loaded tokenizer, not its name: transformers\.AutoTokenizer\.from_pretrained"),
+        (("inner", Path("gpt2")), r"takes a loaded tokenizer, not its name"),
+        (("inner", 3), r"tokenizer is a int: expected a tokenizer"),
+        (("inner", TOKENIZER.backend_tokenizer), r"tokenizer is a Tokenizer: expected a tokenizer"),
+    ],
+    ids=named,
+)
+def test_a_name_or_anything_else_for_a_loaded_model_is_refused(scorers, owner, given, said):
+    scorer = scorers["model" if owner is EndoRewardModel else "reward"]
+    stands_for = {"scorer": scorer, "inner": scorer.model}
+    with pytest.raises(EndoRewardError, match=said) as error:
+        owner(*(stands_for.get(x, x) if isinstance(x, str) else x for x in given))
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("given", ["pocket", None, 3, Path("pocket")], ids=named)
+def test_a_judge_wants_a_scorer(given):
+    with pytest.raises(EndoRewardError, match=r"^scorer is a \w+: expected an EndoRewardModel"):
+        Verifier(given)
+
+
+@pytest.mark.parametrize("name", ["model", "reward"])
+def test_device_and_dtype(scorers, name):
+    scorer = scorers[name]
+    assert scorer.device == torch.device("cpu") and scorer.dtype == torch.float32
+    assert scorer.to(torch.bfloat16) is scorer and scorer.dtype == torch.bfloat16
+    assert scorer.to("cpu", torch.float32) is scorer and scorer.dtype == torch.float32
+    assert scorer.to(device="cpu", dtype=torch.float32).dtype == torch.float32

@@ -1,0 +1,128 @@
+"""Batches: every row once, within the budget, longest first."""
+
+import math
+import warnings
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from endoreward_fast.scoring.batching import Room, batches, in_batches
+
+
+@given(lengths=st.lists(st.integers(0, 200), max_size=60), budget=st.integers(1, 500))
+def test_every_row_runs_once_within_the_budget(lengths, budget):
+    found = list(batches(lengths, budget))
+    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
+    for batch in found:
+        padded = len(batch) * max(lengths[i] for i in batch)
+        assert padded <= budget or len(batch) == 1
+    in_order = [lengths[i] for batch in found for i in batch]
+    assert in_order == sorted(lengths, reverse=True)
+
+
+def test_batches_are_filled():
+    assert list(batches([3, 9, 3, 3, 3], 9)) == [[1], [0, 2, 3], [4]]
+    assert list(batches([5, 5, 5, 5], 10)) == [[0, 1], [2, 3]]
+    assert list(batches([], 10)) == []
+
+
+def test_a_row_over_the_budget_runs_alone():
+    assert list(batches([100, 7, 8], 10)) == [[0], [2], [1]]
+
+
+def test_a_budget_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="max_tokens=0"):
+        list(batches([1], 0))
+
+
+class Memory:
+    """Room for so many tokens, padding included."""
+
+    def __init__(self, room, lengths, error=torch.OutOfMemoryError):
+        self.room, self.lengths, self.error = room, lengths, error
+        self.failed = 0
+
+    def run(self, places):
+        if len(places) * max(self.lengths[i] for i in places) > self.room:
+            self.failed += 1
+            raise self.error("DefaultCPUAllocator: can't allocate memory")
+        return [self.lengths[i] for i in places]
+
+
+@given(lengths=st.lists(st.integers(1, 200), max_size=40), budget=st.integers(1, 2000), room=st.integers(1, 2000))
+def test_where_memory_runs_out_batches_are_halved_and_no_row_is_lost(lengths, budget, room):
+    memory = Memory(room, lengths)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = list(in_batches(memory.run, lengths, budget, Room()))
+    assert sorted(i for places, _ in found for i in places) == list(range(len(lengths)))
+    for places, result in found:
+        assert result == (None if lengths[places[0]] > room else [lengths[i] for i in places])
+    too_long = sum(n > room for n in lengths)
+    halvings = memory.failed - too_long
+    assert halvings <= max(0, math.log2(max(1, budget / room))) + 1
+    assert len(said) == min(1, halvings)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+def test_memory_runs_out_in_three_ways(error):
+    with pytest.warns(UserWarning, match="out of memory with max_tokens_per_batch=9: it is halved"):
+        found = list(in_batches(Memory(4, [3, 3, 3], error).run, [3, 3, 3], 9, Room()))
+    assert [result for _, result in found] == [[3]] * 3
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_memory_runs_out_beside_the_allocator(said):
+    def run(places):
+        if len(places) > 1:
+            raise RuntimeError(said)
+        return places
+
+    with pytest.warns(UserWarning, match="out of memory"):
+        assert [result for _, result in in_batches(run, [1, 1], 2, Room())] == [[0], [1]]
+
+
+def test_what_the_allocator_kept_is_given_back_before_the_next_try(monkeypatch):
+    """A smaller batch has other shapes: the blocks cached for the larger one are of no use to it."""
+    done = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
+
+    def run(places):
+        done.append(len(places))
+        if len(places) > 1:
+            raise torch.OutOfMemoryError
+        return places
+
+    with pytest.warns(UserWarning, match="out of memory"):
+        list(in_batches(run, [1, 1], 2, Room()))
+    assert done == [2, "emptied", 1, 1]
+
+
+def test_what_memory_has_room_for_is_remembered_and_said_once():
+    """Windows of ten rows each, as the command has them: only the first runs out."""
+    room, memory = Room(), Memory(30, [10] * 10)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(5):
+            found = list(in_batches(memory.run, memory.lengths, 100, room))
+            assert sorted(i for places, _ in found for i in places) == list(range(10))
+    assert (memory.failed, len(said), room.tokens) == (2, 1, 25)
+    assert [len(places) for places, _ in in_batches(memory.run, memory.lengths, 10, room)] == [1] * 10  # asked for less
+
+
+def test_any_other_error_is_not_swallowed():
+    def fail(places):
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        list(in_batches(fail, [1, 1], 8, Room()))
