@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .model.model import EndoRewardModel
     from .returns import rewards_to_go, sequence_score, terminal_at
     from .rivals.reward_model import RewardModel
-    from .scoring.score import Ranked, RowScore, ScoreOptions, TokenTable
+    from .scoring.options import ScoreOptions
+    from .scoring.results import Ranked, RowScore, TokenTable
     from .signals import SIGNALS
     from .types import TokenRewards, VocabStats
     from .vocab.shards import VocabShard
@@ -26,13 +27,13 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "EndoRewardError": "errors",
     "EndoRewardModel": "model.model",
-    "Ranked": "scoring.score",
+    "Ranked": "scoring.results",
     "RewardModel": "rivals.reward_model",
-    "RowScore": "scoring.score",
+    "RowScore": "scoring.results",
     "SIGNALS": "signals",
-    "ScoreOptions": "scoring.score",
+    "ScoreOptions": "scoring.options",
     "TokenRewards": "types",
-    "TokenTable": "scoring.score",
+    "TokenTable": "scoring.results",
     "VocabShard": "vocab.shards",
     "VocabStats": "types",
     "linear_token_rewards": "functional",

@@ -13,7 +13,7 @@ import pytest
 import endoreward_fast
 from endoreward_fast.model import model
 from endoreward_fast.rivals import judges, reward_model
-from endoreward_fast.scoring import score
+from endoreward_fast.scoring import options as scoring
 from endoreward_fast.scoring.arguments import LoadKwargs, ScoreKwargs
 
 TYPED = Path(__file__).with_name("typed")
@@ -21,11 +21,9 @@ ROOT = Path(endoreward_fast.__file__).parents[1]
 
 
 def test_score_kwargs_are_the_fields_of_score_options():
-    known = {"EndoRewardModel": model.EndoRewardModel}
-    options = get_type_hints(score.ScoreOptions, localns=known)
-    assert get_type_hints(ScoreKwargs, localns=known) == {
-        f.name: options[f.name] for f in dataclasses.fields(score.ScoreOptions)
-    }
+    options = get_type_hints(scoring.ScoreOptions)
+    given = get_type_hints(ScoreKwargs, localns={"Scorer": scoring.Scorer})
+    assert given == {f.name: options[f.name] for f in dataclasses.fields(scoring.ScoreOptions)}
     assert not ScoreKwargs.__required_keys__ and not LoadKwargs.__required_keys__
 
 

@@ -192,7 +192,7 @@ def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dic
     pipeline.before_loading(flags)
     if flags.engine == LOCAL:
         return here(job)
-    from ..integrations.ray import on_ray
+    from .run.on_ray import on_ray
 
     return on_ray(job, flags)
 

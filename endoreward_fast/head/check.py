@@ -10,8 +10,8 @@ is a capture, and has to give the same hidden states.
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,29 @@ from torch import Tensor, nn
 from ..errors import EndoRewardError
 from .gathered import weights_come_and_go
 from .kind import describe, find_head, is_compiled, is_dtensor, plain, uncompiled, why_not_plain
+from .recipes import HeadRecipe
 
 if TYPE_CHECKING:
     from ..vocab.shards import VocabShard
-    from .head import Head
 
 REAL, KNOWN = 4, 4  # positions of the check's rows: real head outputs, then known ones
 SAMPLED_ROWS = 4096  # of the head's weight: enough to catch a wrong matmul, no fp32 copy of a 256k vocabulary
 TF32_EPS = 2.0**-10  # a float32 matmul on tensor cores keeps 10 bits
 
 
+class Checked(Protocol):
+    """What of a `Head` is checked."""
+
+    module: nn.Module
+    recipe: HeadRecipe
+
+    @property
+    def vocab_size(self) -> int | None: ...
+    def capture(self) -> AbstractContextManager[Any]: ...
+
+
 @torch.no_grad()
-def self_check(model: nn.Module, head: "Head") -> str | None:
+def self_check(model: nn.Module, head: Checked) -> str | None:
     """Why head's recipe cannot be used, or None. EndoRewardError if the model cannot be scored at all."""
     tokens = check_tokens(model)
     with left_as_it_was(model):
@@ -139,7 +150,7 @@ class _Call(NamedTuple):
     """whose the rows are, if they are not all here"""
 
     @classmethod
-    def of(cls, head: "Head", hidden: Tensor) -> "_Call":
+    def of(cls, head: Checked, hidden: Tensor) -> "_Call":
         odd = why_not_plain(head.module)
         if odd is not None:
             return cls(hidden, odd, None, None, None, None)
@@ -156,7 +167,7 @@ class _Call(NamedTuple):
 
 
 def _run_with_known_values(
-    model: nn.Module, head: "Head", tokens: Tensor
+    model: nn.Module, head: Checked, tokens: Tensor
 ) -> tuple[list[_Call], Tensor, Tensor | None]:  # fmt: skip
     """The head's calls; final logits (2, 8, V); the values planted at the end (2, 4, rows)."""
     calls: list[_Call] = []
@@ -185,7 +196,7 @@ def _run_with_known_values(
     return calls, logits, planted[0] if len(planted) == 1 else None
 
 
-def _refuse_parts_of_logits(model: nn.Module, head: "Head", y: Any) -> None:
+def _refuse_parts_of_logits(model: nn.Module, head: Checked, y: Any) -> None:
     """Neither the head's recipe nor the model's own logits can be read where each process has some columns of them."""
     weight = getattr(head.module, "weight", None)  # a head of several modules has none
     if is_dtensor(y) or (is_dtensor(weight) and isinstance(y, Tensor) and y.shape[-1] != weight.shape[0]):
@@ -214,7 +225,7 @@ def _refuse_unless_causal(model: nn.Module, logits: Tensor, tokens: Tensor) -> N
         )
 
 
-def _recipe_mismatch(head: "Head", call: _Call, logits: Tensor, known: Tensor) -> str | None:
+def _recipe_mismatch(head: Checked, call: _Call, logits: Tensor, known: Tensor) -> str | None:
     expected = head.recipe.finish(known.float())
     if expected.shape[-1] != logits.shape[-1]:
         return f"its logits have {logits.shape[-1]} entries where its head gives {expected.shape[-1]}"
@@ -236,7 +247,7 @@ def _recipe_mismatch(head: "Head", call: _Call, logits: Tensor, known: Tensor) -
     return None
 
 
-def _capture_mismatch(model: nn.Module, head: "Head", hidden: Tensor, tokens: Tensor) -> str | None:
+def _capture_mismatch(model: nn.Module, head: Checked, hidden: Tensor, tokens: Tensor) -> str | None:
     try:
         with head.capture() as seen:
             logits = logits_of(_forward(model, tokens))

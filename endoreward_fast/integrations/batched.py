@@ -18,7 +18,8 @@ import torch
 from ..errors import EndoRewardError
 from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import sequence_score
-from ..scoring.score import RowScore, ScoreOptions
+from ..scoring.options import ScoreOptions
+from ..scoring.results import RowScore
 from .generated import NOT_FINITE, ending_ids, score_completions, scorer_of
 
 # A model that several adapters share runs for one of them at a time: reading its head's input needs the model alone.

@@ -20,7 +20,7 @@ from ..errors import EndoRewardError
 from ..model.model import EndoRewardModel
 from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import sequence_score
-from ..scoring.score import ScoreOptions
+from ..scoring.options import ScoreOptions
 from ..text.chat import with_system
 from .generated import NOT_FINITE, Ids, Own, ending_ids, generated_row, score_completions, scorer_of
 from .prompts import Rendering, answered_by_tools

@@ -22,7 +22,9 @@ from ..functional import Impl, linear_token_rewards, token_rewards
 from ..head.head import Head, logits_of
 from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_completions, list_of_rows, refuse_misspelt, refuse_name
 from ..scoring.batching import Room
-from ..scoring.score import OnTokens, Ranked, RowScore, ScoreOptions, Scores, TokenTable, in_order, score_rows
+from ..scoring.options import ScoreOptions
+from ..scoring.results import OnTokens, Ranked, RowScore, Scores, TokenTable, in_order
+from ..scoring.score import score_rows
 from ..signals import TokenStats, linear_token_stats, token_stats
 from ..text.encoding import NOTHING_TO_SCORE, Row
 from ..types import TokenRewards

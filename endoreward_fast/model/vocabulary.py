@@ -1,11 +1,9 @@
 """Whether a tokenizer's ids mean what a model takes them for."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import EndoRewardError
-
-if TYPE_CHECKING:
-    from .model import EndoRewardModel
+from ..scoring.scorer import Scorer
 
 
 def refuse_larger_vocabulary(tokenizer: Any, rows: int) -> None:
@@ -24,7 +22,7 @@ def refuse_larger_vocabulary(tokenizer: Any, rows: int) -> None:
 
 
 def refuse_other_vocabulary(
-    scorer: "EndoRewardModel", tokenizer: Any, *, asked: str = "the policy", known: str = "the reward model"
+    scorer: Scorer, tokenizer: Any, *, asked: str = "the policy", known: str = "the reward model"
 ) -> None:
     """EndoRewardError, naming both vocabularies, unless token ids of `tokenizer` mean the same to `scorer`.
 

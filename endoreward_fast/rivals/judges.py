@@ -17,7 +17,8 @@ from typing_extensions import Unpack
 
 from ..errors import EndoRewardError
 from ..scoring.arguments import ScoreKwargs, list_of_rows
-from ..scoring.score import OnTokens, RowScore, ScoreOptions, Scores, in_order
+from ..scoring.options import ScoreOptions
+from ..scoring.results import OnTokens, RowScore, Scores, in_order
 from ..text.boundary import tokenize
 from ..text.encoding import NOTHING_TO_SCORE, Encoder, Row, prompt_and_completion, refuse_no_row, wants_chat
 from ..text.messages import spoken

@@ -14,7 +14,9 @@ from ..model.loading import load_classifier, refuse_other_than_one_output
 from ..model.positions import Positions
 from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name
 from ..scoring.batching import Room, does_not_fit, in_batches
-from ..scoring.score import OnTokens, RowScore, ScoreOptions, Scores, evaluating, in_order
+from ..scoring.options import ScoreOptions
+from ..scoring.results import OnTokens, RowScore, Scores, in_order
+from ..scoring.score import evaluating
 from ..text.boundary import tokenize
 from ..text.chat import conversation
 from ..text.encoding import Encoder, Row, dialogue, prompt_and_completion, refuse_no_row, wants_chat

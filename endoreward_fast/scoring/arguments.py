@@ -13,11 +13,11 @@ from ..text.encoding import Row, Truncate
 if TYPE_CHECKING:
     import torch
 
-    from ..model.model import EndoRewardModel
+    from .scorer import Scorer
 
 
 class ScoreKwargs(TypedDict, total=False):
-    """The fields of `scoring.ScoreOptions`, which says what each means, as keyword arguments."""
+    """The fields of `ScoreOptions`, which says what each means, as keyword arguments."""
 
     alpha: float
     reduction: Literal["sum", "mean"]
@@ -33,7 +33,7 @@ class ScoreKwargs(TypedDict, total=False):
     texts: bool
     entropy: bool
     signals: str | Sequence[str]
-    reference: "EndoRewardModel | None"
+    reference: "Scorer | None"
     tools: Sequence[Any] | None
     documents: Sequence[Mapping[str, str]] | None
     chat_template_kwargs: Mapping[str, Any] | None

@@ -1,11 +1,9 @@
 """Rows -> scores: encode, batch by length, run, reduce. What `EndoRewardModel.score` and the command line stand on."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import compress
-from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,165 +11,17 @@ from torch import Tensor, nn
 from ..errors import EndoRewardError
 from ..head.gathered import weights_come_and_go
 from ..returns import sequence_score
-from ..signals import SIGNALS, select
+from ..signals import SIGNALS
 from ..text.boundary import token_texts
-from ..text.encoding import NOTHING_TO_SCORE, Encoded, Encoder, Row, Truncate, in_words
-from ..text.template import Extras, as_date
+from ..text.encoding import NOTHING_TO_SCORE, Encoded, Encoder, Row
 from ..types import TokenRewards
-from ..view.notebook import html_of_table
-from .arguments import refuse_unknown
 from .batching import does_not_fit, in_batches
-
-if TYPE_CHECKING:
-    from ..model.model import EndoRewardModel
-
-
-@dataclass(frozen=True)
-class TokenTable:
-    """The scored tokens of one row; every field has one entry per token."""
-
-    ids: tuple[int, ...]
-    texts: tuple[str, ...]
-    """what each token adds to the text; "" for each without a tokenizer, or with texts=False"""
-    rewards: tuple[float, ...]
-    logprobs: tuple[float, ...]
-    """nats"""
-    values: tuple[float, ...]
-    """V(s) of the state in which the token was chosen"""
-    entropies: tuple[float, ...] | None = None
-    """of pi(. | s), nats; with entropy"""
-
-    def _repr_html_(self) -> str:
-        """For notebooks: a heatmap."""
-        return html_of_table(self)
+from .options import ScoreOptions
+from .results import OnTokens, RowScore, Scores, TokenTable
+from .scorer import Scorer
 
 
-@dataclass(frozen=True)
-class RowScore:
-    """The score of one row, or why it has none."""
-
-    score: float | None
-    num_tokens: int
-    """scored tokens"""
-    logprob: float | None
-    """their summed log-probability, nats"""
-    flags: tuple[str, ...] = ()
-    """what is worth knowing about the row: keys of `encoding.FLAGS`"""
-    error: str | None = None
-    """why the row has no score, in one line"""
-    tokens: TokenTable | None = None
-    """with per_token"""
-    signals: Mapping[str, float] | None = None
-    """with signals: each one's score by its name"""
-
-    @property
-    def note(self) -> str | None:
-        """Why it has no score, or its flags in words, or None."""
-        return self.error or in_words(self.flags)
-
-    def _repr_html_(self) -> str | None:
-        """For notebooks: with per_token a heatmap; else None, so their plain text."""
-        return None if self.tokens is None else html_of_table(self.tokens, self.score, self.note)
-
-
-Scores = Iterator[tuple[int, RowScore]]
-"""(position in rows, score) as they come, in any order"""
-OnTokens = Callable[[int], None] | None
-"""called with the number of tokens of each finished batch"""
-
-
-def in_order(scores: Scores) -> list[RowScore]:
-    """Scores by position."""
-    results = dict(scores)
-    return [results[i] for i in range(len(results))]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """One completion of a ranking."""
-
-    index: int
-    """its place among the completions given"""
-    completion: Any
-    score: float | None
-    """None: it is empty, and no token ends it"""
-
-
-@dataclass(frozen=True)
-class ScoreOptions:
-    """How rows are encoded, batched and reduced. Raises EndoRewardError, naming the option, for what cannot work."""
-
-    alpha: float = 1.0
-    """soft-RL temperature, > 0"""
-    reduction: Literal["sum", "mean"] = "sum"
-    """of token rewards to a score"""
-    gamma: float = 1.0
-    """discount per token, in (0, 1]"""
-    floor: float = 0.0
-    """the least weight that the discount leaves a token"""
-    system: str | None = None
-    """a system prompt; a row's own follows it"""
-    chat: bool | None = None
-    """None: the chat template where there is one; False: plain text; True: insist on it"""
-    max_length: int | None = None
-    """most tokens of prompt and completion; None: the model's limit (`EndoRewardModel.max_positions`). A model with a
-    table of positions reads no more than the table has"""
-    truncate: Truncate = None
-    """beyond that: None, an error for the row; "prompt" or "completion", cut there (see `encode_row`)"""
-    append_eos: bool = True
-    """end completions of text with an end-of-sequence or end-of-turn token"""
-    max_tokens_per_batch: int = 8192
-    """padding included; a longer row runs alone. Where memory runs out it is halved, for the scorer's later calls too
-    (`EndoRewardModel.room`)"""
-    per_token: bool = False
-    """fill RowScore.tokens"""
-    texts: bool = True
-    """and its texts, which take longer to find than everything else in it"""
-    entropy: bool = False
-    """and its entropies"""
-    signals: str | Sequence[str] = ()
-    """fill RowScore.signals with these of `signals.SIGNALS`, from the same pass: names, or "all" that can be had. Each
-    has its own reduction; `reduction`, `gamma` and `floor` are the score's alone"""
-    reference: "EndoRewardModel | None" = None
-    """a second model with the same tokenizer, for signals that compare two: one more forward pass"""
-    tools: Sequence[Any] | None = None
-    """JSON schemas (or functions) of tools, for the chat template; a row's own `tools` come in their place"""
-    documents: Sequence[Mapping[str, str]] | None = None
-    """documents for the chat template, likewise"""
-    chat_template_kwargs: Mapping[str, Any] | None = None
-    """further variables of the chat template, such as enable_thinking; a row's own come before them"""
-    date: str | None = None
-    """ "YYYY-MM-DD": the day that a chat template is told which writes one; None: today"""
-
-    @property
-    def extras(self) -> Extras:
-        """What every row gives its chat template. EndoRewardError: it is no tools, documents or arguments."""
-        names = ("tools", "documents", "chat_template_kwargs")
-        return Extras.of({name: getattr(self, name) for name in names}, Extras())
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> "ScoreOptions":
-        """From keyword arguments (`arguments.ScoreKwargs`). EndoRewardError names one that is no option."""
-        refuse_unknown(given, cls.__dataclass_fields__)
-        return cls(**given)
-
-    def __post_init__(self) -> None:
-        _ = self.extras, self.date is None or as_date(self.date)  # what is wrong with them is said before any row
-        object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))
-        for name, fine, wanted in (
-            ("alpha", self.alpha > 0 and math.isfinite(self.alpha), "a number above 0"),
-            ("reduction", self.reduction in ("sum", "mean"), "'sum' or 'mean'"),
-            ("gamma", 0 < self.gamma <= 1, "a number above 0, at most 1"),
-            ("floor", self.floor >= 0 and math.isfinite(self.floor), "a number, 0 or more"),
-            ("truncate", self.truncate in (None, "prompt", "completion"), "None, 'prompt' or 'completion'"),
-            ("max_length", self.max_length is None or self.max_length >= 1, "1 or more, or None"),
-            ("max_tokens_per_batch", self.max_tokens_per_batch >= 1, "1 or more"),
-        ):
-            if not fine:
-                raise EndoRewardError(f"{name}={getattr(self, name)!r}: expected {wanted}")
-
-
-def score_rows(scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOptions, on_tokens: OnTokens) -> Scores:
+def score_rows(scorer: Scorer, rows: Sequence[Row], options: ScoreOptions, on_tokens: OnTokens) -> Scores:
     """(position in rows, score) as batches finish. Rows that need no model come first, then the longest."""
     encoder = encoder_for(scorer, options)
     vocab_size = min(model.vocab_size for model in _models(scorer, options))
@@ -198,7 +48,7 @@ def _does_not_fit(encoded: Encoded) -> RowScore:
     return RowScore(None, encoded.num_scored, None, encoded.flags, does_not_fit(len(encoded.input_ids)))
 
 
-def encoder_for(scorer: "EndoRewardModel", options: ScoreOptions) -> Encoder:
+def encoder_for(scorer: Scorer, options: ScoreOptions) -> Encoder:
     """Options and the models' own limits -> how rows are encoded."""
     limits = [model.positions.limit(options.max_length) for model in _models(scorer, options)]
     limits = [limit for limit in limits if limit is not None]
@@ -209,7 +59,7 @@ def encoder_for(scorer: "EndoRewardModel", options: ScoreOptions) -> Encoder:
     )  # fmt: skip
 
 
-def _models(scorer: "EndoRewardModel", options: ScoreOptions) -> list["EndoRewardModel"]:
+def _models(scorer: Scorer, options: ScoreOptions) -> list[Scorer]:
     return [scorer] if options.reference is None else [scorer, options.reference]
 
 
@@ -245,7 +95,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
+def _score_batch(scorer: Scorer, batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
     with evaluating(scorer):  # not around a yield: the caller's code would run in it
         rewards, mask, signals = _read(scorer, *_pad(batch), options)
         totals = sequence_score(
@@ -265,7 +115,7 @@ def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: Score
 
 
 def _read(
-    scorer: "EndoRewardModel", input_ids: Tensor, scored: Tensor, terminal: Tensor, options: ScoreOptions
+    scorer: Scorer, input_ids: Tensor, scored: Tensor, terminal: Tensor, options: ScoreOptions
 ) -> tuple[TokenRewards, Tensor, list[Tensor]]:
     """Rewards (B, T), the mask on their device, and each signal's float64 (B,): one pass for all of them."""
     inputs = [t.to(scorer.device) for t in (input_ids, scored, terminal)]
@@ -280,7 +130,7 @@ def _read(
 
 
 def _logprob(
-    model: "EndoRewardModel", input_ids: Tensor, scored: Tensor, terminal: Tensor, alpha: float
+    model: Scorer, input_ids: Tensor, scored: Tensor, terminal: Tensor, alpha: float
 ) -> Tensor:  # fmt: skip
     with evaluating(model):
         inputs = (t.to(model.device) for t in (input_ids, scored, terminal))
@@ -307,7 +157,7 @@ def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _tables(
-    scorer: "EndoRewardModel", batch: list[Encoded], rewards: TokenRewards, options: ScoreOptions
+    scorer: Scorer, batch: list[Encoded], rewards: TokenRewards, options: ScoreOptions
 ) -> list[TokenTable]:  # fmt: skip
     wanted = [rewards.reward, rewards.logprob, rewards.value]
     if options.entropy and rewards.entropy is not None:

@@ -6,21 +6,48 @@ import math
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .heatmap import Card, Row, Token, fragment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..scoring.score import TokenTable
-    from ..types import TokenRewards
-
 LONGEST = 4
 """bytes of a character in UTF-8, and so the most tokens that spell one"""
 
 
-def tokens_of(table: TokenTable) -> list[Token]:
+class Table(Protocol):
+    """What of a TokenTable is drawn."""
+
+    @property
+    def ids(self) -> tuple[int, ...]: ...
+    @property
+    def texts(self) -> tuple[str, ...]: ...
+    @property
+    def rewards(self) -> tuple[float, ...]: ...
+    @property
+    def logprobs(self) -> tuple[float, ...]: ...
+    @property
+    def values(self) -> tuple[float, ...]: ...
+    @property
+    def entropies(self) -> tuple[float, ...] | None: ...
+
+
+class Rewards(Protocol):
+    """What of TokenRewards is drawn."""
+
+    @property
+    def reward(self) -> Tensor: ...
+    @property
+    def logprob(self) -> Tensor: ...
+    @property
+    def value(self) -> Tensor: ...
+    @property
+    def entropy(self) -> Tensor | None: ...
+
+
+def tokens_of(table: Table) -> list[Token]:
     """The tokens of a table; by their ids where it has no texts. Those that spell one character are one."""
     entropies = table.entropies or (None,) * len(table.ids)
     columns = zip(table.texts, table.ids, table.rewards, table.logprobs, table.values, entropies, strict=True)
@@ -80,17 +107,17 @@ def _sum(numbers: Iterable[float | None]) -> float | None:
     return None if None in known else sum(n for n in known if n is not None)
 
 
-def html_of_table(table: TokenTable, score: float | None = None, note: str | None = None) -> str:
+def html_of_table(table: Table, score: float | None = None, note: str | None = None) -> str:
     """A heatmap of one row; its score, by default, the plain sum of the rewards."""
     score = sum(table.rewards) if score is None and note is None else score
     return fragment([Row("", "", [Card("completion", score, tokens_of(table), note)])])
 
 
-def html_of_rewards(rewards: TokenRewards) -> str | None:
+def html_of_rewards(rewards: Rewards) -> str | None:
     """A heatmap of one row, (T,) or (1, T), of the tokens that were scored: whose fields are not all 0. Else None."""
     if rewards.reward.ndim not in (1, 2) or (rewards.reward.ndim == 2 and len(rewards.reward) != 1):
         return None
-    reward, logprob, value = map(_numbers, rewards[:3])
+    reward, logprob, value = map(_numbers, (rewards.reward, rewards.logprob, rewards.value))
     entropy = [None] * len(reward) if rewards.entropy is None else _numbers(rewards.entropy)
     scored = [t for t, fields in enumerate(zip(reward, logprob, value, strict=True)) if any(fields)]
     tokens = [Token("", f"@{t}", reward[t], logprob[t], value[t], entropy[t]) for t in scored]

@@ -14,7 +14,7 @@ from bench.cost.formulas import Batch, Decoder
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.kernels.combine import Partials
 from endoreward_fast.model.checkpoint import pocket_path
-from endoreward_fast.scoring.score import ScoreOptions
+from endoreward_fast.scoring.options import ScoreOptions
 from endoreward_fast.vocab import chunked, sharded, workspace
 
 PAGE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text()

@@ -19,8 +19,9 @@ from endoreward_fast.command.run.output import Monitor
 
 ray = pytest.importorskip("ray", reason="Ray Data is not installed")
 pyarrow = pytest.importorskip("pyarrow")
-from endoreward_fast.integrations import ray as module  # noqa: E402
-from endoreward_fast.integrations.ray import ScoreRows, actors, on_ray  # noqa: E402
+from endoreward_fast.command.run import on_ray as module  # noqa: E402
+from endoreward_fast.command.run.on_ray import actors, on_ray  # noqa: E402
+from endoreward_fast.integrations.ray import ScoreRows  # noqa: E402
 
 ROWS = [{"id": i, "prompt": f"What is {i} + 3?", "completion": str(i + 3), "messages": None} for i in range(20)]
 ROWS[7] |= {"prompt": None, "completion": None, "messages": [{"role": "user", "content": "?"}]}  # nothing to score
@@ -111,7 +112,7 @@ def test_rows_that_kill_every_actor_end_the_run(cluster, monkeypatch):
                 os.kill(os.getpid(), signal.SIGKILL)
             return Finished(number, [(items[0], items[0], None)])
 
-    monkeypatch.setattr("endoreward_fast.integrations.ray.RETRIES", 1)
+    monkeypatch.setattr("endoreward_fast.command.run.on_ray.RETRIES", 1)
     windows, lines = iter([["a"], ["b"], ["deadly"], ["c"]]), []
     flags = EngineFlags(engine="ray", actors=1)
     with pytest.raises(EndoRewardError, match="an actor died 2 times over the same rows: "):

@@ -30,7 +30,7 @@ from endoreward_fast.rivals.judges import (
 )
 from endoreward_fast.rivals.reward_model import RewardModel
 from endoreward_fast.scoring.batching import does_not_fit
-from endoreward_fast.scoring.score import RowScore
+from endoreward_fast.scoring.results import RowScore
 from tiny_models import EOS, PAD, SIZES, TOKENIZER, build, byte_tokenizer
 
 TEMPLATE = (

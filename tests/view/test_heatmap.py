@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from endoreward_fast import EndoRewardModel
-from endoreward_fast.scoring.score import TokenTable
+from endoreward_fast.scoring.results import TokenTable
 from endoreward_fast.types import TokenRewards
 from endoreward_fast.view.heatmap import Card, Row, Token, best_of, fragment, limit_of_rows, page, visible
 from endoreward_fast.view.notebook import tokens_of

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from ...model.model import RowScore
     from ...scoring.arguments import ScoreKwargs
-    from ...scoring.score import OnTokens
+    from ...scoring.results import OnTokens
     from ..flags.options import ModelFlags, RowFlags
 
 WINDOW = 32

@@ -1,0 +1,45 @@
+"""What scoring asks of a model."""
+
+from collections.abc import Collection, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..signals import TokenStats
+from ..types import TokenRewards
+from .batching import Room
+
+
+class Limit(Protocol):
+    """How long a row may be."""
+
+    def limit(self, asked: int | None) -> int | None:
+        """Most tokens of a row, where `asked` is what an option says; None: there is no limit."""
+
+
+class Scorer(Protocol):
+    """A causal language model whose tokens can be read: `EndoRewardModel` is one."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def room(self) -> Room: ...
+    @property
+    def positions(self) -> Limit: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_ids(self) -> Collection[int]: ...
+    @property
+    def device(self) -> torch.device: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def eval(self) -> Any: ...
+
+    def rewards_of_padded(
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, entropy: bool = False
+    ) -> TokenRewards:
+        """Rewards (B, T) of rows that are padded on the right."""
+
+    def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
+        """All that signals are made of, likewise."""

@@ -1,0 +1,92 @@
+"""Imports run one way, downwards: from a room of the package to the rooms that it may know, and never in a circle."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "endoreward_fast"
+# A room, or a file at the top, and what it may import besides itself. What is only for type checkers counts.
+MAY_IMPORT = {
+    "errors": "",
+    "kernels": "",
+    "view": "",
+    "types": "view",
+    "vocab": "types kernels",
+    "functional": "types vocab",
+    "returns": "vocab",
+    "signals": "types errors vocab functional returns",
+    "text": "errors",
+    "head": "errors vocab",
+    "scoring": "types errors view text head returns signals",
+    "model": "types errors vocab functional signals text head scoring",
+    "rivals": "errors text scoring model",
+    "pocket": "",
+    "integrations": "errors returns text scoring model",
+    "command": "errors view text scoring model rivals pocket",
+    "__main__": "command",
+}
+FACE = "__init__"
+"""hands on names from every room"""
+
+
+def modules() -> dict[str, Path]:
+    """{"vocab.rows": its file}; a room's own __init__ is named after the room."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str, path: Path) -> set[str]:
+    """The modules of the package that a file names, wherever in it."""
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = package[: len(package) - node.level + 1]
+            base = [*base, *(node.module or "").split(".")] if node.module else base
+            for alias in node.names:
+                inner = ".".join([*base, alias.name])
+                found.add(inner if inner in MODULES else ".".join(base))
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not any((n or "").partition(".")[0] == "endoreward_fast" for n in names), (
+                f"{path}: write it relative"
+            )
+    return found
+
+
+def room(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != FACE])
+def test_a_file_imports_only_from_rooms_below(name):
+    allowed = {room(name), *MAY_IMPORT[room(name)].split()}
+    beyond = {other for other in imports(name, MODULES[name]) if room(other) not in allowed}
+    assert not beyond, f"{name} imports {', '.join(sorted(beyond))}"
+
+
+def test_no_file_imports_itself_by_way_of_others():
+    graph = {name: imports(name, path) - {name} for name, path in MODULES.items() if name != FACE}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
+
+
+def test_the_rooms_have_an_order_and_every_arrow_is_used():
+    rooms = {name: set(below.split()) for name, below in MAY_IMPORT.items()}
+    list(TopologicalSorter(rooms).static_order())
+    used = {(room(name), room(other)) for name, path in MODULES.items() for other in imports(name, path)}
+    unused = {(one, other) for one, below in rooms.items() for other in below} - used
+    assert not unused and set(MAY_IMPORT) == {room(name) for name in MODULES} - {FACE} | {"kernels"}
+
+
+def test_every_room_says_what_lives_there():
+    for name, path in MODULES.items():
+        if path.name == "__init__.py" and "kernels" not in name:
+            assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"
