@@ -10,14 +10,21 @@ The backward of the reading waits for both of its uses, and by then every module
 output on the path is empty, (B, 0, V), and the gradients along it are zeros.
 """
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-def weights_come_and_go(model: nn.Module) -> bool:
+class Modules(Protocol):
+    """A model, or what is around one."""
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+def weights_come_and_go(model: Modules) -> bool:
     """Whether `fully_shard` or `FullyShardedDataParallel` holds weights of this model, or of a part of it."""
     # By name: importing torch.distributed.fsdp for its classes takes half a second, and a sharded model has done so.
     kinds = {kind.__name__ for found in {type(module) for module in model.modules()} for kind in found.__mro__}

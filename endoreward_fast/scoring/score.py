@@ -50,8 +50,8 @@ def _does_not_fit(encoded: Encoded) -> RowScore:
 
 def encoder_for(scorer: Scorer, options: ScoreOptions) -> Encoder:
     """Options and the models' own limits -> how rows are encoded."""
-    limits = [model.positions.limit(options.max_length) for model in _models(scorer, options)]
-    limits = [limit for limit in limits if limit is not None]
+    found = (model.positions.limit(options.max_length) for model in _models(scorer, options))
+    limits = [limit for limit in found if limit is not None]
     return Encoder(
         scorer.tokenizer, system=options.system, chat=options.chat, max_length=min(limits, default=None),
         truncate=options.truncate, append_eos=options.append_eos, eos_ids=scorer.eos_ids, extras=options.extras,
@@ -78,7 +78,7 @@ def _encode(encoder: Encoder, row: Row, vocab_size: int) -> Encoded | RowScore:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: Scorer | nn.Module) -> Iterator[None]:
     """Inside: evaluation mode, and no autograd. Each module's own mode is restored.
 
     Inference mode costs least, but FSDP keeps the buffers that it gathers weights into, and a tensor born in inference
@@ -124,7 +124,7 @@ def _read(
         return rewards, inputs[1].to(rewards.reward.device), []
     stats = scorer.stats_of_padded(*inputs, alpha=options.alpha)
     other = None
-    if any(SIGNALS[name].needs_reference for name in options.signals):
+    if options.reference is not None and any(SIGNALS[name].needs_reference for name in options.signals):
         other = _logprob(options.reference, input_ids, scored, terminal, options.alpha).to(stats.lse.device)
     return stats.rewards(), stats.mask, [SIGNALS[name].score(stats, other).double() for name in options.signals]
 
