@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import EndoRewardError, first_line
-from .hub import OPTIONS
+from .hub import OPTIONS, file_of
 
 CONFIG = "adapter_config.json"
 
@@ -46,7 +46,7 @@ def adapter_at(name: str, place: str, options: dict[str, Any]) -> Adapter | None
     if options.get("gguf_file"):
         return None
     where = {key: options[key] for key in OPTIONS if key in options} | dict(options.get("adapter_kwargs") or {})
-    path = _file(place, CONFIG, where)
+    path = file_of(place, CONFIG, where)
     if path is None:
         return None
     try:
@@ -54,7 +54,7 @@ def adapter_at(name: str, place: str, options: dict[str, Any]) -> Adapter | None
         base = config.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise EndoRewardError(f"model {name!r}: its {CONFIG} cannot be read: {first_line(error)}") from error
-    if _file(place, "config.json", where) is not None:
+    if file_of(place, "config.json", where) is not None:
         return Adapter(name, place, where, config, None)
     if not isinstance(base, str) or not base:
         raise EndoRewardError(f"model {name!r} is an adapter whose {CONFIG} names no base_model_name_or_path")
@@ -78,18 +78,6 @@ def _base(name: str, base: str, folder: Path) -> str:
             f"name it in {folder / CONFIG} as base_model_name_or_path"
         )
     return base
-
-
-def _file(place: str, file: str, where: dict[str, Any]) -> Path | None:
-    """A file of a folder or of the Hub, or None."""
-    if Path(place).is_dir():
-        path = Path(place, where.get("subfolder") or "", file)
-        return path if path.is_file() else None
-    from transformers.utils import cached_file
-
-    quietly = ("gated_repo", "missing_entries", "connection_errors")
-    found = cached_file(place, file, **where, **{f"_raise_exceptions_for_{what}": False for what in quietly})
-    return None if found is None else Path(found)
 
 
 def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -15,9 +16,11 @@ from torch import nn
 from .adapters import Adapter, adapter_at, attach, refuse_without_peft, replaced_by_adapter
 from .checkpoint import located
 from .devices import device_of
-from .dtypes import dtype_name
+from .dtypes import DTYPES, dtype_name
 from .errors import EndoRewardError, first_line
 from .hub import OPTIONS
+from .intact import fault_of, refuse_misread, refuse_unknown_quantisation, why_no_tokenizer
+from .processor import with_template_of_processor
 
 OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 SHARED = (*OPTIONS, "trust_remote_code", "code_revision", "gguf_file")
@@ -59,8 +62,18 @@ def refuse_other_than_one_output(config: Any, name: str) -> None:
         raise EndoRewardError(f"{name} has {config.num_labels} outputs ({labels}): a reward model has one")
 
 
+@contextmanager
+def naming(name: str | PathLike[str]) -> Iterator[None]:
+    """An EndoRewardError that is raised inside says which model it is about."""
+    try:
+        yield
+    except EndoRewardError as error:
+        raise EndoRewardError(f"model {str(name)!r}: {error}") from error
+
+
 def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
-    wanted, options = _dtype(dtype, options)
+    # Without a word, transformers asks at the terminal whether to run a model's own code.
+    wanted, options = _dtype(dtype, {"trust_remote_code": False} | options)
     _refuse_gone(name, options)
     place, options = located(name, options)
     adapter = adapter_at(name, place, options)
@@ -70,8 +83,9 @@ def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str
         base, base_options = _base_of(adapter, kind, options)
     if "gguf_file" in base_options:
         _refuse_without_readers(name)
-    with _explained(name, adapter), _quiet():
+    with _explained(name, adapter, Path(base, base_options.get("subfolder", ""))), _quiet():
         config = _config(base, base_options)
+        refuse_unknown_quantisation(config)
         kind.refuse_other(config, name, adapter)
         model, absent = _weights(kind, base, base_options, config, wanted, device)
         if adapter is not None:
@@ -113,15 +127,17 @@ def _weights(
         place, dtype=dtype, output_loading_info=True, **options
     )
     model, info = loaded
-    for key, there, here in sorted(info["mismatched_keys"]):
-        raise EndoRewardError(f"{key!r} is {tuple(there)} in its checkpoint, and {tuple(here)} in the model")
+    refuse_misread(model, info, quantised=bool(quantised))
     absent = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     return model if target is None else model.to(target), absent
 
 
 @contextmanager
-def _explained(name: str, adapter: Adapter | None) -> Iterator[None]:
-    """Whatever is raised inside becomes one line: file readers, quantisers and a model's own code raise anything."""
+def _explained(name: str, adapter: Adapter | None, folder: Path) -> Iterator[None]:
+    """Whatever is raised inside becomes one line: file readers, quantisers and a model's own code raise anything.
+
+    `folder` is where the weights were looked for; it is no folder where they are the Hub's.
+    """
     model = f"model {name!r}" if adapter is None or adapter.base is None else f"model {name!r} on {adapter.base!r}"
     try:
         yield
@@ -132,7 +148,23 @@ def _explained(name: str, adapter: Adapter | None) -> Iterator[None]:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if isinstance(error, TypeError) and unknown:
             raise EndoRewardError(f"{model}: from_pretrained takes no option {unknown[1]!r} here") from error
-        raise EndoRewardError(f"{model} cannot be loaded: {first_line(error)}") from error
+        if "trust_remote_code=True" in str(error):
+            raise EndoRewardError(
+                f"{model} comes with code of its own, which is not run unasked: read it, then load the model with "
+                "trust_remote_code=True"
+            ) from error
+        raise EndoRewardError(f"{model} cannot be loaded: {fault_of(folder) or _said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What another library's error says, and what to do about those that do not say it."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"it needs the package {package!r}: pip install {package}"
+    odd = re.search(r"Float8_(\w+)Storage", str(error))  # by torch.set_default_dtype
+    if odd:
+        return f"its weights are float8_{odd[1]}, which no model computes in: give dtype='bfloat16' (--dtype bf16)"
+    return first_line(error)
 
 
 @contextmanager
@@ -226,9 +258,12 @@ def _tokenizer(
     reason = None
     for where, asked in places:
         try:
-            return AutoTokenizer.from_pretrained(where, **_shared(asked)), None
+            tokenizer = AutoTokenizer.from_pretrained(where, **_shared(asked))
         except Exception as error:  # tokenizers raises Exception itself
-            reason = first_line(error)  # token ids can be scored all the same; text is refused with this reason
+            # Token ids can be scored all the same; text is refused with this reason.
+            reason = why_no_tokenizer(Path(where, asked.get("subfolder", ""))) or first_line(error)
+        else:
+            return with_template_of_processor(tokenizer, where, asked), None
     return None, reason
 
 
@@ -247,8 +282,8 @@ def _dtype(dtype: Dtype, options: dict[str, Any]) -> tuple[torch.dtype | str, di
 
 def _of(dtype: Dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point:
-            raise EndoRewardError(f"dtype {dtype}: expected a floating-point one")
+        if str(dtype).removeprefix("torch.") not in DTYPES:
+            raise EndoRewardError(f"dtype {dtype}: expected {', '.join(DTYPES)}")
         return dtype
     name = "auto" if dtype is None else dtype_name(dtype)
     return "auto" if name == "auto" else getattr(torch, name)

@@ -26,7 +26,7 @@ from .errors import EndoRewardError
 from .functional import Impl, linear_token_rewards, token_rewards
 from .heads import Head, logits_of
 from .layout import LayoutCheck, PaddingLast, lay_out
-from .loading import load
+from .loading import load, naming
 from .positions import Positions
 from .scoring import OnTokens, Ranked, RowScore, ScoreOptions, Scores, TokenTable, in_order, score_rows
 from .signals import TokenStats, linear_token_stats, token_stats
@@ -81,7 +81,8 @@ class EndoRewardModel(nn.Module):
         model, tokenizer, reason = load(name_or_path, dtype=dtype, device=device, options=dict(options))
         if reason is not None:
             warnings.warn(f"{str(name_or_path)!r} has no usable tokenizer, so only token ids: {reason}", stacklevel=2)
-        return cls(model, tokenizer)
+        with naming(name_or_path):
+            return cls(model, tokenizer)
 
     @property
     def vocab_size(self) -> int:

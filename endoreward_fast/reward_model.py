@@ -15,7 +15,7 @@ from .boundary import tokenize
 from .chat import conversation
 from .encoding import Encoder, Row, dialogue, prompt_and_completion, refuse_no_row, wants_chat
 from .errors import EndoRewardError
-from .loading import load_classifier, refuse_other_than_one_output
+from .loading import load_classifier, naming, refuse_other_than_one_output
 from .positions import Positions
 from .scoring import OnTokens, RowScore, ScoreOptions, Scores, evaluating, in_order
 from .template import Extras
@@ -65,7 +65,8 @@ class RewardModel:
         model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=dict(options))
         if tokenizer is None:
             raise EndoRewardError(f"reward model {str(name_or_path)!r} has no usable tokenizer: {reason}")
-        return cls(model, tokenizer)
+        with naming(name_or_path):
+            return cls(model, tokenizer)
 
     @property
     def device(self) -> torch.device:
