@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from .adapters import Adapter, adapter_at, attach, refuse_without_peft, replaced_by_adapter
+from .adapters import CONFIG, Adapter, adapter_at, attach, refuse_without_peft, replaced_by_adapter
 from .checkpoint import located
 from .devices import device_of
 from .dtypes import DTYPES, dtype_name
@@ -109,7 +109,13 @@ def _base_of(adapter: Adapter, kind: Kind, options: dict[str, Any]) -> tuple[str
     if adapter.base is None:
         # transformers would load the adapter with the model, and not say what the model's own checkpoint lacks.
         return adapter.place, found | {"adapter_kwargs": {"subfolder": "no adapter here"}}
-    return located(adapter.base, found)
+    try:
+        return located(adapter.base, found)
+    except EndoRewardError as error:
+        raise EndoRewardError(
+            f"model {adapter.name!r} is an adapter of {adapter.base!r}, and {error}; base_model_name_or_path in its "
+            f"{CONFIG} says where the base model is, and may be a folder"
+        ) from error
 
 
 def _weights(
