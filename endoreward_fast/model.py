@@ -55,7 +55,7 @@ class EndoRewardModel(nn.Module):
         self.tokenizer = tokenizer
         self.head = Head(model)
         self.layouts = LayoutCheck(model, self._states)
-        self.positions = Positions.of(model, self._text_config())
+        self.positions = Positions.of(model, self._text_config(), tokenizer)
         self.room = Room()  # of scoring; a new one forgets that memory ran out
         if tokenizer is not None:
             refuse_larger_vocabulary(tokenizer, self.vocab_size)

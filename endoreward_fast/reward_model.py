@@ -16,7 +16,7 @@ from .chat import conversation
 from .encoding import Encoder, Row, dialogue, prompt_and_completion, refuse_no_row, wants_chat
 from .errors import EndoRewardError
 from .loading import load_classifier, naming, refuse_other_than_one_output
-from .positions import Positions
+from .positions import Positions, forget_longer_rows
 from .scoring import OnTokens, RowScore, ScoreOptions, Scores, evaluating, in_order
 from .template import Extras
 
@@ -42,9 +42,7 @@ class RewardModel:
         refuse_other_than_one_output(config, type(model).__name__)
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.pad: int | None = text_config.pad_token_id
-        usual = getattr(tokenizer, "model_max_length", None)
-        usual = usual if isinstance(usual, int) and 0 < usual < 10**9 else None  # a huge number means: none is known
-        self.positions = Positions.of(model, text_config, usual)
+        self.positions = Positions.of(model, text_config, tokenizer, firm=True)
 
     @property
     def max_length(self) -> int | None:
@@ -107,7 +105,7 @@ class RewardModel:
         def run(batch: list[int]) -> list[float]:
             return self._classify([ready[i][1] for i in batch])
 
-        for batch, scores in in_batches(run, lengths, budget, self.room):
+        for batch, scores in in_batches(run, lengths, budget, self.room, self.positions.frequencies):
             if on_tokens is not None:
                 on_tokens(sum(lengths[i] for i in batch))
             for i, score in zip(batch, scores or [None] * len(batch), strict=True):
@@ -156,6 +154,8 @@ class RewardModel:
         inputs = {"input_ids": torch.tensor([ids + [padding] * (width - len(ids)) for ids in rows])}
         inputs["attention_mask"] = (torch.arange(width) < lengths).long()
         with evaluating(self.model):
+            if self.positions.keeps_frequencies(width):
+                forget_longer_rows(self.model, inputs["input_ids"].to(self.device))
             logits: Tensor = self.model(**{name: x.to(self.device) for name, x in inputs.items()}).logits
         return logits[:, 0].double().tolist()
 

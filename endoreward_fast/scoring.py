@@ -17,6 +17,7 @@ from .encoding import NOTHING_TO_SCORE, Encoded, Encoder, Row, Truncate, in_word
 from .errors import EndoRewardError
 from .gathered import weights_come_and_go
 from .notebook import html_of_table
+from .positions import forget_longer_rows
 from .returns import sequence_score
 from .signals import SIGNALS, select
 from .template import Extras, as_date
@@ -186,8 +187,11 @@ def score_rows(scorer: "EndoRewardModel", rows: Sequence[Row], options: ScoreOpt
     def run(batch: list[int]) -> list[RowScore]:
         return _score_batch(scorer, [ready[i][1] for i in batch], options)
 
+    def frequencies(length: int) -> list[tuple[int, ...]]:
+        return [model.positions.frequencies(length) for model in _models(scorer, options)]
+
     lengths = [len(encoded.input_ids) for _, encoded in ready]
-    for batch, scores in in_batches(run, lengths, options.max_tokens_per_batch, scorer.room):
+    for batch, scores in in_batches(run, lengths, options.max_tokens_per_batch, scorer.room, frequencies):
         if on_tokens is not None:
             on_tokens(sum(lengths[i] for i in batch))
         for i, score in zip(batch, scores or [_does_not_fit(ready[i][1]) for i in batch], strict=True):
@@ -247,6 +251,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _score_batch(scorer: "EndoRewardModel", batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
     with evaluating(scorer):  # not around a yield: the caller's code would run in it
+        for model in _models(scorer, options):
+            if model.positions.keeps_frequencies(max(len(encoded.input_ids) for encoded in batch)):
+                forget_longer_rows(model.model, torch.tensor([batch[0].input_ids], device=model.device))
         rewards, mask, signals = _read(scorer, *_pad(batch), options)
         totals = sequence_score(
             rewards.reward, mask, reduction=options.reduction, gamma=options.gamma, floor=options.floor
