@@ -175,6 +175,4 @@ def replaced_by_adapter(model: Any, parameter: str) -> bool:
 def refuse_without_peft(adapter: Adapter) -> None:
     """EndoRewardError if PEFT is not installed."""
     if find_spec("peft") is None:
-        raise EndoRewardError(
-            f"model {adapter.name!r} is an adapter, and peft is not installed: pip install peft (the extra [peft])"
-        )
+        raise EndoRewardError(f"model {adapter.name!r} is an adapter, and peft is not installed: pip install peft")

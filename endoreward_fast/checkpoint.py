@@ -58,7 +58,7 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if name != POCKET and path.is_file() and _is_gguf(path):
         if "gguf_file" in options:
             raise EndoRewardError(f"model {name!r} is a GGUF file: there is no gguf_file inside one")
-        return str(path.parent), options | {"gguf_file": path.name}
+        return os.path.abspath(path.parent), options | {"gguf_file": path.name}
     place = place_of(name)
     if not os.path.isdir(place):
         return place, reachable(place, options)
@@ -71,7 +71,7 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             raise EndoRewardError(f"model {name!r}: there is no file {options['gguf_file']!r} in it")
         if not _is_gguf(file):
             raise EndoRewardError(f"model {name!r}: {options['gguf_file']!r} is no GGUF file (it does not begin so)")
-    return place, options
+    return os.path.abspath(place), options  # transformers does not find the subfolder of "."
 
 
 def weights_of(name: str, **options: Any) -> str:

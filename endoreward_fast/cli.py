@@ -128,7 +128,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
     if flags.engine != LOCAL and not rank.alone:
         raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
     if flags.engine != LOCAL and importlib.util.find_spec("ray") is None:
-        raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
+        raise EndoRewardError("--engine ray needs Ray Data: pip install 'ray[data]<2.64'")
     if not rank.first:
         return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):

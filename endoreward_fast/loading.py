@@ -157,7 +157,7 @@ def _explained(name: str, adapter: Adapter | None, folder: Path) -> Iterator[Non
         if "trust_remote_code=True" in str(error):
             raise EndoRewardError(
                 f"{model} comes with code of its own, which is not run unasked: read it, then load the model with "
-                "trust_remote_code=True"
+                "trust_remote_code=True (--trust-remote-code)"
             ) from error
         raise EndoRewardError(f"{model} cannot be loaded: {fault_of(folder) or _said(error)}") from error
 
@@ -211,8 +211,7 @@ def _refuse_without_readers(name: str) -> None:
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise EndoRewardError(
-                f"model {name!r} is read from a GGUF file, and {package} is not installed: pip install {package} "
-                "(the extra [gguf])"
+                f"model {name!r} is read from a GGUF file, and {package} is not installed: pip install {package}"
             )
 
 

@@ -50,10 +50,11 @@ def test_where_the_weights_are_goes_to_every_loader(monkeypatch):
 
     monkeypatch.setattr("endoreward_fast.model.EndoRewardModel", Known)
     monkeypatch.setattr("endoreward_fast.reward_model.RewardModel", Known)
-    flags = EngineFlags(model="some/model", revision="v2", subfolder="sub", gguf_file="a.gguf")
+    where = {"revision": "v2", "subfolder": "sub", "gguf_file": "a.gguf", "trust_remote_code": True}
+    flags = EngineFlags(model="some/model", **where)
     Job("score", flags).load()
     pipeline.load_scorer(EngineFlags(model="some/model"))
-    assert asked == [("some/model", {"revision": "v2", "subfolder": "sub", "gguf_file": "a.gguf"}), ("some/model", {})]
+    assert asked == [("some/model", where), ("some/model", {})]
     asked.clear()
     from endoreward_fast.command.side_by_side import panel
 

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.reward_model import RewardModel
@@ -127,7 +128,7 @@ def test_code_of_a_models_own_is_neither_run_nor_asked_for(folder, monkeypatch):
 
 
 def test_what_a_loaded_model_is_refused_for_names_where_it_lies(folder):
-    larger = TOKENIZER.__class__(tokenizer_object=TOKENIZER.backend_tokenizer, eos_token="</s>")
+    larger = AutoTokenizer.from_pretrained(folder)
     larger.add_tokens([f"word{i}" for i in range(200)])
     larger.save_pretrained(folder)
     refused(folder, "tokens but the model's output head only 384")

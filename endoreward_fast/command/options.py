@@ -23,7 +23,7 @@ LOG_RATIO = "log-ratio"
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
 PAIRWISE = "pairwise"
 JUDGES = ("verifier", "pointwise", PAIRWISE)
-SOURCE = ("revision", "subfolder", "gguf_file")
+SOURCE = ("revision", "subfolder", "gguf_file", "trust_remote_code")
 ALL = "all"
 ENGINES = LOCAL, RAY = ("local", "ray")
 
@@ -88,6 +88,9 @@ class ModelFlags:
     revision: Annotated[Text, of_model(help="Of --model on the Hub: a branch, a tag or a commit.")] = None
     subfolder: Annotated[Text, of_model(help="Of --model: where in it the files are.")] = None
     gguf_file: Annotated[Text, of_model(help="Of --model: the GGUF file in it that holds the weights.")] = None
+    trust_remote_code: Annotated[
+        bool, of_model("--trust-remote-code", help="Run the Python code that comes with --model.")
+    ] = False
     dtype: Annotated[
         str,
         of_model(
@@ -108,7 +111,9 @@ class ModelFlags:
     reduction: Annotated[str, of_scoring(help="Token rewards to a score: sum or mean.")] = "sum"
     gamma: Annotated[float, of_scoring(help="Discount per token, at most 1.")] = 1.0
     floor: Annotated[float, of_scoring(help="Least weight that the discount leaves a token.")] = 0.0
-    max_tokens_per_batch: Annotated[int, of_scoring(help="Tokens in a batch, padding included.")] = 8192
+    max_tokens_per_batch: Annotated[
+        int, of_scoring(help="Tokens in a batch, padding included; 1: each row by itself.")
+    ] = 8192
     quiet: Annotated[bool, of_output("--quiet", "-q", help="No progress and no notes; errors only.")] = False
     model_by_default: bool = False
     """whether the command line named no model. It is no flag."""
@@ -147,11 +152,11 @@ class ModelFlags:
         return ", ".join(parts)
 
     @property
-    def source(self) -> dict[str, str]:
-        """Where in --model the weights are: options of EndoRewardModel.from_pretrained. --reference-model and
-        --reward-model have none: they are a folder, a name or a GGUF file."""
+    def source(self) -> dict[str, str | bool]:
+        """Where in --model the weights are, and whether its code is run: options of EndoRewardModel.from_pretrained.
+        --reference-model and --reward-model have none: they are a folder, a name or a GGUF file."""
         given = {name: getattr(self, name) for name in SOURCE}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value not in (None, False)}
 
     def scoring(self) -> dict[str, Any]:
         """What EndoRewardModel.iter_scores takes."""

@@ -89,7 +89,7 @@ def plot(file: str, flags: RowFlags) -> bool:
     if path != STDIN and suffix not in FORMATS:
         raise EndoRewardError(f"--output {path}: its name must end in {' or '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib, or endoreward-fast[plot]")
+        raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib")
     with Sink(path, (file,), overwrite=flags.overwrite) as sink:
         source = open_source(file, flags.limit)
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
