@@ -54,6 +54,10 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises EndoRewardError: there is no such folder, subfolder or file, or the Hub cannot be asked for it.
     """
     options = {key: value for key, value in options.items() if value is not None and value != ""}
+    for key in ("revision", "subfolder", "gguf_file"):
+        if not isinstance(options.get(key, ""), str | os.PathLike):
+            raise EndoRewardError(f"model {name!r}: {key} is a {type(options[key]).__name__}: expected text")
+        options |= {key: os.fspath(options[key])} if key in options else {}
     path = _path(name)
     if name != POCKET and path.is_file() and _is_gguf(path):
         if "gguf_file" in options:

@@ -290,5 +290,7 @@ def _of(dtype: Dtype) -> torch.dtype | str:
         if str(dtype).removeprefix("torch.") not in DTYPES:
             raise EndoRewardError(f"dtype {dtype}: expected {', '.join(DTYPES)}")
         return dtype
+    if not isinstance(dtype, str | None):
+        raise EndoRewardError(f"dtype is a {type(dtype).__name__}: expected {', '.join(DTYPES)}, or one of torch")
     name = "auto" if dtype is None else dtype_name(dtype)
     return "auto" if name == "auto" else getattr(torch, name)

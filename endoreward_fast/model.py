@@ -17,10 +17,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .arguments import LoadKwargs, ScoreKwargs, list_of_completions, list_of_rows, refuse_misspelt, refuse_name
+from .arguments import (
+    LoadKwargs,
+    ScoreKwargs,
+    list_of_completions,
+    list_of_rows,
+    refuse_misspelt,
+    refuse_name,
+    refuse_no_name,
+)
 from .batching import Room
 from .checkpoint import pocket_path
-from .checks import as_bool, check_input_ids
+from .checks import as_bool, check_input_ids, check_tensors
 from .encoding import NOTHING_TO_SCORE, Row
 from .errors import EndoRewardError
 from .functional import Impl, linear_token_rewards, token_rewards
@@ -77,6 +85,7 @@ class EndoRewardModel(nn.Module):
         Raises EndoRewardError, in one line: no such model, not a causal one, a checkpoint without its output head (a
         classifier's, say), an unknown dtype or device, a misspelt option.
         """
+        refuse_no_name(EndoRewardModel, name_or_path)
         refuse_misspelt(options, LoadKwargs.__annotations__)
         model, tokenizer, reason = load(name_or_path, dtype=dtype, device=device, options=dict(options))
         if reason is not None:
@@ -292,6 +301,9 @@ def _rows(module: nn.Module, name: str) -> int | None:
 
 
 def _broadcast_positions(position_ids: Tensor, input_ids: Tensor) -> Tensor:
+    check_tensors(position_ids=position_ids)
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise ValueError(f"position_ids is {position_ids.dtype}: expected integers")
     if position_ids.ndim != 2 or position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
         raise ValueError(f"position_ids {tuple(position_ids.shape)}: expected {tuple(input_ids.shape)}, or one row")
     return position_ids.expand_as(input_ids)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name
+from .arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name, refuse_no_name
 from .batching import Room, does_not_fit, in_batches
 from .boundary import tokenize
 from .chat import conversation
@@ -59,6 +59,7 @@ class RewardModel:
         Raises EndoRewardError, in one line: no such model, not a sequence classifier, a checkpoint without its
         output head, more than one output, no tokenizer.
         """
+        refuse_no_name(RewardModel, name_or_path)
         refuse_misspelt(options, LoadKwargs.__annotations__)
         model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=dict(options))
         if tokenizer is None:
