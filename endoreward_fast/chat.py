@@ -11,8 +11,10 @@ Where a template changes the text of a turn (drops its reasoning, say), the turn
 is what a policy has generated. All that is dropped is flagged, in the turn and in those before it.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from .errors import EndoRewardError
 from .messages import Message, has_nulls, is_blank, is_plain, text_of, texts_of, with_text, without_nulls
@@ -47,7 +49,7 @@ def render(
     """
     template.source()
     messages = [without_nulls(message) for message in messages]
-    prompt, flags = _with_a_system_turn(template, messages[:-1], extras, system)
+    prompt, flags = _with_a_system_turn(template, messages[:-1], system)
     turn = _Turn(template, [*prompt, messages[-1]], extras, ends)
     filled = has_nulls(extras.tools) or any(has_nulls(message.get("tool_calls")) for message in messages)
     found = (
@@ -77,20 +79,18 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 
 
 def _with_a_system_turn(
-    template: Template, prompt: Sequence[Message], extras: Extras, system: str | None
+    template: Template, prompt: Sequence[Message], system: str | None
 ) -> tuple[list[Message], tuple[str, ...]]:
     """(prompt led by its system prompt, flags)."""
     led = with_system(prompt, system)
-    instruction = text_of(led[0].get("content")).strip() if led and led[0].get("role") == "system" else ""
-    if not instruction:
+    systems = list(takewhile(lambda message: message["role"] == "system", led))
+    if not systems or template.takes_system:
         return led, ()
-    try:
-        if instruction in template.write(template.fit(led, extras), extras, generate=True):
-            return led, ()
-    except EndoRewardError:
-        # It may refuse the system turn, or something else: without that turn it says so again.
-        pass
-    first, *rest = led[1:] or [None]
+    said = [text_of(message.get("content")).strip() for message in systems]
+    instruction = "\n\n".join(text for text in said if text)
+    first, *rest = led[len(systems) :] or [None]
+    if not instruction:
+        return led[len(systems) :], ()
     if first is None or first.get("role") != "user":
         raise EndoRewardError(
             "the chat template has no place for a system prompt, and no user turn of text comes first"
@@ -126,6 +126,7 @@ class _Turn:
             self._put_back(text_of(self._answer["content"]))
         elif marked.missing(other):
             self.flags += ("template_drops",)
+        self._compare_white_space()
 
     def _write(self, *turns: Message, generate: bool = False) -> str:
         return self.template.write([*self.before, *turns], self.extras, generate=generate)
@@ -135,7 +136,7 @@ class _Turn:
 
         White space cannot be marked, and a turn that only thinks has more behind its thought than the end of a turn.
         """
-        if _has_text(self._answer) or self._answer.get("tool_calls"):
+        if _said(self._answer).strip() or self._answer.get("tool_calls"):
             return self._answer, self.whole
         shown = with_text(self._answer, "x")
         written = self._write(shown)
@@ -253,6 +254,12 @@ class _Turn:
         self.prompt, self.completion = self.opening, _behind_opening(text, open_thought)
         self.flags = (*(flag for flag in self.flags if flag != "opening_differs"), "template_rewrites")
 
+    def _compare_white_space(self) -> None:
+        """A flag where the white space of the turn's text is not as it is scored."""
+        text, scored = self._without_own_end(_said(self._answer)), _open_thought(self.prompt) + self.completion
+        if text not in scored and _squeezed(text) in _squeezed(scored):
+            self.flags += ("white_space",)
+
 
 def _saying(message: Message, text: str) -> Message:
     """A message of the same role that says that alone, in the spelling that this one's content has."""
@@ -260,10 +267,10 @@ def _saying(message: Message, text: str) -> Message:
     return {"role": message["role"], "content": [{"type": "text", "text": text}] if parts else text}
 
 
-def _has_text(message: Message) -> bool:
+def _said(message: Message) -> str:
+    """The text of a message's content, without thoughts among its parts."""
     content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    return bool((text_of([p for p in parts if p["type"] == "text"]) if parts else text_of(content)).strip())
+    return text_of([p for p in content if p["type"] == "text"] if isinstance(content, list) else content)
 
 
 def _says_only_text(message: Message) -> bool:
@@ -279,24 +286,33 @@ def _behind_marks(text: str, marked: str) -> str | None:
 
 
 def _open_thought(opening: str) -> str:
-    """The thinking block that a generation prompt opens, or ""."""
-    tail = opening[opening.rstrip().rfind("\n") + 1 :]
-    return tail if tail.startswith("<think>") else ""
+    """The thinking block that a generation prompt opens, and may close at once, or ""."""
+    found = re.search(r"<think>\s*(</think>\s*)?$", opening)
+    return found.group() if found else ""
 
 
 def _behind_opening(text: str, lost: str) -> str:
     """A text without what the generation prompt already holds of it (`lost`: "<think>" and a newline)."""
-    mark = lost.strip()
-    if not mark or not text.lstrip().startswith(mark):
-        return text
-    rest = text.lstrip()[len(mark) :]
-    return rest.removeprefix(lost[len(lost.rstrip()) :])
+    marks = lost.split()
+    mark = re.match(r"\s*" + r"\s*".join(map(re.escape, marks)), text) if marks else None
+    return text[mark.end() :].removeprefix(lost[len(lost.rstrip()) :]) if mark else text
+
+
+def _in_order(turns: Sequence[Message], written: str) -> bool:
+    """Whether each turn is a text that is `written` behind the one before: two may say the same."""
+    at = 0
+    for turn in turns:
+        text = _squeezed(turn["content"]) if is_plain(turn) else None
+        at = -1 if text is None else written.find(text, at)
+        if text is None or at < 0:
+            return False
+        at += len(text)
+    return True
 
 
 def _changed_before(turn: _Turn) -> tuple[str, ...]:
     """A flag if the template leaves out or changes a text of the turns before the last."""
-    written = _squeezed(turn.opening)
-    if all(is_plain(message) and _squeezed(message["content"]) in written for message in turn.before):
+    if _in_order(turn.before, _squeezed(turn.opening)):
         return ()
     # A text may be escaped, as in JSON: then its marks are there still.
     marked = Marked(turn.before)

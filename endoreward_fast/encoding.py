@@ -52,6 +52,7 @@ FLAGS = MappingProxyType(
         "split_at_speaker": "a dialogue as text: what follows the last speaker that both answers share is scored",
         "template_rewrites": "the chat template would change the completion: it is scored as written",
         "template_drops": "the chat template leaves out a part of the turn: what it writes is scored",
+        "white_space": "the chat template trims or changes white space of the turn: what it writes is scored",
         "context_changed": "the chat template leaves out or rewrites a part of an earlier turn: the prompt is what it "
         "writes",
         "template_ignores": "the chat template makes no use of the tools, documents or template arguments given",

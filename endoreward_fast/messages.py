@@ -223,7 +223,7 @@ def spellings(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
     or as its JSON. All say the same.
     """
     seen: list[list[dict[str, Any]]] = []
-    for content in (_same, _as_text, _as_parts):
+    for content in (_same, _as_text, _as_one_part):
         for blank in (_same, _blank_text, _blank_null):
             for arguments in (_same, _as_object, _as_json):
                 found = [arguments(blank(content(dict(message)))) for message in messages]
@@ -245,7 +245,8 @@ def _as_text(message: dict[str, Any]) -> dict[str, Any]:
     return found | {REASONING[0]: thought} if thought else found
 
 
-def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
+def _as_one_part(message: dict[str, Any]) -> dict[str, Any]:
+    message = _as_text(message)
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 

@@ -173,6 +173,17 @@ class Template:
         except EndoRewardError:
             return True  # it wants more of a conversation than this
 
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether it writes a system turn before the user's."""
+        mark, user = MARKS[0].format(0), {"role": "user", "content": "x"}
+        for messages in ([{"role": "system", "content": mark}, user], [user]):
+            try:
+                return mark in self.write(self.fit(messages, Extras()), Extras(), generate=True)
+            except EndoRewardError:
+                continue
+        return True  # it wants more of a conversation than this
+
     def fit(self, messages: Sequence[Message], extras: Extras) -> list[dict[str, Any]]:
         """`messages` in the spelling of which the template writes most, as they are if it writes all.
 

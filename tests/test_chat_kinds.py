@@ -1,0 +1,85 @@
+"""Further members of the kinds of faults of chats: each turn beside the template's own rendering of it."""
+
+import pytest
+
+from endoreward_fast.boundary import decode
+from endoreward_fast.encoding import encode_row
+from endoreward_fast.errors import EndoRewardError
+from test_chat import CHATML, IGNORES_SYSTEM, NO_SYSTEM, TRIMMING, chatting
+
+USER = {"role": "user", "content": "the cat?"}
+SAT = {"role": "assistant", "content": "It sat."}
+THINKING = (
+    "{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content.split('</think>')[-1].lstrip('\n') }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|user|>assistant\n<think>\n\n</think>\n\n{% endif %}"
+)
+FIRST_PART = CHATML.replace("m['content']", "m['content'][0]['text']")
+
+
+def written(template, messages, **row):
+    """(prompt, completion, flags)."""
+    tokenizer = chatting(template)
+    encoded = encode_row(tokenizer, {"messages": messages, **row})
+    ids, start = encoded.input_ids, encoded.prompt_length
+    return decode(tokenizer, ids[:start]), decode(tokenizer, ids[start:]), encoded.flags
+
+
+def asked(text, role="user"):
+    return f"<|user|>{role}\n{text}<|end|>\n"
+
+
+@pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>"])
+def test_an_empty_thought_that_the_generation_prompt_has_is_not_read_twice(block):
+    """Qwen3 without thinking: data often holds the empty block that its generation prompt writes too."""
+    opening = THINKING.replace(
+        "{{ m.content.sp", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content.sp"
+    )
+    for template in (THINKING, opening):
+        prompt, completion, _ = written(template, [USER, SAT | {"content": f"{block}It sat."}])
+        assert prompt.endswith("assistant\n<think>\n\n</think>\n\n") and completion == "It sat.<|end|>"
+
+
+def test_white_space_that_a_template_trims_is_flagged():
+    for text in ("It sat.\n", " It sat.", "It sat.  "):
+        found = written(TRIMMING, [USER, SAT | {"content": text}])[1:]
+        assert found == ("It sat.<|end|>", ("white_space",))
+        assert written(CHATML, [USER, SAT | {"content": text}])[1:] == (f"{text}<|end|>", ())
+    assert written(TRIMMING, [USER | {"content": " the cat?\n"}, SAT])[2] == ()  # the prompt is what it writes
+
+
+def test_several_system_turns():
+    rules = [{"role": "system", "content": text} for text in ("Be brief.", "Be kind.")]
+    assert written(CHATML, [*rules, USER, SAT])[0].startswith(
+        asked("Be brief.", "system") + asked("Be kind.", "system")
+    )
+    for template in (NO_SYSTEM, IGNORES_SYSTEM):
+        prompt, _, flags = written(template, [*rules, USER, SAT])
+        assert prompt.startswith(asked("Be brief.\n\nBe kind.\n\nthe cat?")) and flags == ("system_in_user",)
+    first_only = "{% if messages[1].role == 'system' %}{{ raise_exception('one system turn') }}{% endif %}" + CHATML
+    with pytest.raises(EndoRewardError, match="one system turn"):
+        written(first_only, [*rules, USER, SAT])
+
+
+def test_a_system_turn_that_says_nothing_is_none_where_there_is_no_place_for_it():
+    nothing = {"role": "system", "content": ""}
+    assert written(NO_SYSTEM, [nothing, USER, SAT]) == written(NO_SYSTEM, [USER, SAT])
+    assert written(CHATML, [nothing, USER, SAT])[0].startswith(asked("", "system"))
+
+
+def test_a_system_prompt_that_the_user_repeats_is_not_taken_for_written():
+    rule, user = {"role": "system", "content": "Be brief."}, USER | {"content": "Be brief. The cat?"}
+    prompt, _, flags = written(IGNORES_SYSTEM, [rule, user, SAT])
+    assert prompt.startswith(asked("Be brief.\n\nBe brief. The cat?")) and flags == ("system_in_user",)
+
+
+def test_an_earlier_turn_that_is_left_out_is_flagged_though_another_says_the_same():
+    no_tools = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
+    turns = [USER, SAT, {"role": "tool", "content": "the cat?"}, USER, SAT]
+    assert "context_changed" in written(no_tools, turns)[2]
+    assert written(CHATML, turns)[2] == ()
+
+
+def test_content_of_several_parts_is_whole_where_a_template_writes_one():
+    parts = [{"type": "text", "text": text} for text in ("It ", "sat.")]
+    found = written(FIRST_PART, [USER, SAT | {"content": parts}])[1:]
+    assert found == ("It sat.<|end|>", ())
