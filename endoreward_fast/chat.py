@@ -5,7 +5,8 @@
 
 The turn is every field of its message: text, parts, reasoning, tool calls. The conversation is written twice, up to the
 generation prompt and whole. Where the turn ends is seen from what the template writes behind it: at the end of the
-conversation and before a next turn alike (`</s>`, `<|im_end|>` without the newline that no model generates).
+conversation and before a next turn alike (`</s>`, `<|im_end|>` without the newline that no model generates). If it
+leaves a last turn open, its end is what stands between it and the token that opens a next one.
 
 Where a template changes the text of a turn (drops its reasoning, say), the turn is scored as it is written there: that
 is what a policy has generated. All that is dropped is flagged, in the turn and in those before it.
@@ -198,6 +199,10 @@ class _Turn:
             return whole
         if whole:
             return shared[: self._whole_marks(shared)].rstrip() or by_its_look
+        opens = _up_to_first(self._special, self.template.generation_prompt.lstrip())
+        closed = before_a_next.partition(opens)[0] if opens in self._special and opens in before_a_next else ""
+        if closed.strip():
+            return closed.rstrip()
         return next((token for token in self._ends if token and before_a_next.lstrip().startswith(token)), "")
 
     def _whole_marks(self, shared: str) -> int:

@@ -188,7 +188,7 @@ class Encoder:
         dated = self.date is None and self.template.asks_for_the_date(extras)
         text = render(self.template, dialogue(prompt, completion), extras, system=self.system, ends=self._ends)
         flags = (*flags, *text.flags, *(("dated",) if dated else ()), *(() if text.completion else ("empty",)))
-        end = text.end if self.append_eos else ""
+        end = text.end if self.append_eos or "end_in_text" in text.flags else ""
         if text.completion.endswith(self._ends):  # it has ended already, by another token than the template's
             end = ""
         before, after = split_ids(self.tokenizer, text.prompt, text.completion + end)

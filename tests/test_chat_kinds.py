@@ -6,6 +6,7 @@ from endoreward_fast.boundary import decode
 from endoreward_fast.encoding import encode_row
 from endoreward_fast.errors import EndoRewardError
 from test_chat import CHATML, IGNORES_SYSTEM, NO_SYSTEM, TRIMMING, chatting
+from tiny_tokenizers import texts
 
 USER = {"role": "user", "content": "the cat?"}
 SAT = {"role": "assistant", "content": "It sat."}
@@ -83,3 +84,19 @@ def test_content_of_several_parts_is_whole_where_a_template_writes_one():
     parts = [{"type": "text", "text": text} for text in ("It ", "sat.")]
     found = written(FIRST_PART, [USER, SAT | {"content": parts}])[1:]
     assert found == ("It sat.<|end|>", ())
+
+
+@pytest.mark.parametrize("append_eos", [True, False])
+@pytest.mark.parametrize("text", ["It sat.<|end|>", "It sat.<|end|>\n", "<|end|>"])
+def test_an_end_that_the_text_brings_is_scored_whether_or_not_one_is_added(text, append_eos):
+    tokenizer = chatting(CHATML)
+    encoded = encode_row(tokenizer, {"messages": [USER, SAT | {"content": text}]}, append_eos=append_eos)
+    assert texts(tokenizer, encoded)[1] == text.strip() and "end_in_text" in encoded.flags
+
+
+def test_the_end_of_a_turn_that_a_template_writes_before_the_next_one_alone():
+    """Templates that leave the last turn open, by loop.last."""
+    template = CHATML.replace("<|end|>\n", "{% if not loop.last or m['role'] == 'user' %}<|end|>\n{% endif %}")
+    for text in ("It sat.", ""):
+        _, completion, flags = written(template, [USER, SAT | {"content": text}])
+        assert completion == f"{text}<|end|>" and "end_made_up" not in flags
