@@ -198,17 +198,12 @@ class _Turn:
         if whole and len(shared) >= len(whole):
             return whole
         if whole:
-            return shared[: self._whole_marks(shared)].rstrip() or by_its_look
+            return _whole_marks(shared).rstrip() or by_its_look
         opens = _up_to_first(self._special, self.template.generation_prompt.lstrip())
         closed = before_a_next.partition(opens)[0] if opens in self._special and opens in before_a_next else ""
         if closed.strip():
             return closed.rstrip()
         return next((token for token in self._ends if token and before_a_next.lstrip().startswith(token)), "")
-
-    def _whole_marks(self, shared: str) -> int:
-        """Length of what two texts share without the part of a mark in whose middle they part."""
-        ends = [shared.rfind(token) + len(token) for token in self._special if token in shared]
-        return max([*ends, *(i + 1 for i, c in enumerate(shared) if c.isspace())], default=0)
 
     @property
     def _special(self) -> set[str]:
@@ -237,7 +232,10 @@ class _Turn:
             self.completion = body[at:].lstrip()
             return
         if len(shared) < len(before_text):
-            at = self._whole_marks(shared)
+            at = len(_whole_marks(shared))
+        usual = self.template.generation_prompt
+        if before_text.startswith(usual, at):
+            at += len(usual)
         self.flags += ("opening_differs",)
         self.prompt, self.completion = body[:at], body[at:]
 
@@ -264,6 +262,11 @@ class _Turn:
         text, scored = self._without_own_end(_said(self._answer)), _open_thought(self.prompt) + self.completion
         if text not in scored and _squeezed(text) in _squeezed(scored):
             self.flags += ("white_space",)
+
+
+def _whole_marks(shared: str) -> str:
+    """What two texts share without the part of a mark in whose middle they part."""
+    return re.sub(r"[<\[{][^\s<>\[\]{}]*$", "", shared)
 
 
 def _saying(message: Message, text: str) -> Message:
@@ -322,7 +325,7 @@ def _changed_before(turn: _Turn) -> tuple[str, ...]:
     # A text may be escaped, as in JSON: then its marks are there still.
     marked = Marked(turn.before)
     text = turn.template.write(marked.messages, turn.extras, generate=True)
-    return () if marked.whole(text) else ("context_changed",)
+    return () if marked.whole(text, turn.opening) else ("context_changed",)
 
 
 def _ignored(template: Template, turn: _Turn, extras: Extras) -> tuple[str, ...]:

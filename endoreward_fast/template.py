@@ -220,6 +220,7 @@ class Marked:
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.marks: list[tuple[str, str]] = []
+        self._texts: list[str] = []
         self.messages = [with_texts(message, self._mark) for message in messages]
 
     def _mark(self, text: str) -> str:
@@ -228,12 +229,16 @@ class Marked:
         front = MARKS[bare[0] in "Qq"].format(number)
         back = MARKS[bare[-1] in "Qq"].format(number)
         self.marks.append((front, back))
+        self._texts.append(bare)
         return front + bare + back
 
     def missing(self, text: str) -> list[int]:
         """Numbers of the texts of which neither mark is in `text`."""
         return [i for i, marks in enumerate(self.marks) if not any(mark in text for mark in marks)]
 
-    def whole(self, text: str) -> bool:
-        """Whether both marks of every text are in `text`."""
-        return all(sum(text.count(mark) for mark in set(marks)) >= 2 for marks in self.marks)
+    def whole(self, text: str, unmarked: str) -> bool:
+        """Whether both marks of every text are in `text`; or one, and the text itself in `unmarked`, which the template
+        writes without marks: it may take a text apart (a thought out of it) and lose one on the way."""
+        found = [sum(text.count(mark) for mark in set(marks)) for marks in self.marks]
+        written = "".join(unmarked.split())
+        return all(n > 1 or (n and "".join(t.split()) in written) for n, t in zip(found, self._texts, strict=True))

@@ -100,3 +100,35 @@ def test_the_end_of_a_turn_that_a_template_writes_before_the_next_one_alone():
     for text in ("It sat.", ""):
         _, completion, flags = written(template, [USER, SAT | {"content": text}])
         assert completion == f"{text}<|end|>" and "end_made_up" not in flags
+
+
+KEEPS_THOUGHT = CHATML.replace(
+    "{{ m['content'] }}",
+    "{% set said = m.content.split('</think>') %}{% if said | length > 1 %}"
+    "<think>\n{{ said[0].split('<think>')[-1].strip('\n') }}\n</think>\n\n{{ said[1].lstrip('\n') }}"
+    "{% else %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or () %}<call>{{ c.function.name }}</call>{% endfor %}",
+)
+CALLS = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+
+
+def test_a_thought_that_the_template_keeps_is_no_change_of_an_earlier_turn():
+    """Qwen3 takes it out of the text and writes it again."""
+    thinking = SAT | {"content": "<think>\nLook.\n</think>\n\nLet me see."} | CALLS
+    turns = [USER, thinking, {"role": "tool", "content": "mat"}, SAT]
+    assert written(KEEPS_THOUGHT, turns)[2] == ()
+    drops = KEEPS_THOUGHT.replace("<think>\n{{ said[0].split('<think>')[-1].strip('\n') }}\n</think>\n\n", "")
+    assert written(drops, turns)[2] == ("context_changed",)
+
+
+def test_no_word_of_an_earlier_turn_is_scored_where_the_template_joins_turns():
+    """Gemma 4 writes what follows a tool's answer into the turn before it, and no end of that turn any more."""
+    joins = (
+        "{% for m in messages %}{% if m.role != 'assistant' or not joined %}<|user|>{{ m.role }}\n{% endif %}"
+        "{{ m.content }}{% if m.role == 'user' or loop.last %}<|end|>\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt and messages[-1].role == 'user' %}<|user|>assistant\n{% endif %}"
+    )
+    for header, template in (("", joins.replace("joined", "loop.index0 == 2")), ("<|user|>assistant\n", joins)):
+        prompt, completion, flags = written(template, [USER, SAT | {"content": "Let me see."}, SAT])
+        assert prompt.endswith(f"Let me see.{header}") and completion == "It sat.<|end|>"
+        assert "opening_differs" in flags
