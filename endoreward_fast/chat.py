@@ -52,22 +52,37 @@ def render(
     messages = [without_nulls(message) for message in messages]
     prompt, flags = _with_a_system_turn(template, messages[:-1], system)
     turn = _Turn(template, [*prompt, messages[-1]], extras, ends)
-    filled = has_nulls(extras.tools) or any(has_nulls(message.get("tool_calls")) for message in messages)
     found = (
-        *_changed_before(turn), *_ignored(template, turn, extras), *_marks_in(template, messages, turn.end),
-        *(("null_fields",) if filled else ()),
+        *_changed_before(turn), *_ignored(template, turn.messages, turn.whole, extras),
+        *_marks_in(template, messages, turn.end), *_null_fields(messages, extras),
     )  # fmt: skip
     return Rendered(turn.prompt, turn.completion, turn.end, (*turn.flags, *flags, *found))
 
 
-def conversation(template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None) -> str:
-    """All that the template writes for `messages`, to its very end: what a classifier of conversations is trained on.
+def conversation(
+    template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """(all that the template writes for `messages`, to its very end: what a classifier of conversations is trained on;
+    flags).
 
     Raises EndoRewardError as `render` does, also where the template has no place for `system`.
     """
     template.source()
-    whole = with_system([without_nulls(message) for message in messages], system)
-    return template.write(template.fit(whole, extras), extras)
+    turns = template.fit(with_system([without_nulls(message) for message in messages], system), extras)
+    text, marked = template.write(turns, extras), Marked(turns)
+    other = template.write(marked.messages, extras)
+    end = _up_to_first(template.special, (_behind_marks(text, other) or "").strip())
+    lost, last = marked.lost(other, text), len(marked.marks) - len(Marked(turns[-1:]).marks)
+    flags: tuple[str, ...] = ("empty",) if is_blank(turns[-1]) else ()
+    said = _said(turns[-1])
+    if _without_end(said, end) != said:
+        flags = (*flags, "end_in_text")
+        text = template.write([*turns[:-1], with_text(turns[-1], _without_end(said, end))], extras)
+    return text, (
+        *flags, *(("template_drops",) if any(i >= last for i in lost) else ()),
+        *(("context_changed",) if any(i < last for i in lost) else ()), *_ignored(template, turns, text, extras),
+        *_marks_in(template, messages, end), *_null_fields(messages, extras),
+    )  # fmt: skip
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
@@ -191,7 +206,7 @@ class _Turn:
 
     def _end_of(self, last: str, before_a_next: str | None, *, calls: bool) -> str:
         whole = last.rstrip()
-        by_its_look = whole if calls else _up_to_first(self._special, whole)
+        by_its_look = whole if calls else _up_to_first(self.template.special, whole)
         if before_a_next is None:
             return by_its_look
         shared = _shared([last, before_a_next])
@@ -199,17 +214,12 @@ class _Turn:
             return whole
         if whole:
             return _whole_marks(shared).rstrip() or by_its_look
-        opens = _up_to_first(self._special, self.template.generation_prompt.lstrip())
-        closed = before_a_next.partition(opens)[0] if opens in self._special and opens in before_a_next else ""
+        special = self.template.special
+        opens = _up_to_first(special, self.template.generation_prompt.lstrip())
+        closed = before_a_next.partition(opens)[0] if opens in special and opens in before_a_next else ""
         if closed.strip():
             return closed.rstrip()
         return next((token for token in self._ends if token and before_a_next.lstrip().startswith(token)), "")
-
-    @property
-    def _special(self) -> set[str]:
-        tokenizer = self.template.tokenizer
-        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        return (added | set(tokenizer.all_special_tokens)) - {""}
 
     def _cut(self, body: str, before_text: str) -> None:
         """`body`, the conversation up to the end of its last text, into prompt and completion."""
@@ -241,9 +251,7 @@ class _Turn:
 
     def _without_own_end(self, completion: str) -> str:
         """The completion without the end of turn that its text already has: the template writes it once more."""
-        found, mark = completion, self.end.strip()
-        while mark and found.rstrip().endswith(mark):
-            found = found.rstrip().removesuffix(mark)
+        found = _without_end(completion, self.end)
         if found != completion and "end_in_text" not in self.flags:
             self.flags += ("end_in_text",)
         return found
@@ -262,6 +270,14 @@ class _Turn:
         text, scored = self._without_own_end(_said(self._answer)), _open_thought(self.prompt) + self.completion
         if text not in scored and _squeezed(text) in _squeezed(scored):
             self.flags += ("white_space",)
+
+
+def _without_end(text: str, end: str) -> str:
+    """A text without the marks at its end that end a turn."""
+    mark = end.strip()
+    while mark and text.rstrip().endswith(mark):
+        text = text.rstrip().removesuffix(mark)
+    return text
 
 
 def _whole_marks(shared: str) -> str:
@@ -325,19 +341,24 @@ def _changed_before(turn: _Turn) -> tuple[str, ...]:
     # A text may be escaped, as in JSON: then its marks are there still.
     marked = Marked(turn.before)
     text = turn.template.write(marked.messages, turn.extras, generate=True)
-    return () if marked.whole(text, turn.opening) else ("context_changed",)
+    return ("context_changed",) if marked.lost(text, turn.opening) else ()
 
 
-def _ignored(template: Template, turn: _Turn, extras: Extras) -> tuple[str, ...]:
+def _ignored(template: Template, messages: Sequence[Message], written: str, extras: Extras) -> tuple[str, ...]:
     """A flag if the template makes nothing of what the row gives it."""
     flags: tuple[str, ...] = ()
     for name in ("tools", "documents"):
         if getattr(extras, name) is not None:
             without = Extras(**{**vars(extras), name: None})
-            if template.write(turn.messages, without) == turn.whole:
+            if template.write(messages, without) == written:
                 flags = ("template_ignores",)
     source = template.source(tools=bool(extras.tools))
     return ("template_ignores",) if any(name not in source for name in extras.kwargs) else flags
+
+
+def _null_fields(messages: Sequence[Message], extras: Extras) -> tuple[str, ...]:
+    filled = has_nulls(extras.tools) or any(has_nulls(message.get("tool_calls")) for message in messages)
+    return ("null_fields",) if filled else ()
 
 
 def _marks_in(template: Template, messages: Sequence[Message], end: str) -> tuple[str, ...]:

@@ -133,20 +133,23 @@ class RewardModel:
         plain = isinstance(prompt, str) and isinstance(completion, str)
         if plain and not wants_chat(self.tokenizer, row.get("chat", options.chat)):
             before = f"{options.system}\n\n{prompt}" if options.system else prompt
+            flags = () if completion else ("empty",)
             ids = self.tokenizer(before + completion, truncation=False, verbose=False)["input_ids"]
             leading = encoder.leading
             if leading and tuple(ids[: 2 * len(leading)]) == leading * 2:  # the text has its own
                 ids = ids[len(leading) :]
         else:
             turns, extras = dialogue(prompt, completion), Extras.of(row, encoder.extras)
-            text = conversation(encoder.template, turns, extras, system=options.system)
+            text, flags = conversation(encoder.template, turns, extras, system=options.system)
+            if encoder.date is None and encoder.template.asks_for_the_date(extras):
+                flags = (*flags, "dated")
             ids = tokenize(self.tokenizer, text)
         limit = self.positions.limit(options.max_length)
         if not ids:
             raise EndoRewardError("the row is empty: there is nothing to classify")
         if limit is None or len(ids) <= limit:
-            return ids, ()
-        return _cut(ids, limit, options.truncate), ("truncated",)
+            return ids, flags
+        return _cut(ids, limit, options.truncate), (*flags, "truncated")
 
     def _classify(self, rows: list[list[int]]) -> list[float]:
         width = max(map(len, rows))

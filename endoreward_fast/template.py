@@ -150,6 +150,12 @@ class Template:
         return f"{{% macro {CLOCK}(format) %}}{{{{ format{spelt} }}}}{{% endmacro %}}\n"
 
     @cached_property
+    def special(self) -> set[str]:
+        """The tokenizer's special tokens."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return (added | set(self.tokenizer.all_special_tokens)) - {""}
+
+    @cached_property
     def ends(self) -> dict[tuple[str, str], str]:
         """What ends a turn of text, by all that stands behind it and the template's variables; chat.py fills it in."""
         return {}
@@ -236,9 +242,10 @@ class Marked:
         """Numbers of the texts of which neither mark is in `text`."""
         return [i for i, marks in enumerate(self.marks) if not any(mark in text for mark in marks)]
 
-    def whole(self, text: str, unmarked: str) -> bool:
-        """Whether both marks of every text are in `text`; or one, and the text itself in `unmarked`, which the template
-        writes without marks: it may take a text apart (a thought out of it) and lose one on the way."""
+    def lost(self, text: str, unmarked: str) -> list[int]:
+        """Numbers of the texts that are not whole: of which `text` has not both marks, nor one of them and `unmarked`,
+        which the template writes without marks, the text itself. It may take a text apart and lose a mark on the way
+        (a thought out of an answer)."""
         found = [sum(text.count(mark) for mark in set(marks)) for marks in self.marks]
-        written = "".join(unmarked.split())
-        return all(n > 1 or (n and "".join(t.split()) in written) for n, t in zip(found, self._texts, strict=True))
+        written, bare = "".join(unmarked.split()), ["".join(t.split()) for t in self._texts]
+        return [i for i, n in enumerate(found) if n == 0 or (n == 1 and bare[i] not in written)]

@@ -455,3 +455,27 @@ def test_what_is_no_reward_model_is_refused_by_name(tmp_path, folder):
             RewardModel.from_pretrained(name, device="cpu")
     with pytest.raises(EndoRewardError, match="LlamaForSequenceClassification has 2 outputs"):
         RewardModel(AutoModelForSequenceClassification.from_pretrained(two), CHAT)
+
+
+def test_a_reward_model_flags_what_its_template_drops_and_writes_an_end_once():
+    model = classifier()
+    asked, answered = {"role": "user", "content": "?"}, {"role": "assistant", "content": "4"}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    dated = byte_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    whole = "<|user|>?</s>\n<|assistant|>4</s>\n"
+    for messages, row, flags in (
+        ([asked, answered], {}, ()),
+        ([asked, answered | {"content": "4</s>"}], {}, ("end_in_text", "marks_in_text")),
+        ([asked, answered | {"content": "4</s>\n"}], {}, ("end_in_text", "marks_in_text")),
+        ([asked, answered | {"reasoning_content": "add"}], {}, ("template_drops",)),
+        ([asked, answered | {"tool_calls": [call]}], {}, ("template_drops",)),
+        ([asked | {"thinking": "hm"}, answered], {}, ("context_changed",)),
+        ([asked, answered], {"tools": [{"name": "f"}]}, ("template_ignores",)),
+    ):
+        (result,) = RewardModel(model, CHAT).score([{"messages": messages, **row}])
+        assert result.score == pytest.approx(output(model, whole), rel=1e-4) and result.flags == flags, messages
+    assert RewardModel(model, dated).score([ROW])[0].flags == ("dated",)
+    assert RewardModel(model, dated).score([ROW], date="2024-02-29")[0].flags == ()
+    assert RewardModel(model, CHAT).score([ROW | {"completion": ""}])[0].flags == ("empty",)
+    assert RewardModel(model, TOKENIZER).score([ROW | {"completion": ""}])[0].flags == ("empty",)
