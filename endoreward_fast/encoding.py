@@ -129,9 +129,9 @@ class Encoder:
         return Template(self.tokenizer) if self.date is None else Template(self.tokenizer, as_date(self.date))
 
     @cached_property
-    def leading(self) -> tuple[int, ...]:
-        """Special tokens that the tokenizer puts before a text: BOS, [CLS], or none."""
-        return _leading_ids(self.tokenizer)
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Special tokens that the tokenizer puts before a text (BOS, [CLS], or none) and behind it."""
+        return _around_ids(self.tokenizer)
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
@@ -199,7 +199,8 @@ class Encoder:
 
     def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[int], tuple[str, ...]]:
         before, after = split_ids(self.tokenizer, prompt, completion)
-        leading = () if tuple(before[: len(self.leading)]) == self.leading else self.leading
+        leading, _ = self.around
+        leading = () if tuple(before[: len(leading)]) == leading else leading
         return [*leading, *before], self._with_eos(after), () if after else ("empty",)
 
     def _has_ended(self, ids: list[int]) -> bool:
@@ -260,11 +261,10 @@ def encode_row(
     return encoder.encode(row)
 
 
-def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Special tokens that the tokenizer puts before a text: BOS, [CLS], or none."""
+def _around_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     bare, full = tokenize(tokenizer, "a"), tokenizer("a", truncation=False)["input_ids"]
     at = next((k for k in range(len(full)) if full[k : k + len(bare)] == bare), 0)
-    return tuple(full[:at])
+    return tuple(full[:at]), tuple(full[at + len(bare) :])
 
 
 def wants_chat(tokenizer: Any, chat: bool | None) -> bool:

@@ -135,9 +135,11 @@ class RewardModel:
             before = f"{options.system}\n\n{prompt}" if options.system else prompt
             flags = () if completion else ("empty",)
             ids = self.tokenizer(before + completion, truncation=False, verbose=False)["input_ids"]
-            leading = encoder.leading
+            leading, trailing = encoder.around
             if leading and tuple(ids[: 2 * len(leading)]) == leading * 2:  # the text has its own
                 ids = ids[len(leading) :]
+            if trailing and tuple(ids[-2 * len(trailing) :]) == trailing * 2:
+                ids = ids[: -len(trailing)]
         else:
             turns, extras = dialogue(prompt, completion), Extras.of(row, encoder.extras)
             text, flags = conversation(encoder.template, turns, extras, system=options.system)

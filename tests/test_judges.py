@@ -479,3 +479,12 @@ def test_a_reward_model_flags_what_its_template_drops_and_writes_an_end_once():
     assert RewardModel(model, dated).score([ROW], date="2024-02-29")[0].flags == ()
     assert RewardModel(model, CHAT).score([ROW | {"completion": ""}])[0].flags == ("empty",)
     assert RewardModel(model, TOKENIZER).score([ROW | {"completion": ""}])[0].flags == ("empty",)
+
+
+def test_special_tokens_of_a_text_are_not_doubled_by_a_reward_models_tokenizer():
+    scorer = RewardModel(classifier(), leading_bos())
+    plain, *others = scorer.score(
+        [ROW, ROW | {"prompt": f"<s>{ROW['prompt']}"}, ROW | {"completion": f"{ROW['completion']}</s>"}]
+    )
+    assert [other.num_tokens for other in others] == [plain.num_tokens] * 2
+    assert [other.score for other in others] == pytest.approx([plain.score] * 2, rel=1e-5)
