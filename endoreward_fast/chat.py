@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from .errors import EndoRewardError
-from .messages import Message, has_nulls, is_blank, is_plain, text_of, texts_of, with_text, without_nulls
+from .messages import Message, has_nulls, is_blank, is_plain, is_text, text_of, texts_of, with_text, without_nulls
 from .template import Extras, Marked, Template
 
 NEXT = "QzNEXTzQ"
@@ -138,7 +138,7 @@ class _Turn:
         body = self.whole[: len(self.whole) - len(behind)]
         self._cut(body, _shared([self.whole, other]))
         self.completion = self._without_own_end(self.completion)
-        if _says_only_text(self._answer):
+        if is_text(self._answer):
             self._put_back(text_of(self._answer["content"]))
         elif marked.missing(other):
             self.flags += ("template_drops",)
@@ -295,13 +295,6 @@ def _said(message: Message) -> str:
     """The text of a message's content, without thoughts among its parts."""
     content = message.get("content")
     return text_of([p for p in content if p["type"] == "text"] if isinstance(content, list) else content)
-
-
-def _says_only_text(message: Message) -> bool:
-    content = message.get("content")
-    if isinstance(content, list) and any(part["type"] != "text" for part in content):
-        return False
-    return is_plain({**message, "content": text_of(content)})
 
 
 def _behind_marks(text: str, marked: str) -> str | None:

@@ -133,6 +133,14 @@ def is_plain(message: Message) -> bool:
     return isinstance(message.get("content"), str) and not any(message.get(name) for name in (*TEXTS[1:], "tool_calls"))
 
 
+def is_text(message: Message) -> bool:
+    """Whether the message is a text and nothing else, be it in parts."""
+    content = message.get("content")
+    if isinstance(content, list) and any(part["type"] != "text" for part in content):
+        return False
+    return is_plain({**message, "content": text_of(content)})
+
+
 def is_blank(message: Message) -> bool:
     """Whether the message says nothing."""
     return not spoken(message).strip()

@@ -13,7 +13,7 @@ from .arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, r
 from .batching import Room, does_not_fit, in_batches
 from .boundary import tokenize
 from .chat import conversation
-from .encoding import Encoder, Row, dialogue, prompt_and_completion, refuse_no_row, wants_chat
+from .encoding import Encoder, Row, begun_turn, dialogue, prompt_and_completion, refuse_no_row, wants_chat
 from .errors import EndoRewardError
 from .loading import load_classifier, refuse_other_than_one_output
 from .positions import Positions
@@ -141,7 +141,8 @@ class RewardModel:
             if trailing and tuple(ids[-2 * len(trailing) :]) == trailing * 2:
                 ids = ids[: -len(trailing)]
         else:
-            turns, extras = dialogue(prompt, completion), Extras.of(row, encoder.extras)
+            begun = begun_turn(row, prompt, completion)
+            turns, extras = dialogue(prompt, completion, begun), Extras.of(row, encoder.extras)
             text, flags = conversation(encoder.template, turns, extras, system=options.system)
             if encoder.date is None and encoder.template.asks_for_the_date(extras):
                 flags = (*flags, "dated")

@@ -132,3 +132,19 @@ def test_no_word_of_an_earlier_turn_is_scored_where_the_template_joins_turns():
         prompt, completion, flags = written(template, [USER, SAT | {"content": "Let me see."}, SAT])
         assert prompt.endswith(f"Let me see.{header}") and completion == "It sat.<|end|>"
         assert "opening_differs" in flags
+
+
+@pytest.mark.parametrize("template", [CHATML, TRIMMING, THINKING], ids=["as it is", "trimming", "thinking"])
+def test_a_completion_goes_on_with_the_assistants_turn_that_the_prompt_has_begun(template):
+    """A prefill, as transformers' continue_final_message writes it."""
+    tokenizer = chatting(template)
+    begun = [USER, {"role": "assistant", "content": "It sat on"}]
+    opening = tokenizer.apply_chat_template(begun, continue_final_message=True, tokenize=False)
+    for completion in (" the mat.", [{"role": "assistant", "content": " the mat."}]):
+        encoded = encode_row(tokenizer, {"prompt": begun, "completion": completion})
+        assert texts(tokenizer, encoded) == (opening, " the mat.<|end|>")
+        assert set(encoded.flags) - {"opening_differs"} == {"continues_turn"}
+    nothing = encode_row(tokenizer, {"prompt": begun, "completion": ""})
+    assert texts(tokenizer, nothing)[1].strip() == "<|end|>" and "empty" in nothing.flags
+    turns = encode_row(tokenizer, {"messages": [*begun, SAT]})
+    assert texts(tokenizer, turns)[1] == "It sat.<|end|>" and "continues_turn" not in turns.flags
