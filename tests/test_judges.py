@@ -488,3 +488,27 @@ def test_special_tokens_of_a_text_are_not_doubled_by_a_reward_models_tokenizer()
     )
     assert [other.num_tokens for other in others] == [plain.num_tokens] * 2
     assert [other.score for other in others] == pytest.approx([plain.score] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_an_empty_answer_that_the_template_refuses_stops_no_other_row(name):
+    tokenizer = byte_tokenizer()
+    refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + TEMPLATE
+    tokenizer.chat_template = refusing
+    judge = JUDGES[name](EndoRewardModel(build(LlamaConfig, **LONG), tokenizer))
+    odd = {"prompt": [{"role": "tool", "content": "5"}], "completion": "", "group": 1}
+    fine, refused, also = judge.score([ROW | {"group": 1}, odd, ROWS[1] | {"group": 1}])
+    assert fine.score is not None and also.score is not None
+    assert refused.score is None and "no tools here" in refused.error
+
+
+def test_an_empty_answer_has_a_verdict_where_the_model_has_an_end_for_it():
+    """GLM's models stop at the next turn's mark: their generation_config says so, not their tokenizer."""
+    tokenizer = byte_tokenizer(eos_token=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = TEMPLATE.replace("</s>\n", "")
+    scorer = EndoRewardModel(build(LlamaConfig, **LONG), tokenizer)
+    scorer.model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|user|>")]
+    empty = ROW | {"completion": ""}
+    assert scorer.score([empty])[0].score is not None
+    assert JUDGES["verifier"](scorer).score([empty])[0].score is not None
