@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cli_harness import put, rows_of, run
-from endoreward_fast import EndoRewardModel
+from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.boundary import decode
 from endoreward_fast.encoding import encode_row
 from tiny_models import MODELS, byte_tokenizer
@@ -169,6 +169,18 @@ def test_arguments_that_a_table_filled_in_with_nulls():
     assert encoded() == without
     assert encoded(arguments=None).input_ids == without.input_ids
     assert "null_fields" in encoded(arguments={"zone": None}).flags and "null_fields" not in without.flags
+
+
+def test_a_processor_is_told_from_its_tokenizer(model):
+    class Processor:
+        def __init__(self):
+            self.tokenizer = chat_tokenizer(QWEN_LIKE)
+
+        def __call__(self, text):
+            return self.tokenizer(text)
+
+    with pytest.raises(EndoRewardError, match=r"tokenizer is a Processor: give its \.tokenizer"):
+        EndoRewardModel(model, Processor())
 
 
 # --- the command
