@@ -156,6 +156,10 @@ def refuse_name(owner: type, model: Any, tokenizer: Any) -> None:
     if isinstance(tokenizer, str | Path):
         load = f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r})"
         raise EndoRewardError(f"{name} takes a loaded tokenizer, not its name: {load}")
+    if getattr(tokenizer, "tokenizer", None) is not None:
+        raise EndoRewardError(
+            f"tokenizer is a {_kind(tokenizer)}: give its .tokenizer, with the chat_template that it has"
+        )
     if tokenizer is not None and not callable(tokenizer):
         raise EndoRewardError(f"tokenizer is a {_kind(tokenizer)}: expected a tokenizer of transformers")
 

@@ -13,7 +13,7 @@ from .arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, r
 from .batching import Room, does_not_fit, in_batches
 from .boundary import tokenize
 from .chat import conversation
-from .encoding import Encoder, Row, dialogue, prompt_and_completion, refuse_no_row, wants_chat
+from .encoding import Encoder, Row, begun_turn, dialogue, prompt_and_completion, refuse_no_row, wants_chat
 from .errors import EndoRewardError
 from .loading import load_classifier, naming, refuse_other_than_one_output
 from .positions import Positions, forget_longer_rows
@@ -133,20 +133,26 @@ class RewardModel:
         plain = isinstance(prompt, str) and isinstance(completion, str)
         if plain and not wants_chat(self.tokenizer, row.get("chat", options.chat)):
             before = f"{options.system}\n\n{prompt}" if options.system else prompt
+            flags = () if completion else ("empty",)
             ids = self.tokenizer(before + completion, truncation=False, verbose=False)["input_ids"]
-            leading = encoder.leading
+            leading, trailing = encoder.around
             if leading and tuple(ids[: 2 * len(leading)]) == leading * 2:  # the text has its own
                 ids = ids[len(leading) :]
+            if trailing and tuple(ids[-2 * len(trailing) :]) == trailing * 2:
+                ids = ids[: -len(trailing)]
         else:
-            turns, extras = dialogue(prompt, completion), Extras.of(row, encoder.extras)
-            text = conversation(encoder.template, turns, extras, system=options.system)
+            begun = begun_turn(row, prompt, completion)
+            turns, extras = dialogue(prompt, completion, begun), Extras.of(row, encoder.extras)
+            text, flags = conversation(encoder.template, turns, extras, system=options.system)
+            if encoder.date is None and encoder.template.asks_for_the_date(extras):
+                flags = (*flags, "dated")
             ids = tokenize(self.tokenizer, text)
         limit = self.positions.limit(options.max_length)
         if not ids:
             raise EndoRewardError("the row is empty: there is nothing to classify")
         if limit is None or len(ids) <= limit:
-            return ids, ()
-        return _cut(ids, limit, options.truncate), ("truncated",)
+            return ids, flags
+        return _cut(ids, limit, options.truncate), (*flags, "truncated")
 
     def _classify(self, rows: list[list[int]]) -> list[float]:
         width = max(map(len, rows))

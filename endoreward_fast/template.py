@@ -150,6 +150,12 @@ class Template:
         return f"{{% macro {CLOCK}(format) %}}{{{{ format{spelt} }}}}{{% endmacro %}}\n"
 
     @cached_property
+    def special(self) -> set[str]:
+        """The tokenizer's special tokens."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return (added | set(self.tokenizer.all_special_tokens)) - {""}
+
+    @cached_property
     def ends(self) -> dict[tuple[str, str], str]:
         """What ends a turn of text, by all that stands behind it and the template's variables; chat.py fills it in."""
         return {}
@@ -172,6 +178,17 @@ class Template:
             return mark in self.write([{"role": "user", "content": mark}], Extras())
         except EndoRewardError:
             return True  # it wants more of a conversation than this
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether it writes a system turn before the user's."""
+        mark, user = MARKS[0].format(0), {"role": "user", "content": "x"}
+        for messages in ([{"role": "system", "content": mark}, user], [user]):
+            try:
+                return mark in self.write(self.fit(messages, Extras()), Extras(), generate=True)
+            except EndoRewardError:
+                continue
+        return True  # it wants more of a conversation than this
 
     def fit(self, messages: Sequence[Message], extras: Extras) -> list[dict[str, Any]]:
         """`messages` in the spelling of which the template writes most, as they are if it writes all.
@@ -209,6 +226,7 @@ class Marked:
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.marks: list[tuple[str, str]] = []
+        self._texts: list[str] = []
         self.messages = [with_texts(message, self._mark) for message in messages]
 
     def _mark(self, text: str) -> str:
@@ -217,12 +235,17 @@ class Marked:
         front = MARKS[bare[0] in "Qq"].format(number)
         back = MARKS[bare[-1] in "Qq"].format(number)
         self.marks.append((front, back))
+        self._texts.append(bare)
         return front + bare + back
 
     def missing(self, text: str) -> list[int]:
         """Numbers of the texts of which neither mark is in `text`."""
         return [i for i, marks in enumerate(self.marks) if not any(mark in text for mark in marks)]
 
-    def whole(self, text: str) -> bool:
-        """Whether both marks of every text are in `text`."""
-        return all(sum(text.count(mark) for mark in set(marks)) >= 2 for marks in self.marks)
+    def lost(self, text: str, unmarked: str) -> list[int]:
+        """Numbers of the texts that are not whole: of which `text` has not both marks, nor one of them and `unmarked`,
+        which the template writes without marks, the text itself. It may take a text apart and lose a mark on the way
+        (a thought out of an answer)."""
+        found = [sum(text.count(mark) for mark in set(marks)) for marks in self.marks]
+        written, bare = "".join(unmarked.split()), ["".join(t.split()) for t in self._texts]
+        return [i for i, n in enumerate(found) if n == 0 or (n == 1 and bare[i] not in written)]
