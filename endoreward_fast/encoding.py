@@ -181,7 +181,9 @@ class Encoder:
             raise EndoRewardError("chat=False scores plain text, but the row holds messages")
         if plain and not wants_chat(self.tokenizer, chat):
             before = f"{self.system}\n\n{prompt}" if self.system else prompt
-            return self._plain(before, completion)
+            extras = Extras.of(row, self.extras)
+            before, after, flags = self._plain(before, completion)
+            return before, after, (*flags, *(() if extras == Extras() else ("template_ignores",)))
         flags = ("context_turns",) if not isinstance(completion, str) and len(completion) > 1 else ()
         extras = Extras.of(row, self.extras)
         dated = self.date is None and self.template.asks_for_the_date(extras)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Optional
 from ..checkpoint import POCKET, place_of
 from ..dtypes import ALIASES, DTYPES
 from ..errors import EndoRewardError
+from ..messages import check_text
 from ..template import Extras, as_date
 from .parameters import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
 
@@ -52,9 +53,11 @@ def tools_in(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EndoRewardError(f"--tools: cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise EndoRewardError(f"--tools: cannot read {path}: it is not UTF-8") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody has that home
+        raise EndoRewardError(f"--tools: cannot read {path}: {getattr(error, 'strerror', error)}") from None
     return _template_json(f"--tools {path}", "tools", text)
 
 
@@ -65,7 +68,8 @@ def template_kwargs(text: str | None) -> str | None:
 
 def _template_json(flag: str, name: str, text: str) -> str:
     try:
-        Extras.of({name: text}, Extras())
+        if Extras.of({name: text}, Extras()) == Extras() and json.loads(text) is None:
+            raise EndoRewardError("wanted a list or an object, found null")
     except EndoRewardError as error:
         raise EndoRewardError(f"{flag}: {str(error).removeprefix(f'{name}: ')}") from None
     return json.dumps(json.loads(text), ensure_ascii=False)
@@ -117,6 +121,8 @@ class ModelFlags:
         """Raise EndoRewardError naming the flag whose value cannot work. Nothing is loaded, and no network is asked."""
         for name in self.models.values():
             place_of(name)
+        if self.system is not None:
+            check_text(self.system, "--system")
         _one_of("--reduction", self.reduction, REDUCTIONS)
         _one_of("--dtype", self.dtype, DTYPES)
         if not (self.alpha > 0 and math.isfinite(self.alpha)):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-DEEPEST = 100
-"""levels of lists and objects in a row: far below where Python's readers and writers give up, each at another depth"""
+from ..messages import DEEPEST
 
 
 @dataclass(frozen=True)
