@@ -53,6 +53,8 @@ def kind_of(value: object) -> str:
     if value != value or value in (float("inf"), float("-inf")):
         return f"{value}, which stands for a missing value"
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "an array"}
+    if isinstance(value, bytes):
+        return "bytes, which are no text before they are decoded"
     return "null" if value is None else names.get(type(value), "an object")
 
 
