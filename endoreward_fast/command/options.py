@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
+import typer
+
 from ..checkpoint import POCKET, place_of
 from ..dtypes import ALIASES, DTYPES
 from ..errors import EndoRewardError
@@ -48,16 +50,18 @@ def device_name(text: str | None) -> str | None:
     return f"{DEVICE_ALIASES.get(kind, kind)}{colon}{index}"
 
 
-def tools_in(path: str | None) -> str | None:
+def tools_in(context: typer.Context, path: str | None) -> str | None:
     """The tools that a file holds, as JSON text: a run's settings and its other processes need no file."""
     if path is None:
         return None
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        file = Path(path).expanduser()
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise EndoRewardError(f"--tools: cannot read {path}: it is not UTF-8") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody has that home
         raise EndoRewardError(f"--tools: cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    context.meta["tools_file"] = str(file)
     return _template_json(f"--tools {path}", "tools", text)
 
 
@@ -121,6 +125,10 @@ class ModelFlags:
         """Raise EndoRewardError naming the flag whose value cannot work. Nothing is loaded, and no network is asked."""
         for name in self.models.values():
             place_of(name)
+        if self.revision is not None and Path(place_of(self.model)).exists():
+            raise EndoRewardError(
+                f"--revision: model {self.model!r} is on this machine, and only the Hub has revisions"
+            )
         if self.system is not None:
             check_text(self.system, "--system")
         _one_of("--reduction", self.reduction, REDUCTIONS)
@@ -165,7 +173,7 @@ class ModelFlags:
         return {name: getattr(self, name) for name in names}
 
 
-UNSAID = ("output", "overwrite", "quiet", "strict", "model_by_default")
+UNSAID = ("output", "overwrite", "quiet", "strict", "model_by_default", "tools_file")
 """fields that no number of a run depends on"""
 
 
@@ -205,15 +213,24 @@ class RowFlags(ModelFlags):
     ] = None
     output: Annotated[Text, of_output("--output", "-o", help="Write results here; default: standard output.")] = None
     overwrite: Annotated[bool, of_output("--overwrite", help="Replace what --output holds.")] = False
+    tools_file: Text = None
+    """the file that the tools are from. It is no flag."""
 
     def check(self) -> None:
         super().check()
+        if self.output == "":
+            raise EndoRewardError("--output is empty: name a file, or - for standard output")
         if self.truncate is not None:
             _one_of("--truncate", self.truncate, TRUNCATE)
         if self.max_length is not None:
             _at_least_one("--max-length", self.max_length)
         if self.limit is not None:
             _at_least_one("--limit", self.limit)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Files that flags name, beside those of the rows."""
+        return () if self.tools_file is None else (self.tools_file,)
 
     def scoring(self) -> dict[str, Any]:
         own = {"max_length": self.max_length, "truncate": self.truncate}

@@ -23,12 +23,14 @@ from typing import Any
 from ..errors import EndoRewardError
 from .data import STDIN, Record, Source
 from .options import SOURCE, EngineFlags
-from .output import plain
+from .output import PART, plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
 """columns that a command adds behind the row's own"""
 FIRST = {"score": "score", "rank": "scores"}
 """the first of them, which every row gets"""
+EXCERPT = 80
+"""characters of a setting that is too long to be said"""
 IRRELEVANT = frozenset({"model", *SOURCE, "limit", "max_tokens_per_batch", "device"})
 """flags that change no score beyond float noise; and where a model is, as a hash of its weights is there"""
 
@@ -60,7 +62,7 @@ def recorded(output: str, settings: Mapping[str, Any]) -> Iterator[None]:
     New settings beside the rows of an earlier run would have --resume take those for this one's.
     """
     final = _beside(output)
-    part = final.with_name(f"{final.name}.part")
+    part = final.with_name(f"{final.name}{PART}")
     relevant = {name: value for name, value in settings.items() if name not in IRRELEVANT}
     text = json.dumps({"hash": _hash(relevant), "settings": settings}, indent=1) + "\n"
     try:
@@ -98,11 +100,16 @@ def holds_rows(output: str, settings: Mapping[str, Any]) -> bool:
     before = _settings_beside(output)
     for name in sorted({*before, *settings} - IRRELEVANT - {"weights"}):
         if before.get(name) != settings.get(name):
-            was, now = before.get(name), settings.get(name)
-            raise EndoRewardError(
-                f"--resume: {output} was made with {name}={was!r}, not {now!r}: scores would not compare"
-            )
+            was, now = _apart(repr(before.get(name)), repr(settings.get(name)))
+            raise EndoRewardError(f"--resume: {output} was made with {name}={was}, not {now}: scores would not compare")
     return True
+
+
+def _apart(was: str, now: str) -> tuple[str, str]:
+    """Two texts; of long ones (a file of tools) what stands about the place where they part."""
+    start = max(0, len(os.path.commonprefix([was, now])) - EXCERPT // 2)
+    cut = (text if len(text) <= 2 * EXCERPT else f"... {text[start : start + EXCERPT]} ..." for text in (was, now))
+    return next(cut), next(cut)
 
 
 def rows_done(output: str, settings: Mapping[str, Any], column: str | None = None) -> Done:
@@ -232,6 +239,13 @@ def _row_of_result(line: bytes, command: str, where: str) -> tuple[dict[str, Any
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def beside(output: str | None) -> tuple[str, ...]:
+    """The files that are written beside an output."""
+    if output is None or output == STDIN:
+        return ()
+    return str(_beside(output)), f"{_beside(output)}{PART}"
 
 
 def _beside(output: str) -> Path:
