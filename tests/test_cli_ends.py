@@ -207,7 +207,40 @@ def test_settings_that_differ_are_said_in_a_line_that_can_be_read(scorer, tmp_pa
     assert '"name": "f0"' in was and '"name": "f1"' in now and len(result.stderr) < 600
 
 
+def test_a_gguf_file_is_a_models_name(scorer, tmp_path, monkeypatch):
+    path = tmp_path / "tiny.gguf"
+    path.write_bytes(b"GGUF\x03\x00\x00\x00")
+    monkeypatch.setattr(pipeline, "load_reward_model", lambda flags, name: LengthScorer())
+    monkeypatch.setattr(pipeline, "refuse_other_models", lambda flags: None)
+    for flag in ("-m", "--reward-model"):
+        run("eval", put(tmp_path, *PREFERENCES), flag, path, "-q")
+    path.write_bytes(b"other")
+    assert "is a file, and no GGUF file" in run("score", put(tmp_path, PAIR), "-m", path, code=2).stderr
+
+
 def test_a_revision_of_what_is_on_this_machine_is_refused(scorer, tmp_path):
-    for model in ("pocket", tmp_path):
+    file = tmp_path / "tiny.gguf"
+    file.write_bytes(b"GGUF\x03\x00\x00\x00")
+    for model in ("pocket", tmp_path, file):
         said = run("score", put(tmp_path, PAIR), "-m", model, "--revision", "main", code=2).stderr
         assert "--revision: model " in said and "only the Hub has revisions" in said
+
+
+def test_what_a_model_is_compared_with_is_refused_before_any_is_read(scorer, tmp_path):
+    """By its configuration: weights may take minutes."""
+    source = put(tmp_path, *PREFERENCES)
+    for flags, error in (
+        (("--reward-model", "pocket"), "model 'pocket' is a SmolLM3ForCausalLM, which is not a reward model"),
+        (("--reward-model", tmp_path), "cannot be loaded: Unrecognized model"),
+        (("--reference-model", tmp_path, "--signals", "all"), "cannot be loaded: Unrecognized model"),
+    ):
+        assert error in run("eval", source, *flags, "-q", code=2).stderr and scorer.loaded == 0
+
+
+def test_a_device_that_is_not_there_is_refused_before_a_model_is_looked_for(tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("it is there")
+    said = run("score", put(tmp_path, PAIR), "-m", "no/such-model", "--device", "gpu", code=2).stderr
+    assert said.startswith("endoreward: device 'cuda' cannot be used: ") and said.count("\n") == 1

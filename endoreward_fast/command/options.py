@@ -11,7 +11,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ..checkpoint import POCKET, place_of
+from ..checkpoint import POCKET, on_this_machine
 from ..dtypes import ALIASES, DTYPES
 from ..errors import EndoRewardError
 from ..messages import check_text
@@ -124,8 +124,8 @@ class ModelFlags:
     def check(self) -> None:
         """Raise EndoRewardError naming the flag whose value cannot work. Nothing is loaded, and no network is asked."""
         for name in self.models.values():
-            place_of(name)
-        if self.revision is not None and Path(place_of(self.model)).exists():
+            on_this_machine(name)
+        if self.revision is not None and on_this_machine(self.model):
             raise EndoRewardError(
                 f"--revision: model {self.model!r} is on this machine, and only the Hub has revisions"
             )

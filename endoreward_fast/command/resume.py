@@ -107,7 +107,8 @@ def holds_rows(output: str, settings: Mapping[str, Any]) -> bool:
 
 def _apart(was: str, now: str) -> tuple[str, str]:
     """Two texts; of long ones (a file of tools) what stands about the place where they part."""
-    start = max(0, len(os.path.commonprefix([was, now])) - EXCERPT // 2)
+    parts = next((n for n, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    start = max(0, parts - EXCERPT // 2)
     cut = (text if len(text) <= 2 * EXCERPT else f"... {text[start : start + EXCERPT]} ..." for text in (was, now))
     return next(cut), next(cut)
 
