@@ -244,3 +244,47 @@ def test_a_device_that_is_not_there_is_refused_before_a_model_is_looked_for(tmp_
         pytest.skip("it is there")
     said = run("score", put(tmp_path, PAIR), "-m", "no/such-model", "--device", "gpu", code=2).stderr
     assert said.startswith("endoreward: device 'cuda' cannot be used: ") and said.count("\n") == 1
+
+
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+def test_a_prompt_of_calls_and_parts_is_shown(tmp_path):
+    """A turn of calls may have no content at all."""
+    parts = {"role": "user", "content": [{"type": "text", "text": "of parts"}]}
+    turns = [parts, {"role": "assistant", "tool_calls": CALLS}, {"role": "assistant", "content": "x"}]
+    told = run("show", put(tmp_path, {"messages": turns}), "-q", code=(0, 2)).stdout
+    assert "user: of parts" in told and '"name": "f"' in told and "None" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "settings"),
+    [("[" * 99_999 + "\n", None), ('{"score": 1' + "0" * 5000 + "}\n", None), (None, "[" * 99_999)],
+)
+def test_what_stands_in_an_output_or_beside_it_may_be_anything(text, settings, scorer, tmp_path):
+    source, out = put(tmp_path, PAIR), tmp_path / "out.jsonl"
+    run("score", source, "-o", out, "-q")
+    if text:
+        out.write_text(text)
+    if settings:
+        Path(f"{out}.settings.json").write_text(settings)
+    said = run("score", source, "-o", out, "-q", "--resume", code=2).stderr
+    assert "line 1 is not a row of results" in said if text else "does not say how it was made" in said
+
+
+def test_old_results_stay_where_their_settings_cannot_be_replaced(scorer, tmp_path):
+    source, out = put(tmp_path, PAIR), tmp_path / "out.jsonl"
+    out.write_text("mine\n")
+    Path(f"{out}.settings.json").mkdir()
+    said = run("score", source, "-o", out, "-q", "--overwrite", code=2).stderr
+    assert f"cannot write {out}.settings.json: Is a directory" in said and out.read_text() == "mine\n"
+
+
+def test_a_limit_beyond_every_file_is_none(scorer, tmp_path):
+    assert len(rows_of(run("score", put(tmp_path, PAIR), "--limit", 10**30, "-q").stdout)) == 1
+
+
+def test_an_empty_array_is_called_one(scorer, tmp_path):
+    said = run("score", put(tmp_path, PAIR, {"messages": []}, {"prompt": [], "completion": "x"}), code=2).stderr
+    assert 'messages: wanted an array of {"role", "content"} objects, found an empty array' in said
+    assert "prompt: wanted text or messages, found an empty array" in said

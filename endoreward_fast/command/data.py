@@ -64,7 +64,7 @@ def open_source(path: str, limit: int | None = None) -> Source:
     if limit is None:
         return Source(name, records, source.total)
     total = None if source.total is None else min(limit, source.total)
-    return Source(name, itertools.islice(records, limit), total)
+    return Source(name, itertools.islice(records, min(limit, sys.maxsize)), total)
 
 
 def _open(path: str, name: str) -> BinaryIO:

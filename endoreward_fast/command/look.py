@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..encoding import in_words
 from ..errors import EndoRewardError
 from ..heatmap import Card, Row, Token, best_of, clipped, counted, limit_of_rows, number, page, visible
+from ..messages import spoken
 from ..notebook import tokens_of
 from ..palette import DARK, LEVELS, level_of, terminal_256
 from . import pipeline
@@ -100,7 +101,7 @@ def _prompt(sample: dict[str, Any]) -> str:
     prompt = sample.get("prompt", sample.get("messages", [])[:-1])
     if "prompt_ids" in sample:
         return f"{len(sample['prompt_ids'])} token ids"
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {spoken(m)}" for m in prompt)
 
 
 def _text(rows: Sequence[Row], sink: Sink, title: str) -> str:

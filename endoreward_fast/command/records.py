@@ -52,6 +52,8 @@ def kind_of(value: object) -> str:
     """The JSON name of a value's type, for messages."""
     if value != value or value in (float("inf"), float("-inf")):
         return f"{value}, which stands for a missing value"
+    if value == []:
+        return "an empty array"
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "an array"}
     if isinstance(value, bytes):
         return "bytes, which are no text before they are decoded"

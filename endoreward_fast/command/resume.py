@@ -8,6 +8,7 @@ made up for is moved to where the input has it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -48,7 +49,8 @@ def day_of(output: str | None, *, resume: bool) -> str | None:
     if output is None or output == STDIN:
         return None
     if resume:
-        with suppress(OSError, ValueError, LookupError, TypeError):  # what is wrong is said where all of it is read
+        # What is wrong is said where all of it is read.
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             found = json.loads(_beside(output).read_text(encoding="utf-8"))["settings"]["date"]
             if isinstance(found, str):
                 return found
@@ -67,6 +69,8 @@ def recorded(output: str, settings: Mapping[str, Any]) -> Iterator[None]:
     text = json.dumps({"hash": _hash(relevant), "settings": settings}, indent=1) + "\n"
     try:
         try:
+            if final.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             part.write_text(text, encoding="utf-8")
         except OSError as error:
             raise EndoRewardError(f"cannot write {final}: {error.strerror}") from None
@@ -229,7 +233,7 @@ def _row_of_result(line: bytes, command: str, where: str) -> tuple[dict[str, Any
     first = FIRST[command]
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or first not in row:
         raise EndoRewardError(f"--resume: {where} is not a row of results")
@@ -257,7 +261,7 @@ def _beside(output: str) -> Path:
 def _settings_beside(output: str) -> dict[str, Any]:
     try:
         return dict(json.loads(_beside(output).read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise EndoRewardError(
             f"--resume: {output} is there, but {_beside(output).name} does not say how it was made"
         ) from None
