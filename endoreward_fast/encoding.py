@@ -151,7 +151,7 @@ class Encoder:
             if self.system:
                 raise EndoRewardError("a system prompt cannot be put before a row of token ids")
             prompt, completion = (_ids(row, name) for name in ("prompt_ids", "completion_ids"))
-            terminal = bool(row.get("terminal", True))
+            terminal = _switch(row, "terminal")
             flags = () if completion else ("empty",)
         else:
             prompt, completion, flags = self._text_ids(row)
@@ -184,7 +184,9 @@ class Encoder:
             raise EndoRewardError("chat=False scores plain text, but the row holds messages")
         if plain and not wants_chat(self.tokenizer, chat):
             before = f"{self.system}\n\n{prompt}" if self.system else prompt
-            return self._plain(before, completion)
+            extras = Extras.of(row, self.extras)
+            before, after, flags = self._plain(before, completion)
+            return before, after, (*flags, *(() if extras == Extras() else ("template_ignores",)))
         begun = begun_turn(row, prompt, completion)
         flags: tuple[str, ...] = ("context_turns",) if not isinstance(completion, str) and len(completion) > 1 else ()
         extras = Extras.of(row, self.extras)
@@ -348,6 +350,15 @@ def _ids(row: Row, name: str) -> list[int]:
     if not whole:
         raise EndoRewardError(f"{name}: wanted a list of token ids, found {kind_of(ids)}")
     return [int(i) for i in ids]
+
+
+def _switch(row: Row, name: str) -> bool:
+    """A value of true or false; true where there is none."""
+    value = row.get(name, True)
+    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor's or an array's
+    if value not in (0, 1):
+        raise EndoRewardError(f"{name}: wanted true or false, found {kind_of(value)}")
+    return bool(value)
 
 
 def _mask(row: Row, completion: list[int]) -> tuple[bool, ...]:

@@ -45,14 +45,27 @@ class Kind:
 
 def load(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
     """(model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
-    kind = Kind("AutoModelForCausalLM", "a causal language model", _refuse_unless_causal)
-    return _load(kind, str(name), dtype, device, options)
+    return _load(_causal(), str(name), dtype, device, options)
 
 
 def load_classifier(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
     """As `load`, a sequence classifier with one output. See `RewardModel.from_pretrained`."""
-    kind = Kind("AutoModelForSequenceClassification", "a reward model", _refuse_unless_reward_model)
-    return _load(kind, str(name), dtype, device, options)
+    return _load(_classifier(), str(name), dtype, device, options)
+
+
+def refuse_other_models(causal: str | None, classifier: str | None) -> None:
+    """EndoRewardError unless the names stand for one of each kind. Configurations are read, and no weights."""
+    for kind, name in ((_causal(), causal), (_classifier(), classifier)):
+        if name is not None:
+            _find(kind, name, {"trust_remote_code": False})
+
+
+def _causal() -> Kind:
+    return Kind("AutoModelForCausalLM", "a causal language model", _refuse_unless_causal)
+
+
+def _classifier() -> Kind:
+    return Kind("AutoModelForSequenceClassification", "a reward model", _refuse_unless_reward_model)
 
 
 def refuse_other_than_one_output(config: Any, name: str) -> None:
@@ -71,9 +84,20 @@ def naming(name: str | PathLike[str]) -> Iterator[None]:
         raise EndoRewardError(f"model {str(name)!r}: {error}") from error
 
 
-def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
-    # Without a word, transformers asks at the terminal whether to run a model's own code.
-    wanted, options = _dtype(dtype, {"trust_remote_code": False} | options)
+@dataclass(frozen=True)
+class _Found:
+    """What a name stands for, before any weights are read."""
+
+    place: str
+    options: dict[str, Any]
+    adapter: Adapter | None
+    base: str
+    base_options: dict[str, Any]
+    config: Any
+
+
+def _find(kind: Kind, name: str, options: dict[str, Any]) -> _Found:
+    """EndoRewardError: it is none of its kind."""
     _refuse_gone(name, options)
     place, options = located(name, options)
     adapter = adapter_at(name, place, options)
@@ -87,6 +111,18 @@ def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str
         config = _config(base, base_options)
         refuse_unknown_quantisation(config)
         kind.refuse_other(config, name, adapter)
+    return _Found(place, options, adapter, base, base_options, config)
+
+
+def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
+    # Without a word, transformers asks at the terminal whether to run a model's own code.
+    wanted, options = _dtype(dtype, {"trust_remote_code": False} | options)
+    if not any(options.get(key) is not None for key in SPREAD):
+        device_of(device)  # one that is not there is said before anything is read
+    found = _find(kind, name, options)
+    options, adapter, base, base_options = found.options, found.adapter, found.base, found.base_options
+    config = found.config
+    with _explained(name, adapter, Path(base, base_options.get("subfolder", ""))), _quiet():
         model, absent = _weights(kind, base, base_options, config, wanted, device)
         if adapter is not None:
             attach(model, adapter, options.get("adapter_name", "default"))
@@ -95,7 +131,7 @@ def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise EndoRewardError(f"{name!r} is not {kind.words}: its checkpoint lacks {absent[0]!r}{more}")
     model.eval()
-    return model, *_tokenizer(adapter, place, options, base, base_options, config)
+    return model, *_tokenizer(adapter, found.place, options, base, base_options, config)
 
 
 def _base_of(adapter: Adapter, kind: Kind, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:

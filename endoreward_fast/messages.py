@@ -20,6 +20,8 @@ NO_TEXT = MappingProxyType({"function_call": "wanted tool_calls", "audio": "only
 """fields that say something which no chat template writes, and what to do"""
 TEXT_PARTS = ("text", "thinking", "reasoning")
 """kinds of parts that are text, which stands under the same name"""
+DEEPEST = 100
+"""levels of lists and objects: far below where Python's readers and writers give up, each at another depth"""
 
 
 def are_messages(value: Any) -> bool:
@@ -52,18 +54,25 @@ def check_message(message: Message, name: str) -> None:
         function = _function(call) if isinstance(call, Mapping) else None
         if function is None or not isinstance(function.get("name"), str):
             raise EndoRewardError(f"{name}.tool_calls[{i}]: wanted a function with a name, found {kind_of(call)}")
-    _check_numbers(message, name)
+    check_values(message, name)
 
 
-def _check_numbers(value: Any, name: str) -> None:
+def check_values(value: Any, name: str, *, levels: int = DEEPEST) -> None:
+    """EndoRewardError, naming the place, where no template could write what is inside `value` at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         raise EndoRewardError(f"{name}: NaN or infinity is no value")
+    if isinstance(value, str):
+        check_text(value, name)
+    inner: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _check_numbers(inner, f"{name}.{key}")
+        check_values("".join(map(str, value)), f"{name}, a key")
+        inner = [(f"{name}.{key}", one) for key, one in value.items()]
     elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            _check_numbers(inner, f"{name}[{i}]")
+        inner = [(f"{name}[{i}]", one) for i, one in enumerate(value)]
+    if inner and not levels:
+        raise EndoRewardError(f"{name}: nested more than {DEEPEST} levels deep")
+    for where, one in inner:
+        check_values(one, where, levels=levels - 1)
 
 
 def _check_part(part: Any, name: str) -> None:

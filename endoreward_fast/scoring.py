@@ -17,6 +17,7 @@ from .boundary import token_texts
 from .encoding import NOTHING_TO_SCORE, Encoded, Encoder, Row, Truncate, in_words
 from .errors import EndoRewardError
 from .gathered import weights_come_and_go
+from .messages import check_text
 from .notebook import html_of_table
 from .positions import forget_longer_rows
 from .returns import sequence_score
@@ -163,6 +164,8 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         _ = self.extras, self.date is None or as_date(self.date)  # what is wrong with them is said before any row
+        if self.system is not None:
+            check_text(self.system, "system")
         object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))
         for name, fine, wanted in (
             ("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < math.inf, "a number above 0"),

@@ -14,12 +14,16 @@ from functools import cached_property
 from typing import Any
 
 from .errors import EndoRewardError
-from .messages import Message, is_plain, misspelt, spellings, with_texts
+from .messages import Message, check_text, check_values, is_plain, misspelt, spellings, with_texts
 
 CLOCK = "strftime_now"
 """the function by which templates ask for the date: transformers gives it to them"""
-RESERVED = ("tools", "documents", "messages", "conversation", "add_generation_prompt", "chat_template", "tokenize")
-"""names that are no template arguments of a row's own"""
+RESERVED = (
+    "self", "tools", "documents", "messages", "conversation", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", CLOCK,
+)  # fmt: skip
+"""names that are no template arguments of a row's own: apply_chat_template has them for itself"""
 MARKS = ("Qz{}MARKzQ", "Jq{}MARKqJ")
 
 
@@ -56,6 +60,7 @@ def _list_of(name: str, value: Any, *, functions: bool = False) -> tuple[Any, ..
     fine = isinstance(value, list | tuple) and all(isinstance(v, Mapping) or (functions and callable(v)) for v in value)
     if not fine:
         raise EndoRewardError(f"{name}: wanted a list of JSON objects, found {type(value).__name__}")
+    check_values(value, name)
     return tuple(value)
 
 
@@ -68,6 +73,7 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
     taken = next((key for key in value if key in RESERVED), None)
     if taken is not None:
         raise EndoRewardError(f"{name}: {taken!r} cannot be set there")
+    check_values(value, name)
     return {str(key): inner for key, inner in value.items() if inner is not None}
 
 
@@ -75,9 +81,18 @@ def _read(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError as error:
+        return json.loads(value, object_pairs_hook=_unambiguous)
+    except (ValueError, RecursionError) as error:
         raise EndoRewardError(f"{name}: not valid JSON ({error})") from None
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for n, name in enumerate(names) if name in names[:n])
+        raise ValueError(f"the key {twice!r} stands twice in one object: keep one")
+    return found
 
 
 def as_date(text: str) -> Date:
@@ -141,6 +156,7 @@ class Template:
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise EndoRewardError(f"the chat template refuses the conversation: {reason}") from error
+        check_text(text, "what the chat template writes")
         return text
 
     @cached_property

@@ -14,6 +14,7 @@ from ..errors import EndoRewardError
 from ..palette import LIGHT
 from . import pipeline
 from .data import STDIN, open_source
+from .going_on import end, kept_until_written
 from .options import RowFlags
 from .output import Monitor, Sink
 from .pipeline import Item
@@ -90,21 +91,24 @@ def plot(file: str, flags: RowFlags) -> bool:
         raise EndoRewardError(f"--output {path}: its name must end in {' or '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib")
-    with Sink(path, (file,), overwrite=flags.overwrite) as sink:
+    with Sink(path, (file, *flags.inputs), overwrite=flags.overwrite) as sink:
         source = open_source(file, flags.limit)
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
         pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "texts": False}
         kinds: dict[str, Kind] = {}
-        with Monitor(source.total, quiet=flags.quiet, model=flags.model) as monitor:
+        monitor = Monitor(source.total, quiet=flags.quiet, model=flags.model)
+        with kept_until_written() as ended, monitor:
             for items in batches:
                 pipeline.score_items(
                     items, scorer, options, lambda item: collect(item, kinds), monitor, strict=flags.strict
                 )
         if not kinds:
+            end(ended)
             raise EndoRewardError(f"{source.name}: no completion has a score: there is nothing to draw")
         sink.write(picture(kinds, flags.described(), suffix or FORMATS[0]))
+        end(ended)
     return not monitor.failed
 
 
