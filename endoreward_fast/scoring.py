@@ -164,7 +164,7 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         _ = self.extras, self.date is None or as_date(self.date)  # what is wrong with them is said before any row
-        if self.system is not None:
+        if isinstance(self.system, str):
             check_text(self.system, "system")
         object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))
         for name, fine, wanted in (

@@ -58,6 +58,7 @@ def test_where_the_weights_are_goes_to_every_loader(monkeypatch):
     asked.clear()
     from endoreward_fast.command.side_by_side import panel
 
+    monkeypatch.setattr(pipeline, "refuse_other_models", lambda flags: None)  # the names are made up
     panel(EvalFlags(model="m", revision="v2", reference_model="r", reward_model="j", signals="log-ratio"))
     assert asked == [("m", {"revision": "v2"}), ("r", {}), ("j", {})]
 
