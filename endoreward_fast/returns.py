@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .vocab.checks import as_bool, check_tensors
+from .vocab.checks import as_bool, check_numbers, check_tensors
 
 
 def sequence_score(
@@ -22,6 +22,7 @@ def sequence_score(
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: expected 'sum' or 'mean'")
     mask = _checked_mask(reward, mask, gamma)
+    check_numbers(floor=floor)
     if not 0 <= floor < math.inf:
         raise ValueError(f"floor={floor}: expected a finite number >= 0")
     weighted = reward.float()
@@ -64,9 +65,12 @@ def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> 
     """
     check_tensors(tokens=tokens, mask=mask)
     scored = as_bool("mask", mask, tokens.shape, tokens.device)
-    if eos_token_id is None:
-        raise ValueError("eos_token_id is None: expected the id, or ids, that end a sequence")
-    return scored & torch.isin(tokens, torch.as_tensor(eos_token_id, device=tokens.device))
+    ends = sorted(eos_token_id) if isinstance(eos_token_id, set | frozenset) else eos_token_id
+    listed = ends if isinstance(ends, list | tuple) else [ends]
+    if not all(hasattr(end, "__index__") or hasattr(end, "__array__") for end in listed):
+        found = type(ends).__name__ if ends is not None else None
+        raise ValueError(f"eos_token_id is {found}: expected the id, or ids, that end a sequence")
+    return scored & torch.isin(tokens, torch.as_tensor(ends, device=tokens.device))
 
 
 def _checked_mask(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
@@ -74,6 +78,7 @@ def _checked_mask(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
     check_tensors(reward=reward, mask=mask)
     if reward.ndim != 2:
         raise ValueError(f"reward {tuple(reward.shape)}: expected (B, T)")
+    check_numbers(gamma=gamma)
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma={gamma}: expected a discount in (0, 1]")
     return as_bool("mask", mask, reward.shape, reward.device)

@@ -229,6 +229,8 @@ def select(wanted: str | Iterable[str], *, reference: bool) -> tuple[str, ...]:
 
     Raises EndoRewardError, naming the choices.
     """
+    if not isinstance(wanted, Iterable):
+        raise EndoRewardError(f"signals={wanted!r}: expected all, or some of {', '.join(SIGNALS)}")
     names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
     found: list[str] = []
     for name in names:

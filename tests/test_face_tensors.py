@@ -147,3 +147,52 @@ def test_ids_outside_the_vocabulary_are_named(model, odd):
     for call in (model, model.stats):
         with pytest.raises(IndexError, match=rf"^input_ids holds {odd}, which is outside .*\[0, 384\)$"):
             call(torch.tensor([[1, odd, 2]]))
+
+
+def test_what_is_no_number_is_named(tensors):
+    hidden, weight, tokens = tensors
+    reward, on = hidden[..., 0], tokens > 100
+    for name, odd, call in (
+        ("alpha", "1", lambda x: er.vocab_stats(hidden, alpha=x)),
+        ("alpha", None, lambda x: er.token_rewards(hidden, tokens % 16, alpha=x)),
+        ("softcap", "30", lambda x: er.linear_vocab_stats(hidden, weight, softcap=x)),
+        ("logit_scale", [1], lambda x: er.linear_token_rewards(hidden, weight, tokens, logit_scale=x)),
+        ("gamma", "0.9", lambda x: er.sequence_score(reward, on, gamma=x)),
+        ("gamma", [0.9], lambda x: er.rewards_to_go(reward, on, gamma=x)),
+        ("floor", "0", lambda x: er.sequence_score(reward, on, floor=x)),
+        ("eos_token_id", "</s>", lambda x: er.terminal_at(tokens, on, x)),
+        ("eos_token_id", ["</s>"], lambda x: er.terminal_at(tokens, on, x)),
+        ("eos_token_id", None, lambda x: er.terminal_at(tokens, on, x)),
+        ("eos_token_id", 2.5, lambda x: er.terminal_at(tokens, on, x)),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{name} is .*: expected ") as error:
+            call(odd)
+        assert "\n" not in str(error.value)
+    assert er.vocab_stats(hidden, alpha=np.float32(2)).lse.isfinite().all()
+    same([er.terminal_at(tokens, on, {3, 5})], [er.terminal_at(tokens, on, torch.tensor([3, 5]))])
+
+
+@pytest.mark.parametrize(
+    "given", [np.zeros((2, 5), bool), [[0] * 5] * 2, ((0,) * 5,) * 2], ids=lambda x: type(x).__name__
+)
+def test_what_makes_a_tensor_is_said(tensors, model, given):
+    hidden, _, tokens = tensors
+    for call in (
+        lambda: er.vocab_stats(hidden, mask=given), lambda: er.token_rewards(hidden, tokens % 16, mask=given),
+        lambda: er.rewards_to_go(hidden[..., 0], given), lambda: er.terminal_at(tokens, given, 3),
+        lambda: model(torch.ones(2, 5, dtype=torch.long), completion_mask=given),
+    ):  # fmt: skip
+        with pytest.raises(
+            ValueError, match=r"mask is a \w+: expected a tensor; torch.as_tensor\(\w*mask\) makes one$"
+        ):
+            call()
+
+
+def test_position_ids_and_empty_batches_are_named(model):
+    ids = torch.randint(5, 90, (2, 6))
+    for odd, said in (([[0, 1]], "is a list"), (torch.zeros(2, 6), "float32"), (torch.zeros(3, 6).long(), "expected")):
+        with pytest.raises(ValueError, match=f"^position_ids.*{said}"):
+            model(ids, position_ids=odd)
+    for shape in ((0, 3), (2, 0)):
+        with pytest.raises(ValueError, match=r"^input_ids is \(\d, \d\) .*at least one"):
+            model(torch.zeros(shape, dtype=torch.long))

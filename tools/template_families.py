@@ -59,6 +59,7 @@ FLAGS = {
     "template_drops": "drops",
     "template_ignores": "ignores tools",
     "template_rewrites": "as written",
+    "white_space": "white space differs",
     "opening_differs": "other opening",
     "system_in_user": "in the user's turn",
 }

@@ -27,11 +27,22 @@ from .flags.parameters import of_input, of_output, takes
 from .input.files import STDIN, open_source
 from .input.formats import JSON, JSON_LINES, refuse_other_format
 from .run import pipeline
-from .run.going_on import going_on
+from .run.going_on import end, going_on, kept_until_written
 from .run.jobs import ANSWERS, Engine, Job, here, nothing_left
-from .run.output import Monitor, Sink, one_line
+from .run.output import Monitor, Sink, one_line, say
 from .run.ranks import Rank, help_out, lead
-from .run.resume import Done, day_of, holds_rows, in_order, lines_done, recorded, rows_done, rows_left, settings_of
+from .run.resume import (
+    Done,
+    beside,
+    day_of,
+    holds_rows,
+    in_order,
+    lines_done,
+    recorded,
+    rows_done,
+    rows_left,
+    settings_of,
+)
 from .show import show as show_file
 
 BAD_INPUT = 2  # exit code
@@ -131,7 +142,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
     if flags.engine != LOCAL and not rank.alone:
         raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
     if flags.engine != LOCAL and importlib.util.find_spec("ray") is None:
-        raise EndoRewardError("--engine ray needs Ray Data: pip install 'endoreward-fast[ray]'")
+        raise EndoRewardError("--engine ray needs Ray Data: pip install 'ray[data]<2.64'")
     if not rank.first:
         return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
@@ -148,7 +159,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
         return by_flags | {"weights": weights_of(flags.model, **flags.source)}
 
     ways = {"overwrite": flags.overwrite, "resume": resume}
-    with Sink(flags.output, (file,), **ways, emptying=lambda: recorded(output, settings())) as sink:
+    ways["beside"] = beside(flags.output)
+    with Sink(flags.output, (file, *flags.inputs), **ways, emptying=lambda: recorded(output, settings())) as sink:
         note = refuse_other_format(flags.output, JSON_LINES)
         if resume and sink.is_stdout:
             raise EndoRewardError("--resume goes on with a file: name it by --output")
@@ -209,7 +221,7 @@ def evaluate(
     """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
     as_json = as_json or flags.output == STDIN
     flags = replace(flags, date=flags.date or date.today().isoformat())
-    with Sink(flags.output, tuple(files), overwrite=flags.overwrite) as sink:
+    with Sink(flags.output, (*files, *flags.inputs), overwrite=flags.overwrite) as sink:
         refuse_other_format(flags.output, JSON)
         sources = [open_source(file, flags.limit) for file in files]
         readers = [pipeline.checked(pipeline.windows(s, "eval", flags), s.name) for s in sources]
@@ -219,28 +231,28 @@ def evaluate(
         totals = [source.total for source in sources]
         total = None if None in totals else panel.passes * sum(t for t in totals if t is not None)
         results = [FileResult.by_methods(source.name, panel.methods) for source in sources]
-        monitor, interrupted = Monitor(total, passes=panel.passes, quiet=flags.quiet, model=flags.model), False
-        try:
-            with monitor:
-                if panel.readings:
-                    monitor.note(panel.readings)
-                for result, reader in zip(results, readers, strict=True):
-                    for items in reader:
-                        panel.judge(items, result, monitor, strict=flags.strict)
-        except KeyboardInterrupt:
-            interrupted = True
-        about = {"version": version("endoreward-fast"), "complete": not interrupted} | models
+        monitor = Monitor(total, passes=panel.passes, quiet=flags.quiet, model=flags.model)
+        with kept_until_written() as ended, monitor:
+            if panel.readings:
+                monitor.note(panel.readings)
+            for result, reader in zip(results, readers, strict=True):
+                for items in reader:
+                    panel.judge(items, result, monitor, strict=flags.strict)
+        if not monitor.rows:
+            end(ended)
+        about = {"version": version("endoreward-fast"), "complete": not ended} | models
         about |= {"flags": flags.to_json(), "tokens": monitor.tokens, "seconds": round(monitor.seconds, 3)}
         found = json.dumps(to_json(results, about), indent=1)
-        if flags.output:
-            sink.write(found + "\n")
-    if not as_json:
-        print(side_by_side.heading(models, flags))
-        print(to_text(results, flags.left_out), end="")
-    elif flags.output != STDIN:
-        print(found)
-    if interrupted:
-        raise typer.Exit(130)
+        try:
+            if flags.output:
+                sink.write(found + "\n")
+        except EndoRewardError as error:
+            ended.append(error)
+        if not as_json:
+            say(f"{side_by_side.heading(models, flags)}\n{to_text(results, flags.left_out)}")
+        elif flags.output != STDIN:
+            say(f"{found}\n")
+        end(ended)
     if monitor.failed or monitor.missed:
         raise typer.Exit(BAD_INPUT)
 

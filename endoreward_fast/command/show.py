@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EndoRewardError
 from ..text.encoding import in_words
+from ..text.messages import spoken
 from ..view.heatmap import Card, Row, Token, best_of, clipped, counted, limit_of_rows, number, page, visible
 from ..view.notebook import tokens_of
 from ..view.palette import DARK, LEVELS, level_of, terminal_256
@@ -14,6 +15,7 @@ from .flags.options import RowFlags
 from .input.files import Record, Source, open_source
 from .input.formats import PAGE, TEXT, format_of, refuse_other_format
 from .run import pipeline
+from .run.going_on import end, kept_until_written
 from .run.output import Monitor, Sink
 from .run.pipeline import Item
 
@@ -28,24 +30,30 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
     """Score and draw; whether every completion has a score. Raises EndoRewardError for arguments that cannot work."""
     if html is not None and flags.output is not None:
         raise EndoRewardError("--html and --output: name one of them")
+    if html == "":
+        raise EndoRewardError("--html is empty: name a file")
     if format_of(flags.output) == PAGE:
         html = flags.output
     source = _source(file, prompt, completions, flags.limit or SHOWN)
-    with Sink(html or flags.output, (file,) if file else (), overwrite=flags.overwrite) as sink:
+    with Sink(html or flags.output, (*((file,) if file else ()), *flags.inputs), overwrite=flags.overwrite) as sink:
         refuse_other_format(html or flags.output, PAGE if html else TEXT, "--html" if html else "--output")
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
         pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "entropy": True}
         rows: list[Row] = []
-        with Monitor(source.total, quiet=flags.quiet, model=flags.model) as monitor:
+        monitor = Monitor(source.total, quiet=flags.quiet, model=flags.model)
+        with kept_until_written() as ended, monitor:
             for items in batches:
                 pipeline.score_items(
                     items, scorer, options, lambda item: rows.append(row_of(item)), monitor, strict=flags.strict
                 )
             if file and flags.limit is None and len(rows) == SHOWN:
                 monitor.note(f"the first {SHOWN} rows at most are shown: --limit for more or fewer")
+        if not rows:
+            end(ended)
         sink.write(page(rows, flags.described()) if html else _text(rows, sink, flags.described()))
+        end(ended)
     return not monitor.failed
 
 
@@ -93,7 +101,7 @@ def _prompt(sample: dict[str, Any]) -> str:
     prompt = sample.get("prompt", sample.get("messages", [])[:-1])
     if "prompt_ids" in sample:
         return f"{len(sample['prompt_ids'])} token ids"
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {spoken(m)}" for m in prompt)
 
 
 def _text(rows: Sequence[Row], sink: Sink, title: str) -> str:

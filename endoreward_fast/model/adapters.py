@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EndoRewardError, first_line
-from .hub import OPTIONS
+from .hub import OPTIONS, file_of
 
 CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+"""before the name of a module, in an adapter's file"""
+PARTS = (".weight", ".base_layer.weight", ".original_module.weight")
+"""of a table that is saved whole with an adapter"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def adapter_at(name: str, place: str, options: dict[str, Any]) -> Adapter | None
     if options.get("gguf_file"):
         return None
     where = {key: options[key] for key in OPTIONS if key in options} | dict(options.get("adapter_kwargs") or {})
-    path = _file(place, CONFIG, where)
+    path = file_of(place, CONFIG, where)
     if path is None:
         return None
     try:
@@ -54,7 +58,7 @@ def adapter_at(name: str, place: str, options: dict[str, Any]) -> Adapter | None
         base = config.get("base_model_name_or_path")
     except (OSError, ValueError, AttributeError) as error:
         raise EndoRewardError(f"model {name!r}: its {CONFIG} cannot be read: {first_line(error)}") from error
-    if _file(place, "config.json", where) is not None:
+    if file_of(place, "config.json", where) is not None:
         return Adapter(name, place, where, config, None)
     if not isinstance(base, str) or not base:
         raise EndoRewardError(f"model {name!r} is an adapter whose {CONFIG} names no base_model_name_or_path")
@@ -80,18 +84,6 @@ def _base(name: str, base: str, folder: Path) -> str:
     return base
 
 
-def _file(place: str, file: str, where: dict[str, Any]) -> Path | None:
-    """A file of a folder or of the Hub, or None."""
-    if Path(place).is_dir():
-        path = Path(place, where.get("subfolder") or "", file)
-        return path if path.is_file() else None
-    from transformers.utils import cached_file
-
-    quietly = ("gated_repo", "missing_entries", "connection_errors")
-    found = cached_file(place, file, **where, **{f"_raise_exceptions_for_{what}": False for what in quietly})
-    return None if found is None else Path(found)
-
-
 def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:
     """Put the adapter into its base model. EndoRewardError: its weights do not fit, or some are absent.
 
@@ -107,16 +99,65 @@ def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:
                 f"{where} is a {config.peft_type.value}: it puts states before every row, not weights"
             )
         config.inference_mode = True
+        shapes = _shapes(adapter)
+        _fit_vocabulary(model, adapter, shapes)
         found = PeftModel(model, config, adapter_name).load_adapter(adapter.place, adapter_name, **adapter.options)
-    except EndoRewardError:
-        raise
+    except EndoRewardError as error:
+        said = str(error)
+        raise (error if said.startswith(where) else EndoRewardError(f"{where} does not fit: {said}")) from None
     except Exception as error:  # PEFT's and the base model's own, of any type
         raise EndoRewardError(f"{where} does not fit: {_what_differs(error)}") from error
-    absent, unknown = sorted(found.missing_keys), sorted(found.unexpected_keys)
+    absent = sorted(found.missing_keys)
+    # A table that was trained and resized is saved a second time, with modules_to_save in its name.
+    unknown = sorted(
+        key for key in found.unexpected_keys if key.replace(".modules_to_save.", ".") not in {*shapes} - {key}
+    )
     if absent or unknown:
         fault = f"its file lacks {absent[0]!r}" if absent else f"the model has no {unknown[0]!r}"
         more = len(absent or unknown) - 1
         raise EndoRewardError(f"{where} does not fit: {fault}" + (f" and {more} more" if more else ""))
+
+
+def _fit_vocabulary(model: Any, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Give the base the vocabulary of an adapter that was trained after `resize_token_embeddings`.
+
+    EndoRewardError: the adapter holds the new rows of one table, and not those of the other.
+    """
+    tables = {name: table for name, table in model.named_modules() if table in _tables(model)}
+    rows = {name: shapes[key][0] for name in tables for part in PARTS if (key := f"{PREFIX}{name}{part}") in shapes}
+    others = {count for name, count in rows.items() if count != tables[name].weight.shape[0]}
+    if not others:
+        return
+    tied = len({id(table.weight) for table in tables.values()}) < len(tables)
+    copied = {name.rpartition(".")[2] for name in rows} & set(adapter.config.get("modules_to_save") or ())
+    if len(others) > 1 or (len(rows) < len(tables) and (copied or not tied)):
+        held = ", ".join(f"{count} rows of {name!r}" for name, count in sorted(rows.items()))
+        size = tables[min(rows)].weight.shape[0]
+        raise EndoRewardError(
+            f"it holds {held}, and the base has {size} of each of {', '.join(sorted(tables))}: save the adapter with "
+            "save_embedding_layers=True, which keeps all of them"
+        )
+    model.resize_token_embeddings(others.pop(), mean_resizing=False)  # the adapter's rows are put over them
+
+
+def _tables(model: Any) -> list[Any]:
+    return [table for table in (model.get_input_embeddings(), model.get_output_embeddings()) if table is not None]
+
+
+def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """Of the adapter's tensors, which are not read."""
+    path = file_of(adapter.place, "adapter_model.safetensors", adapter.options)
+    if path is not None:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  it is no dict
+    path = file_of(adapter.place, "adapter_model.bin", adapter.options)
+    if path is None:
+        return {}  # PEFT says so
+    import torch
+
+    return {key: tuple(x.shape) for key, x in torch.load(path, map_location="meta", weights_only=True).items()}
 
 
 def _what_differs(error: BaseException) -> str:
@@ -134,6 +175,4 @@ def replaced_by_adapter(model: Any, parameter: str) -> bool:
 def refuse_without_peft(adapter: Adapter) -> None:
     """EndoRewardError if PEFT is not installed."""
     if find_spec("peft") is None:
-        raise EndoRewardError(
-            f"model {adapter.name!r} is an adapter, and peft is not installed: pip install peft (the extra [peft])"
-        )
+        raise EndoRewardError(f"model {adapter.name!r} is an adapter, and peft is not installed: pip install peft")

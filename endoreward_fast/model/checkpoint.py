@@ -32,6 +32,11 @@ def pocket_path() -> Path:
     return Path(__file__).parents[1] / POCKET
 
 
+def on_this_machine(name: str) -> bool:
+    """Whether a model's name stands for a folder or a GGUF file here. EndoRewardError: it can be no model's name."""
+    return (name != POCKET and _is_gguf(_path(name))) or os.path.isdir(place_of(name))
+
+
 def place_of(name: str) -> str:
     """The folder that `name` stands for, or else its name on the Hub. EndoRewardError: it can be neither."""
     if not name.strip():
@@ -54,11 +59,15 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     Raises EndoRewardError: there is no such folder, subfolder or file, or the Hub cannot be asked for it.
     """
     options = {key: value for key, value in options.items() if value is not None and value != ""}
+    for key in ("revision", "subfolder", "gguf_file"):
+        if not isinstance(options.get(key, ""), str | os.PathLike):
+            raise EndoRewardError(f"model {name!r}: {key} is a {type(options[key]).__name__}: expected text")
+        options |= {key: os.fspath(options[key])} if key in options else {}
     path = _path(name)
-    if name != POCKET and path.is_file() and _is_gguf(path):
+    if name != POCKET and _is_gguf(path):
         if "gguf_file" in options:
             raise EndoRewardError(f"model {name!r} is a GGUF file: there is no gguf_file inside one")
-        return str(path.parent), options | {"gguf_file": path.name}
+        return os.path.abspath(path.parent), options | {"gguf_file": path.name}
     place = place_of(name)
     if not os.path.isdir(place):
         return place, reachable(place, options)
@@ -71,7 +80,7 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             raise EndoRewardError(f"model {name!r}: there is no file {options['gguf_file']!r} in it")
         if not _is_gguf(file):
             raise EndoRewardError(f"model {name!r}: {options['gguf_file']!r} is no GGUF file (it does not begin so)")
-    return place, options
+    return os.path.abspath(place), options  # transformers does not find the subfolder of "."
 
 
 def weights_of(name: str, **options: Any) -> str:
@@ -121,5 +130,10 @@ def _path(name: str) -> Path:
 
 
 def _is_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+    if not path.is_file():
+        return False
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise EndoRewardError(f"cannot read {path}: {error.strerror}") from None

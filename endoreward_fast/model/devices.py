@@ -30,6 +30,8 @@ def _touch(device: torch.device) -> None:
 
 
 def _named(device: torch.device | str | None) -> torch.device:
+    if not isinstance(device, torch.device | str | int | None):
+        raise EndoRewardError(f"device is a {type(device).__name__}: expected a name such as 'cuda:1', or one of torch")
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(ALIASES.get(device, device) if isinstance(device, str) else device)

@@ -1,4 +1,4 @@
-"""Models of the Hub: which names can be one, whether the Hub can be reached now, and a model's commit there."""
+"""Models of the Hub: which names can be one, whether the Hub can be reached now, a model's files and commit there."""
 
 import os
 from difflib import get_close_matches
@@ -63,6 +63,18 @@ def commit_of(name: str, options: dict[str, Any], file: str = "") -> str:
         except (OSError, ValueError) as error:
             reasons.append(error)
     raise EndoRewardError(f"model {name!r} cannot be loaded: {first_line(reasons[0])}") from reasons[0]
+
+
+def file_of(place: str, file: str, where: dict[str, Any]) -> Path | None:
+    """A file of a folder or of the Hub, or None."""
+    if Path(place).is_dir():
+        path = Path(place, where.get("subfolder") or "", file)
+        return path if path.is_file() else None
+    from transformers.utils import cached_file
+
+    quietly = ("gated_repo", "missing_entries", "connection_errors")
+    found = cached_file(place, file, **where, **{f"_raise_exceptions_for_{what}": False for what in quietly})
+    return None if found is None else Path(found)
 
 
 def _commit(path: Path) -> str:

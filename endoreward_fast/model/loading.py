@@ -7,17 +7,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from ..errors import EndoRewardError, first_line
-from .adapters import Adapter, adapter_at, attach, refuse_without_peft, replaced_by_adapter
+from .adapters import CONFIG, Adapter, adapter_at, attach, refuse_without_peft, replaced_by_adapter
 from .checkpoint import located
 from .devices import device_of
-from .dtypes import dtype_name
+from .dtypes import DTYPES, dtype_name
 from .hub import OPTIONS
+from .intact import fault_of, refuse_misread, refuse_unknown_quantisation, why_no_tokenizer
+from .processor import with_template_of_processor
 
 OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 SHARED = (*OPTIONS, "trust_remote_code", "code_revision", "gguf_file")
@@ -42,14 +45,27 @@ class Kind:
 
 def load(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
     """(model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
-    kind = Kind("AutoModelForCausalLM", "a causal language model", _refuse_unless_causal)
-    return _load(kind, str(name), dtype, device, options)
+    return _load(_causal(), str(name), dtype, device, options)
 
 
 def load_classifier(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
     """As `load`, a sequence classifier with one output. See `RewardModel.from_pretrained`."""
-    kind = Kind("AutoModelForSequenceClassification", "a reward model", _refuse_unless_reward_model)
-    return _load(kind, str(name), dtype, device, options)
+    return _load(_classifier(), str(name), dtype, device, options)
+
+
+def refuse_other_models(causal: str | None, classifier: str | None) -> None:
+    """EndoRewardError unless the names stand for one of each kind. Configurations are read, and no weights."""
+    for kind, name in ((_causal(), causal), (_classifier(), classifier)):
+        if name is not None:
+            _find(kind, name, {"trust_remote_code": False})
+
+
+def _causal() -> Kind:
+    return Kind("AutoModelForCausalLM", "a causal language model", _refuse_unless_causal)
+
+
+def _classifier() -> Kind:
+    return Kind("AutoModelForSequenceClassification", "a reward model", _refuse_unless_reward_model)
 
 
 def refuse_other_than_one_output(config: Any, name: str) -> None:
@@ -59,8 +75,29 @@ def refuse_other_than_one_output(config: Any, name: str) -> None:
         raise EndoRewardError(f"{name} has {config.num_labels} outputs ({labels}): a reward model has one")
 
 
-def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
-    wanted, options = _dtype(dtype, options)
+@contextmanager
+def naming(name: str | PathLike[str]) -> Iterator[None]:
+    """An EndoRewardError that is raised inside says which model it is about."""
+    try:
+        yield
+    except EndoRewardError as error:
+        raise EndoRewardError(f"model {str(name)!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a name stands for, before any weights are read."""
+
+    place: str
+    options: dict[str, Any]
+    adapter: Adapter | None
+    base: str
+    base_options: dict[str, Any]
+    config: Any
+
+
+def _find(kind: Kind, name: str, options: dict[str, Any]) -> _Found:
+    """EndoRewardError: it is none of its kind."""
     _refuse_gone(name, options)
     place, options = located(name, options)
     adapter = adapter_at(name, place, options)
@@ -70,9 +107,22 @@ def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str
         base, base_options = _base_of(adapter, kind, options)
     if "gguf_file" in base_options:
         _refuse_without_readers(name)
-    with _explained(name, adapter), _quiet():
+    with _explained(name, adapter, Path(base, base_options.get("subfolder", ""))), _quiet():
         config = _config(base, base_options)
+        refuse_unknown_quantisation(config)
         kind.refuse_other(config, name, adapter)
+    return _Found(place, options, adapter, base, base_options, config)
+
+
+def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
+    # Without a word, transformers asks at the terminal whether to run a model's own code.
+    wanted, options = _dtype(dtype, {"trust_remote_code": False} | options)
+    if not any(options.get(key) is not None for key in SPREAD):
+        device_of(device)  # one that is not there is said before anything is read
+    found = _find(kind, name, options)
+    options, adapter, base, base_options = found.options, found.adapter, found.base, found.base_options
+    config = found.config
+    with _explained(name, adapter, Path(base, base_options.get("subfolder", ""))), _quiet():
         model, absent = _weights(kind, base, base_options, config, wanted, device)
         if adapter is not None:
             attach(model, adapter, options.get("adapter_name", "default"))
@@ -81,7 +131,7 @@ def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise EndoRewardError(f"{name!r} is not {kind.words}: its checkpoint lacks {absent[0]!r}{more}")
     model.eval()
-    return model, *_tokenizer(adapter, place, options, base, base_options, config)
+    return model, *_tokenizer(adapter, found.place, options, base, base_options, config)
 
 
 def _base_of(adapter: Adapter, kind: Kind, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -95,7 +145,13 @@ def _base_of(adapter: Adapter, kind: Kind, options: dict[str, Any]) -> tuple[str
     if adapter.base is None:
         # transformers would load the adapter with the model, and not say what the model's own checkpoint lacks.
         return adapter.place, found | {"adapter_kwargs": {"subfolder": "no adapter here"}}
-    return located(adapter.base, found)
+    try:
+        return located(adapter.base, found)
+    except EndoRewardError as error:
+        raise EndoRewardError(
+            f"model {adapter.name!r} is an adapter of {adapter.base!r}, and {error}; base_model_name_or_path in its "
+            f"{CONFIG} says where the base model is, and may be a folder"
+        ) from error
 
 
 def _weights(
@@ -113,15 +169,17 @@ def _weights(
         place, dtype=dtype, output_loading_info=True, **options
     )
     model, info = loaded
-    for key, there, here in sorted(info["mismatched_keys"]):
-        raise EndoRewardError(f"{key!r} is {tuple(there)} in its checkpoint, and {tuple(here)} in the model")
+    refuse_misread(model, info, quantised=bool(quantised))
     absent = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     return model if target is None else model.to(target), absent
 
 
 @contextmanager
-def _explained(name: str, adapter: Adapter | None) -> Iterator[None]:
-    """Whatever is raised inside becomes one line: file readers, quantisers and a model's own code raise anything."""
+def _explained(name: str, adapter: Adapter | None, folder: Path) -> Iterator[None]:
+    """Whatever is raised inside becomes one line: file readers, quantisers and a model's own code raise anything.
+
+    `folder` is where the weights were looked for; it is no folder where they are the Hub's.
+    """
     model = f"model {name!r}" if adapter is None or adapter.base is None else f"model {name!r} on {adapter.base!r}"
     try:
         yield
@@ -132,7 +190,23 @@ def _explained(name: str, adapter: Adapter | None) -> Iterator[None]:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if isinstance(error, TypeError) and unknown:
             raise EndoRewardError(f"{model}: from_pretrained takes no option {unknown[1]!r} here") from error
-        raise EndoRewardError(f"{model} cannot be loaded: {first_line(error)}") from error
+        if "trust_remote_code=True" in str(error):
+            raise EndoRewardError(
+                f"{model} comes with code of its own, which is not run unasked: read it, then load the model with "
+                "trust_remote_code=True (--trust-remote-code)"
+            ) from error
+        raise EndoRewardError(f"{model} cannot be loaded: {fault_of(folder) or _said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """What another library's error says, and what to do about those that do not say it."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"it needs the package {package!r}: pip install {package}"
+    odd = re.search(r"Float8_(\w+)Storage", str(error))  # by torch.set_default_dtype
+    if odd:
+        return f"its weights are float8_{odd[1]}, which no model computes in: give dtype='bfloat16' (--dtype bf16)"
+    return first_line(error)
 
 
 @contextmanager
@@ -173,8 +247,7 @@ def _refuse_without_readers(name: str) -> None:
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise EndoRewardError(
-                f"model {name!r} is read from a GGUF file, and {package} is not installed: pip install {package} "
-                "(the extra [gguf])"
+                f"model {name!r} is read from a GGUF file, and {package} is not installed: pip install {package}"
             )
 
 
@@ -226,9 +299,12 @@ def _tokenizer(
     reason = None
     for where, asked in places:
         try:
-            return AutoTokenizer.from_pretrained(where, **_shared(asked)), None
+            tokenizer = AutoTokenizer.from_pretrained(where, **_shared(asked))
         except Exception as error:  # tokenizers raises Exception itself
-            reason = first_line(error)  # token ids can be scored all the same; text is refused with this reason
+            # Token ids can be scored all the same; text is refused with this reason.
+            reason = why_no_tokenizer(Path(where, asked.get("subfolder", ""))) or first_line(error)
+        else:
+            return with_template_of_processor(tokenizer, where, asked), None
     return None, reason
 
 
@@ -247,8 +323,10 @@ def _dtype(dtype: Dtype, options: dict[str, Any]) -> tuple[torch.dtype | str, di
 
 def _of(dtype: Dtype) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype):
-        if not dtype.is_floating_point:
-            raise EndoRewardError(f"dtype {dtype}: expected a floating-point one")
+        if str(dtype).removeprefix("torch.") not in DTYPES:
+            raise EndoRewardError(f"dtype {dtype}: expected {', '.join(DTYPES)}")
         return dtype
+    if not isinstance(dtype, str | None):
+        raise EndoRewardError(f"dtype is a {type(dtype).__name__}: expected {', '.join(DTYPES)}, or one of torch")
     name = "auto" if dtype is None else dtype_name(dtype)
     return "auto" if name == "auto" else getattr(torch, name)

@@ -20,7 +20,15 @@ from typing_extensions import Unpack
 from ..errors import EndoRewardError
 from ..functional import Impl, linear_token_rewards, token_rewards
 from ..head.head import Head, logits_of
-from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_completions, list_of_rows, refuse_misspelt, refuse_name
+from ..scoring.arguments import (
+    LoadKwargs,
+    ScoreKwargs,
+    list_of_completions,
+    list_of_rows,
+    refuse_misspelt,
+    refuse_name,
+    refuse_no_name,
+)
 from ..scoring.batching import Room
 from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, Ranked, RowScore, Scores, TokenTable, in_order
@@ -28,11 +36,11 @@ from ..scoring.score import score_rows
 from ..signals import TokenStats, linear_token_stats, token_stats
 from ..text.encoding import NOTHING_TO_SCORE, Row
 from ..types import TokenRewards
-from ..vocab.checks import as_bool, check_input_ids
+from ..vocab.checks import as_bool, check_input_ids, check_tensors
 from .checkpoint import pocket_path
 from .layout import LayoutCheck, PaddingLast, lay_out
-from .loading import load
-from .positions import Positions
+from .loading import load, naming
+from .positions import Positions, forget_longer_rows
 from .vocabulary import refuse_larger_vocabulary, refuse_other_vocabulary
 
 __all__ = ["EndoRewardModel", "Ranked", "RowScore", "ScoreOptions", "TokenTable", "pocket_path"]
@@ -57,7 +65,7 @@ class EndoRewardModel(nn.Module):
         self.tokenizer = tokenizer
         self.head = Head(model)
         self.layouts = LayoutCheck(model, self._states)
-        self.positions = Positions.of(model, self._text_config())
+        self.positions = Positions.of(model, self._text_config(), tokenizer)
         self.room = Room()  # of scoring; a new one forgets that memory ran out
         if tokenizer is not None:
             refuse_larger_vocabulary(tokenizer, self.vocab_size)
@@ -79,11 +87,13 @@ class EndoRewardModel(nn.Module):
         Raises EndoRewardError, in one line: no such model, not a causal one, a checkpoint without its output head (a
         classifier's, say), an unknown dtype or device, a misspelt option.
         """
+        refuse_no_name(EndoRewardModel, name_or_path)
         refuse_misspelt(options, LoadKwargs.__annotations__)
         model, tokenizer, reason = load(name_or_path, dtype=dtype, device=device, options=dict(options))
         if reason is not None:
             warnings.warn(f"{str(name_or_path)!r} has no usable tokenizer, so only token ids: {reason}", stacklevel=2)
-        return cls(model, tokenizer)
+        with naming(name_or_path):
+            return cls(model, tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -172,6 +182,11 @@ class EndoRewardModel(nn.Module):
             token_rewards, linear_token_rewards, {"input_ids": input_ids}, scored, terminal, alpha=alpha,
             entropy=entropy,
         )  # fmt: skip
+
+    def ready_for(self, input_ids: Tensor) -> None:
+        """Before rows (B, T) are read: drop the rotary frequencies that longer rows have left in the model."""
+        if self.positions.keeps_frequencies(input_ids.shape[1]):
+            forget_longer_rows(self.model, input_ids.to(self.device))
 
     def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
         """`stats` of such rows, padded on the right."""
@@ -293,6 +308,9 @@ def _rows(module: nn.Module, name: str) -> int | None:
 
 
 def _broadcast_positions(position_ids: Tensor, input_ids: Tensor) -> Tensor:
+    check_tensors(position_ids=position_ids)
+    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
+        raise ValueError(f"position_ids is {position_ids.dtype}: expected integers")
     if position_ids.ndim != 2 or position_ids.shape not in (input_ids.shape, (1, input_ids.shape[1])):
         raise ValueError(f"position_ids {tuple(position_ids.shape)}: expected {tuple(input_ids.shape)}, or one row")
     return position_ids.expand_as(input_ids)

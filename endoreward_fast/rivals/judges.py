@@ -9,7 +9,7 @@ that say how text is encoded and batched, and alpha. Instructions are `str.forma
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,8 +19,9 @@ from ..errors import EndoRewardError
 from ..scoring.arguments import ScoreKwargs, list_of_rows
 from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, RowScore, Scores, in_order
+from ..scoring.score import encoder_for
 from ..text.boundary import tokenize
-from ..text.encoding import NOTHING_TO_SCORE, Encoder, Row, prompt_and_completion, refuse_no_row, wants_chat
+from ..text.encoding import NOTHING_TO_SCORE, Row, prompt_and_completion, refuse_no_row, wants_chat
 from ..text.messages import spoken
 from ..text.template import Extras
 
@@ -93,11 +94,10 @@ class Judge:
         asked = Questions(self.scorer.tokenizer, chosen.chat)
         needs: dict[int, list[int]] = {}
         for position, found in enumerate(self.ask(rows, asked)):
-            if not isinstance(found, EndoRewardError) and self._says_nothing(rows[position], chosen):
-                yield position, RowScore(None, 0, None, ("empty",), NOTHING_TO_SCORE)
-            elif isinstance(found, EndoRewardError):
-                yield position, RowScore(None, 0, None, error=str(found))
-            else:
+            unscored = self._unscored(found, rows[position], chosen)
+            if unscored is not None:
+                yield position, unscored
+            elif not isinstance(found, EndoRewardError):
                 needs[position] = found
         users: dict[int, list[int]] = {}
         for position, replies in needs.items():
@@ -107,17 +107,23 @@ class Judge:
         results: dict[int, RowScore] = {}
         for i, result in self.scorer.iter_scores(asked.rows, on_tokens=on_tokens, **kept | {"append_eos": False}):
             results[i] = result
-            for position in users[i]:
+            for position in users.get(i, ()):  # none, if the row that it was for has no score
                 missing[position] -= 1
                 if not missing[position]:
                     yield position, self._verdict([results[reply] for reply in needs[position]], chosen.alpha)
 
-    def _says_nothing(self, row: Row, options: ScoreOptions) -> bool:
-        """Whether the row's completion is empty and nothing ends it: it has no score, by any method."""
+    def _unscored(self, asked: list[int] | EndoRewardError, row: Row, options: ScoreOptions) -> RowScore | None:
+        """Why a row has no score, if it has none: one that is empty and that nothing ends has none by any method."""
+        if isinstance(asked, EndoRewardError):
+            return RowScore(None, 0, None, error=str(asked))
         if _text(prompt_and_completion(row)[1]):
-            return False
-        encoded = Encoder(self.scorer.tokenizer, chat=options.chat, append_eos=options.append_eos).encode(row)
-        return encoded.prompt_length == len(encoded.input_ids)
+            return None
+        try:
+            encoded = replace(encoder_for(self.scorer, options), max_length=None).encode(row)
+        except EndoRewardError as error:
+            return RowScore(None, 0, None, error=str(error))
+        nothing = encoded.prompt_length == len(encoded.input_ids)
+        return RowScore(None, 0, None, ("empty",), NOTHING_TO_SCORE) if nothing else None
 
     def score(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]

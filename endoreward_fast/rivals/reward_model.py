@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..errors import EndoRewardError
-from ..model.loading import load_classifier, refuse_other_than_one_output
-from ..model.positions import Positions
-from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name
+from ..model.loading import load_classifier, naming, refuse_other_than_one_output
+from ..model.positions import Positions, forget_longer_rows
+from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name, refuse_no_name
 from ..scoring.batching import Room, does_not_fit, in_batches
 from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, RowScore, Scores, in_order
 from ..scoring.score import evaluating
 from ..text.boundary import tokenize
 from ..text.chat import conversation
-from ..text.encoding import Encoder, Row, dialogue, prompt_and_completion, refuse_no_row, wants_chat
+from ..text.encoding import Encoder, Row, begun_turn, dialogue, prompt_and_completion, refuse_no_row, wants_chat
 from ..text.template import Extras
 
 
@@ -44,9 +44,7 @@ class RewardModel:
         refuse_other_than_one_output(config, type(model).__name__)
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.pad: int | None = text_config.pad_token_id
-        usual = getattr(tokenizer, "model_max_length", None)
-        usual = usual if isinstance(usual, int) and 0 < usual < 10**9 else None  # a huge number means: none is known
-        self.positions = Positions.of(model, text_config, usual)
+        self.positions = Positions.of(model, text_config, tokenizer, firm=True)
 
     @property
     def max_length(self) -> int | None:
@@ -63,11 +61,13 @@ class RewardModel:
         Raises EndoRewardError, in one line: no such model, not a sequence classifier, a checkpoint without its
         output head, more than one output, no tokenizer.
         """
+        refuse_no_name(RewardModel, name_or_path)
         refuse_misspelt(options, LoadKwargs.__annotations__)
         model, tokenizer, reason = load_classifier(name_or_path, dtype=dtype, device=device, options=dict(options))
         if tokenizer is None:
             raise EndoRewardError(f"reward model {str(name_or_path)!r} has no usable tokenizer: {reason}")
-        return cls(model, tokenizer)
+        with naming(name_or_path):
+            return cls(model, tokenizer)
 
     @property
     def device(self) -> torch.device:
@@ -108,7 +108,7 @@ class RewardModel:
         def run(batch: list[int]) -> list[float]:
             return self._classify([ready[i][1] for i in batch])
 
-        for batch, scores in in_batches(run, lengths, budget, self.room):
+        for batch, scores in in_batches(run, lengths, budget, self.room, self.positions.frequencies):
             if on_tokens is not None:
                 on_tokens(sum(lengths[i] for i in batch))
             for i, score in zip(batch, scores or [None] * len(batch), strict=True):
@@ -135,20 +135,26 @@ class RewardModel:
         plain = isinstance(prompt, str) and isinstance(completion, str)
         if plain and not wants_chat(self.tokenizer, row.get("chat", options.chat)):
             before = f"{options.system}\n\n{prompt}" if options.system else prompt
+            flags = () if completion else ("empty",)
             ids = self.tokenizer(before + completion, truncation=False, verbose=False)["input_ids"]
-            leading = encoder.leading
+            leading, trailing = encoder.around
             if leading and tuple(ids[: 2 * len(leading)]) == leading * 2:  # the text has its own
                 ids = ids[len(leading) :]
+            if trailing and tuple(ids[-2 * len(trailing) :]) == trailing * 2:
+                ids = ids[: -len(trailing)]
         else:
-            turns, extras = dialogue(prompt, completion), Extras.of(row, encoder.extras)
-            text = conversation(encoder.template, turns, extras, system=options.system)
+            begun = begun_turn(row, prompt, completion)
+            turns, extras = dialogue(prompt, completion, begun), Extras.of(row, encoder.extras)
+            text, flags = conversation(encoder.template, turns, extras, system=options.system)
+            if encoder.date is None and encoder.template.asks_for_the_date(extras):
+                flags = (*flags, "dated")
             ids = tokenize(self.tokenizer, text)
         limit = self.positions.limit(options.max_length)
         if not ids:
             raise EndoRewardError("the row is empty: there is nothing to classify")
         if limit is None or len(ids) <= limit:
-            return ids, ()
-        return _cut(ids, limit, options.truncate), ("truncated",)
+            return ids, flags
+        return _cut(ids, limit, options.truncate), (*flags, "truncated")
 
     def _classify(self, rows: list[list[int]]) -> list[float]:
         width = max(map(len, rows))
@@ -157,6 +163,8 @@ class RewardModel:
         inputs = {"input_ids": torch.tensor([ids + [padding] * (width - len(ids)) for ids in rows])}
         inputs["attention_mask"] = (torch.arange(width) < lengths).long()
         with evaluating(self.model):
+            if self.positions.keeps_frequencies(width):
+                forget_longer_rows(self.model, inputs["input_ids"].to(self.device))
             logits: Tensor = self.model(**{name: x.to(self.device) for name, x in inputs.items()}).logits
         return logits[:, 0].double().tolist()
 

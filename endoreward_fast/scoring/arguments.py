@@ -1,8 +1,9 @@
 """The arguments of the methods that take rows: their options by name, for type checkers and editors, and the refusal of
 what is not a list of rows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
+from os import PathLike
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
@@ -124,10 +125,22 @@ def list_of_completions(completions: Iterable[Any]) -> list[Any]:
     expected = 'a list of completions such as ["5", "6"]'
     if isinstance(completions, Mapping):
         raise EndoRewardError(f"completions is one {type(completions).__name__}: expected {expected}")
+    if isinstance(completions, Set):
+        raise EndoRewardError(f"completions is a {type(completions).__name__}, which has no order: expected {expected}")
     listed = _listed("completions", completions, expected)
     if not listed:
         raise EndoRewardError(f"completions is empty: expected {expected}")
     return listed
+
+
+def refuse_no_name(owner: type, name: Any) -> None:
+    """EndoRewardError where something else stands for a model's name: a loaded model, a configuration, None."""
+    from torch import nn
+
+    if isinstance(name, str | PathLike):
+        return
+    loaded = f"; {owner.__name__}(model, tokenizer) takes a loaded model" if isinstance(name, nn.Module) else ""
+    raise EndoRewardError(f"name_or_path is a {_kind(name)}: expected a folder, a Hub name or a GGUF file{loaded}")
 
 
 def refuse_name(owner: type, model: Any, tokenizer: Any) -> None:
@@ -143,6 +156,10 @@ def refuse_name(owner: type, model: Any, tokenizer: Any) -> None:
     if isinstance(tokenizer, str | Path):
         load = f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r})"
         raise EndoRewardError(f"{name} takes a loaded tokenizer, not its name: {load}")
+    if getattr(tokenizer, "tokenizer", None) is not None:
+        raise EndoRewardError(
+            f"tokenizer is a {_kind(tokenizer)}: give its .tokenizer, with the chat_template that it has"
+        )
     if tokenizer is not None and not callable(tokenizer):
         raise EndoRewardError(f"tokenizer is a {_kind(tokenizer)}: expected a tokenizer of transformers")
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -11,11 +12,13 @@ OUT_OF_MEMORY = ("DefaultCPUAllocator", "error: out of memory", "Triton Error [C
 """said by what has no exception of its own for it: the CPU's allocator, the driver, a kernel's launch, cuBLAS, cuDNN"""
 
 
-def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def batches(
+    lengths: Sequence[int], max_tokens: int, kind: Callable[[int], object] = lambda length: None
+) -> Iterator[list[int]]:
     """Positions of `lengths` in lists, longest rows first, so that rows of like length share a batch.
 
     A batch padded to its longest row holds at most `max_tokens` tokens, except that a row longer than that still
-    runs, alone. Longest first: if memory is short, it is so at once.
+    runs, alone. Longest first: if memory is short, it is so at once. Rows of a batch have one `kind(length)`.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
@@ -23,8 +26,10 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     start = 0
     while start < len(order):
         count = max(1, max_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + count]
-        start += count
+        ours = kind(lengths[order[start]])
+        batch = list(takewhile(lambda i: kind(lengths[i]) == ours, order[start : start + count]))  # noqa: B023
+        yield batch
+        start += len(batch)
 
 
 class Room:
@@ -50,7 +55,11 @@ class Room:
 
 
 def in_batches(
-    run: Callable[[list[int]], Result], lengths: Sequence[int], max_tokens: int, room: Room
+    run: Callable[[list[int]], Result],
+    lengths: Sequence[int],
+    max_tokens: int,
+    room: Room,
+    kind: Callable[[int], object] = lambda length: None,
 ) -> Iterator[tuple[list[int], Result | None]]:
     """(positions, run(positions)) of `batches`, every position once.
 
@@ -60,7 +69,7 @@ def in_batches(
     left = list(range(len(lengths)))
     while left:
         done: set[int] = set()
-        for batch in batches([lengths[i] for i in left], room.within(max_tokens)):
+        for batch in batches([lengths[i] for i in left], room.within(max_tokens), kind):
             places = [left[i] for i in batch]
             result = _if_it_fits(run, places)
             if result is None and len(places) > 1:

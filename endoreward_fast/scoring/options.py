@@ -3,14 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from ..errors import EndoRewardError
 from ..signals import select
 from ..text.encoding import Truncate
+from ..text.messages import check_text
 from ..text.template import Extras, as_date
 from .arguments import refuse_unknown
 from .scorer import Scorer
+
+SWITCHES = ("append_eos", "per_token", "texts", "entropy")
+"""fields of ScoreOptions that are on or off"""
 
 
 @dataclass(frozen=True)
@@ -73,15 +78,25 @@ class ScoreOptions:
 
     def __post_init__(self) -> None:
         _ = self.extras, self.date is None or as_date(self.date)  # what is wrong with them is said before any row
+        if isinstance(self.system, str):
+            check_text(self.system, "system")
         object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))
         for name, fine, wanted in (
-            ("alpha", self.alpha > 0 and math.isfinite(self.alpha), "a number above 0"),
+            ("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < math.inf, "a number above 0"),
             ("reduction", self.reduction in ("sum", "mean"), "'sum' or 'mean'"),
-            ("gamma", 0 < self.gamma <= 1, "a number above 0, at most 1"),
-            ("floor", self.floor >= 0 and math.isfinite(self.floor), "a number, 0 or more"),
+            ("gamma", isinstance(self.gamma, Real) and 0 < self.gamma <= 1, "a number above 0, at most 1"),
+            ("floor", isinstance(self.floor, Real) and 0 <= self.floor < math.inf, "a number, 0 or more"),
+            ("system", isinstance(self.system, str | None), "text, or None"),
+            ("chat", self.chat in (None, True, False), "True, False or None"),
             ("truncate", self.truncate in (None, "prompt", "completion"), "None, 'prompt' or 'completion'"),
-            ("max_length", self.max_length is None or self.max_length >= 1, "1 or more, or None"),
-            ("max_tokens_per_batch", self.max_tokens_per_batch >= 1, "1 or more"),
+            ("max_length", self.max_length is None or _is_count(self.max_length), "a whole number, 1 or more, or None"),
+            ("max_tokens_per_batch", _is_count(self.max_tokens_per_batch), "a whole number, 1 or more"),
+            ("reference", self.reference is None or hasattr(self.reference, "rewards_of_padded"), "an EndoRewardModel"),
+            *((name, getattr(self, name) in (True, False), "True or False") for name in SWITCHES),
         ):
             if not fine:
                 raise EndoRewardError(f"{name}={getattr(self, name)!r}: expected {wanted}")
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, Integral) and int(x) >= 1

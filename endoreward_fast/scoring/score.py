@@ -36,8 +36,11 @@ def score_rows(scorer: Scorer, rows: Sequence[Row], options: ScoreOptions, on_to
     def run(batch: list[int]) -> list[RowScore]:
         return _score_batch(scorer, [ready[i][1] for i in batch], options)
 
+    def frequencies(length: int) -> list[tuple[int, ...]]:
+        return [model.positions.frequencies(length) for model in _models(scorer, options)]
+
     lengths = [len(encoded.input_ids) for _, encoded in ready]
-    for batch, scores in in_batches(run, lengths, options.max_tokens_per_batch, scorer.room):
+    for batch, scores in in_batches(run, lengths, options.max_tokens_per_batch, scorer.room, frequencies):
         if on_tokens is not None:
             on_tokens(sum(lengths[i] for i in batch))
         for i, score in zip(batch, scores or [_does_not_fit(ready[i][1]) for i in batch], strict=True):
@@ -97,7 +100,10 @@ def evaluating(model: Scorer | nn.Module) -> Iterator[None]:
 
 def _score_batch(scorer: Scorer, batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
     with evaluating(scorer):  # not around a yield: the caller's code would run in it
-        rewards, mask, signals = _read(scorer, *_pad(batch), options)
+        padded = _pad(batch)
+        for model in _models(scorer, options):
+            model.ready_for(padded[0])
+        rewards, mask, signals = _read(scorer, *padded, options)
         totals = sequence_score(
             rewards.reward, mask, reduction=options.reduction, gamma=options.gamma, floor=options.floor
         )

@@ -17,6 +17,9 @@ class Limit(Protocol):
     def limit(self, asked: int | None) -> int | None:
         """Most tokens of a row, where `asked` is what an option says; None: there is no limit."""
 
+    def frequencies(self, length: int) -> tuple[int, ...]:
+        """Rows share a batch only where this is the same for each."""
+
 
 class Scorer(Protocol):
     """A causal language model whose tokens can be read: `EndoRewardModel` is one."""
@@ -35,6 +38,9 @@ class Scorer(Protocol):
     def device(self) -> torch.device: ...
     def modules(self) -> Iterator[nn.Module]: ...
     def eval(self) -> Any: ...
+
+    def ready_for(self, input_ids: Tensor) -> None:
+        """Drop what batches before this one, (B, T), have left in the model."""
 
     def rewards_of_padded(
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, entropy: bool = False

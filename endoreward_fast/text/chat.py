@@ -5,17 +5,20 @@
 
 The turn is every field of its message: text, parts, reasoning, tool calls. The conversation is written twice, up to the
 generation prompt and whole. Where the turn ends is seen from what the template writes behind it: at the end of the
-conversation and before a next turn alike (`</s>`, `<|im_end|>` without the newline that no model generates).
+conversation and before a next turn alike (`</s>`, `<|im_end|>` without the newline that no model generates). If it
+leaves a last turn open, its end is what stands between it and the token that opens a next one.
 
 Where a template changes the text of a turn (drops its reasoning, say), the turn is scored as it is written there: that
 is what a policy has generated. All that is dropped is flagged, in the turn and in those before it.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from ..errors import EndoRewardError
-from .messages import Message, has_nulls, is_blank, is_plain, text_of, texts_of, with_text, without_nulls
+from .messages import Message, has_nulls, is_blank, is_plain, is_text, text_of, texts_of, with_text, without_nulls
 from .template import Extras, Marked, Template
 
 NEXT = "QzNEXTzQ"
@@ -47,24 +50,39 @@ def render(
     """
     template.source()
     messages = [without_nulls(message) for message in messages]
-    prompt, flags = _with_a_system_turn(template, messages[:-1], extras, system)
+    prompt, flags = _with_a_system_turn(template, messages[:-1], system)
     turn = _Turn(template, [*prompt, messages[-1]], extras, ends)
-    filled = has_nulls(extras.tools) or any(has_nulls(message.get("tool_calls")) for message in messages)
     found = (
-        *_changed_before(turn), *_ignored(template, turn, extras), *_marks_in(template, messages, turn.end),
-        *(("null_fields",) if filled else ()),
+        *_changed_before(turn), *_ignored(template, turn.messages, turn.whole, extras),
+        *_marks_in(template, messages, turn.end), *_null_fields(messages, extras),
     )  # fmt: skip
     return Rendered(turn.prompt, turn.completion, turn.end, (*turn.flags, *flags, *found))
 
 
-def conversation(template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None) -> str:
-    """All that the template writes for `messages`, to its very end: what a classifier of conversations is trained on.
+def conversation(
+    template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None
+) -> tuple[str, tuple[str, ...]]:
+    """(all that the template writes for `messages`, to its very end: what a classifier of conversations is trained on;
+    flags).
 
     Raises EndoRewardError as `render` does, also where the template has no place for `system`.
     """
     template.source()
-    whole = with_system([without_nulls(message) for message in messages], system)
-    return template.write(template.fit(whole, extras), extras)
+    turns = template.fit(with_system([without_nulls(message) for message in messages], system), extras)
+    text, marked = template.write(turns, extras), Marked(turns)
+    other = template.write(marked.messages, extras)
+    end = _up_to_first(template.special, (_behind_marks(text, other) or "").strip())
+    lost, last = marked.lost(other, text), len(marked.marks) - len(Marked(turns[-1:]).marks)
+    flags: tuple[str, ...] = ("empty",) if is_blank(turns[-1]) else ()
+    said = _said(turns[-1])
+    if _without_end(said, end) != said:
+        flags = (*flags, "end_in_text")
+        text = template.write([*turns[:-1], with_text(turns[-1], _without_end(said, end))], extras)
+    return text, (
+        *flags, *(("template_drops",) if any(i >= last for i in lost) else ()),
+        *(("context_changed",) if any(i < last for i in lost) else ()), *_ignored(template, turns, text, extras),
+        *_marks_in(template, messages, end), *_null_fields(messages, extras),
+    )  # fmt: skip
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
@@ -77,20 +95,18 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
 
 
 def _with_a_system_turn(
-    template: Template, prompt: Sequence[Message], extras: Extras, system: str | None
+    template: Template, prompt: Sequence[Message], system: str | None
 ) -> tuple[list[Message], tuple[str, ...]]:
     """(prompt led by its system prompt, flags)."""
     led = with_system(prompt, system)
-    instruction = text_of(led[0].get("content")).strip() if led and led[0].get("role") == "system" else ""
-    if not instruction:
+    systems = list(takewhile(lambda message: message["role"] == "system", led))
+    if not systems or template.takes_system:
         return led, ()
-    try:
-        if instruction in template.write(template.fit(led, extras), extras, generate=True):
-            return led, ()
-    except EndoRewardError:
-        # It may refuse the system turn, or something else: without that turn it says so again.
-        pass
-    first, *rest = led[1:] or [None]
+    said = [text_of(message.get("content")).strip() for message in systems]
+    instruction = "\n\n".join(text for text in said if text)
+    first, *rest = led[len(systems) :] or [None]
+    if not instruction:
+        return led[len(systems) :], ()
     if first is None or first.get("role") != "user":
         raise EndoRewardError(
             "the chat template has no place for a system prompt, and no user turn of text comes first"
@@ -122,10 +138,11 @@ class _Turn:
         body = self.whole[: len(self.whole) - len(behind)]
         self._cut(body, _shared([self.whole, other]))
         self.completion = self._without_own_end(self.completion)
-        if _says_only_text(self._answer):
+        if is_text(self._answer):
             self._put_back(text_of(self._answer["content"]))
         elif marked.missing(other):
             self.flags += ("template_drops",)
+        self._compare_white_space()
 
     def _write(self, *turns: Message, generate: bool = False) -> str:
         return self.template.write([*self.before, *turns], self.extras, generate=generate)
@@ -135,7 +152,7 @@ class _Turn:
 
         White space cannot be marked, and a turn that only thinks has more behind its thought than the end of a turn.
         """
-        if _has_text(self._answer) or self._answer.get("tool_calls"):
+        if _said(self._answer).strip() or self._answer.get("tool_calls"):
             return self._answer, self.whole
         shown = with_text(self._answer, "x")
         written = self._write(shown)
@@ -189,26 +206,20 @@ class _Turn:
 
     def _end_of(self, last: str, before_a_next: str | None, *, calls: bool) -> str:
         whole = last.rstrip()
-        by_its_look = whole if calls else _up_to_first(self._special, whole)
+        by_its_look = whole if calls else _up_to_first(self.template.special, whole)
         if before_a_next is None:
             return by_its_look
         shared = _shared([last, before_a_next])
         if whole and len(shared) >= len(whole):
             return whole
         if whole:
-            return shared[: self._whole_marks(shared)].rstrip() or by_its_look
+            return _whole_marks(shared).rstrip() or by_its_look
+        special = self.template.special
+        opens = _up_to_first(special, self.template.generation_prompt.lstrip())
+        closed = before_a_next.partition(opens)[0] if opens in special and opens in before_a_next else ""
+        if closed.strip():
+            return closed.rstrip()
         return next((token for token in self._ends if token and before_a_next.lstrip().startswith(token)), "")
-
-    def _whole_marks(self, shared: str) -> int:
-        """Length of what two texts share without the part of a mark in whose middle they part."""
-        ends = [shared.rfind(token) + len(token) for token in self._special if token in shared]
-        return max([*ends, *(i + 1 for i, c in enumerate(shared) if c.isspace())], default=0)
-
-    @property
-    def _special(self) -> set[str]:
-        tokenizer = self.template.tokenizer
-        added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        return (added | set(tokenizer.all_special_tokens)) - {""}
 
     def _cut(self, body: str, before_text: str) -> None:
         """`body`, the conversation up to the end of its last text, into prompt and completion."""
@@ -231,15 +242,16 @@ class _Turn:
             self.completion = body[at:].lstrip()
             return
         if len(shared) < len(before_text):
-            at = self._whole_marks(shared)
+            at = len(_whole_marks(shared))
+        usual = self.template.generation_prompt
+        if before_text.startswith(usual, at):
+            at += len(usual)
         self.flags += ("opening_differs",)
         self.prompt, self.completion = body[:at], body[at:]
 
     def _without_own_end(self, completion: str) -> str:
         """The completion without the end of turn that its text already has: the template writes it once more."""
-        found, mark = completion, self.end.strip()
-        while mark and found.rstrip().endswith(mark):
-            found = found.rstrip().removesuffix(mark)
+        found = _without_end(completion, self.end)
         if found != completion and "end_in_text" not in self.flags:
             self.flags += ("end_in_text",)
         return found
@@ -253,6 +265,25 @@ class _Turn:
         self.prompt, self.completion = self.opening, _behind_opening(text, open_thought)
         self.flags = (*(flag for flag in self.flags if flag != "opening_differs"), "template_rewrites")
 
+    def _compare_white_space(self) -> None:
+        """A flag where the white space of the turn's text is not as it is scored."""
+        text, scored = self._without_own_end(_said(self._answer)), _open_thought(self.prompt) + self.completion
+        if text not in scored and _squeezed(text) in _squeezed(scored):
+            self.flags += ("white_space",)
+
+
+def _without_end(text: str, end: str) -> str:
+    """A text without the marks at its end that end a turn."""
+    mark = end.strip()
+    while mark and text.rstrip().endswith(mark):
+        text = text.rstrip().removesuffix(mark)
+    return text
+
+
+def _whole_marks(shared: str) -> str:
+    """What two texts share without the part of a mark in whose middle they part."""
+    return re.sub(r"[<\[{][^\s<>\[\]{}]*$", "", shared)
+
 
 def _saying(message: Message, text: str) -> Message:
     """A message of the same role that says that alone, in the spelling that this one's content has."""
@@ -260,17 +291,10 @@ def _saying(message: Message, text: str) -> Message:
     return {"role": message["role"], "content": [{"type": "text", "text": text}] if parts else text}
 
 
-def _has_text(message: Message) -> bool:
+def _said(message: Message) -> str:
+    """The text of a message's content, without thoughts among its parts."""
     content = message.get("content")
-    parts = content if isinstance(content, list) else []
-    return bool((text_of([p for p in parts if p["type"] == "text"]) if parts else text_of(content)).strip())
-
-
-def _says_only_text(message: Message) -> bool:
-    content = message.get("content")
-    if isinstance(content, list) and any(part["type"] != "text" for part in content):
-        return False
-    return is_plain({**message, "content": text_of(content)})
+    return text_of([p for p in content if p["type"] == "text"] if isinstance(content, list) else content)
 
 
 def _behind_marks(text: str, marked: str) -> str | None:
@@ -279,41 +303,55 @@ def _behind_marks(text: str, marked: str) -> str | None:
 
 
 def _open_thought(opening: str) -> str:
-    """The thinking block that a generation prompt opens, or ""."""
-    tail = opening[opening.rstrip().rfind("\n") + 1 :]
-    return tail if tail.startswith("<think>") else ""
+    """The thinking block that a generation prompt opens, and may close at once, or ""."""
+    found = re.search(r"<think>\s*(</think>\s*)?$", opening)
+    return found.group() if found else ""
 
 
 def _behind_opening(text: str, lost: str) -> str:
     """A text without what the generation prompt already holds of it (`lost`: "<think>" and a newline)."""
-    mark = lost.strip()
-    if not mark or not text.lstrip().startswith(mark):
-        return text
-    rest = text.lstrip()[len(mark) :]
-    return rest.removeprefix(lost[len(lost.rstrip()) :])
+    marks = lost.split()
+    mark = re.match(r"\s*" + r"\s*".join(map(re.escape, marks)), text) if marks else None
+    return text[mark.end() :].removeprefix(lost[len(lost.rstrip()) :]) if mark else text
+
+
+def _in_order(turns: Sequence[Message], written: str) -> bool:
+    """Whether each turn is a text that is `written` behind the one before: two may say the same."""
+    at = 0
+    for turn in turns:
+        text = _squeezed(turn["content"]) if is_plain(turn) else None
+        at = -1 if text is None else written.find(text, at)
+        if text is None or at < 0:
+            return False
+        at += len(text)
+    return True
 
 
 def _changed_before(turn: _Turn) -> tuple[str, ...]:
     """A flag if the template leaves out or changes a text of the turns before the last."""
-    written = _squeezed(turn.opening)
-    if all(is_plain(message) and _squeezed(message["content"]) in written for message in turn.before):
+    if _in_order(turn.before, _squeezed(turn.opening)):
         return ()
     # A text may be escaped, as in JSON: then its marks are there still.
     marked = Marked(turn.before)
     text = turn.template.write(marked.messages, turn.extras, generate=True)
-    return () if marked.whole(text) else ("context_changed",)
+    return ("context_changed",) if marked.lost(text, turn.opening) else ()
 
 
-def _ignored(template: Template, turn: _Turn, extras: Extras) -> tuple[str, ...]:
+def _ignored(template: Template, messages: Sequence[Message], written: str, extras: Extras) -> tuple[str, ...]:
     """A flag if the template makes nothing of what the row gives it."""
     flags: tuple[str, ...] = ()
     for name in ("tools", "documents"):
         if getattr(extras, name) is not None:
             without = Extras(**{**vars(extras), name: None})
-            if template.write(turn.messages, without) == turn.whole:
+            if template.write(messages, without) == written:
                 flags = ("template_ignores",)
     source = template.source(tools=bool(extras.tools))
     return ("template_ignores",) if any(name not in source for name in extras.kwargs) else flags
+
+
+def _null_fields(messages: Sequence[Message], extras: Extras) -> tuple[str, ...]:
+    filled = has_nulls(extras.tools) or any(has_nulls(message.get("tool_calls")) for message in messages)
+    return ("null_fields",) if filled else ()
 
 
 def _marks_in(template: Template, messages: Sequence[Message], end: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 | row                                                        | scored                                          |
 | {"prompt": str, "completion": str}                         | the completion                                  |
 | {"prompt": str or messages, "completion": str or messages} | the last assistant turn (earlier ones: context) |
+| the same, the prompt ending in an assistant's text         | what the completion adds to that turn           |
 | {"messages": [...]}                                        | the last assistant turn                         |
 | {"prompt_ids": [...], "completion_ids": [...]}             | the completion's ids, as they are               |
 | the same with "completion_mask": [0 or 1, ...]             | those of them that have a 1 (see below)         |
@@ -35,7 +36,7 @@ from typing import Any, Literal
 from ..errors import EndoRewardError
 from .boundary import split_ids, tokenize
 from .chat import render
-from .messages import Message, are_messages, check_message, check_text, kind_of
+from .messages import Message, are_messages, check_message, check_text, is_text, kind_of, text_of
 from .template import Extras, Template, as_date
 
 Row = Mapping[str, Any]
@@ -47,11 +48,13 @@ FLAGS = MappingProxyType(
         "truncated": "tokens were cut to fit the limit",
         "bootstrapped": "the episode does not end with the last token: V(s') counts after it",
         "first_token_unscored": "nothing comes before the completion, so its first token was chosen in no known state",
+        "continues_turn": "the prompt ends within the assistant's turn: the completion goes on with it",
         "context_turns": "of several turns in the completion only the last is scored",
         "system_in_user": "the chat template has no system turn: the system prompt leads the first user turn",
         "split_at_speaker": "a dialogue as text: what follows the last speaker that both answers share is scored",
         "template_rewrites": "the chat template would change the completion: it is scored as written",
         "template_drops": "the chat template leaves out a part of the turn: what it writes is scored",
+        "white_space": "the chat template trims or changes white space of the turn: what it writes is scored",
         "context_changed": "the chat template leaves out or rewrites a part of an earlier turn: the prompt is what it "
         "writes",
         "template_ignores": "the chat template makes no use of the tools, documents or template arguments given",
@@ -128,9 +131,9 @@ class Encoder:
         return Template(self.tokenizer) if self.date is None else Template(self.tokenizer, as_date(self.date))
 
     @cached_property
-    def leading(self) -> tuple[int, ...]:
-        """Special tokens that the tokenizer puts before a text: BOS, [CLS], or none."""
-        return _leading_ids(self.tokenizer)
+    def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Special tokens that the tokenizer puts before a text (BOS, [CLS], or none) and behind it."""
+        return _around_ids(self.tokenizer)
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
@@ -148,7 +151,7 @@ class Encoder:
             if self.system:
                 raise EndoRewardError("a system prompt cannot be put before a row of token ids")
             prompt, completion = (_ids(row, name) for name in ("prompt_ids", "completion_ids"))
-            terminal = bool(row.get("terminal", True))
+            terminal = _switch(row, "terminal")
             flags = () if completion else ("empty",)
         else:
             prompt, completion, flags = self._text_ids(row)
@@ -181,16 +184,21 @@ class Encoder:
             raise EndoRewardError("chat=False scores plain text, but the row holds messages")
         if plain and not wants_chat(self.tokenizer, chat):
             before = f"{self.system}\n\n{prompt}" if self.system else prompt
-            return self._plain(before, completion)
-        flags = ("context_turns",) if not isinstance(completion, str) and len(completion) > 1 else ()
+            extras = Extras.of(row, self.extras)
+            before, after, flags = self._plain(before, completion)
+            return before, after, (*flags, *(() if extras == Extras() else ("template_ignores",)))
+        begun = begun_turn(row, prompt, completion)
+        flags: tuple[str, ...] = ("context_turns",) if not isinstance(completion, str) and len(completion) > 1 else ()
         extras = Extras.of(row, self.extras)
         dated = self.date is None and self.template.asks_for_the_date(extras)
-        text = render(self.template, dialogue(prompt, completion), extras, system=self.system, ends=self._ends)
-        flags = (*flags, *text.flags, *(("dated",) if dated else ()), *(() if text.completion else ("empty",)))
-        end = text.end if self.append_eos else ""
+        text = render(self.template, dialogue(prompt, completion, begun), extras, system=self.system, ends=self._ends)
+        before_it, scored = _behind(begun, text.completion)
+        flags = (*flags, *text.flags, *(("dated",) if dated else ()), *(("continues_turn",) if begun else ()))
+        flags = flags if scored or "empty" in flags else (*flags, "empty")
+        end = text.end if self.append_eos or "end_in_text" in text.flags else ""
         if text.completion.endswith(self._ends):  # it has ended already, by another token than the template's
             end = ""
-        before, after = split_ids(self.tokenizer, text.prompt, text.completion + end)
+        before, after = split_ids(self.tokenizer, text.prompt + before_it, scored + end)
         if end or not self.append_eos:
             return before, after, flags
         ended = self._with_eos(after)
@@ -198,7 +206,8 @@ class Encoder:
 
     def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[int], tuple[str, ...]]:
         before, after = split_ids(self.tokenizer, prompt, completion)
-        leading = () if tuple(before[: len(self.leading)]) == self.leading else self.leading
+        leading, _ = self.around
+        leading = () if tuple(before[: len(leading)]) == leading else leading
         return [*leading, *before], self._with_eos(after), () if after else ("empty",)
 
     def _has_ended(self, ids: list[int]) -> bool:
@@ -259,11 +268,10 @@ def encode_row(
     return encoder.encode(row)
 
 
-def _leading_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Special tokens that the tokenizer puts before a text: BOS, [CLS], or none."""
+def _around_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     bare, full = tokenize(tokenizer, "a"), tokenizer("a", truncation=False)["input_ids"]
     at = next((k for k in range(len(full)) if full[k : k + len(bare)] == bare), 0)
-    return tuple(full[:at])
+    return tuple(full[:at]), tuple(full[at + len(bare) :])
 
 
 def wants_chat(tokenizer: Any, chat: bool | None) -> bool:
@@ -299,13 +307,36 @@ def prompt_and_completion(row: Row) -> tuple[Any, Any]:
     return prompt, completion
 
 
-def dialogue(prompt: Any, completion: Any) -> list[Message]:
-    """The conversation that `prompt_and_completion` are; it ends in an assistant's turn."""
-    turns = _turns(prompt, "user") + _turns(completion, "assistant")
+def dialogue(prompt: Any, completion: Any, begun: str = "") -> list[Message]:
+    """The conversation that `prompt_and_completion` are; it ends in an assistant's turn, which `begun` leads."""
+    before, turns = _turns(prompt, "user"), _turns(completion, "assistant")
+    if begun:
+        before, turns = before[:-1], [{**before[-1], "content": begun + text_of(turns[0].get("content"))}]
+    turns = before + turns
     role = turns[-1]["role"] if turns else "none"
     if role != "assistant":
         raise EndoRewardError(f"the last message is what is scored: wanted the assistant's, found {role!r}")
     return turns
+
+
+def begun_turn(row: Row, prompt: Any, completion: Any) -> str:
+    """The text of the assistant's turn that a row's prompt ends in and its completion, of text, goes on with; or ""."""
+    if "prompt" not in row:  # messages are turns, each whole
+        return ""
+    both = [*_turns(prompt, "user")[-1:], *_turns(completion, "assistant")]
+    goes_on = len(both) == 2 and all(turn["role"] == "assistant" and is_text(turn) for turn in both)
+    return text_of(both[0].get("content")) if goes_on else ""
+
+
+def _behind(begun: str, completion: str) -> tuple[str, str]:
+    """(a completion up to and with the text that the prompt has of it, what comes behind)."""
+    at = completion.find(begun)
+    if at < 0:  # nothing was added, and the template trims
+        begun = begun.rstrip()
+        at = completion.find(begun)
+    if at < 0:
+        raise EndoRewardError("the chat template rewrites the turn that the prompt begins: give token ids")
+    return completion[: at + len(begun)], completion[at + len(begun) :]
 
 
 def _turns(value: Any, role: str) -> list[Message]:
@@ -319,6 +350,15 @@ def _ids(row: Row, name: str) -> list[int]:
     if not whole:
         raise EndoRewardError(f"{name}: wanted a list of token ids, found {kind_of(ids)}")
     return [int(i) for i in ids]
+
+
+def _switch(row: Row, name: str) -> bool:
+    """A value of true or false; true where there is none."""
+    value = row.get(name, True)
+    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor's or an array's
+    if value not in (0, 1):
+        raise EndoRewardError(f"{name}: wanted true or false, found {kind_of(value)}")
+    return bool(value)
 
 
 def _mask(row: Row, completion: list[int]) -> tuple[bool, ...]:

@@ -7,6 +7,7 @@ reasoning besides, under the names that chat templates and OpenAI's API use.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import EndoRewardError
@@ -15,8 +16,12 @@ Message = Mapping[str, Any]
 REASONING = ("reasoning_content", "thinking", "reasoning")
 TEXTS = ("content", *REASONING, "tool_plan", "refusal")
 """fields of a message that are text of its turn; its tool calls are the others"""
+NO_TEXT = MappingProxyType({"function_call": "wanted tool_calls", "audio": "only text can be scored"})
+"""fields that say something which no chat template writes, and what to do"""
 TEXT_PARTS = ("text", "thinking", "reasoning")
 """kinds of parts that are text, which stands under the same name"""
+DEEPEST = 100
+"""levels of lists and objects: far below where Python's readers and writers give up, each at another depth"""
 
 
 def are_messages(value: Any) -> bool:
@@ -32,6 +37,9 @@ def check_message(message: Message, name: str) -> None:
         if "content" in message:
             raise EndoRewardError(f"{name}.content: wanted text, found nothing")
         raise EndoRewardError(f"{name}: wanted content or tool_calls, found keys {', '.join(map(str, message))}")
+    for field, wanted in NO_TEXT.items():
+        if message.get(field) is not None:
+            raise EndoRewardError(f"{name}.{field}: {wanted}")
     for field in TEXTS:
         value = message.get(field)
         if field == "content" and isinstance(value, list | tuple):
@@ -46,18 +54,25 @@ def check_message(message: Message, name: str) -> None:
         function = _function(call) if isinstance(call, Mapping) else None
         if function is None or not isinstance(function.get("name"), str):
             raise EndoRewardError(f"{name}.tool_calls[{i}]: wanted a function with a name, found {kind_of(call)}")
-    _check_numbers(message, name)
+    check_values(message, name)
 
 
-def _check_numbers(value: Any, name: str) -> None:
+def check_values(value: Any, name: str, *, levels: int = DEEPEST) -> None:
+    """EndoRewardError, naming the place, where no template could write what is inside `value` at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         raise EndoRewardError(f"{name}: NaN or infinity is no value")
+    if isinstance(value, str):
+        check_text(value, name)
+    inner: list[tuple[str, Any]] = []
     if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _check_numbers(inner, f"{name}.{key}")
+        check_values("".join(map(str, value)), f"{name}, a key")
+        inner = [(f"{name}.{key}", one) for key, one in value.items()]
     elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            _check_numbers(inner, f"{name}[{i}]")
+        inner = [(f"{name}[{i}]", one) for i, one in enumerate(value)]
+    if inner and not levels:
+        raise EndoRewardError(f"{name}: nested more than {DEEPEST} levels deep")
+    for where, one in inner:
+        check_values(one, where, levels=levels - 1)
 
 
 def _check_part(part: Any, name: str) -> None:
@@ -91,8 +106,16 @@ def kind_of(value: Any) -> str:
 
 def without_nulls(message: Message) -> dict[str, Any]:
     """The message without fields that are null or an empty list of calls, which tables fill in where other rows have
-    one; content stays. A call without arguments has none: {}."""
+    one, and without reasoning that it has by another name already; content stays, and an empty list of parts is "". A
+    call without arguments has none: {}."""
     kept = {name: value for name, value in message.items() if value is not None or name == "content"}
+    thoughts: set[Any] = set()
+    for name in REASONING:
+        if kept.get(name) in thoughts:
+            del kept[name]
+        thoughts |= {kept[name]} if name in kept else set()
+    if kept.get("content") in ([], ()):
+        kept["content"] = ""
     calls = kept.pop("tool_calls", None)
     return {**kept, "tool_calls": [_without_nulls(call) for call in calls]} if calls else kept
 
@@ -124,6 +147,7 @@ def spoken(message: Message) -> str:
     message = without_nulls(message)
     thought = next((message[name] for name in REASONING if message.get(name)), "")
     pieces = [f"<think>\n{thought}\n</think>" if thought else "", text_of(message.get("content")).strip()]
+    pieces += [message[name] for name in ("tool_plan", "refusal") if message.get(name)]
     pieces += [json.dumps(dict(_function(call)), ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n\n".join(piece for piece in pieces if piece)
 
@@ -131,6 +155,14 @@ def spoken(message: Message) -> str:
 def is_plain(message: Message) -> bool:
     """Whether the message is a text and nothing else."""
     return isinstance(message.get("content"), str) and not any(message.get(name) for name in (*TEXTS[1:], "tool_calls"))
+
+
+def is_text(message: Message) -> bool:
+    """Whether the message is a text and nothing else, be it in parts."""
+    content = message.get("content")
+    if isinstance(content, list) and any(part["type"] != "text" for part in content):
+        return False
+    return is_plain({**message, "content": text_of(content)})
 
 
 def is_blank(message: Message) -> bool:
@@ -223,7 +255,7 @@ def spellings(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
     or as its JSON. All say the same.
     """
     seen: list[list[dict[str, Any]]] = []
-    for content in (_same, _as_text, _as_parts):
+    for content in (_same, _as_text, _as_one_part):
         for blank in (_same, _blank_text, _blank_null):
             for arguments in (_same, _as_object, _as_json):
                 found = [arguments(blank(content(dict(message)))) for message in messages]
@@ -245,7 +277,8 @@ def _as_text(message: dict[str, Any]) -> dict[str, Any]:
     return found | {REASONING[0]: thought} if thought else found
 
 
-def _as_parts(message: dict[str, Any]) -> dict[str, Any]:
+def _as_one_part(message: dict[str, Any]) -> dict[str, Any]:
+    message = _as_text(message)
     content = message.get("content")
     return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
 

@@ -14,12 +14,16 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import EndoRewardError
-from .messages import Message, is_plain, misspelt, spellings, with_texts
+from .messages import Message, check_text, check_values, is_plain, misspelt, spellings, with_texts
 
 CLOCK = "strftime_now"
 """the function by which templates ask for the date: transformers gives it to them"""
-RESERVED = ("tools", "documents", "messages", "conversation", "add_generation_prompt", "chat_template", "tokenize")
-"""names that are no template arguments of a row's own"""
+RESERVED = (
+    "self", "tools", "documents", "messages", "conversation", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", CLOCK,
+)  # fmt: skip
+"""names that are no template arguments of a row's own: apply_chat_template has them for itself"""
 MARKS = ("Qz{}MARKzQ", "Jq{}MARKqJ")
 
 
@@ -56,6 +60,7 @@ def _list_of(name: str, value: Any, *, functions: bool = False) -> tuple[Any, ..
     fine = isinstance(value, list | tuple) and all(isinstance(v, Mapping) or (functions and callable(v)) for v in value)
     if not fine:
         raise EndoRewardError(f"{name}: wanted a list of JSON objects, found {type(value).__name__}")
+    check_values(value, name)
     return tuple(value)
 
 
@@ -68,6 +73,7 @@ def _object(name: str, value: Any) -> Mapping[str, Any]:
     taken = next((key for key in value if key in RESERVED), None)
     if taken is not None:
         raise EndoRewardError(f"{name}: {taken!r} cannot be set there")
+    check_values(value, name)
     return {str(key): inner for key, inner in value.items() if inner is not None}
 
 
@@ -75,9 +81,18 @@ def _read(name: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
-    except ValueError as error:
+        return json.loads(value, object_pairs_hook=_unambiguous)
+    except (ValueError, RecursionError) as error:
         raise EndoRewardError(f"{name}: not valid JSON ({error})") from None
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for n, name in enumerate(names) if name in names[:n])
+        raise ValueError(f"the key {twice!r} stands twice in one object: keep one")
+    return found
 
 
 def as_date(text: str) -> Date:
@@ -141,6 +156,7 @@ class Template:
         except Exception as error:  # a template is a program of the model's author: it may raise anything
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise EndoRewardError(f"the chat template refuses the conversation: {reason}") from error
+        check_text(text, "what the chat template writes")
         return text
 
     @cached_property
@@ -148,6 +164,12 @@ class Template:
         """The template's own strftime_now: transformers gives the real one, and takes no function in its place."""
         spelt = "".join(f"|replace({code!r}, {self.day.strftime(code)!r})" for code in _CODES)
         return f"{{% macro {CLOCK}(format) %}}{{{{ format{spelt} }}}}{{% endmacro %}}\n"
+
+    @cached_property
+    def special(self) -> set[str]:
+        """The tokenizer's special tokens."""
+        added = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        return (added | set(self.tokenizer.all_special_tokens)) - {""}
 
     @cached_property
     def ends(self) -> dict[tuple[str, str], str]:
@@ -172,6 +194,17 @@ class Template:
             return mark in self.write([{"role": "user", "content": mark}], Extras())
         except EndoRewardError:
             return True  # it wants more of a conversation than this
+
+    @cached_property
+    def takes_system(self) -> bool:
+        """Whether it writes a system turn before the user's."""
+        mark, user = MARKS[0].format(0), {"role": "user", "content": "x"}
+        for messages in ([{"role": "system", "content": mark}, user], [user]):
+            try:
+                return mark in self.write(self.fit(messages, Extras()), Extras(), generate=True)
+            except EndoRewardError:
+                continue
+        return True  # it wants more of a conversation than this
 
     def fit(self, messages: Sequence[Message], extras: Extras) -> list[dict[str, Any]]:
         """`messages` in the spelling of which the template writes most, as they are if it writes all.
@@ -209,6 +242,7 @@ class Marked:
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.marks: list[tuple[str, str]] = []
+        self._texts: list[str] = []
         self.messages = [with_texts(message, self._mark) for message in messages]
 
     def _mark(self, text: str) -> str:
@@ -217,12 +251,17 @@ class Marked:
         front = MARKS[bare[0] in "Qq"].format(number)
         back = MARKS[bare[-1] in "Qq"].format(number)
         self.marks.append((front, back))
+        self._texts.append(bare)
         return front + bare + back
 
     def missing(self, text: str) -> list[int]:
         """Numbers of the texts of which neither mark is in `text`."""
         return [i for i, marks in enumerate(self.marks) if not any(mark in text for mark in marks)]
 
-    def whole(self, text: str) -> bool:
-        """Whether both marks of every text are in `text`."""
-        return all(sum(text.count(mark) for mark in set(marks)) >= 2 for marks in self.marks)
+    def lost(self, text: str, unmarked: str) -> list[int]:
+        """Numbers of the texts that are not whole: of which `text` has not both marks, nor one of them and `unmarked`,
+        which the template writes without marks, the text itself. It may take a text apart and lose a mark on the way
+        (a thought out of an answer)."""
+        found = [sum(text.count(mark) for mark in set(marks)) for marks in self.marks]
+        written, bare = "".join(unmarked.split()), ["".join(t.split()) for t in self._texts]
+        return [i for i, n in enumerate(found) if n == 0 or (n == 1 and bare[i] not in written)]

@@ -42,6 +42,7 @@ def check_linear(
         raise _say("bias", bias, f"({weight.shape[0]},), one per row of weight, on {hidden.device}")
     if bias is not None and bias.dtype not in FLOATS:
         raise _say("bias", bias, "a floating-point tensor")
+    check_numbers(logit_scale=logit_scale, softcap=softcap)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap}: expected a finite number > 0, or None")
     if not -math.inf < logit_scale < math.inf:
@@ -100,10 +101,10 @@ def check_input_ids(input_ids: Tensor, words: int | None) -> None:
         raise ValueError(f"input_ids is a {type(input_ids).__name__}: {wanted}; model(**inputs) hands on what is in it")
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids is a {type(input_ids).__name__}: {wanted}")
-    if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
-        raise _say("input_ids", input_ids, "token ids, (B, T) int64")
+    if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
+        raise _say("input_ids", input_ids, "token ids, (B, T) int64, at least one")
     # Reading ids on a GPU would stall the stream; there the embedding's own assertion stops them.
-    if words is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling() or not input_ids.numel():
+    if words is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = (int(x) for x in input_ids.aminmax())
     if low < 0 or high >= words:
@@ -117,9 +118,19 @@ def check_reverse_mode(impl: str, *inputs: Tensor | None) -> None:
         raise ValueError(f"impl={impl!r} has no forward-mode derivative (jvp, jacfwd): take impl='reference'")
 
 
+def check_numbers(**arguments: float | None) -> None:
+    """ValueError for what is no number, a text that spells one included. None passes."""
+    for name, x in arguments.items():
+        if not (x is None or isinstance(x, int | float) or (hasattr(x, "__float__") and not isinstance(x, Tensor))):
+            raise ValueError(f"{name} is a {type(x).__name__}: expected a number")
+
+
 def _check_alpha(alpha: float) -> None:
     if isinstance(alpha, Tensor):
         raise ValueError("alpha is a tensor: expected a number; no gradient flows into it")
+    if alpha is None:
+        raise ValueError("alpha is None: expected a finite temperature > 0")
+    check_numbers(alpha=alpha)
     if not 0 < alpha < math.inf:  # not math.isfinite: dynamo cannot trace it once alpha has had two values
         raise ValueError(f"alpha={alpha}: expected a finite temperature > 0")
 
@@ -127,7 +138,10 @@ def _check_alpha(alpha: float) -> None:
 def check_tensors(**arguments: Tensor | None) -> None:
     for name, x in arguments.items():
         if x is not None and not isinstance(x, Tensor):
-            raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor")
+            made = (
+                f"; torch.as_tensor({name}) makes one" if isinstance(x, list | tuple) or hasattr(x, "__array__") else ""
+            )
+            raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor{made}")
 
 
 def _as_bool(name: str, x: Tensor | None, shape: torch.Size, device: torch.device) -> Tensor | None:

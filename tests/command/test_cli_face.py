@@ -69,6 +69,7 @@ def test_so_it_is_where_rows_are_drawn(command, tmp_path):
 
 def test_eval_names_every_model_and_its_weights(scorer, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "load_reward_model", lambda flags, name: LengthScorer())
+    monkeypatch.setattr(pipeline, "refuse_other_models", lambda flags: None)
     path, target = put(tmp_path, PREFERENCE), tmp_path / "found.json"
     flags = ("-m", "owner/model", "--reward-model", "owner/reward", "--alpha", 2, "-q", "-o", target)
     heading = run("eval", path, *flags).stdout.splitlines()[:3]

@@ -51,13 +51,15 @@ def test_where_the_weights_are_goes_to_every_loader(monkeypatch):
 
     monkeypatch.setattr("endoreward_fast.model.model.EndoRewardModel", Known)
     monkeypatch.setattr("endoreward_fast.rivals.reward_model.RewardModel", Known)
-    flags = EngineFlags(model="some/model", revision="v2", subfolder="sub", gguf_file="a.gguf")
+    where = {"revision": "v2", "subfolder": "sub", "gguf_file": "a.gguf", "trust_remote_code": True}
+    flags = EngineFlags(model="some/model", **where)
     Job("score", flags).load()
     pipeline.load_scorer(EngineFlags(model="some/model"))
-    assert asked == [("some/model", {"revision": "v2", "subfolder": "sub", "gguf_file": "a.gguf"}), ("some/model", {})]
+    assert asked == [("some/model", where), ("some/model", {})]
     asked.clear()
     from endoreward_fast.command.evaluate.side_by_side import panel
 
+    monkeypatch.setattr(pipeline, "refuse_other_models", lambda flags: None)  # the names are made up
     panel(EvalFlags(model="m", revision="v2", reference_model="r", reward_model="j", signals="log-ratio"))
     assert asked == [("m", {"revision": "v2"}), ("r", {}), ("j", {})]
 

@@ -14,7 +14,7 @@ import pytest
 from cli_harness import LengthScorer, rows_of, run
 from endoreward_fast.command.input.files import open_source
 from endoreward_fast.command.run import pipeline
-from endoreward_fast.errors import EndoRewardError
+from written import put, read
 
 
 @pytest.fixture
@@ -22,24 +22,6 @@ def scorer(monkeypatch):
     made = LengthScorer()
     monkeypatch.setattr(pipeline, "load_scorer", lambda flags: made)
     return made
-
-
-def put(folder, name, data):
-    path = folder / name
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
-
-
-def read(folder, name, data):
-    """(rows or errors by record, what reading ended with or None)."""
-    found = []
-    try:
-        for record in open_source(str(put(folder, name, data))).records:
-            found.append(record.error or record.row)
-    except EndoRewardError as error:
-        assert "\n" not in str(error) and name in str(error)
-        return found, str(error)
-    return found, None
 
 
 def table(*lines, delimiter=","):

@@ -8,6 +8,8 @@ import pytest
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from endoreward_fast import EndoRewardModel
+
 pytestmark = pytest.mark.families
 
 # Everything else is scored from hidden states. The words are those a user gets to see.
@@ -42,6 +44,19 @@ def test_family(model_type, families, rows):
     assert words in row.note
     if outcome == "hidden states":
         assert row.error < 1e-5  # float32 on both sides; the largest seen was 6e-7
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_a_row_as_long_as_the_table_of_positions_runs(model_type, families):
+    if EXCEPTIONS.get(model_type, ("",))[0] in ("refused", "not built"):
+        pytest.skip("there is no such model to ask")
+    scorer = EndoRewardModel(families.tiny_model(model_type))
+    count = scorer.positions.table
+    if count is not None:
+        row = {"prompt_ids": [5] * (count - 1), "completion_ids": [6]}
+        assert scorer.score([row], max_length=10**6)[0].error is None
+        assert f"the limit is {count}" in scorer.score([row | {"completion_ids": [6, 7]}], max_length=10**6)[0].error
 
 
 def test_the_table_is_written_when_every_type_ran(families, rows):

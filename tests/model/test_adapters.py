@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
@@ -202,3 +203,69 @@ def test_an_adapter_and_its_base_in_the_cache_of_the_hub(base, adapter, tmp_path
     with pytest.raises(EndoRewardError, match=r"me/gone") as caught:
         EndoRewardModel.from_pretrained("me/adapter", device="cpu", cache_dir=str(tmp_path))
     assert "\n" not in str(caught.value) and "me/adapter" in str(caught.value)
+
+
+def resized(model, rows, folder, **config):
+    """The adapter of a base whose vocabulary was changed to `rows` before it was trained."""
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    return trained(model, folder, **config)
+
+
+@pytest.mark.filterwarnings("ignore:.*its output head is a peft", "ignore:.*tied")
+@pytest.mark.parametrize("rows", [370, 400, 448])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"modules_to_save": ["embed_tokens", "lm_head"]},
+        {},  # PEFT saves embeddings that were resized
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    ],
+    ids=str,
+)
+def test_an_adapter_whose_vocabulary_was_resized(base, tmp_path, rows, config):
+    merged = resized(AutoModelForCausalLM.from_pretrained(base), rows, tmp_path / "a", **config).merge_and_unload()
+    scorer = EndoRewardModel.from_pretrained(tmp_path / "a", device="cpu")
+    assert scorer.vocab_size == rows and scorer.max_positions == 128
+    expected = EndoRewardModel(merged.double(), TOKENIZER).score(ROWS)
+    for one, other in zip(scorer.score(ROWS), expected, strict=True):
+        assert one.error is None and one.score == pytest.approx(other.score, rel=1e-4, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*tied")
+@pytest.mark.parametrize(
+    "config", [{}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}], ids=str
+)
+def test_an_adapter_whose_tied_vocabulary_was_resized(base, tmp_path, config):
+    torch.manual_seed(0)
+    tied = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True))
+    tied.save_pretrained(tmp_path / "tied")
+    TOKENIZER.save_pretrained(tmp_path / "tied")
+    found = resized(LlamaForCausalLM.from_pretrained(tmp_path / "tied"), 400, tmp_path / "a", **config)
+    expected = EndoRewardModel(found, TOKENIZER).score(ROWS)
+    for one, other in zip(
+        EndoRewardModel.from_pretrained(tmp_path / "a", device="cpu").score(ROWS), expected, strict=True
+    ):
+        assert one.error is None and one.score == pytest.approx(other.score, rel=1e-4, abs=1e-3)
+
+
+def test_a_vocabulary_that_was_resized_but_not_saved_is_refused(base, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    resized(model, 400, tmp_path / "half", modules_to_save=["embed_tokens"])
+    weights = load_file(tmp_path / "half" / "adapter_model.safetensors")
+    kept = {key: x for key, x in weights.items() if "lm_head" not in key}
+    save_file(kept, tmp_path / "half" / "adapter_model.safetensors", metadata={"format": "pt"})
+    refused(tmp_path / "half", "holds 400 rows of .model.embed_tokens.*384.*save_embedding_layers")
+
+
+def test_a_base_that_cannot_be_found_is_named_with_its_adapter(adapter, tmp_path, monkeypatch):
+    def unreachable():
+        raise EndoRewardError("no network")
+
+    monkeypatch.setattr("huggingface_hub.get_session", unreachable)
+    for base, said in (
+        ("meta-llama/Llama-3.2-1B", "it is not in the cache"), ("gpt2", "it is not in the cache"),
+        ("no name", "no model of the Hub has that name"), ("pockett", "did you mean 'pocket'"),
+    ):  # fmt: skip
+        shutil.copytree(adapter, tmp_path / base)
+        renamed(tmp_path / base, base_model_name_or_path=base)
+        refused(tmp_path / base, f"is an adapter of '{base}', and .*{said}.*base_model_name_or_path")

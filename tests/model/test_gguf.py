@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.model import loading
 from tiny_models import EOS, ROWS, SIZES, TOKENIZER
@@ -114,3 +115,12 @@ def test_what_is_wrong_with_a_file_is_one_line(file, tmp_path, monkeypatch):
     refused(tmp_path, "no file 'absent.gguf'", gguf_file="absent.gguf")
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     refused(file, "gguf is not installed: pip install gguf")
+
+
+def test_the_command_takes_its_path(file, tmp_path):
+    row = {"prompt": "a", "completion": "b"}
+    source, out = put(tmp_path, row), tmp_path / "out.jsonl"
+    run("score", source, "-m", file, "-o", out, "-q")
+    run("score", source, "-m", file, "-o", out, "-q", "--resume")
+    [found] = rows_of(out.read_text())
+    assert found["score"] == pytest.approx(EndoRewardModel.from_pretrained(file).score([row])[0].score, rel=1e-6)

@@ -1,5 +1,7 @@
 """The most tokens of a row: a config's number gives way to max_length, a table of positions does not."""
 
+import warnings
+
 import pytest
 import torch
 from transformers import (
@@ -17,7 +19,7 @@ from transformers import (
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.model.positions import Positions
 from endoreward_fast.rivals.reward_model import RewardModel
-from tiny_models import SIZES, TOKENIZER, build, expected_score
+from tiny_models import SIZES, TOKENIZER, build, byte_tokenizer, expected_score
 
 NUMBER = 64
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
@@ -72,6 +74,98 @@ def test_a_rotary_scaling_sets_the_limit_that_max_length_overrides(rope, number,
     refused(scorer, 20, 15, max_length=15)
 
 
+def default(model_type="llama", tokenizer=None, firm=False, **config):
+    return Positions.of(torch.nn.Identity(), AutoConfig.for_model(model_type, **config), tokenizer, firm=firm).default
+
+
+def test_scalings_of_real_configs_in_either_spelling():
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    longrope = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "original_max_position_embeddings": 4096}
+    yarn = {"factor": 4.0, "original_max_position_embeddings": 32768}
+    for number, kind, about, limit in (
+        (131072, "llama3", llama3 | {"factor": 32.0}, 131072),  # Llama 3.2: the product is twice the number
+        (131072, "llama3", llama3 | {"factor": 8.0}, 131072),  # Llama 3.1: it is half of it
+        (8192, "llama3", llama3 | {"factor": 8.0}, 65536),
+        (131072, "longrope", longrope, 131072),  # Phi 3
+        (131072, "longrope", longrope | {"factor": 64.0}, 131072),
+        (4096, "longrope", longrope | {"factor": 32.0}, 131072),
+        (32768, "yarn", yarn, 131072),  # Qwen 2.5
+        (40960, "yarn", yarn, 131072),  # Qwen 3
+        (131072, "yarn", yarn, 131072),
+        (163840, "yarn", yarn | {"factor": 40, "original_max_position_embeddings": 4096}, 163840),  # DeepSeek V3
+        (32768, "dynamic", {"factor": 2.0}, 65536),  # InternLM 2
+        (4096, "linear", {"factor": 4.0}, 16384),  # Vicuna 16k
+        (16384, "linear", {"factor": 4.0, "original_max_position_embeddings": 4096}, 16384),
+        (8192, "linear", {"factor": 1.0}, 8192),
+    ):
+        assert default(max_position_embeddings=number, rope_parameters={"rope_type": kind, **about}) == limit, kind
+        assert default(max_position_embeddings=number, rope_scaling={"type": kind, **about}) == limit, kind
+    assert default("cohere", max_position_embeddings=8192, model_max_length=131072) == 131072  # Command R
+    assert default("gpt_oss") == 131072 and default("bloom") is None
+
+
+def test_a_tokenizers_number_says_whether_a_scaling_is_included_and_limits_no_causal_model():
+    def tokenizer(number):
+        return byte_tokenizer(model_max_length=number)
+
+    linear = {"max_position_embeddings": 16384, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    assert default(**linear) == default(**linear, tokenizer=tokenizer(10**30)) == 65536
+    assert default(**linear, tokenizer=tokenizer(16384)) == 16384  # DeepSeek Coder
+    assert default(**linear, tokenizer=tokenizer(32768)) == 32768
+    assert default(**linear, tokenizer=tokenizer(2048)) == 16384
+    plain = {"max_position_embeddings": 32768}
+    assert default(**plain, tokenizer=tokenizer(2048)) == 32768  # Zephyr's tokenizer says 2048
+    assert default(**plain, tokenizer=tokenizer(2048), firm=True) == 2048
+    short = EndoRewardModel(build(LlamaConfig), byte_tokenizer(model_max_length=16))
+    assert short.max_positions == 128
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert short.score([{"prompt": "x" * 30, "completion": "y" * 30}])[0].error is None
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 4.0,
+         "original_max_position_embeddings": NUMBER},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_a_longer_row_does_not_change_the_rotary_frequencies_of_a_shorter_one(rope):
+    """They depend on the longest row of a batch, and with dynamic scaling on those of earlier batches."""
+
+    def fresh():
+        config = {"rope_parameters": rope | {"rope_theta": 10000.0}, "max_position_embeddings": NUMBER}
+        return EndoRewardModel(build(LlamaConfig, **config), TOKENIZER)
+
+    lengths = (30, 200, NUMBER, 100, NUMBER + 1, 60, 100)
+    expected = [fresh().score([row(length)])[0].score for length in lengths]
+    scorer = fresh()
+    for _ in range(2):  # what is left of the first call changes nothing in the second
+        found = [result.score for result in scorer.score([row(length) for length in lengths])]
+        assert found == pytest.approx(expected, rel=1e-4)
+    assert [scorer.score([row(length)])[0].score for length in lengths] == pytest.approx(expected, rel=1e-4)
+    asked = {"reference": fresh(), "signals": ["log-ratio"]}
+    plain = EndoRewardModel(build(LlamaConfig, max_position_embeddings=256))
+    ratios = [plain.score([row(n)], **asked | {"reference": fresh()})[0].signals["log-ratio"] for n in lengths]
+    found = plain.score([row(length) for length in lengths], **asked)
+    assert [result.signals["log-ratio"] for result in found] == pytest.approx(ratios, rel=1e-3, abs=1e-3)
+
+
+def test_reward_models_keep_rotary_frequencies_apart_too():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    sizes = SIZES | {"max_position_embeddings": NUMBER, "rope_parameters": rope}
+
+    def fresh():
+        torch.manual_seed(0)
+        return RewardModel(LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=1)).eval(), TOKENIZER)
+
+    rows = [{"prompt": "", "completion": "xyz" * count} for count in (50, 5, 30, 25, 22)]
+    expected = [fresh().score([one], max_length=256)[0].score for one in rows]
+    assert [r.score for r in fresh().score(rows, max_length=256)] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
 def test_scalings_by_the_kind_of_layer():
     def limit(full, number=NUMBER):
         plain = {"rope_type": "default", "rope_theta": 10000.0}
@@ -114,8 +208,12 @@ def test_max_length_wins_where_there_is_no_table(model_type, sizes):
         ("opt", {"vocab_size": 384, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "word_embed_proj_dim": 32, "max_position_embeddings": NUMBER}),
         ("mpt", {"vocab_size": 384, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": NUMBER}),
+        # one row of its table is for padding, and it looks up one position ahead
+        ("prophetnet", {"vocab_size": 384, "hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 2,
+                        "decoder_ffn_dim": 48, "max_position_embeddings": NUMBER + 2}),
     ],
 )  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*its output head is fed")
 def test_a_table_is_never_read_beyond_its_end(model_type, sizes):
     torch.manual_seed(0)
     scorer = EndoRewardModel(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval())

@@ -464,3 +464,60 @@ def test_what_is_no_reward_model_is_refused_by_name(tmp_path, folder):
             RewardModel.from_pretrained(name, device="cpu")
     with pytest.raises(EndoRewardError, match="LlamaForSequenceClassification has 2 outputs"):
         RewardModel(AutoModelForSequenceClassification.from_pretrained(two), CHAT)
+
+
+def test_a_reward_model_flags_what_its_template_drops_and_writes_an_end_once():
+    model = classifier()
+    asked, answered = {"role": "user", "content": "?"}, {"role": "assistant", "content": "4"}
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    dated = byte_tokenizer()
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    whole = "<|user|>?</s>\n<|assistant|>4</s>\n"
+    for messages, row, flags in (
+        ([asked, answered], {}, ()),
+        ([asked, answered | {"content": "4</s>"}], {}, ("end_in_text", "marks_in_text")),
+        ([asked, answered | {"content": "4</s>\n"}], {}, ("end_in_text", "marks_in_text")),
+        ([asked, answered | {"reasoning_content": "add"}], {}, ("template_drops",)),
+        ([asked, answered | {"tool_calls": [call]}], {}, ("template_drops",)),
+        ([asked | {"thinking": "hm"}, answered], {}, ("context_changed",)),
+        ([asked, answered], {"tools": [{"name": "f"}]}, ("template_ignores",)),
+    ):
+        (result,) = RewardModel(model, CHAT).score([{"messages": messages, **row}])
+        assert result.score == pytest.approx(output(model, whole), rel=1e-4) and result.flags == flags, messages
+    assert RewardModel(model, dated).score([ROW])[0].flags == ("dated",)
+    assert RewardModel(model, dated).score([ROW], date="2024-02-29")[0].flags == ()
+    assert RewardModel(model, CHAT).score([ROW | {"completion": ""}])[0].flags == ("empty",)
+    assert RewardModel(model, TOKENIZER).score([ROW | {"completion": ""}])[0].flags == ("empty",)
+
+
+def test_special_tokens_of_a_text_are_not_doubled_by_a_reward_models_tokenizer():
+    scorer = RewardModel(classifier(), leading_bos())
+    plain, *others = scorer.score(
+        [ROW, ROW | {"prompt": f"<s>{ROW['prompt']}"}, ROW | {"completion": f"{ROW['completion']}</s>"}]
+    )
+    assert [other.num_tokens for other in others] == [plain.num_tokens] * 2
+    assert [other.score for other in others] == pytest.approx([plain.score] * 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_an_empty_answer_that_the_template_refuses_stops_no_other_row(name):
+    tokenizer = byte_tokenizer()
+    refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + TEMPLATE
+    tokenizer.chat_template = refusing
+    judge = JUDGES[name](EndoRewardModel(build(LlamaConfig, **LONG), tokenizer))
+    odd = {"prompt": [{"role": "tool", "content": "5"}], "completion": "", "group": 1}
+    fine, refused, also = judge.score([ROW | {"group": 1}, odd, ROWS[1] | {"group": 1}])
+    assert fine.score is not None and also.score is not None
+    assert refused.score is None and "no tools here" in refused.error
+
+
+def test_an_empty_answer_has_a_verdict_where_the_model_has_an_end_for_it():
+    """GLM's models stop at the next turn's mark: their generation_config says so, not their tokenizer."""
+    tokenizer = byte_tokenizer(eos_token=None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.chat_template = TEMPLATE.replace("</s>\n", "")
+    scorer = EndoRewardModel(build(LlamaConfig, **LONG), tokenizer)
+    scorer.model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|user|>")]
+    empty = ROW | {"completion": ""}
+    assert scorer.score([empty])[0].score is not None
+    assert JUDGES["verifier"](scorer).score([empty])[0].score is not None

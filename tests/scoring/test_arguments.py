@@ -174,3 +174,43 @@ def test_device_and_dtype(scorers, name):
     assert scorer.to(torch.bfloat16) is scorer and scorer.dtype == torch.bfloat16
     assert scorer.to("cpu", torch.float32) is scorer and scorer.dtype == torch.float32
     assert scorer.to(device="cpu", dtype=torch.float32).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"alpha": "1"}, {"alpha": None}, {"alpha": float("nan")}, {"gamma": None}, {"gamma": "0.9"}, {"floor": "0"},
+     {"system": ["Be brief."]}, {"chat": "yes"}, {"max_length": "5"}, {"max_length": 5.5}, {"max_length": 0},
+     {"max_tokens_per_batch": 1e4}, {"max_tokens_per_batch": None}, {"per_token": "yes"}, {"texts": None},
+     {"append_eos": 2}, {"entropy": []}, {"signals": 3}, {"reference": "pocket"}, {"truncate": True}],
+    ids=str,
+)  # fmt: skip
+def test_an_option_of_another_type_is_refused_before_any_row(scorers, options):
+    (name,) = options
+    for ask in (scorers["model"].score, scorers["reward"].score, lambda rows, **o: ScoreOptions(**o)):
+        with pytest.raises(EndoRewardError, match=rf"^{name}=.*: expected ") as error:
+            ask([ROW], **options)
+        assert one_line(error)
+
+
+def test_numbers_of_numpy_are_options():
+    ScoreOptions(alpha=np.float32(0.5), gamma=np.float64(0.9), max_length=np.int64(5), per_token=np.True_)
+
+
+@pytest.mark.parametrize("completions", [{"a", "b"}, frozenset("ab"), {"a": 1}.keys()], ids=named)
+def test_a_ranking_of_what_has_no_order_is_refused(scorers, completions):
+    with pytest.raises(EndoRewardError, match=r"^completions is a \w+, which has no order: expected a list"):
+        scorers["model"].rank("Capital?", completions)
+
+
+@pytest.mark.parametrize("owner", [EndoRewardModel, RewardModel])
+def test_what_is_no_name_of_a_model_is_refused(scorers, owner):
+    loaded = scorers["model"].model
+    for odd in (None, 3, b"pocket", loaded, LlamaConfig(), ["pocket"]):
+        with pytest.raises(EndoRewardError, match=r"^name_or_path is a \w+: expected a folder, a Hub name") as error:
+            owner.from_pretrained(odd)
+        assert one_line(error) and (odd is not loaded or f"{owner.__name__}(model, tokenizer)" in str(error.value))
+    options = {"dtype": 3, "subfolder": 3, "revision": 3, "gguf_file": True}
+    for option, odd in (options | ({"device": 1.5} if owner is EndoRewardModel else {})).items():
+        with pytest.raises(EndoRewardError, match=rf"{option} is a \w+: expected ") as error:
+            owner.from_pretrained("pocket", **{option: odd})
+        assert one_line(error)

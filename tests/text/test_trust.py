@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cli_harness import put, rows_of, run
-from endoreward_fast import EndoRewardModel
+from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.text.boundary import decode
 from endoreward_fast.text.encoding import encode_row
 from tiny_models import MODELS, byte_tokenizer
@@ -171,6 +171,18 @@ def test_arguments_that_a_table_filled_in_with_nulls():
     assert "null_fields" in encoded(arguments={"zone": None}).flags and "null_fields" not in without.flags
 
 
+def test_a_processor_is_told_from_its_tokenizer(model):
+    class Processor:
+        def __init__(self):
+            self.tokenizer = chat_tokenizer(QWEN_LIKE)
+
+        def __call__(self, text):
+            return self.tokenizer(text)
+
+    with pytest.raises(EndoRewardError, match=r"tokenizer is a Processor: give its \.tokenizer"):
+        EndoRewardModel(model, Processor())
+
+
 # --- the command
 
 
@@ -202,3 +214,40 @@ def test_an_empty_completion_is_never_best_without_a_score(tmp_path, monkeypatch
     pairs = [{"prompt": "p", "chosen": "a", "rejected": ""}, {"prompt": "p", "chosen": "", "rejected": "a"}]
     found = json.loads(run("eval", put(tmp_path, *pairs, name="pairs.jsonl"), "-q", "--json").stdout)
     assert found["files"][0]["accuracy"] == 0.5 and found["files"][0]["scored"] == 2
+
+
+def turn(**fields):
+    return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **fields}]}
+
+
+def test_reasoning_under_two_names_is_said_once():
+    """vLLM and OpenRouter give it as `reasoning` and as `reasoning_content`."""
+    tokenizer = chat_tokenizer(QWEN_LIKE)
+    once, twice = (
+        encode_row(tokenizer, turn(content="4", reasoning_content="add", **more)) for more in ({}, {"reasoning": "add"})
+    )
+    assert once == twice and once.flags == ()
+    assert encode_row(tokenizer, turn(content="4", reasoning_content="add", reasoning="other")).flags == (
+        "template_drops",
+    )
+
+
+def test_an_empty_list_of_parts_is_no_content():
+    tokenizer = chat_tokenizer(QWEN_LIKE)
+    for more in ({}, {"tool_calls": CALL}):
+        assert encode_row(tokenizer, turn(content=[], **more)) == encode_row(tokenizer, turn(content="", **more))
+
+
+def test_what_no_template_writes_is_not_taken_for_an_empty_turn(model):
+    """OpenAI's refusal stands in a field of its own; its old calls and its audio do too."""
+    scorer = EndoRewardModel(model, chat_tokenizer(QWEN_LIKE))
+    for fields, said in (
+        ({"content": "", "function_call": {"name": "f", "arguments": "{}"}}, "function_call: wanted tool_calls"),
+        ({"content": "", "audio": {"id": "1"}}, "audio: only text can be scored"),
+    ):
+        (result,) = scorer.score([turn(**fields)])
+        assert result.score is None and said in result.error
+    assert "template_drops" in scorer.score([turn(content=None, refusal="I cannot.")])[0].flags
+    written = chat_tokenizer(QWEN_LIKE.replace("{{ m.content }}", "{{ m.content }}{{ m.refusal or '' }}"))
+    encoded = encode_row(written, turn(content="", refusal="I cannot."))
+    assert decode(written, encoded.input_ids[encoded.prompt_length :]) == "I cannot.<|im_end|>"

@@ -15,6 +15,7 @@ from ...view.palette import LIGHT
 from ..flags.options import RowFlags
 from ..input.files import STDIN, open_source
 from ..run import pipeline
+from ..run.going_on import end, kept_until_written
 from ..run.output import Monitor, Sink
 from ..run.pipeline import Item
 
@@ -89,22 +90,25 @@ def plot(file: str, flags: RowFlags) -> bool:
     if path != STDIN and suffix not in FORMATS:
         raise EndoRewardError(f"--output {path}: its name must end in {' or '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib, or endoreward-fast[plot]")
-    with Sink(path, (file,), overwrite=flags.overwrite) as sink:
+        raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib")
+    with Sink(path, (file, *flags.inputs), overwrite=flags.overwrite) as sink:
         source = open_source(file, flags.limit)
         batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
         pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "texts": False}
         kinds: dict[str, Kind] = {}
-        with Monitor(source.total, quiet=flags.quiet, model=flags.model) as monitor:
+        monitor = Monitor(source.total, quiet=flags.quiet, model=flags.model)
+        with kept_until_written() as ended, monitor:
             for items in batches:
                 pipeline.score_items(
                     items, scorer, options, lambda item: collect(item, kinds), monitor, strict=flags.strict
                 )
         if not kinds:
+            end(ended)
             raise EndoRewardError(f"{source.name}: no completion has a score: there is nothing to draw")
         sink.write(picture(kinds, flags.described(), suffix or FORMATS[0]))
+        end(ended)
     return not monitor.failed
 
 

@@ -80,6 +80,7 @@ class Panel:
 
 def panel(flags: EvalFlags) -> Panel:
     """Load every model that `flags` name. Call it after the cheap checks."""
+    pipeline.refuse_other_models(flags)
     scorer, plain = pipeline.load_scorer(flags), flags.scoring()
     options = plain | ({"signals": flags.compared} if flags.compared else {})
     if flags.reference_model:

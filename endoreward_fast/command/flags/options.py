@@ -9,9 +9,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
+import typer
+
 from ...errors import EndoRewardError
-from ...model.checkpoint import POCKET, place_of
+from ...model.checkpoint import POCKET, on_this_machine
 from ...model.dtypes import ALIASES, DTYPES
+from ...text.messages import check_text
 from ...text.template import Extras, as_date
 from .parameters import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
 
@@ -23,7 +26,7 @@ LOG_RATIO = "log-ratio"
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
 PAIRWISE = "pairwise"
 JUDGES = ("verifier", "pointwise", PAIRWISE)
-SOURCE = ("revision", "subfolder", "gguf_file")
+SOURCE = ("revision", "subfolder", "gguf_file", "trust_remote_code")
 ALL = "all"
 ENGINES = LOCAL, RAY = ("local", "ray")
 
@@ -47,14 +50,18 @@ def device_name(text: str | None) -> str | None:
     return f"{DEVICE_ALIASES.get(kind, kind)}{colon}{index}"
 
 
-def tools_in(path: str | None) -> str | None:
+def tools_in(context: typer.Context, path: str | None) -> str | None:
     """The tools that a file holds, as JSON text: a run's settings and its other processes need no file."""
     if path is None:
         return None
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EndoRewardError(f"--tools: cannot read {path}: {getattr(error, 'strerror', 'not UTF-8')}") from None
+        file = Path(path).expanduser()
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise EndoRewardError(f"--tools: cannot read {path}: it is not UTF-8") from None
+    except (OSError, RuntimeError) as error:  # RuntimeError: nobody has that home
+        raise EndoRewardError(f"--tools: cannot read {path}: {getattr(error, 'strerror', error)}") from None
+    context.meta["tools_file"] = str(file)
     return _template_json(f"--tools {path}", "tools", text)
 
 
@@ -65,7 +72,8 @@ def template_kwargs(text: str | None) -> str | None:
 
 def _template_json(flag: str, name: str, text: str) -> str:
     try:
-        Extras.of({name: text}, Extras())
+        if Extras.of({name: text}, Extras()) == Extras() and json.loads(text) is None:
+            raise EndoRewardError("wanted a list or an object, found null")
     except EndoRewardError as error:
         raise EndoRewardError(f"{flag}: {str(error).removeprefix(f'{name}: ')}") from None
     return json.dumps(json.loads(text), ensure_ascii=False)
@@ -88,6 +96,9 @@ class ModelFlags:
     revision: Annotated[Text, of_model(help="Of --model on the Hub: a branch, a tag or a commit.")] = None
     subfolder: Annotated[Text, of_model(help="Of --model: where in it the files are.")] = None
     gguf_file: Annotated[Text, of_model(help="Of --model: the GGUF file in it that holds the weights.")] = None
+    trust_remote_code: Annotated[
+        bool, of_model("--trust-remote-code", help="Run the Python code that comes with --model.")
+    ] = False
     dtype: Annotated[
         str,
         of_model(
@@ -108,7 +119,9 @@ class ModelFlags:
     reduction: Annotated[str, of_scoring(help="Token rewards to a score: sum or mean.")] = "sum"
     gamma: Annotated[float, of_scoring(help="Discount per token, at most 1.")] = 1.0
     floor: Annotated[float, of_scoring(help="Least weight that the discount leaves a token.")] = 0.0
-    max_tokens_per_batch: Annotated[int, of_scoring(help="Tokens in a batch, padding included.")] = 8192
+    max_tokens_per_batch: Annotated[
+        int, of_scoring(help="Tokens in a batch, padding included; 1: each row by itself.")
+    ] = 8192
     quiet: Annotated[bool, of_output("--quiet", "-q", help="No progress and no notes; errors only.")] = False
     model_by_default: bool = False
     """whether the command line named no model. It is no flag."""
@@ -116,7 +129,13 @@ class ModelFlags:
     def check(self) -> None:
         """Raise EndoRewardError naming the flag whose value cannot work. Nothing is loaded, and no network is asked."""
         for name in self.models.values():
-            place_of(name)
+            on_this_machine(name)
+        if self.revision is not None and on_this_machine(self.model):
+            raise EndoRewardError(
+                f"--revision: model {self.model!r} is on this machine, and only the Hub has revisions"
+            )
+        if self.system is not None:
+            check_text(self.system, "--system")
         _one_of("--reduction", self.reduction, REDUCTIONS)
         _one_of("--dtype", self.dtype, DTYPES)
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
@@ -147,11 +166,11 @@ class ModelFlags:
         return ", ".join(parts)
 
     @property
-    def source(self) -> dict[str, str]:
-        """Where in --model the weights are: options of EndoRewardModel.from_pretrained. --reference-model and
-        --reward-model have none: they are a folder, a name or a GGUF file."""
+    def source(self) -> dict[str, str | bool]:
+        """Where in --model the weights are, and whether its code is run: options of EndoRewardModel.from_pretrained.
+        --reference-model and --reward-model have none: they are a folder, a name or a GGUF file."""
         given = {name: getattr(self, name) for name in SOURCE}
-        return {name: value for name, value in given.items() if value is not None}
+        return {name: value for name, value in given.items() if value not in (None, False)}
 
     def scoring(self) -> dict[str, Any]:
         """What EndoRewardModel.iter_scores takes."""
@@ -159,7 +178,7 @@ class ModelFlags:
         return {name: getattr(self, name) for name in names}
 
 
-UNSAID = ("output", "overwrite", "quiet", "strict", "model_by_default")
+UNSAID = ("output", "overwrite", "quiet", "strict", "model_by_default", "tools_file")
 """fields that no number of a run depends on"""
 
 
@@ -199,15 +218,24 @@ class RowFlags(ModelFlags):
     ] = None
     output: Annotated[Text, of_output("--output", "-o", help="Write results here; default: standard output.")] = None
     overwrite: Annotated[bool, of_output("--overwrite", help="Replace what --output holds.")] = False
+    tools_file: Text = None
+    """the file that the tools are from. It is no flag."""
 
     def check(self) -> None:
         super().check()
+        if self.output == "":
+            raise EndoRewardError("--output is empty: name a file, or - for standard output")
         if self.truncate is not None:
             _one_of("--truncate", self.truncate, TRUNCATE)
         if self.max_length is not None:
             _at_least_one("--max-length", self.max_length)
         if self.limit is not None:
             _at_least_one("--limit", self.limit)
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Files that flags name, beside those of the rows."""
+        return () if self.tools_file is None else (self.tools_file,)
 
     def scoring(self) -> dict[str, Any]:
         own = {"max_length": self.max_length, "truncate": self.truncate}

@@ -53,7 +53,9 @@ def takes(flags: type[F]) -> Callable[[Callable[..., None]], Callable[..., None]
         def run(context: typer.Context, **values: Any) -> None:
             source = context.get_parameter_source("model")
             by_default = source is not None and source.name == "DEFAULT"
-            given = flags(**{p.name: values.pop(p.name) for p in parameters}, **{"model_by_default": by_default})
+            found = {"model_by_default": by_default, **context.meta}
+            unsaid = {f.name: found[f.name] for f in fields(flags) if f.name in found}
+            given = flags(**{p.name: values.pop(p.name) for p in parameters}, **unsaid)
             given.check()
             command(**values, **({"context": context} if asks else {}), flags=given)
 

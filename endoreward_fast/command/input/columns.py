@@ -92,7 +92,8 @@ def _plan(row: Mapping[str, Any], command: str) -> Task:
             sample: dict[str, Any] = {key: _ids(row[key], key) for key in ("prompt_ids", "completion_ids")}
             if row.get("completion_mask") is not None:
                 sample["completion_mask"] = row["completion_mask"]
-            return Task(({**sample, "terminal": row.get("terminal", True)},), 0)
+            terminal = row.get("terminal")
+            return Task(({**sample, "terminal": True if terminal is None else terminal},), 0)
     found = ", ".join(map(str, row)) or "none"
     raise MissingColumns(f"columns wanted: {WANTED[command]}; found: {found}")
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ...errors import EndoRewardError
-from .json_rows import COLUMNS, LISTS, loads
+from .json_rows import COLUMNS, GIVEN, LISTS, TERMINAL, loads, of_pairs
 from .records import Record, is_messages, record
 
 DELIMITERS = ",;\t"
@@ -174,46 +174,67 @@ def _csv_record(where: str, header: list[str], fields: list[str], source: _Lines
     for column in PROMPTS:
         if row.get(column) == "":
             return Record(where, None, f"{column}: the cell is empty, and a missing value is no prompt")
-    damaged = next((column for column, text in row.items() if _is_damaged_list(column, text)), None)
-    if damaged is not None:
-        return Record(where, None, f"{damaged}: looks like a list, and is neither JSON nor a list of Python's")
-    return record(where, {column: _cell(column, text) for column, text in row.items()})
+    try:
+        return record(where, {column: cell(column, text) for column, text in row.items()})
+    except EndoRewardError as error:
+        return Record(where, None, str(error))
 
 
-def _is_damaged_list(column: str, text: str) -> bool:
-    """Whether a cell begins as the list its column may hold, and is none: scored as text it would be another answer."""
-    if column in LISTS:
-        return text.lstrip().startswith("[") and _list(text) is None
-    return column in COLUMNS and MESSAGES.match(text) is not None and _list(text) is None
+def cell(column: str, text: str) -> Any:
+    """A cell of a table: text, unless it spells out what its column needs, as JSON or (pandas) as Python.
 
-
-def _cell(column: str, text: str) -> Any:
-    """A cell: text, unless it spells out the list its column needs, as JSON or (pandas) as Python."""
-    if column in COLUMNS and text.lstrip().startswith("["):
-        value = _list(text)
-        if value is not None and (column in LISTS or is_messages(value)):
-            return value
+    EndoRewardError: it begins as that and is damaged. Scored as text it would be another answer.
+    """
+    begins, stripped = text.lstrip()[:1], text.strip()
+    if column == TERMINAL:
+        return {"": None, "true": True, "1": True, "false": False, "0": False}.get(stripped.lower(), text)
+    if column in GIVEN:
+        value = _value(text) if stripped else None
+        if value is None and stripped not in ("", "null", "None"):
+            raise EndoRewardError(f"{column}: a list or an object is wanted, and this is neither JSON nor Python's")
+        return value
+    if column not in COLUMNS or begins != "[":
+        return text
+    value = _value(text)
+    if isinstance(value, list) and (column in LISTS or is_messages(value)):
+        return value
+    if column in LISTS or (value is None and MESSAGES.match(text)):
+        raise EndoRewardError(f"{column}: looks like a list, and is neither JSON nor a list of Python's")
     return text
 
 
-def _list(text: str) -> list[Any] | None:
-    """The list that `text` spells out, or None."""
+def _value(text: str) -> list[Any] | dict[str, Any] | None:
+    """The list or object that `text` spells out, or None."""
     for parse in (loads, _python):
         try:
             value = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError, tokenize.TokenError):
             continue
-        if isinstance(value, list):
+        if isinstance(value, (list, dict)):
             return value
     return None
 
 
 def _python(text: str) -> Any:
-    """A Python literal. ValueError for strings side by side: NumPy writes ['a' 'b'], which Python reads as ['ab']."""
+    """A Python literal, in which a dict with a key twice is an `Ambiguous`.
+
+    ValueError for strings side by side (NumPy writes ['a' 'b'], which Python reads as ['ab']) and for a comment, behind
+    which Python would read nothing.
+    """
     strings = False
     for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
-        if token.type == tokenize.STRING and strings:
-            raise ValueError("two strings side by side")
-        if token.type not in (tokenize.NL, tokenize.NEWLINE, tokenize.COMMENT):
+        if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and strings):
+            raise ValueError("a comment, or two strings side by side")
+        if token.type not in (tokenize.NL, tokenize.NEWLINE):
             strings = token.type == tokenize.STRING
-    return ast.literal_eval(text.strip())
+    ast.literal_eval(text.strip())  # or a ValueError: it is none
+    return _of_node(ast.parse(text.strip(), mode="eval").body)
+
+
+def _of_node(node: Any) -> Any:
+    if isinstance(node, ast.Dict):
+        keys = (ast.literal_eval(key) for key in node.keys if key is not None)
+        return of_pairs(list(zip(keys, map(_of_node, node.values), strict=True)))
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return [_of_node(one) for one in node.elts]
+    return ast.literal_eval(node)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from ...errors import EndoRewardError
-from .csv_rows import csv_rows
+from .csv_rows import cell, csv_rows
 from .json_rows import COLUMNS, LISTS, TEXTS, document, is_mostly_lines, is_row, json_lines, rows_of_document
 from .magic import HEAD, refuse_foreign
 from .records import DEEPEST, Record, is_messages, kind_of, record
@@ -64,7 +64,7 @@ def open_source(path: str, limit: int | None = None) -> Source:
     if limit is None:
         return Source(name, records, source.total)
     total = None if source.total is None else min(limit, source.total)
-    return Source(name, itertools.islice(records, limit), total)
+    return Source(name, itertools.islice(records, min(limit, sys.maxsize)), total)
 
 
 def _open(path: str, name: str) -> BinaryIO:
@@ -162,6 +162,8 @@ def _parquet(stream: BinaryIO, name: str) -> Iterator[Record]:
         raise EndoRewardError(f"cannot read {name}: {error}") from None
     if twice := next((column for n, column in enumerate(names) if column in names[:n]), None):
         raise EndoRewardError(f"{name} has two columns named {twice!r}: rename one")
+    if twice := _field_twice(file.schema_arrow):
+        raise EndoRewardError(f"{name} has two fields named {twice!r} in one object: rename one")
     return _parquet_records(batches, name)
 
 
@@ -169,10 +171,47 @@ def _parquet_records(batches: Iterator[Any], name: str) -> Iterator[Record]:
     from pyarrow import ArrowException
 
     try:
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from (record(f"row {number}", _unfilled(row)) for number, row in enumerate(rows, start=1))
+        rows = itertools.chain.from_iterable(map(_rows_of_batch, batches))
+        for number, (row, error) in enumerate(rows, start=1):
+            yield Record(f"row {number}", None, error) if error else _parquet_record(f"row {number}", row)
     except (ArrowException, OSError) as error:
         raise EndoRewardError(f"cannot read {name} to its end: {error}") from None
+
+
+def _rows_of_batch(batch: Any) -> list[tuple[dict[str, Any], str | None]]:
+    """(row, what is wrong with it). Parquet may hold what Python cannot: text that is not UTF-8, years beyond 9999."""
+    from pyarrow import ArrowException
+
+    def row_of(i: int) -> tuple[dict[str, Any], str | None]:
+        row = {}
+        for column, values in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                row[column] = values[i].as_py()
+            except (ArrowException, ValueError, OverflowError) as error:
+                return row, f"{column}: cannot be read ({error})"
+        return row, None
+
+    try:
+        return [(row, None) for row in batch.to_pylist()]
+    except (ArrowException, ValueError, OverflowError):
+        return [row_of(i) for i in range(batch.num_rows)]
+
+
+def _parquet_record(where: str, row: dict[str, Any]) -> Record:
+    try:
+        cells = {name: cell(name, value) if isinstance(value, str) else value for name, value in _unfilled(row).items()}
+    except EndoRewardError as error:
+        return Record(where, None, str(error))
+    return record(where, cells)
+
+
+def _field_twice(fields: Any) -> str | None:
+    """The name that two fields of one object have, at any depth."""
+    kept = list(fields)
+    names = [field.name for field in kept]
+    inner = (_field_twice([field.type.field(i) for i in range(field.type.num_fields)]) for field in kept)
+    twice = (name for n, name in enumerate(names) if name in names[:n])
+    return next((name for name in itertools.chain(twice, inner) if name is not None), None)
 
 
 def _unfilled(value: Any, *, inside: bool = False) -> Any:

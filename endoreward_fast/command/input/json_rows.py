@@ -13,15 +13,19 @@ LISTS = frozenset(("completions", "responses", "messages", "prompt_ids", "comple
 TEXTS = frozenset(("prompt", "question", "completion", "response", "answer", "chosen", "rejected"))
 COLUMNS = TEXTS | LISTS
 """Column names that mean something here; candidates.py says what."""
+GIVEN = frozenset(("tools", "documents", "chat_template_kwargs", "completion_mask"))
+"""Further ones, which a row need not have: lists and objects."""
+TERMINAL = "terminal"
 
 
 def loads(text: str) -> Any:
     """JSON, in which an object with a key twice is an `Ambiguous`. NaN and infinities, as Python writes them, are read:
     candidates.py refuses them where text belongs, and elsewhere they are written back as null."""
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=of_pairs)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; an `Ambiguous` if a key stands twice."""
     found = dict(pairs)
     if len(found) == len(pairs):
         return found

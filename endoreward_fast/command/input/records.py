@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-DEEPEST = 100
-"""levels of lists and objects in a row: far below where Python's readers and writers give up, each at another depth"""
+from ...text.messages import DEEPEST
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,11 @@ def kind_of(value: object) -> str:
     """The JSON name of a value's type, for messages."""
     if value != value or value in (float("inf"), float("-inf")):
         return f"{value}, which stands for a missing value"
+    if value == []:
+        return "an empty array"
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "an array"}
+    if isinstance(value, bytes):
+        return "bytes, which are no text before they are decoded"
     return "null" if value is None else names.get(type(value), "an object")
 
 

@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM: what is scored is written, and the command that goes on is said."""
+"""Ctrl-C, SIGTERM and SIGHUP: what is scored is written, and the command that goes on is said."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -11,7 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...errors import EndoRewardError
 from .output import Monitor, Sink, one_line
+
+ENDS = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+"""what a terminal that is closed, or whoever runs the machine, sends"""
 
 
 def command_that_goes_on(arguments: Sequence[str]) -> str:
@@ -19,9 +24,17 @@ def command_that_goes_on(arguments: Sequence[str]) -> str:
     given = [argument for argument in arguments if argument != "--overwrite"]
     if "--resume" not in given:
         given.insert(given.index("--") if "--" in given else len(given), "--resume")
+    return " ".join((_program(), *map(_quoted, given)))
+
+
+def _program() -> str:
+    """What the arguments stand behind: the launch, where this process is one of several."""
+    size, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if size != "1":
+        launch = f"torchrun --nproc-per-node {here}" if here == size else "your launcher on each machine, as before,"
+        return f"{launch} -m endoreward_fast"
     as_module = Path(sys.argv[0]).parts[-2:] == ("endoreward_fast", "__main__.py")
-    program = "python -m endoreward_fast" if as_module else "endoreward"
-    return " ".join((program, *map(_quoted, given)))
+    return "python -m endoreward_fast" if as_module else "endoreward"
 
 
 def _quoted(argument: str) -> str:
@@ -43,26 +56,47 @@ def _escaped(character: str) -> str:
 def going_on(arguments: Sequence[str], sink: Sink, monitor: Monitor) -> Iterator[None]:
     """Says how to go on with what `sink` holds, where what is inside is interrupted."""
     try:
-        with _sigterm_ends():
+        with signals_end():
             yield
     except (KeyboardInterrupt, SystemExit):
         if sink.begun:
-            monitor.note(f"{sink.name} keeps what is scored; to go on: {command_that_goes_on(arguments)}")
+            monitor.say(f"{sink.name} keeps what is scored; to go on: {command_that_goes_on(arguments)}")
         raise
 
 
 @contextmanager
-def _sigterm_ends() -> Iterator[None]:
-    """SIGTERM ends this process by SystemExit meanwhile, so that what is scored is written."""
+def signals_end() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless it is ignored (nohup), end this process by SystemExit meanwhile, so that what is
+    scored is written."""
     if threading.current_thread() is not threading.main_thread():  # where Python takes no handler
         yield
         return
-    before = signal.signal(signal.SIGTERM, _end)
+    numbers = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _end) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def _end(number: int, frame: Any) -> None:
     raise SystemExit(128 + number)
+
+
+@contextmanager
+def kept_until_written() -> Iterator[list[BaseException]]:
+    """Keeps what ends the work inside: Ctrl-C, a signal, an EndoRewardError. What was computed is written before it is
+    raised again by `end`."""
+    ended: list[BaseException] = []
+    try:
+        with signals_end():
+            yield ended
+    except (KeyboardInterrupt, SystemExit, EndoRewardError) as error:
+        ended.append(error)
+
+
+def end(ended: Sequence[BaseException]) -> None:
+    """Raise the first of what `kept_until_written` kept, if that is anything."""
+    for error in ended:
+        raise error

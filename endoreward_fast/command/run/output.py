@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
 
@@ -19,7 +18,9 @@ from ...errors import EndoRewardError
 from ..input.files import STDIN
 
 UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
-STDOUT, STDERR = 1, 2  # file descriptors
+STDIN_OPEN, STDOUT, STDERR = 0, 1, 2  # file descriptors
+PART = ".part"
+"""what the name of a file ends in until it is whole"""
 ERRORS_SHOWN = 20  # row errors named on standard error; the others are counted
 
 
@@ -50,25 +51,30 @@ class Sink:
 
     Opening checks that the path can be written, keeps other runs from it, and touches nothing there; the first write
     empties it, within `emptying()`, or after `append` goes on behind what is there. A device, a pipe or what standard
-    output or error goes to is never emptied. Raises EndoRewardError if the path cannot be written, is one of `inputs`,
-    is being written by another run, or holds something, unless `overwrite` or `resume` says what is to become of that
+    output or error goes to is never emptied. Raises EndoRewardError if the path cannot be written, is one of `inputs`
+    (as is what is written `beside` it), is being written by another run, or holds something, unless `overwrite` or
+    `resume` says what is to become of that
     (`resume` None: the command has no --resume).
     """
 
     def __init__(
         self, path: str | None, inputs: tuple[str, ...] = (), *, overwrite: bool = False, resume: bool | None = None,
-        emptying: Callable[[], AbstractContextManager[None]] = nullcontext,
+        beside: tuple[str, ...] = (), emptying: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:  # fmt: skip
         self._emptying = emptying
         self._before_first: Callable[[], None] | None = None
         self._created = self._regular = False
         if path is None or path == STDIN or _is_open_as(path, STDOUT):
+            if any(_is_read_and_written(i) for i in inputs):
+                raise EndoRewardError("standard output goes to the input, which would never end: name another file")
             self.name, self._file = "standard output", sys.stdout.buffer
             return
         self.name = path
         self._file: BinaryIO
-        if any(i != STDIN and _same(path, i) for i in inputs):
-            raise EndoRewardError(f"{path} is the input: writing there would lose it")
+        for made in (path, f"{os.path.realpath(path)}{PART}", *beside):
+            if any(_same(made, i) for i in inputs):
+                also = "" if made == path else f", and written beside {path}"
+                raise EndoRewardError(f"{made} is the input{also}: writing there would lose it")
         self._created = not os.path.lexists(path)
         try:
             self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__
@@ -96,7 +102,7 @@ class Sink:
     def rewrite(self, lines: Iterable[bytes]) -> None:
         """`lines` in the place of what is there, which stays whole until they are. EndoRewardError: they cannot be."""
         path = os.path.realpath(self.name)  # a link stays one
-        part = f"{path}.part"
+        part = f"{path}{PART}"
         try:
             file = open(part, "wb")  # noqa: SIM115  it becomes the output
             shutil.copymode(path, part)
@@ -194,8 +200,25 @@ def _is_at(file: BinaryIO, path: str) -> bool:
     return os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
 
 
-def _same(a: str, b: str) -> bool:
-    return Path(a).exists() and Path(b).exists() and os.path.samefile(a, b)
+def _same(output: str, input: str) -> bool:
+    there, read = _stat(output), _stat(STDIN_OPEN if input == STDIN else input)
+    if there is None or read is None or (input == STDIN and not stat.S_ISREG(read.st_mode)):
+        return False
+    return os.path.samestat(there, read)
+
+
+def _is_read_and_written(input: str) -> bool:
+    """Whether an input is the file that standard output is added to."""
+    written, read = _stat(STDOUT), _stat(STDIN_OPEN if input == STDIN else input)
+    both = written is not None and read is not None and stat.S_ISREG(written.st_mode)
+    return both and os.path.samestat(written, read)
+
+
+def _stat(place: str | int) -> os.stat_result | None:
+    try:
+        return os.stat(place)
+    except (OSError, ValueError):
+        return None  # it is not there, or can be nowhere
 
 
 class Monitor:
@@ -309,6 +332,12 @@ class Aside:
         if error:
             self._monitor.missed += 1
             self._monitor._say_error(f"{where}: {self._name}: {error}")
+
+
+def say(text: str) -> None:
+    """Write `text` on standard output; what its encoding has no spelling for, as an escape."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def one_line(text: str) -> str:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ...model.model import RowScore
     from ...scoring.arguments import ScoreKwargs
     from ...scoring.results import OnTokens
-    from ..flags.options import ModelFlags, RowFlags
+    from ..flags.options import EvalFlags, ModelFlags, RowFlags
 
 WINDOW = 32
 """Characters sorted by length together, per token of a batch: at four characters a token eight batches, enough to
@@ -58,6 +58,14 @@ def load_reward_model(flags: ModelFlags, name: str) -> Scorer:
 
     _quieten(flags)
     return RewardModel.from_pretrained(name, dtype=flags.dtype, device=flags.device)
+
+
+def refuse_other_models(flags: EvalFlags) -> None:
+    """Raise EndoRewardError where what --model is compared with is no such model: before the first of them is read."""
+    from ...model.loading import refuse_other_models
+
+    _quieten(flags)
+    refuse_other_models(flags.reference_model, flags.reward_model)
 
 
 def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Any]:

@@ -8,6 +8,7 @@ made up for is moved to where the input has it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,14 +24,18 @@ from typing import Any
 from ...errors import EndoRewardError
 from ..flags.options import SOURCE, EngineFlags
 from ..input.files import STDIN, Record, Source
-from .output import plain
+from .output import PART, plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
 """columns that a command adds behind the row's own"""
 FIRST = {"score": "score", "rank": "scores"}
 """the first of them, which every row gets"""
+EXCERPT = 80
+"""characters of a setting that is too long to be said"""
 IRRELEVANT = frozenset({"model", *SOURCE, "limit", "max_tokens_per_batch", "device"})
-"""flags that change no score beyond float noise; and where a model is, as a hash of its weights is there"""
+"""where a model is, as a hash of its weights is there; and flags that change a score only by the rounding of matmuls in
+another batch: by 2e-5 in float32, by up to 0.5 in bfloat16 (`EndoRewardModel.score`). Resuming does that anyway, as it
+batches the rows that are left anew; and a run that ran out of memory has to go on with smaller batches"""
 
 
 def settings_of(command: str, version: str, flags: Mapping[str, Any], per_token: bool, weights: str) -> dict[str, Any]:
@@ -46,7 +51,8 @@ def day_of(output: str | None, *, resume: bool) -> str | None:
     if output is None or output == STDIN:
         return None
     if resume:
-        with suppress(OSError, ValueError, LookupError, TypeError):  # what is wrong is said where all of it is read
+        # What is wrong is said where all of it is read.
+        with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             found = json.loads(_beside(output).read_text(encoding="utf-8"))["settings"]["date"]
             if isinstance(found, str):
                 return found
@@ -60,11 +66,13 @@ def recorded(output: str, settings: Mapping[str, Any]) -> Iterator[None]:
     New settings beside the rows of an earlier run would have --resume take those for this one's.
     """
     final = _beside(output)
-    part = final.with_name(f"{final.name}.part")
+    part = final.with_name(f"{final.name}{PART}")
     relevant = {name: value for name, value in settings.items() if name not in IRRELEVANT}
     text = json.dumps({"hash": _hash(relevant), "settings": settings}, indent=1) + "\n"
     try:
         try:
+            if final.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             part.write_text(text, encoding="utf-8")
         except OSError as error:
             raise EndoRewardError(f"cannot write {final}: {error.strerror}") from None
@@ -98,11 +106,17 @@ def holds_rows(output: str, settings: Mapping[str, Any]) -> bool:
     before = _settings_beside(output)
     for name in sorted({*before, *settings} - IRRELEVANT - {"weights"}):
         if before.get(name) != settings.get(name):
-            was, now = before.get(name), settings.get(name)
-            raise EndoRewardError(
-                f"--resume: {output} was made with {name}={was!r}, not {now!r}: scores would not compare"
-            )
+            was, now = _apart(repr(before.get(name)), repr(settings.get(name)))
+            raise EndoRewardError(f"--resume: {output} was made with {name}={was}, not {now}: scores would not compare")
     return True
+
+
+def _apart(was: str, now: str) -> tuple[str, str]:
+    """Two texts; of long ones (a file of tools) what stands about the place where they part."""
+    parts = next((n for n, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
+    start = max(0, parts - EXCERPT // 2)
+    cut = (text if len(text) <= 2 * EXCERPT else f"... {text[start : start + EXCERPT]} ..." for text in (was, now))
+    return next(cut), next(cut)
 
 
 def rows_done(output: str, settings: Mapping[str, Any], column: str | None = None) -> Done:
@@ -221,7 +235,7 @@ def _row_of_result(line: bytes, command: str, where: str) -> tuple[dict[str, Any
     first = FIRST[command]
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or first not in row:
         raise EndoRewardError(f"--resume: {where} is not a row of results")
@@ -234,6 +248,13 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def beside(output: str | None) -> tuple[str, ...]:
+    """The files that are written beside an output."""
+    if output is None or output == STDIN:
+        return ()
+    return str(_beside(output)), f"{_beside(output)}{PART}"
+
+
 def _beside(output: str) -> Path:
     # Beside the file itself: a link to it may come to name another.
     return Path(f"{os.path.realpath(output)}.settings.json")
@@ -242,7 +263,7 @@ def _beside(output: str) -> Path:
 def _settings_beside(output: str) -> dict[str, Any]:
     try:
         return dict(json.loads(_beside(output).read_text(encoding="utf-8"))["settings"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise EndoRewardError(
             f"--resume: {output} is there, but {_beside(output).name} does not say how it was made"
         ) from None

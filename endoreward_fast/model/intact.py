@@ -1,0 +1,102 @@
+"""Whether a checkpoint is whole, and whether the model took all of it: what is cut short, absent or left unread."""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import EndoRewardError
+
+NOT_FETCHED = b"version https://git-lfs"
+"""what stands in a file that Git LFS has not downloaded"""
+TOKENIZER = ("tokenizer*", "*.model", "vocab*", "merges.txt", "spiece*")
+READ_FROM = ("*.safetensors", "*.bin", *TOKENIZER, "*.json")
+
+
+def fault_of(folder: Path) -> str | None:
+    """What is wrong with a file of a model's folder, and what to do; None if every one looks whole."""
+    for index in sorted(folder.glob("*.index.json")):
+        for shard in _shards(index):
+            if not (folder / shard).is_file():
+                return f"{shard}, which {index.name} names, is not there: download the model again"
+    for path in sorted({path for pattern in READ_FROM for path in folder.glob(pattern) if path.is_file()}):
+        with path.open("rb") as file:
+            start = file.read(len(NOT_FETCHED))
+        if start == NOT_FETCHED:
+            return f"{path.name} is a pointer of Git LFS, not the file: run `git lfs pull` in {folder}"
+        if path.suffix == ".safetensors" and not _whole_safetensors(path):
+            return f"{path.name} is cut short or damaged: download it again"
+        if path.suffix == ".bin" and start.startswith(b"PK") and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut short: download it again"
+    return None
+
+
+def _shards(index: Path) -> Iterator[str]:
+    try:
+        files = json.loads(index.read_text("utf-8"))["weight_map"].values()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return  # transformers says what is wrong with the index itself
+    yield from sorted({str(file) for file in files})
+
+
+def _whole_safetensors(path: Path) -> bool:
+    """Its head says how long it is: 8 bytes for the length of a JSON text, the text, and the tensors it tells of."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = int.from_bytes(file.read(8), "little")
+        if size < 8 or head + 8 > size:
+            return False
+        try:
+            tensors = json.loads(file.read(head))
+            ends = [about["data_offsets"][1] for name, about in tensors.items() if name != "__metadata__"]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return False
+    return size == 8 + head + max(ends, default=0)
+
+
+def refuse_unknown_quantisation(config: Any) -> None:
+    """EndoRewardError for a quantised checkpoint whose method transformers does not know: it would read the quantised
+    numbers as the weights themselves."""
+    about = getattr(config, "quantization_config", None)
+    if about is None:
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
+
+    method = about.get("quant_method") if isinstance(about, Mapping) else about.quant_method
+    if method is not None and str(getattr(method, "value", method)) not in (*KNOWN, "bitsandbytes"):
+        raise EndoRewardError(
+            f"its weights are quantised by {method!r}, which transformers does not know: take the model's unquantised "
+            f"weights, or those of another method ({', '.join(sorted(KNOWN))})"
+        )
+
+
+def refuse_misread(model: nn.Module, info: Mapping[str, Any], *, quantised: bool) -> None:
+    """EndoRewardError for tensors of the checkpoint that have another shape than the model's, or that belong to a
+    layer of the model which has no use for them: scales of quantised weights, biases that the config denies.
+
+    transformers only warns of the latter, and such a model gives other numbers than it was trained to.
+    """
+    for key, there, here in sorted(info["mismatched_keys"]):
+        raise EndoRewardError(f"{key!r} is {tuple(there)} in its checkpoint, and {tuple(here)} in the model")
+    if quantised:
+        return  # each method has tensors of its own
+    layers = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
+    unread = sorted(key for key in info["unexpected_keys"] if key.rpartition(".")[0] in layers)
+    if unread:
+        more = f" and {len(unread) - 1} more" if len(unread) > 1 else ""
+        raise EndoRewardError(
+            f"its checkpoint holds {unread[0]!r}{more}, which the model does not read: config.json does not fit the "
+            "checkpoint (weights that are quantised need their quantization_config there)"
+        )
+
+
+def why_no_tokenizer(folder: Path) -> str | None:
+    """Why a folder's tokenizer cannot be read; None if its files look whole, or there is no such folder."""
+    if not folder.is_dir():
+        return None
+    if not any(path for pattern in TOKENIZER for path in folder.glob(pattern)):
+        return "the folder holds no file of a tokenizer (tokenizer.json, tokenizer.model, vocab.json, ...)"
+    return fault_of(folder)

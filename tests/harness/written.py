@@ -1,0 +1,22 @@
+"""A file of some bytes, and what the command's readers make of it."""
+
+from endoreward_fast.command.input.files import open_source
+from endoreward_fast.errors import EndoRewardError
+
+
+def put(folder, name, data):
+    path = folder / name
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return path
+
+
+def read(folder, name, data):
+    """(rows or errors by record, what reading ended with or None)."""
+    found = []
+    try:
+        for record in open_source(str(put(folder, name, data))).records:
+            found.append(record.error or record.row)
+    except EndoRewardError as error:
+        assert "\n" not in str(error) and name in str(error)
+        return found, str(error)
+    return found, None
