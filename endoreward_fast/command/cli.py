@@ -29,7 +29,7 @@ from .input.formats import JSON, JSON_LINES, refuse_other_format
 from .run import pipeline
 from .run.going_on import end, going_on, kept_until_written
 from .run.jobs import ANSWERS, Engine, Job, here, nothing_left
-from .run.output import Monitor, Sink, one_line, say
+from .run.monitor import Monitor, one_line, say
 from .run.ranks import Rank, help_out, lead
 from .run.resume import (
     Done,
@@ -43,6 +43,7 @@ from .run.resume import (
     rows_left,
     settings_of,
 )
+from .run.sink import Sink
 from .show import show as show_file
 
 BAD_INPUT = 2  # exit code

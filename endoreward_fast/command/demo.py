@@ -11,7 +11,7 @@ from ..pocket.quiz import CORRUPTIONS, Passage, Problem, corrupted, passages, pr
 from .evaluate.evaluation import Accuracy, wilson
 from .flags.options import ModelFlags
 from .run import pipeline
-from .run.output import Monitor
+from .run.monitor import Monitor
 
 PASSAGES, PROBLEMS, STEERED = 40, 220, 60
 SHOWN = 3  # examples printed of each kind

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EndoRewardError
-from ..text.encoding import in_words
+from ..text.flags import in_words
 from ..text.messages import spoken
 from ..view.heatmap import Card, Row, Token, best_of, clipped, counted, limit_of_rows, number, page, visible
 from ..view.notebook import tokens_of
@@ -16,8 +16,9 @@ from .input.files import Record, Source, open_source
 from .input.formats import PAGE, TEXT, format_of, refuse_other_format
 from .run import pipeline
 from .run.going_on import end, kept_until_written
-from .run.output import Monitor, Sink
+from .run.monitor import Monitor
 from .run.pipeline import Item
+from .run.sink import Sink
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -20,59 +20,41 @@ from .devices import device_of
 from .dtypes import DTYPES, dtype_name
 from .hub import OPTIONS
 from .intact import fault_of, refuse_misread, refuse_unknown_quantisation, why_no_tokenizer
+from .kinds import CAUSAL, CLASSIFIER, Kind
 from .processor import with_template_of_processor
 
-OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM")
 SHARED = (*OPTIONS, "trust_remote_code", "code_revision", "gguf_file")
 """options that the tokenizer takes as well"""
+
+
 SPREAD = ("device_map", "tp_plan", "distributed_config")
 """options that say where a model's parts go"""
+
+
 Dtype: TypeAlias = torch.dtype | str | None
+
+
 Device: TypeAlias = torch.device | str | None
+
+
 Loaded: TypeAlias = tuple[nn.Module, Any, str | None]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What is loaded."""
-
-    auto: str
-    """transformers' class for it"""
-    words: str
-    refuse_other: Callable[[Any, str, Adapter | None], None]
-    """(config, name, adapter)"""
 
 
 def load(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
     """(model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
-    return _load(_causal(), str(name), dtype, device, options)
+    return _load(CAUSAL, str(name), dtype, device, options)
 
 
 def load_classifier(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
     """As `load`, a sequence classifier with one output. See `RewardModel.from_pretrained`."""
-    return _load(_classifier(), str(name), dtype, device, options)
+    return _load(CLASSIFIER, str(name), dtype, device, options)
 
 
 def refuse_other_models(causal: str | None, classifier: str | None) -> None:
     """EndoRewardError unless the names stand for one of each kind. Configurations are read, and no weights."""
-    for kind, name in ((_causal(), causal), (_classifier(), classifier)):
+    for kind, name in ((CAUSAL, causal), (CLASSIFIER, classifier)):
         if name is not None:
             _find(kind, name, {"trust_remote_code": False})
-
-
-def _causal() -> Kind:
-    return Kind("AutoModelForCausalLM", "a causal language model", _refuse_unless_causal)
-
-
-def _classifier() -> Kind:
-    return Kind("AutoModelForSequenceClassification", "a reward model", _refuse_unless_reward_model)
-
-
-def refuse_other_than_one_output(config: Any, name: str) -> None:
-    """EndoRewardError unless the classifier gives one number."""
-    if config.num_labels != 1:
-        labels = ", ".join(map(str, list(config.id2label.values())[:4]))
-        raise EndoRewardError(f"{name} has {config.num_labels} outputs ({labels}): a reward model has one")
 
 
 @contextmanager
@@ -262,29 +244,6 @@ def _config(place: str, options: dict[str, Any]) -> Any:
         raise EndoRewardError(f"config is a {type(given).__name__}: expected a configuration of transformers")
     plain = {key: value for key, value in options.items() if key not in ("quantization_config", *SPREAD)}
     return AutoConfig.from_pretrained(place, return_unused_kwargs=True, **plain)[0]
-
-
-def _refuse_unless_causal(config: Any, name: str, adapter: Adapter | None) -> None:
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    for architecture in getattr(config, "architectures", None) or ():
-        if architecture.endswith(OTHER_TASKS):
-            raise EndoRewardError(f"model {name!r} is a {architecture}, which is not a causal language model")
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        raise EndoRewardError(f"model {name!r} is of type {config.model_type!r}, which is not a causal language model")
-
-
-def _refuse_unless_reward_model(config: Any, name: str, adapter: Adapter | None) -> None:
-    architectures = getattr(config, "architectures", None) or ()
-    if adapter is not None and adapter.of_classifier:
-        architectures = ()  # TRL's RewardTrainer begins with a causal model: the head comes with the adapter
-    remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
-    if architectures and not remote and not any(a.endswith("ForSequenceClassification") for a in architectures):
-        raise EndoRewardError(
-            f"model {name!r} is a {architectures[0]}, which is not a reward model (a sequence classifier)"
-        )
-    refuse_other_than_one_output(config, f"model {name!r}")
 
 
 def _tokenizer(

@@ -34,7 +34,8 @@ from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, Ranked, RowScore, Scores, TokenTable, in_order
 from ..scoring.score import score_rows
 from ..signals import TokenStats, linear_token_stats, token_stats
-from ..text.encoding import NOTHING_TO_SCORE, Row
+from ..text.flags import NOTHING_TO_SCORE
+from ..text.rows import Row
 from ..types import TokenRewards
 from ..vocab.checks import as_bool, check_input_ids, check_tensors
 from .checkpoint import pocket_path

@@ -6,7 +6,6 @@ its score is made of the log-probabilities of the replies, under pi = softmax(z 
 that say how text is encoded and batched, and alpha. Instructions are `str.format` texts: pass another to ask otherwise.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,23 +20,27 @@ from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, RowScore, Scores, in_order
 from ..scoring.score import encoder_for
 from ..text.boundary import tokenize
-from ..text.encoding import NOTHING_TO_SCORE, Row, prompt_and_completion, refuse_no_row, wants_chat
-from ..text.messages import spoken
-from ..text.template import Extras
+from ..text.flags import NOTHING_TO_SCORE
+from ..text.rows import Row, prompt_and_completion
 
 if TYPE_CHECKING:
     from ..model.model import EndoRewardModel
+from .questions import Questions, plain_text, question_and_answer
 
 VERIFIER = """{question}
 
 Proposed answer: {answer}
 
 Is the proposed answer correct? Reply with Yes or No."""
+
+
 POINTWISE = """{question}
 
 Answer: {answer}
 
 How good is this answer, from 1 (bad) to 5 (excellent)? Reply with the number alone."""
+
+
 PAIRWISE = """{question}
 
 Answer A: {first}
@@ -45,11 +48,13 @@ Answer A: {first}
 Answer B: {second}
 
 Which answer is better? Reply with A or B."""
+
+
 RATINGS = ("1", "2", "3", "4", "5")
+
+
 NOT_A_JUDGES = ("signals", "reference", "per_token", "tools", "documents")
 """options of the rows that are judged, not of the questions about them"""
-TEXT_ENDING = "\nReply:"
-"""what a question ends in where there is no chat template"""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Judge:
         """Why a row has no score, if it has none: one that is empty and that nothing ends has none by any method."""
         if isinstance(asked, EndoRewardError):
             return RowScore(None, 0, None, error=str(asked))
-        if _text(prompt_and_completion(row)[1]):
+        if plain_text(prompt_and_completion(row)[1]):
             return None
         try:
             encoded = replace(encoder_for(self.scorer, options), max_length=None).encode(row)
@@ -220,7 +225,7 @@ class Pairwise(Judge):
         return self.replies
 
     def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
-        texts = [_question_and_answer(row) for row in rows]
+        texts = [question_and_answer(row) for row in rows]
         groups: dict[Any, list[int]] = {}
         for position, (row, found) in enumerate(zip(rows, texts, strict=True)):
             if not isinstance(found, EndoRewardError):
@@ -253,63 +258,3 @@ class Pairwise(Judge):
 JUDGES: Mapping[str, type[Judge]] = MappingProxyType(
     {"verifier": Verifier, "pointwise": Pointwise, "pairwise": Pairwise}
 )
-
-
-class Questions:
-    """Questions to a language model with the replies to be weighed, each pair once however often it is put."""
-
-    def __init__(self, tokenizer: Any, chat: bool | None) -> None:
-        self.rows: list[Row] = []
-        self._tokenizer, self._chat = tokenizer, chat
-        self._known: dict[tuple[str, str, str], int] = {}
-
-    def about(self, row: Row, instruction: str, replies: Sequence[str]) -> list[int] | EndoRewardError:
-        """Places in `rows` of the replies to `instruction` about a row."""
-        found = _question_and_answer(row)
-        if isinstance(found, EndoRewardError):
-            return found
-        return self.put(instruction.format(question=found[0], answer=found[1]), replies, row)
-
-    def put(self, text: str, replies: Sequence[str], row: Row) -> list[int]:
-        """Places in `rows` of the replies to `text`; as chat or as text, as `row` would be scored."""
-        chat = wants_chat(self._tokenizer, row.get("chat", self._chat))
-        # How the template writes a prompt holds for questions too; what tools there are is said in the question.
-        kwargs = {"chat_template_kwargs": row["chat_template_kwargs"]} if row.get("chat_template_kwargs") else {}
-        return [self._place(text, reply, {"chat": chat, **kwargs}) for reply in replies]
-
-    def _place(self, text: str, reply: str, how: dict[str, Any]) -> int:
-        place = self._known.setdefault((text, reply, repr(how)), len(self.rows))
-        if place == len(self.rows):
-            ending, space = ("", "") if how["chat"] else (TEXT_ENDING, " ")
-            self.rows.append({"prompt": text + ending, "completion": space + reply, **how})
-        return place
-
-
-def _question_and_answer(row: Row) -> tuple[str, str] | EndoRewardError:
-    try:
-        refuse_no_row(row)
-        if "prompt_ids" in row:
-            raise EndoRewardError("a judge reads text, but the row holds token ids")
-        prompt, completion = prompt_and_completion(row)
-        return _given(row) + _text(prompt), _text(completion)
-    except EndoRewardError as error:
-        return error
-
-
-def _given(row: Row) -> str:
-    """The tools and documents of a row, which are part of its question."""
-    extras = Extras.of(row, Extras())
-    given = (("Tools", extras.tools), ("Documents", extras.documents))
-    found = [
-        f"{name}: {json.dumps(list(values), ensure_ascii=False, default=repr)}" for name, values in given if values
-    ]
-    return "".join(f"{text}\n\n" for text in found)
-
-
-def _text(value: Any) -> str:
-    """A prompt or completion as plain text; several turns with the roles before them."""
-    if isinstance(value, str):
-        return value.strip()
-    if len(value) == 1:
-        return spoken(value[0]).strip()
-    return "\n\n".join(f"{message['role'].capitalize()}: {spoken(message).strip()}" for message in value)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..errors import EndoRewardError
-from ..model.loading import load_classifier, naming, refuse_other_than_one_output
+from ..model.kinds import refuse_other_than_one_output
+from ..model.loading import load_classifier, naming
 from ..model.positions import Positions, forget_longer_rows
 from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name, refuse_no_name
 from ..scoring.batching import Room, does_not_fit, in_batches
@@ -19,7 +20,8 @@ from ..scoring.results import OnTokens, RowScore, Scores, in_order
 from ..scoring.score import evaluating
 from ..text.boundary import tokenize
 from ..text.chat import conversation
-from ..text.encoding import Encoder, Row, begun_turn, dialogue, prompt_and_completion, refuse_no_row, wants_chat
+from ..text.encoding import Encoder, wants_chat
+from ..text.rows import Row, begun_turn, dialogue, prompt_and_completion, refuse_no_row
 from ..text.template import Extras
 
 

@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from ..errors import EndoRewardError
-from ..text.encoding import Row, Truncate
+from ..text.encoding import Truncate
+from ..text.rows import Row
 
 if TYPE_CHECKING:
     import torch

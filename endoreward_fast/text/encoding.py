@@ -26,60 +26,19 @@ completion_mask marks the tokens that the policy chose. The others (a tool's ans
 and have no reward. The token before them does not end the episode: its V(s') is that of the state right after it.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from numbers import Integral
-from types import MappingProxyType
 from typing import Any, Literal
 
 from ..errors import EndoRewardError
 from .boundary import split_ids, tokenize
 from .chat import render
-from .messages import Message, are_messages, check_message, check_text, is_text, kind_of, text_of
+from .flags import in_words
+from .rows import Row, begun_turn, dialogue, ids_of, mask_of, prompt_and_completion, refuse_no_row, switch_of
 from .template import Extras, Template, as_date
 
-Row = Mapping[str, Any]
 Truncate = Literal["prompt", "completion"] | None
-
-FLAGS = MappingProxyType(
-    {
-        "empty": "the completion is empty: only the token that ends it can be scored",
-        "truncated": "tokens were cut to fit the limit",
-        "bootstrapped": "the episode does not end with the last token: V(s') counts after it",
-        "first_token_unscored": "nothing comes before the completion, so its first token was chosen in no known state",
-        "continues_turn": "the prompt ends within the assistant's turn: the completion goes on with it",
-        "context_turns": "of several turns in the completion only the last is scored",
-        "system_in_user": "the chat template has no system turn: the system prompt leads the first user turn",
-        "split_at_speaker": "a dialogue as text: what follows the last speaker that both answers share is scored",
-        "template_rewrites": "the chat template would change the completion: it is scored as written",
-        "template_drops": "the chat template leaves out a part of the turn: what it writes is scored",
-        "white_space": "the chat template trims or changes white space of the turn: what it writes is scored",
-        "context_changed": "the chat template leaves out or rewrites a part of an earlier turn: the prompt is what it "
-        "writes",
-        "template_ignores": "the chat template makes no use of the tools, documents or template arguments given",
-        "opening_differs": "the generation prompt opens the turn otherwise than the chat template writes it (a "
-        "thinking block, say): the turn is scored as the template writes it",
-        "no_generation_prompt": "the chat template has no generation prompt: what it writes before the turn is taken "
-        "for it",
-        "end_made_up": "the chat template writes no end of turn: the tokenizer's end of sequence is scored as one",
-        "end_in_text": "the completion has its own end of turn: it is scored once",
-        "marks_in_text": "a text holds special tokens of the chat template, which are read as such",
-        "null_fields": "a tool or a tool call has null fields, which are written as null: leave out those that a table "
-        "has filled in",
-        "dated": "the chat template writes today's date: date (--date) pins it",
-    }
-)
-
-
-def in_words(flags: Collection[str]) -> str | None:
-    """What is worth knowing about a row, or None."""
-    return "; ".join(FLAGS[flag] for flag in flags) or None
-
-
-NOTHING_TO_SCORE = "the completion is empty and no token ends it: there is nothing to score"
-"""the error of a row without a scored token. It is no fault of the row: such a completion is the worst of any"""
-WANTED = "prompt and completion, or messages, or prompt_ids and completion_ids"
 
 
 @dataclass(frozen=True)
@@ -150,8 +109,8 @@ class Encoder:
         if "prompt_ids" in row and "completion_ids" in row:
             if self.system:
                 raise EndoRewardError("a system prompt cannot be put before a row of token ids")
-            prompt, completion = (_ids(row, name) for name in ("prompt_ids", "completion_ids"))
-            terminal = _switch(row, "terminal")
+            prompt, completion = (ids_of(row, name) for name in ("prompt_ids", "completion_ids"))
+            terminal = switch_of(row, "terminal")
             flags = () if completion else ("empty",)
         else:
             prompt, completion, flags = self._text_ids(row)
@@ -167,7 +126,7 @@ class Encoder:
         encoded = self._fit([*prompt, *completion], length, terminal, flags)
         if row.get("completion_mask") is None or "completion_ids" not in row:
             return encoded
-        mask = _mask(row, completion)[length - len(prompt) :]
+        mask = mask_of(row, completion)[length - len(prompt) :]
         mask = mask[: len(encoded.input_ids) - encoded.prompt_length]
         if not any(mask):
             raise EndoRewardError("completion_mask: no token of the completion is marked, so there is none to score")
@@ -279,55 +238,6 @@ def wants_chat(tokenizer: Any, chat: bool | None) -> bool:
     return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
 
 
-def refuse_no_row(row: Any) -> None:
-    if not isinstance(row, Mapping):
-        raise EndoRewardError(f"a row is a mapping with {WANTED}; found {type(row).__name__}")
-
-
-def prompt_and_completion(row: Row) -> tuple[Any, Any]:
-    """Each a str or a list of messages; the prompt of {"messages": ...} is all but the last of them."""
-    if "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-    elif "messages" in row:
-        messages = row["messages"]
-        if not are_messages(messages):
-            raise EndoRewardError(f"messages: wanted a list of {{role, content}}, found {kind_of(messages)}")
-        prompt, completion = list(messages[:-1]), list(messages[-1:])
-    else:
-        found = ", ".join(map(str, row)) or "nothing"
-        raise EndoRewardError(f"a row needs {WANTED}; found {found}")
-    for name, value in (("prompt", prompt), ("completion", completion)):
-        if isinstance(value, str):
-            check_text(value, name)
-        elif not are_messages(value):
-            raise EndoRewardError(f"{name}: wanted text or a list of {{role, content}}, found {kind_of(value)}")
-        else:
-            for i, message in enumerate(value):
-                check_message(message, f"{name}[{i}]")
-    return prompt, completion
-
-
-def dialogue(prompt: Any, completion: Any, begun: str = "") -> list[Message]:
-    """The conversation that `prompt_and_completion` are; it ends in an assistant's turn, which `begun` leads."""
-    before, turns = _turns(prompt, "user"), _turns(completion, "assistant")
-    if begun:
-        before, turns = before[:-1], [{**before[-1], "content": begun + text_of(turns[0].get("content"))}]
-    turns = before + turns
-    role = turns[-1]["role"] if turns else "none"
-    if role != "assistant":
-        raise EndoRewardError(f"the last message is what is scored: wanted the assistant's, found {role!r}")
-    return turns
-
-
-def begun_turn(row: Row, prompt: Any, completion: Any) -> str:
-    """The text of the assistant's turn that a row's prompt ends in and its completion, of text, goes on with; or ""."""
-    if "prompt" not in row:  # messages are turns, each whole
-        return ""
-    both = [*_turns(prompt, "user")[-1:], *_turns(completion, "assistant")]
-    goes_on = len(both) == 2 and all(turn["role"] == "assistant" and is_text(turn) for turn in both)
-    return text_of(both[0].get("content")) if goes_on else ""
-
-
 def _behind(begun: str, completion: str) -> tuple[str, str]:
     """(a completion up to and with the text that the prompt has of it, what comes behind)."""
     at = completion.find(begun)
@@ -337,38 +247,6 @@ def _behind(begun: str, completion: str) -> tuple[str, str]:
     if at < 0:
         raise EndoRewardError("the chat template rewrites the turn that the prompt begins: give token ids")
     return completion[: at + len(begun)], completion[at + len(begun) :]
-
-
-def _turns(value: Any, role: str) -> list[Message]:
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value)
-
-
-def _ids(row: Row, name: str) -> list[int]:
-    ids = row[name]
-    ids = ids.tolist() if hasattr(ids, "tolist") else ids  # tensors and arrays
-    whole = isinstance(ids, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
-    if not whole:
-        raise EndoRewardError(f"{name}: wanted a list of token ids, found {kind_of(ids)}")
-    return [int(i) for i in ids]
-
-
-def _switch(row: Row, name: str) -> bool:
-    """A value of true or false; true where there is none."""
-    value = row.get(name, True)
-    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor's or an array's
-    if value not in (0, 1):
-        raise EndoRewardError(f"{name}: wanted true or false, found {kind_of(value)}")
-    return bool(value)
-
-
-def _mask(row: Row, completion: list[int]) -> tuple[bool, ...]:
-    mask = row["completion_mask"]
-    mask = mask.tolist() if hasattr(mask, "tolist") else mask
-    if not isinstance(mask, list | tuple) or any(m not in (0, 1) for m in mask):
-        raise EndoRewardError(f"completion_mask: wanted a list of 0 and 1, found {kind_of(mask)}")
-    if len(mask) != len(completion):
-        raise EndoRewardError(f"completion_mask has {len(mask)} entries, and completion_ids {len(completion)}")
-    return tuple(map(bool, mask))
 
 
 def _too_long(tokens: int, completion: int, limit: int, truncate: Truncate) -> str:

@@ -6,20 +6,30 @@ reasoning besides, under the names that chat templates and OpenAI's API use.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from ..errors import EndoRewardError
 
 Message = Mapping[str, Any]
+
+
 REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
 TEXTS = ("content", *REASONING, "tool_plan", "refusal")
 """fields of a message that are text of its turn; its tool calls are the others"""
+
+
 NO_TEXT = MappingProxyType({"function_call": "wanted tool_calls", "audio": "only text can be scored"})
 """fields that say something which no chat template writes, and what to do"""
+
+
 TEXT_PARTS = ("text", "thinking", "reasoning")
 """kinds of parts that are text, which stands under the same name"""
+
+
 DEEPEST = 100
 """levels of lists and objects: far below where Python's readers and writers give up, each at another depth"""
 
@@ -51,7 +61,7 @@ def check_message(message: Message, name: str) -> None:
     if not isinstance(calls, list | tuple | None):
         raise EndoRewardError(f"{name}.tool_calls: wanted a list of calls, found {kind_of(calls)}")
     for i, call in enumerate(calls or ()):
-        function = _function(call) if isinstance(call, Mapping) else None
+        function = function_of(call) if isinstance(call, Mapping) else None
         if function is None or not isinstance(function.get("name"), str):
             raise EndoRewardError(f"{name}.tool_calls[{i}]: wanted a function with a name, found {kind_of(call)}")
     check_values(message, name)
@@ -121,9 +131,9 @@ def without_nulls(message: Message) -> dict[str, Any]:
 
 
 def _without_nulls(call: Message) -> dict[str, Any]:
-    function = {name: value for name, value in _function(call).items() if value is not None}
+    function = {name: value for name, value in function_of(call).items() if value is not None}
     function.setdefault("arguments", {})
-    if _function(call) is call:
+    if function_of(call) is call:
         return function
     return {name: value for name, value in call.items() if value is not None} | {"function": function}
 
@@ -148,7 +158,7 @@ def spoken(message: Message) -> str:
     thought = next((message[name] for name in REASONING if message.get(name)), "")
     pieces = [f"<think>\n{thought}\n</think>" if thought else "", text_of(message.get("content")).strip()]
     pieces += [message[name] for name in ("tool_plan", "refusal") if message.get(name)]
-    pieces += [json.dumps(dict(_function(call)), ensure_ascii=False) for call in message.get("tool_calls", ())]
+    pieces += [json.dumps(dict(function_of(call)), ensure_ascii=False) for call in message.get("tool_calls", ())]
     return "\n\n".join(piece for piece in pieces if piece)
 
 
@@ -170,167 +180,9 @@ def is_blank(message: Message) -> bool:
     return not spoken(message).strip()
 
 
-def _function(call: Message) -> Message:
+def function_of(call: Message) -> Message:
     inner = call.get("function")
     return inner if isinstance(inner, Mapping) else call
 
 
 # ------------------------------------------------------------------------------------ the same message, spelt otherwise
-
-
-def with_texts(message: Message, change: Callable[[str], str]) -> dict[str, Any]:
-    """The message with every text of it that is not blank, changed; with names and arguments of its tool calls, of
-    which numbers become texts."""
-
-    def changed(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: changed(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [changed(inner) for inner in value]
-        text = value if isinstance(value, str) else json.dumps(value)
-        return change(text) if text.strip() else value
-
-    def in_part(part: Message) -> dict[str, Any]:
-        return {**part, part["type"]: changed(part[part["type"]])}
-
-    def in_call(call: Message) -> dict[str, Any]:
-        function = dict(_function(call))
-        arguments = function.get("arguments")
-        known = parsed(arguments)
-        function["name"] = change(function["name"])
-        if known is not None:
-            new = changed(known)
-            # A text that changes in nothing keeps its own spelling.
-            function["arguments"] = arguments if new == known else new if known is arguments else json.dumps(new)
-        elif isinstance(arguments, str):
-            function["arguments"] = changed(arguments)
-        return {**call, "function": function} if "function" in call else function
-
-    found = dict(message)
-    for name in TEXTS:
-        if isinstance(found.get(name), str):
-            found[name] = changed(found[name])
-    if isinstance(found.get("content"), list | tuple):
-        found["content"] = [in_part(part) for part in found["content"]]
-    if found.get("tool_calls"):
-        found["tool_calls"] = [in_call(call) for call in found["tool_calls"]]
-    return found
-
-
-def texts_of(message: Message) -> list[str]:
-    """Every text of the message: of its fields, parts, and tool calls."""
-    found: list[str] = []
-
-    def keep(text: str) -> str:
-        found.append(text)
-        return text
-
-    with_texts(message, keep)
-    return found
-
-
-def with_text(message: Message, text: str) -> dict[str, Any]:
-    """The message with that text for its content, beside parts that are its reasoning."""
-    content = message.get("content")
-    if not isinstance(content, list):
-        return {**message, "content": text}
-    kept = [part for part in content if part["type"] != "text"]
-    return {**message, "content": [*kept, {"type": "text", "text": text}]}
-
-
-def parsed(arguments: Any) -> Any:
-    """A tool call's arguments as an object, also where they are its JSON; None if they are neither."""
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            return None
-    return arguments if isinstance(arguments, Mapping) else None
-
-
-def spellings(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """The conversation in every spelling that chat templates want it in, as it is first.
-
-    Content as text or as parts; content of a turn that has none as "" or as null; arguments of tool calls as an object
-    or as its JSON. All say the same.
-    """
-    seen: list[list[dict[str, Any]]] = []
-    for content in (_same, _as_text, _as_one_part):
-        for blank in (_same, _blank_text, _blank_null):
-            for arguments in (_same, _as_object, _as_json):
-                found = [arguments(blank(content(dict(message)))) for message in messages]
-                if found not in seen:
-                    seen.append(found)
-                    yield found
-
-
-def _same(message: dict[str, Any]) -> dict[str, Any]:
-    return message
-
-
-def _as_text(message: dict[str, Any]) -> dict[str, Any]:
-    content = message.get("content")
-    if not isinstance(content, list):
-        return message
-    thought = text_of([part for part in content if part["type"] != "text"])
-    found = {**message, "content": text_of([part for part in content if part["type"] == "text"])}
-    return found | {REASONING[0]: thought} if thought else found
-
-
-def _as_one_part(message: dict[str, Any]) -> dict[str, Any]:
-    message = _as_text(message)
-    content = message.get("content")
-    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
-
-
-def _blank_text(message: dict[str, Any]) -> dict[str, Any]:
-    return message if message.get("content") else {**message, "content": ""}
-
-
-def _blank_null(message: dict[str, Any]) -> dict[str, Any]:
-    return message if message.get("content") or not message.get("tool_calls") else {**message, "content": None}
-
-
-def _as_object(message: dict[str, Any]) -> dict[str, Any]:
-    return _with_arguments(message, lambda arguments: arguments if parsed(arguments) is None else parsed(arguments))
-
-
-def _as_json(message: dict[str, Any]) -> dict[str, Any]:
-    return _with_arguments(message, lambda a: json.dumps(a, ensure_ascii=False) if isinstance(a, Mapping) else a)
-
-
-def _with_arguments(message: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
-    calls = message.get("tool_calls")
-    if not calls:
-        return message
-
-    def in_call(call: Message) -> Message:
-        function = _function(call)
-        if "arguments" not in function:
-            return call
-        function = {**function, "arguments": change(function["arguments"])}
-        return {**call, "function": function} if "function" in call else function
-
-    return {**message, "tool_calls": [in_call(call) for call in calls]}
-
-
-def misspelt(messages: Sequence[Message], text: str, source: str) -> bool:
-    """Whether a template (`source`) that made `text` of `messages` printed a value, not what it says."""
-
-    def odd(value: Any) -> bool:
-        spelt = json.dumps(value, ensure_ascii=False)
-        return repr(value) in text and (isinstance(value, str) or repr(value) != spelt)
-
-    for message in messages:
-        content = message.get("content")
-        if isinstance(content, list) and any(repr(p) in text or json.dumps(p) in text for p in content):
-            return True
-        for call in message.get("tool_calls") or ():
-            arguments = _function(call).get("arguments")
-            if isinstance(arguments, Mapping) and arguments and odd(arguments):
-                return True
-            if isinstance(arguments, str) and parsed(arguments) is not None and json.dumps(arguments) in text:
-                return True
-    if any(message.get("content", "") is None for message in messages):
-        return text.count("None") > source.count("None") + str([spoken(m) for m in messages]).count("None")
-    return False

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import EndoRewardError
-from .messages import Message, check_text, check_values, is_plain, misspelt, spellings, with_texts
+from .messages import Message, check_text, check_values, is_plain
+from .spellings import misspelt, spellings, with_texts
 
 CLOCK = "strftime_now"
 """the function by which templates ask for the date: transformers gives it to them"""

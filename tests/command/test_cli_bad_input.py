@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
 from endoreward_fast.command.cli import app
 from endoreward_fast.command.run import pipeline
-from endoreward_fast.command.run.output import ERRORS_SHOWN
+from endoreward_fast.command.run.monitor import ERRORS_SHOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -105,7 +105,7 @@ def test_a_name_that_standard_output_cannot_spell(scorer, tmp_path, monkeypatch)
         pytest.skip("names are text there")
     source = put(tmp_path, *PREFERENCES, name="\udcff.jsonl")
     assert "4 rows scored" in run("eval", source).stdout
-    from endoreward_fast.command.run.output import say
+    from endoreward_fast.command.run.monitor import say
 
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", out)

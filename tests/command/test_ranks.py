@@ -26,9 +26,10 @@ from endoreward_fast.command.flags.options import EngineFlags
 from endoreward_fast.command.input.files import open_source
 from endoreward_fast.command.run import pipeline
 from endoreward_fast.command.run.board import Board, call
+from endoreward_fast.command.run.clerk import Clerk
 from endoreward_fast.command.run.jobs import Finished, InOrder, Job, Windows, note_idle
-from endoreward_fast.command.run.output import Monitor
-from endoreward_fast.command.run.ranks import Clerk, Rank, help_out, lead
+from endoreward_fast.command.run.monitor import Monitor
+from endoreward_fast.command.run.ranks import Rank, help_out, lead
 from endoreward_fast.command.run.resume import key_of, rows_left
 from endoreward_fast.model.checkpoint import weights_of
 
@@ -311,8 +312,8 @@ def interrupt(board, handed_in, how):
 
 def test_a_rank_that_is_not_heard_of_any_more_is_named(board, monkeypatch, tmp_path):
     """A machine that is lost, which no launcher sees. What the others handed in is kept."""
-    monkeypatch.setattr("endoreward_fast.command.run.ranks.BEAT", 0.05)
-    monkeypatch.setattr("endoreward_fast.command.run.ranks.LOST", 0.5)
+    monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.5)
     board.count("claimed")  # window 0, by rank 1, which is never heard of
     board.count("handed in")  # and another that it died over
     engine, windows = engine_and_windows(tmp_path, 4)
@@ -324,7 +325,7 @@ def test_a_rank_that_is_not_heard_of_any_more_is_named(board, monkeypatch, tmp_p
 
 def test_whoever_was_heard_of_within_ten_minutes_or_has_left_is_not_lost(monkeypatch):
     now, board = [0.0], Board(torch.distributed.HashStore())
-    monkeypatch.setattr("endoreward_fast.command.run.ranks.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("endoreward_fast.command.run.clerk.time", SimpleNamespace(monotonic=lambda: now[0]))
     clerk = Clerk(board, 3, Windows(iter(())), InOrder(print, Monitor(quiet=True)))
 
     def lost_at(seconds, *beating):
@@ -342,8 +343,8 @@ def test_whoever_was_heard_of_within_ten_minutes_or_has_left_is_not_lost(monkeyp
 
 def test_a_rank_that_takes_long_is_heard_of(monkeypatch, tmp_path):
     """Longer than a lost one is waited for, over its model and over a window."""
-    monkeypatch.setattr("endoreward_fast.command.run.ranks.BEAT", 0.05)
-    monkeypatch.setattr("endoreward_fast.command.run.ranks.LOST", 0.4)
+    monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.4)
 
     class Slow(LengthScorer):
         def iter_scores(self, rows, **options):
@@ -363,8 +364,8 @@ def test_a_rank_that_takes_long_is_heard_of(monkeypatch, tmp_path):
 
 
 def test_a_rank_that_is_lost_when_all_is_written_is_not_waited_for(board, monkeypatch, tmp_path):
-    monkeypatch.setattr("endoreward_fast.command.run.ranks.BEAT", 0.05)
-    monkeypatch.setattr("endoreward_fast.command.run.ranks.LOST", 0.3)
+    monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.3)
     engine, windows = engine_and_windows(tmp_path, 4)
     lines = []
     engine(windows, lines.append, Monitor(quiet=True))

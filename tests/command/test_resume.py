@@ -15,8 +15,8 @@ from cli_harness import LengthScorer, put, rows_of, run
 from endoreward_fast import EndoRewardError
 from endoreward_fast.command.flags.options import EngineFlags
 from endoreward_fast.command.run import pipeline
-from endoreward_fast.command.run.output import Sink, _lock
 from endoreward_fast.command.run.resume import IRRELEVANT, Done, key_of, rows_done
+from endoreward_fast.command.run.sink import Sink, _lock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -278,7 +278,7 @@ def test_a_run_that_fails_takes_no_other_runs_output_away(scorer, monkeypatch, t
     with pytest.raises(EndoRewardError, match="first"), Sink(str(out)):
         raise EndoRewardError("first")
     assert free == [False] and not out.exists()
-    monkeypatch.setattr("endoreward_fast.command.run.output._lock", lambda file: os.remove(out) or True)
+    monkeypatch.setattr("endoreward_fast.command.run.sink._lock", lambda file: os.remove(out) or True)
     with pytest.raises(EndoRewardError, match="written by another run"):
         Sink(str(out))
 

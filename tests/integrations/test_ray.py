@@ -15,7 +15,7 @@ from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.command.flags.options import EngineFlags
 from endoreward_fast.command.run.jobs import Finished, Job
-from endoreward_fast.command.run.output import Monitor
+from endoreward_fast.command.run.monitor import Monitor
 
 ray = pytest.importorskip("ray", reason="Ray Data is not installed")
 pyarrow = pytest.importorskip("pyarrow")

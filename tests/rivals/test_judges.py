@@ -18,16 +18,8 @@ from transformers import (
 )
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
-from endoreward_fast.rivals.judges import (
-    JUDGES,
-    PAIRWISE,
-    POINTWISE,
-    TEXT_ENDING,
-    VERIFIER,
-    Pairwise,
-    Pointwise,
-    Verifier,
-)
+from endoreward_fast.rivals.judges import JUDGES, PAIRWISE, POINTWISE, VERIFIER, Pairwise, Pointwise, Verifier
+from endoreward_fast.rivals.questions import TEXT_ENDING
 from endoreward_fast.rivals.reward_model import RewardModel
 from endoreward_fast.scoring.batching import does_not_fit
 from endoreward_fast.scoring.results import RowScore

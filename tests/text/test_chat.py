@@ -17,7 +17,8 @@ from chat_templates import (
     chatting,
 )
 from endoreward_fast.errors import EndoRewardError
-from endoreward_fast.text.encoding import FLAGS, Encoded, encode_row
+from endoreward_fast.text.encoding import Encoded, encode_row
+from endoreward_fast.text.flags import FLAGS
 from tiny_tokenizers import PLAIN, TEXT, texts
 
 MUTE = "<|user|>hello"

@@ -16,8 +16,9 @@ from ..flags.options import RowFlags
 from ..input.files import STDIN, open_source
 from ..run import pipeline
 from ..run.going_on import end, kept_until_written
-from ..run.output import Monitor, Sink
+from ..run.monitor import Monitor
 from ..run.pipeline import Item
+from ..run.sink import Sink
 
 PICTURE = "rewards.png"
 FORMATS = (".png", ".svg")

@@ -11,7 +11,7 @@ from typing import Any
 from ...model.checkpoint import weights_of
 from ..flags.options import PAIRWISE, SOURCE, EvalFlags
 from ..run import pipeline
-from ..run.output import Aside, Monitor
+from ..run.monitor import Aside, Monitor
 from ..run.pipeline import Item, Scorer
 from .evaluation import Judged, rm_bench_part
 from .report import FileResult

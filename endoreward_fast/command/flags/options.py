@@ -6,84 +6,50 @@ import json
 import math
 import textwrap
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any, Optional
-
-import typer
 
 from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET, on_this_machine
-from ...model.dtypes import ALIASES, DTYPES
+from ...model.dtypes import DTYPES
 from ...text.messages import check_text
-from ...text.template import Extras, as_date
 from .parameters import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
+from .values import ALL, at_least_one, day, device_name, dtype_name, names, one_of, template_kwargs, tools_in
 
 REDUCTIONS = ("sum", "mean")
-DEVICE_ALIASES = {"gpu": "cuda"}
+
+
 TRUNCATE = ("prompt", "completion")
+
+
 # The names of signals.SIGNALS and judges.JUDGES, here once more so that --help does not wait for torch.
 LOG_RATIO = "log-ratio"
+
+
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
+
+
 PAIRWISE = "pairwise"
+
+
 JUDGES = ("verifier", "pointwise", PAIRWISE)
+
+
 SOURCE = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-ALL = "all"
+
+
 ENGINES = LOCAL, RAY = ("local", "ray")
 
+
 Text = Optional[str]  # noqa: UP045  typer reads these at run time, in Python 3.10 too
+
+
 Count = Optional[int]  # noqa: UP045
+
+
 Switch = Optional[bool]  # noqa: UP045
+
+
 Share = Optional[float]  # noqa: UP045
-
-
-def dtype_name(text: str) -> str:
-    """The name of a dtype that `text` is an alias of, with or without "torch." before it; `text` if it is none."""
-    name = text.lower().removeprefix("torch.")
-    return ALIASES.get(name, name)
-
-
-def device_name(text: str | None) -> str | None:
-    """The same for a device, whose index is kept: cuda:1 for gpu:1."""
-    if text is None:
-        return None
-    kind, colon, index = text.lower().partition(":")
-    return f"{DEVICE_ALIASES.get(kind, kind)}{colon}{index}"
-
-
-def tools_in(context: typer.Context, path: str | None) -> str | None:
-    """The tools that a file holds, as JSON text: a run's settings and its other processes need no file."""
-    if path is None:
-        return None
-    try:
-        file = Path(path).expanduser()
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise EndoRewardError(f"--tools: cannot read {path}: it is not UTF-8") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody has that home
-        raise EndoRewardError(f"--tools: cannot read {path}: {getattr(error, 'strerror', error)}") from None
-    context.meta["tools_file"] = str(file)
-    return _template_json(f"--tools {path}", "tools", text)
-
-
-def template_kwargs(text: str | None) -> str | None:
-    """JSON text of the template's variables, checked."""
-    return None if text is None else _template_json("--template-kwargs", "chat_template_kwargs", text)
-
-
-def _template_json(flag: str, name: str, text: str) -> str:
-    try:
-        if Extras.of({name: text}, Extras()) == Extras() and json.loads(text) is None:
-            raise EndoRewardError("wanted a list or an object, found null")
-    except EndoRewardError as error:
-        raise EndoRewardError(f"{flag}: {str(error).removeprefix(f'{name}: ')}") from None
-    return json.dumps(json.loads(text), ensure_ascii=False)
-
-
-def day(text: str | None) -> str | None:
-    """A date, checked."""
-    if text is not None:
-        as_date(text)
-    return text
 
 
 @dataclass(frozen=True)
@@ -136,15 +102,15 @@ class ModelFlags:
             )
         if self.system is not None:
             check_text(self.system, "--system")
-        _one_of("--reduction", self.reduction, REDUCTIONS)
-        _one_of("--dtype", self.dtype, DTYPES)
+        one_of("--reduction", self.reduction, REDUCTIONS)
+        one_of("--dtype", self.dtype, DTYPES)
         if not (self.alpha > 0 and math.isfinite(self.alpha)):
             raise EndoRewardError(f"--alpha must be above 0, got {self.alpha}")
         if not 0 < self.gamma <= 1:
             raise EndoRewardError(f"--gamma must be above 0 and at most 1, got {self.gamma}")
         if not (self.floor >= 0 and math.isfinite(self.floor)):
             raise EndoRewardError(f"--floor must be 0 or more, got {self.floor}")
-        _at_least_one("--max-tokens-per-batch", self.max_tokens_per_batch)
+        at_least_one("--max-tokens-per-batch", self.max_tokens_per_batch)
 
     @property
     def models(self) -> dict[str, str]:
@@ -226,11 +192,11 @@ class RowFlags(ModelFlags):
         if self.output == "":
             raise EndoRewardError("--output is empty: name a file, or - for standard output")
         if self.truncate is not None:
-            _one_of("--truncate", self.truncate, TRUNCATE)
+            one_of("--truncate", self.truncate, TRUNCATE)
         if self.max_length is not None:
-            _at_least_one("--max-length", self.max_length)
+            at_least_one("--max-length", self.max_length)
         if self.limit is not None:
-            _at_least_one("--limit", self.limit)
+            at_least_one("--limit", self.limit)
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -263,9 +229,9 @@ class EngineFlags(RowFlags):
 
     def check(self) -> None:
         super().check()
-        _one_of("--engine", self.engine, ENGINES)
+        one_of("--engine", self.engine, ENGINES)
         if self.actors is not None:
-            _at_least_one("--actors", self.actors)
+            at_least_one("--actors", self.actors)
         for flag, value in (("--gpus-per-actor", self.gpus_per_actor), ("--cpus-per-actor", self.cpus_per_actor)):
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise EndoRewardError(f"{flag} must be 0 or more, got {value}")
@@ -294,8 +260,8 @@ class EvalFlags(RowFlags):
 
     def check(self) -> None:
         super().check()
-        wanted = _names("--signals", self.signals, SIGNALS)
-        _names("--judge", self.judge, JUDGES)
+        wanted = names("--signals", self.signals, SIGNALS)
+        names("--judge", self.judge, JUDGES)
         if LOG_RATIO in wanted and self.signals != ALL and not self.reference_model:
             raise EndoRewardError(f"--signals {LOG_RATIO} compares two models: name the second by --reference-model")
         if self.reference_model and LOG_RATIO not in wanted:
@@ -308,12 +274,12 @@ class EvalFlags(RowFlags):
 
     @property
     def judges(self) -> tuple[str, ...]:
-        return _names("--judge", self.judge, JUDGES)
+        return names("--judge", self.judge, JUDGES)
 
     @property
     def compared(self) -> tuple[str, ...]:
         """Signals to compare; the endogenous reward beside rivals, if nothing else is asked for."""
-        wanted = _names("--signals", self.signals, SIGNALS)
+        wanted = names("--signals", self.signals, SIGNALS)
         if not wanted and (self.judge or self.reward_model):
             return SIGNALS[:1]
         return wanted if self.reference_model else tuple(name for name in wanted if name != LOG_RATIO)
@@ -328,24 +294,3 @@ class EvalFlags(RowFlags):
     def to_json(self) -> dict[str, Any]:
         new = [f.name for f in fields(EvalFlags) if f.name not in {g.name for g in fields(RowFlags)}]
         return {name: value for name, value in super().to_json().items() if name not in new or value is not None}
-
-
-def _names(flag: str, text: str | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in a text with commas; all of them for "all", none for None. EndoRewardError for any other."""
-    if text is None or text == ALL:
-        return allowed if text else ()
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
-    for name in names:
-        if name not in allowed:
-            raise EndoRewardError(f"{flag} must be {ALL}, or some of {', '.join(allowed)}, got {name!r}")
-    return names
-
-
-def _one_of(flag: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise EndoRewardError(f"{flag} must be {', '.join(allowed[:-1])} or {allowed[-1]}, got {value!r}")
-
-
-def _at_least_one(flag: str, value: int) -> None:
-    if value < 1:
-        raise EndoRewardError(f"{flag} must be 1 or more, got {value}")

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import EndoRewardError
-from .output import Monitor, Sink, one_line
+from .monitor import Monitor, one_line
+from .sink import Sink
 
 ENDS = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 """what a terminal that is closed, or whoever runs the machine, sends"""

@@ -12,8 +12,9 @@ from typing import Any
 from ...errors import EndoRewardError
 from ..flags.options import EngineFlags
 from . import pipeline
-from .output import Monitor, to_line
+from .monitor import Monitor
 from .pipeline import Item, Scorer
+from .sink import to_line
 
 ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {"score": pipeline.scored_row, "rank": pipeline.ranked_row}
 Write = Callable[[str], None]

@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import EndoRewardError
 from ..flags.options import EngineFlags
 from .jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
-from .output import Monitor
+from .monitor import Monitor
 from .pipeline import Item
 
 PATIENCE = 10.0

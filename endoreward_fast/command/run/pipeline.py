@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET
-from ...text.encoding import NOTHING_TO_SCORE
+from ...text.flags import NOTHING_TO_SCORE
 from ..input.columns import MissingColumns, Task, arrange, plan
 from ..input.files import Record, Source
-from .output import Aside, Monitor, compact
+from .monitor import Aside, Monitor
+from .sink import compact
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

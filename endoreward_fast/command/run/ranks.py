@@ -14,26 +14,20 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from threading import Event, Thread
 from typing import Any
 
 from ...errors import EndoRewardError
 from ...model.checkpoint import weights_of
 from ..flags.options import EngineFlags
 from .board import PAUSE, Board, call, come, reached
-from .jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
-from .output import Monitor
+from .clerk import CLAIMED, END, HANDED_IN, Clerk, heard, left_key, result_key, window_key
+from .jobs import Engine, InOrder, Job, Windows, Write, note_idle, warnings_to
+from .monitor import Monitor
 from .pipeline import Item, Scorer, before_loading
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-AHEAD = 4
-"""windows for each rank that may be dealt out before the first of them is written: what a kill loses"""
-BEAT = 10.0
-"""seconds between two signs of life"""
-LOST = 600.0
-"""seconds without one"""
 
 
 @dataclass(frozen=True)
@@ -91,41 +85,21 @@ def _number(name: str) -> int:
     return int(text)
 
 
-# ---------------------------------------------------------------- the board's keys
-CLAIMED, HANDED_IN, END = "claimed", "handed in", "end"
-
-
-def _window(number: int) -> str:
-    return f"window {number}"
-
-
-def _result(number: int) -> str:
-    return f"result {number}"
-
-
-def _beats(rank: int) -> str:
-    return f"rank {rank} beats"
-
-
-def _left(rank: int) -> str:
-    return f"rank {rank} left"
-
-
 # ---------------------------------------------------------------- every rank
 def _score(board: Board, job: Job, scorer: Scorer) -> None:
     """Window after window, until there are no more for this rank."""
     while (window := _claimed(board)) is not None:
         finished = job.finish(*window, scorer)
-        board.put(_result(board.count(HANDED_IN)), finished.to_json().encode())
+        board.put(result_key(board.count(HANDED_IN)), finished.to_json().encode())
 
 
 def _claimed(board: Board) -> tuple[int, list[Item]] | None:
     """(number, rows) of the next window that nobody has, once it is dealt out; None where there is none."""
     number = board.count(CLAIMED) - 1
     while not (board.has(END) and int(board.get(END)) <= number):
-        if board.has(_window(number)):
+        if board.has(window_key(number)):
             # Pickled: a row of Parquet holds what JSON has no spelling for. torch's object collectives do the same.
-            return number, pickle.loads(board.take(_window(number)))
+            return number, pickle.loads(board.take(window_key(number)))
         time.sleep(PAUSE)
     return None
 
@@ -135,7 +109,7 @@ def help_out(job: Job, rank: Rank) -> None:
     """Score what rank 0 deals out. Raises EndoRewardError: its store, or the model here, is not what it should be."""
     with reached():
         board, about = come(Board.of_launch(), rank.rank)
-        with _heard(board, rank):
+        with heard(board, rank.rank):
             if weights_of(job.flags.model, **job.flags.source) != about["weights"]:
                 raise EndoRewardError(
                     f"model {job.flags.model!r} is not what rank 0 has by that name: scores would differ"
@@ -145,29 +119,7 @@ def help_out(job: Job, rank: Rank) -> None:
                 with warnings_to(lambda warning: None):  # the same as rank 0's
                     scorer = job.load()
                 _score(board, job, scorer)
-        board.put(_left(rank.rank), b"")
-
-
-@contextmanager
-def _heard(board: Board, rank: Rank) -> Iterator[None]:
-    """Signs of life meanwhile, from a thread of their own: a window may take long, and so may loading a model."""
-    from torch.distributed import DistError
-
-    done = Event()
-
-    def beat() -> None:
-        with suppress(DistError):  # a store that is gone: the main thread meets it too, and says so
-            while not done.wait(BEAT):
-                board.count(_beats(rank.rank))
-
-    board.count(_beats(rank.rank))
-    thread = Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+        board.put(left_key(rank.rank), b"")
 
 
 # ---------------------------------------------------------------- rank 0
@@ -215,98 +167,3 @@ def _signals(handler: Any, *more: signal.Signals) -> Iterator[None]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-class Clerk(Thread):
-    """Rank 0's second hand: deals windows out, writes what comes back, and hears whether the others are still there."""
-
-    def __init__(self, board: Board, size: int, read: Windows, output: InOrder) -> None:
-        super().__init__(daemon=True)
-        self._board, self._output, self._windows = board, output, iter(read)
-        self._ahead = AHEAD * size
-        self._dealt = self._received = 0
-        self._all_dealt = False
-        self._signs = {rank: (0, time.monotonic()) for rank in range(1, size)}
-        """signs of life, and when there was a new one"""
-        self._next_look = time.monotonic() + BEAT
-        self._leave = Event()
-        self._error: Exception | None = None
-
-    def leave(self) -> None:
-        """Take in what has been handed in, and end."""
-        self._leave.set()
-        self.join()
-
-    def raise_error(self) -> None:
-        """Raise what ended it, if that was an error."""
-        if self._error is not None:
-            raise self._error
-
-    def run(self) -> None:
-        """Until all is written and everybody has left."""
-        try:
-            with reached():
-                self._work()
-        except Exception as error:
-            self._error = error
-
-    def _work(self) -> None:
-        try:
-            while not (self._all_dealt and self._output.due == self._dealt):
-                self._deal()
-                if self._receive():
-                    continue
-                if self._leave.is_set():
-                    return self._receive_past_gaps()
-                if (lost := self._lost()) is not None:
-                    self._receive_past_gaps()
-                    raise EndoRewardError(
-                        f"rank {lost} has not been heard of for {LOST / 60:.0f} minutes: what the others finished is "
-                        "kept; --resume goes on"
-                    )
-                self._leave.wait(PAUSE)
-            # A store may end with rank 0, and they still speak to it.
-            everybody = [_left(rank) for rank in self._signs]
-            while not self._board.has(*everybody) and self._lost() is None and not self._leave.wait(PAUSE):
-                pass
-        finally:
-            self._board.put(END, b"0")  # nobody waits for what does not come
-
-    def _deal(self) -> None:
-        while not self._all_dealt and self._dealt < self._output.due + self._ahead:
-            items = next(self._windows, None)
-            if items is None:
-                self._all_dealt = True
-                self._board.put(END, str(self._dealt).encode())
-            else:
-                self._board.put(_window(self._dealt), pickle.dumps(items))
-                self._dealt += 1
-
-    def _receive(self) -> bool:
-        """Whether the next was handed in; it is written where all before it are."""
-        key = _result(self._received + 1)
-        if not self._board.has(key):
-            return False
-        self._received += 1
-        self._output.add(Finished.from_json(self._board.take(key)))
-        return True
-
-    def _receive_past_gaps(self) -> None:
-        """A rank that died while it handed in left a gap."""
-        while self._received < self._board.count(HANDED_IN, 0):
-            if not self._receive():
-                self._received += 1
-
-    def _lost(self) -> int | None:
-        """A rank that has not been heard of for too long, and has not left."""
-        now = time.monotonic()
-        if now < self._next_look:
-            return None
-        self._next_look = now + BEAT
-        for rank, (before, since) in self._signs.items():
-            beats = self._board.count(_beats(rank), 0)
-            if beats != before:
-                self._signs[rank] = (beats, now)
-            elif now - since > LOST and not self._board.has(_left(rank)):
-                return rank
-        return None

@@ -24,7 +24,7 @@ from typing import Any
 from ...errors import EndoRewardError
 from ..flags.options import SOURCE, EngineFlags
 from ..input.files import STDIN, Record, Source
-from .output import PART, plain
+from .sink import PART, plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
 """columns that a command adds behind the row's own"""
