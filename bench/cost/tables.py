@@ -1,13 +1,13 @@
-"""The tables of docs/scale.md that bench.cost's formulas make, for a terminal and as Markdown."""
+"""The tables of docs/scale.md that follow from the cost formulas, for a terminal and as Markdown."""
 
 from dataclasses import replace
 
 from bench.cost.formulas import MODELS, Batch, Decoder, cost, find
 
 Table = tuple[list[str], list[list[str]]]
-"""headings, rows"""
+"""(headings, rows)"""
 TYPICAL = Batch(rows=8, length=1024, scored=512)
-"""8192 tokens, as many as a batch has by default; prompts as long as completions"""
+"""8192 tokens, the default limit of a batch; prompts and completions of equal length"""
 
 
 def shapes_table(models: tuple[Decoder, ...] = MODELS, batch: Batch = TYPICAL) -> Table:
@@ -27,7 +27,7 @@ def shapes_table(models: tuple[Decoder, ...] = MODELS, batch: Batch = TYPICAL) -
 
 
 def growth_table(model: Decoder = find("Qwen2.5-7B"), batch: Batch = TYPICAL) -> Table:  # noqa: B008 - frozen
-    """One thing changed at a time."""
+    """Show how the cost changes when one size changes."""
     twice_as_wide = replace(model, hidden=2 * model.hidden, heads=2 * model.heads, mlp=2 * model.mlp)
     changes = [
         ("as it is", cost(model, batch)),
@@ -62,7 +62,7 @@ def markdown(table: Table) -> str:
 
 
 def show(title: str, table: Table) -> None:
-    """On the terminal."""
+    """Print a table to the terminal."""
     from rich.console import Console
     from rich.table import Table as Drawn
 
@@ -78,7 +78,7 @@ def show(title: str, table: Table) -> None:
 
 
 def _3(value: float) -> str:
-    """Three digits."""
+    """Format with three significant digits."""
     return "0" if not value else f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
 
 
