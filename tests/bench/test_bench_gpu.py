@@ -1,4 +1,4 @@
-"""The GPU benchmarks, with injected clocks and budgets. Kernels run on a GPU if there is one, else in the interpreter."""
+"""The GPU benchmarks, with injected clocks and budgets. Kernels run on a GPU if there is one, else interpreted."""
 
 import importlib.util
 import json
