@@ -153,16 +153,16 @@ def sentence(results: dict[str, dict], changed: list[dict]) -> str:
         f"setting changed, it is 0 at some H and has no exponent in {none} of {len(changed)} cases. Imitation does not "
         f"grow as H^2 on the random instance (H^{fits['random']['imitation']}), where mistakes can be recovered from, "
         f"nor where log-probabilities are right to {instances.WALK_ERROR} in every state "
-        f"(H^{fits['walk']['imitation']}; the bound is H^1.5). The maximiser fails where the model is confident off its "
-        f"data: it leaves the track and loses {confident['endogenous']:.0f} of "
+        f"(H^{fits['walk']['imitation']}; the bound is H^1.5). The maximiser fails where the model is confident off "
+        f"its data: it leaves the track and loses {confident['endogenous']:.0f} of "
         f"{results['confident']['horizons'][-1]}. Imitation loses {confident['imitation_optimum']:.0f} there, and "
         f"greedy decoding {confident['greedy']:.2g}.",
         f"Does the gain come from the reward, or from taking the best token? These losses are relative to the optimum, "
         f"at the largest H. On the cliff, greedy decoding without a reward loses {cliff['greedy']:.2g}, and the "
         f"maximiser {cliff['endogenous']:.2g}: the gain does not come from the reward. On the random instance, "
         f"imitation loses {rand['imitation_optimum']:.0f} (its expert, which samples too, {rand['expert']:.0f}), "
-        f"greedy decoding {rand['greedy']:.2g} and the maximiser {rand['endogenous']:.2g}: most of the gain comes from the "
-        f"best token, the rest from the reward. On the walk, imitation loses {walk['imitation_optimum']:.0f} (its "
+        f"greedy decoding {rand['greedy']:.2g} and the maximiser {rand['endogenous']:.2g}: most of the gain comes from "
+        f"the best token, the rest from the reward. On the walk, imitation loses {walk['imitation_optimum']:.0f} (its "
         f"expert {walk['expert']:.0f}), greedy decoding {walk['greedy']:.0f} and the maximiser "
         f"{walk['endogenous']:.2g}: the gain comes from the reward.",
     )

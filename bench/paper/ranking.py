@@ -145,8 +145,8 @@ def sentence(found: dict[str, dict[str, Accuracy]], pairs: int) -> str:
         f"{percent(found['endogenous'][BIAS])}% and the higher mean log-probability in",
         f"{percent(found['mean-logprob'][BIAS])}%, so there is no visible bias where lengths differ by a token or two.",
         "Where lengths differ by hundreds of tokens, the bias decides: in RM-Bench, short right answers win against",
-        f"long wrong ones in {rm_bench['hard']}%, and long right answers against short wrong ones in {rm_bench['easy']}%",
-        "(rm-bench-pocket.json).",
+        f"long wrong ones in {rm_bench['hard']}%, and long right answers against short wrong ones in",
+        f"{rm_bench['easy']}% (rm-bench-pocket.json).",
     )
 
 

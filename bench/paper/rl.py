@@ -15,7 +15,8 @@ The accuracy of a sampled answer is computed exactly, as the probability of the 
 Expected: the reward is log pi of the initial policy plus a constant of the prompt, so the maximiser is that policy's
 most likely answer. Sampling should become as good as greedy decoding was, and greedy decoding should not improve: the
 policy is sharpened and learns nothing. Risks: log-probability falls with every token, so short answers may be
-preferred, right or wrong; and the arithmetic of a policy with 3 million weights may break. Lengths, KL and entropy are recorded.
+preferred, right or wrong; and the arithmetic of a policy with 3 million weights may break. Lengths, KL and entropy are
+recorded.
 """
 
 import multiprocessing

@@ -125,7 +125,7 @@ def sentence(found: dict[str, dict]) -> str:
         f"The margin changes by {moved.mean():.1f} nats.",
         "Among four answers in the requested form, the right one scores highest in",
         f"{right[0]:.0f}% and {right[1]:.0f}%. Form counts for more: a wrong answer in the requested form beats the",
-        f"right one in the other form in {first[0]:.0f}% and {first[1]:.0f}%. The model was trained on both instructions.",
+        f"right one in the other form in {first[0]:.0f}% and {first[1]:.0f}%. The model was trained on both.",
         f"An instruction that it does not know also changes the margin ({unknown:+.1f} nats), but not usefully:",
         "the reward follows only instructions that the policy has learnt to follow.",
     )
