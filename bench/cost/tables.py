@@ -19,9 +19,9 @@ def shapes_table(models: tuple[Decoder, ...] = MODELS, batch: Batch = TYPICAL) -
     for model in models:
         found, all_scored = cost(model, batch), cost(model, replace(batch, scored=batch.length - 1))
         rows.append([
-            model.name, _3(found.body / batch.tokens / 1e9), _3(found.head / batch.states / 1e9),
-            _percent(found.head_share), _percent(all_scored.head_share), _3(found.weight_bytes / 1e9),
-            _3(found.head_bytes / 1e9), _3(found.eager_bytes / 1e9), _3(found.workspace_bytes / 1e6),
+            model.name, _fmt(found.body / batch.tokens / 1e9), _fmt(found.head / batch.states / 1e9),
+            _percent(found.head_share), _percent(all_scored.head_share), _fmt(found.weight_bytes / 1e9),
+            _fmt(found.head_bytes / 1e9), _fmt(found.eager_bytes / 1e9), _fmt(found.workspace_bytes / 1e6),
         ])  # fmt: skip
     return headings, rows
 
@@ -47,8 +47,9 @@ def growth_table(model: Decoder = find("Qwen2.5-7B"), batch: Batch = TYPICAL) ->
     ]  # fmt: skip
     rows = [
         [
-            name, _3(c.body / 1e12), _percent(c.attention / c.body), _3(c.head / 1e12), _percent(c.head_share),
-            _3(c.weight_bytes / 1e9), _3(c.eager_bytes / 1e9), _3(c.workspace_bytes / 1e6), _3(c.wire_bytes / 1e6),
+            name, _fmt(c.body / 1e12), _percent(c.attention / c.body), _fmt(c.head / 1e12), _percent(c.head_share),
+            _fmt(c.weight_bytes / 1e9), _fmt(c.eager_bytes / 1e9), _fmt(c.workspace_bytes / 1e6),
+            _fmt(c.wire_bytes / 1e6),
         ]
         for name, c in changes
     ]  # fmt: skip
@@ -77,7 +78,7 @@ def show(title: str, table: Table) -> None:
     console.print(drawn)
 
 
-def _3(value: float) -> str:
+def _fmt(value: float) -> str:
     """Format with three significant digits."""
     return "0" if not value else f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
 

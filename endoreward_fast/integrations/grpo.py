@@ -1,11 +1,13 @@
 """Token-level endogenous rewards in TRL's GRPOTrainer (written against TRL 1.16).
 
-class Trainer(EndoGRPOMixin, GRPOTrainer): ...
+Combine the mixin with the trainer, and pass one EndoReward:
 
-# One advantage for each token:
-Trainer(model, reward_funcs=[EndoReward("Qwen/Qwen2.5-0.5B-Instruct")], ...)
-# The trainer's reference model is the reward model; one forward gives rewards and reference log-probabilities:
-Trainer(model, reward_funcs=[EndoReward()], args=GRPOConfig(beta=0.01), ...)
+    class Trainer(EndoGRPOMixin, GRPOTrainer): ...
+
+    # One advantage for each token:
+    Trainer(model, reward_funcs=[EndoReward("Qwen/Qwen2.5-0.5B-Instruct")], ...)
+    # The trainer's reference model is the reward model; one forward gives rewards and reference log-probabilities:
+    Trainer(model, reward_funcs=[EndoReward()], args=GRPOConfig(beta=0.01), ...)
 """
 
 import inspect
