@@ -128,7 +128,10 @@ class EndoGRPOMixin:
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         generated = self._generated
         if list(generated.completions) != list(completion_ids_list):
-            raise EndoRewardError(f"TRL {version('trl')} asks for rewards of other completions than it generated")
+            raise EndoRewardError(
+                f"TRL {version('trl')} asks for rewards of completions that it did not generate: install TRL 1.16, or "
+                "use EndoReward as a plain reward function"
+            )
         if self.shares_forward:
             scored = self._take_shared()
         else:
@@ -143,7 +146,10 @@ class EndoGRPOMixin:
     def _take_shared(self) -> Scored:
         """Return the rewards that the reference model's forward computed, and forget them."""
         if not self._from_reference:
-            raise EndoRewardError(f"TRL {version('trl')} asks for rewards before it has run the reference model")
+            raise EndoRewardError(
+                f"TRL {version('trl')} asks for rewards before it runs the reference model: set beta above 0 with TRL "
+                "1.16, or give EndoReward a model"
+            )
         columns = list(zip(*self._from_reference, strict=True))
         self._from_reference = []
         scored = Scored(*(torch.cat(column) for column in columns[:3]), sum(columns[3], ()))
@@ -218,7 +224,9 @@ def _check_configuration(trainer: Any) -> None:
             "token_level=False"
         )
     if trainer.token_level and args.multi_objective_aggregation != "sum_then_normalize":
-        raise EndoRewardError("token advantages need multi_objective_aggregation='sum_then_normalize'")
+        raise EndoRewardError(
+            "token_level=True needs multi_objective_aggregation='sum_then_normalize': set it, or set token_level=False"
+        )
     if not trainer.shares_forward:
         if reward.scorer.model is trainer.accelerator.unwrap_model(trainer.model):
             raise EndoRewardError(

@@ -49,7 +49,9 @@ class EndoReward:
             max_tokens_per_batch=max_tokens_per_batch, unscored=unscored,
         )  # fmt: skip
         if self.reward.tokenizer is None:
-            raise EndoRewardError("OpenRLHF hands over text: EndoReward(model, tokenizer)")
+            raise EndoRewardError(
+                "OpenRLHF passes text, and the reward model has no tokenizer: give one, EndoReward(model, tokenizer)"
+            )
 
     def __call__(
         self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any] | None = None, **_: Any
@@ -66,7 +68,7 @@ class EndoReward:
     def _ask(self, query: str, prompt: str) -> "Future[Rewarded] | Rewarded":
         ids = self._ids(query, prompt)
         if ids is None:
-            return self.reward.without("the query does not begin with its prompt, whole or cut from the left")
+            return self.reward.without("the query does not start with its prompt, complete or truncated from the left")
         return self.reward.submit(generated_row(*ids, self.reward.ends))
 
     def _ids(self, query: str, prompt: str) -> tuple[list[int], list[int]] | None:

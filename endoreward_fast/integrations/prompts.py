@@ -90,7 +90,7 @@ class Rendering:
             )["input_ids"]  # fmt: skip
         except Exception as error:  # a template is the model author's code and may raise anything
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise EndoRewardError(f"the prompts cannot go through the chat template: {reason}") from error
+            raise EndoRewardError(f"the chat template raised an error for a prompt: {reason}") from error
         return ids
 
     def with_trainers_template(self, tokenizer: Any) -> "Rendering":

@@ -56,7 +56,8 @@ class ScoreRows:
 
         if not isinstance(batch, pyarrow.Table):
             raise EndoRewardError(
-                f"a batch is a {type(batch).__name__}: map_batches(ScoreRows, batch_format='pyarrow')"
+                f"a batch is a {type(batch).__name__}, expected a pyarrow.Table: "
+                "use map_batches(ScoreRows, batch_format='pyarrow')"
             )
         taken = sorted(set(ADDED) & set(batch.column_names))
         if taken:

@@ -132,7 +132,9 @@ class EndoReward:
         (TRL 1.16 does not use a data set's in the policy's prompts).
         """
         if completion_ids is None:
-            raise EndoRewardError("this trainer gives its reward functions no completion_ids: TRL 1.16 or newer does")
+            raise EndoRewardError(
+                "this trainer gives its reward functions no completion_ids: install TRL 1.16 or newer"
+            )
         if self._given is None:
             self._refuse_foreign_ids(completions, completion_ids)
             own = self._own_tokens(completions, completion_ids, columns)
@@ -146,10 +148,7 @@ class EndoReward:
         return [None if error else r for r, error in zip(found.tolist(), scored.errors, strict=True)]
 
     def _refuse_foreign_ids(self, completions: Sequence[Any], completion_ids: Sequence[Ids]) -> None:
-        """Raise EndoRewardError if the ids of most completions do not decode to their texts.
-
-        TRL passes ids and texts but not the policy's tokenizer.
-        """
+        """Raise EndoRewardError if most ids do not decode to their texts. TRL does not pass the policy's tokenizer."""
         if self.scorer is None or self.tokenizer is None or self._ids_are_known:
             return
         texts = [c if isinstance(c, str) else c[0].get("content") if len(c) == 1 else None for c in completions]

@@ -81,7 +81,9 @@ class EndoRewardManager:
         """Return {"reward_score": TokenScore, "reward_extra_info": metrics} for a DataProto's last response."""
         missing = [name for name in NEEDED if name not in data.batch.keys()]  # noqa: SIM118
         if missing:
-            raise EndoRewardError(f"this verl gives its reward managers no {', '.join(missing)}: verl 0.9 does")
+            raise EndoRewardError(
+                f"this verl gives its reward managers no {', '.join(missing)}: install verl 0.9 or newer"
+            )
         last = data[-1:]
         prompt, response, own = _ids(last)
         if own is None and any(turns > ONE_ANSWER for turns in last.non_tensor_batch.get("__num_turns__", ())):
@@ -117,7 +119,7 @@ class EndoRewardManager:
         return found
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        raise EndoRewardError("this verl calls its reward manager as a function: verl 0.9 awaits its run_single")
+        raise EndoRewardError("this verl calls its reward manager as a function: install verl 0.9 or newer")
 
 
 def compute_score(

@@ -68,7 +68,7 @@ def _case(subject, shape="D32-V300", rows=20, **options) -> Case:
 # ------------------------------------------------------------------------------------------------ clock and budget
 
 
-def test_the_caches_are_flushed_and_the_queue_covered_before_each_sample(monkeypatch):
+def test_caches_are_flushed_and_the_device_idles_before_each_sample(monkeypatch):
     cuda = FakeCuda()
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(Device, "LEAST_FLUSH", 1)

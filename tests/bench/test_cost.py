@@ -244,7 +244,7 @@ def test_a_point_with_quartiles_far_apart_is_measured_again(first, kept, monkeyp
     "table", [tables.shapes_table(), tables.growth_table(), points.points_table(RECORD)],
     ids=["shapes", "growth", "measured"],
 )  # fmt: skip
-def test_the_pages_tables_equal_the_codes(table):
+def test_the_pages_tables_equal_the_generated_ones(table):
     assert tables.markdown(table) + "\n\n" in PAGE
 
 

@@ -184,7 +184,7 @@ def test_the_walk_has_its_stated_error_in_every_state():
         instances.walk(16)
 
 
-def test_a_second_round_brings_shaping_only():
+def test_a_second_round_changes_rewards_by_shaping_only():
     found = iterate.measure(range(2), horizon=4, rounds=3, sampled_rounds=3, samples=(300, 30_000))
     identities = found["identities"]
     assert identities.pop("unchanged") > 0.1

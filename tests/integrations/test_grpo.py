@@ -169,7 +169,7 @@ def test_every_loss_trains_on_token_advantages(tmp_path, pocket, loss):
     assert float(history["grad_norm"]) > 0 and float(history["rewards/endo_reward/std"]) > 0
 
 
-def test_without_token_level_the_advantages_are_the_trainers(tmp_path, pocket):
+def test_without_token_level_the_advantages_equal_the_trainers(tmp_path, pocket):
     ours = grpo(Trainer, tmp_path, EndoReward(pocket), options={"token_level": False})
     theirs = grpo(trl.GRPOTrainer, tmp_path, EndoReward(pocket))
     found = []
@@ -265,7 +265,7 @@ def test_images_and_another_vocabulary_are_refused_before_training(tmp_path, poc
         Seeing(trainer.model, reward_funcs=[EndoReward()], **common)
 
 
-def test_another_trainer_interface_raises_its_name():
+def test_a_changed_trainer_interface_raises_the_methods_name():
     class Other:
         def _calculate_rewards(self, inputs, prompts, completions): ...
 

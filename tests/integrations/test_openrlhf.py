@@ -47,7 +47,7 @@ def oracle(pocket, tokenizer, prompt_ids, response):
     return sampled_rewards(pocket, prompt_ids, ids(tokenizer, response), {tokenizer.eos_token_id})
 
 
-def test_rewards_are_the_oracles(pocket, tokenizer):
+def test_rewards_equal_the_oracles(pocket, tokenizer):
     responses = ["5" + tokenizer.eos_token, "5 and", tokenizer.eos_token]
     found = EndoReward(pocket)([PROMPT + r for r in responses], [PROMPT] * 3, ["5"] * 3)
     rewards = [oracle(pocket, tokenizer, ids(tokenizer, PROMPT), r) for r in responses]
@@ -153,7 +153,7 @@ def test_bad_input_is_refused_when_the_file_is_loaded(pocket):
         EndoReward(pocket, other)
     with pytest.raises(EndoRewardError, match="gamma"):
         EndoReward(pocket, gamma=2.0)
-    with pytest.raises(EndoRewardError, match=r"hands over text: EndoReward\(model, tokenizer\)"):
+    with pytest.raises(EndoRewardError, match=r"has no tokenizer: give one, EndoReward\(model, tokenizer\)"):
         EndoReward(EndoRewardModel(pocket.model))
     assert EndoReward(pocket, str(pocket_path())).reward.tokenizer.get_vocab() == pocket.tokenizer.get_vocab()
 

@@ -67,7 +67,9 @@ def test_bad_input_raises_one_line():
     with pytest.raises(EndoRewardError, match=r"nowhere.*no such folder"):
         ScoreRows("./nowhere")
     score = ScoreRows("pocket")
-    with pytest.raises(EndoRewardError, match=r"a batch is a dict: map_batches\(ScoreRows, batch_format='pyarrow'\)"):
+    with pytest.raises(
+        EndoRewardError, match=r"a batch is a dict, expected .* map_batches\(ScoreRows, batch_format='pyarrow'\)"
+    ):
         score({"prompt": ["a"]})
     with pytest.raises(EndoRewardError, match="has a column 'error', which ScoreRows adds"):
         score(pyarrow.table({"prompt": ["a"], "completion": ["b"], "error": ["c"]}))

@@ -34,7 +34,7 @@ def test_training_blocks_run(block, tmp_path, monkeypatch):
     assert names["trainer"].state.global_step == 2
 
 
-def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL asks for Python 3.11")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```py(?:thon)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)

@@ -128,7 +128,7 @@ def test_prompts_go_through_the_trainers_template(tiny):
     assert thinking[0] == ids_of("<user>hi<assistant><think>")
     other = EndoReward(tiny, tokenizer, chat_template=CHATML.replace("<", "[")).prompt_ids([prompt])
     assert other[0] == ids_of("[user>hi[assistant>")
-    with pytest.raises(EndoRewardError, match="cannot go through the chat template"):
+    with pytest.raises(EndoRewardError, match="the chat template raised an error for a prompt: "):
         EndoReward(tiny).prompt_ids([prompt])
 
 

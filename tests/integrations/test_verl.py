@@ -62,7 +62,7 @@ def together(manager, parts):
 
 @pytest.mark.parametrize("real", SOURCES)
 @pytest.mark.parametrize("layout", ["padded right", "padded left", "streamed"])
-def test_token_scores_are_the_oracles(layout, real, pocket, tokenizer, samples):
+def test_token_scores_equal_the_oracles(layout, real, pocket, tokenizer, samples):
     batch = colocated(samples, left=layout == "padded left", real=real)
     if layout == "streamed":
         parts = [streamed([(p, r)], real=real) for p, r in samples]
@@ -90,7 +90,7 @@ def test_the_last_output_of_a_rollout_is_scored(real, pocket, tokenizer, samples
 
 
 @pytest.mark.parametrize("options", [{"reduction": "mean"}, {"gamma": 0.5, "floor": 0.3}], ids=str)
-def test_token_scores_add_up_to_the_score_asked_for(options, tokenizer, samples):
+def test_token_scores_add_up_to_the_reduced_score(options, tokenizer, samples):
     parts = [streamed([sample]) for sample in samples]
     plain, asked = (together(manager(tokenizer, **o), parts) for o in ({}, options))
     weights = {"mean": lambda h, n: 1 / n}.get(options.get("reduction"), lambda h, n: max(0.5**h, 0.3))
@@ -206,11 +206,11 @@ def test_bad_input_raises_one_line(tokenizer):
     ):
         manager(other)
     ours = manager(tokenizer)
-    with pytest.raises(EndoRewardError, match=r"calls its reward manager as a function: verl 0.9 awaits"):
+    with pytest.raises(EndoRewardError, match=r"calls its reward manager as a function: install verl 0\.9"):
         ours(None, return_dict=True)
     data = streamed([([5], [6])])
     del data.batch["prompts"]
-    with pytest.raises(EndoRewardError, match=r"gives its reward managers no prompts: verl 0.9 does"):
+    with pytest.raises(EndoRewardError, match=r"gives its reward managers no prompts: install verl 0\.9"):
         together(ours, [data])
 
 

@@ -87,7 +87,7 @@ def test_text_starts_with_bos_once():
     assert chat.count(TOKENIZER.bos_token_id) == 1
 
 
-def test_chat_template_turns():
+def test_the_chat_template_writes_turns():
     messages = [{"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")]
     prompt = TOKENIZER.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
     whole = TOKENIZER.apply_chat_template(messages, tokenize=False)

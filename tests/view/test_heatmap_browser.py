@@ -222,7 +222,7 @@ def test_the_scale_fits_a_narrow_page(tab, tmp_path):
     assert low == high
 
 
-def test_the_mouse_shows_one_tooltip_over_the_focus(tab, drawn):
+def test_hovering_hides_the_tooltip_of_the_focus(tab, drawn):
     tab.open(drawn)
     tab.press("Tab")
     x, y = tab.run(
