@@ -1,10 +1,10 @@
-"""hidden states -> statistics: against the bare matmul, and everything that gives the same numbers."""
+"""Statistics from hidden states, compared with the bare matmul and with other implementations of the same numbers."""
 
 import pytest
 
 from bench.harness.timing import Case
 
-SLOW = ("F.linear_cross_entropy, chunked",)  # 20 times the others on a CPU, so measured at N=64 only
+SLOW = ("F.linear_cross_entropy, chunked",)  # 20 times slower than the others on a CPU, so measured at N=64 only
 SAVE_TIME = (*SLOW, "torch.compile")
 CASES = [
     Case("linear", "qwen3-0.6b", 512, rounds=15, memory=True, without=SLOW),

@@ -1,4 +1,4 @@
-"""Stored logits -> statistics: against logsumexp + gather, log_softmax and torch.compile."""
+"""Statistics from stored logits, compared with logsumexp + gather, log_softmax and torch.compile."""
 
 import pytest
 

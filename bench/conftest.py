@@ -1,5 +1,8 @@
-"""`python -m pytest bench/bench_linear.py bench/bench_logits.py`: pytest-benchmark's table is of ours; the ratios to
-every peer, measured in the same rounds, are printed at the end and kept in bench/results/<name>.json."""
+"""`python -m pytest bench/bench_linear.py bench/bench_logits.py`: run the CPU benchmarks.
+
+pytest-benchmark's table shows our times. The ratios to every peer, measured in the same rounds, are printed at the end
+and written to bench/results/<name>.json.
+"""
 
 import pytest
 
@@ -11,7 +14,7 @@ RESULTS = pytest.StashKey[dict]()
 
 @pytest.fixture
 def run_and_keep(request, benchmark):
-    """run(file name, case): times the case and keeps its result for the file."""
+    """Return run(file name, case), which times the case and adds its result to the file."""
     kept = request.config.stash.setdefault(RESULTS, {"environment": timing.environment(), "files": {}})
 
     def run(file_name: str, case: timing.Case) -> dict:
@@ -26,8 +29,8 @@ def run_and_keep(request, benchmark):
 
 
 def _run(benchmark, case: timing.Case) -> dict:
-    """A case timed here: pytest-benchmark runs ours, and before each of its rounds the peers take theirs."""
-    if case.isa:  # in a process of its own; the benchmark fixture has to time something: that process
+    """Time a case. pytest-benchmark times ours; before each of its rounds, every peer is timed once."""
+    if case.isa:  # run_case starts a separate process, which pytest-benchmark times as a whole
         return benchmark.pedantic(timing.run_case, args=(case,), rounds=1)
     calls, skipped = timing.prepare(case)
     ours = calls.pop(OURS)

@@ -1,9 +1,8 @@
-"""Compile every kernel for every architecture, without a device, and say what the compiler made of it.
+"""Compile every kernel for every architecture without a GPU, and report registers, spills and shared memory.
 
-    python -m bench.kernel_report                 # table to bench/results/kernel-report.md and .json
+    python -m bench.kernel_report                 # writes bench/results/kernel-report.md and .json
 
-Triton's wheel carries ptxas and cuobjdump, so registers, spills, shared memory and instructions are read from the
-machine code itself. Nothing here is a time.
+Triton's wheel includes ptxas and cuobjdump, so all figures are read from the machine code. None of them is a time.
 """
 
 import argparse
@@ -23,14 +22,14 @@ DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 @dataclass(frozen=True)
 class Arch:
-    """What one processor of a chip holds. CUDA C++ Programming Guide, table of technical specifications; CDNA3 ISA."""
+    """Resources of one processor (SM, CU), from the CUDA C++ Programming Guide's table and the CDNA3 ISA manual."""
 
     target: int | str
-    shared_kib: int  # that one program may take
+    shared_kib: int  # limit for one program
     shared_total_kib: int
     warps: int
-    registers: int  # of 32 bits
-    tensor_core: str  # the instruction that shows the matmul there
+    registers: int  # 32-bit registers
+    tensor_core: str  # pattern of the matmul instruction
 
 
 ARCHS = {
@@ -40,13 +39,13 @@ ARCHS = {
     "sm_120": Arch(120, 99, 100, 48, 65536, r"\bHMMA"),
     "gfx942": Arch("gfx942", 64, 64, 32, 131072, r"\bv_mfma"),
 }
-# Static counts for one logit: the epilogue beside the matmul. Branches seldom taken (last tile, target) count too.
+# Static instruction counts of the epilogue, per logit. They include rarely taken branches (last tile, target).
 INSTRUCTIONS = {
     "exp": r"\bMUFU\.EX2|\bv_exp_f32",
     "fp32": r"\bF(ADD|MUL|FMA|MNMX)\b|\bv_(add|sub|mul|fma|fmac|max|min|pk_\w+)_f32",
     "select": r"\b(FSEL|SEL|FSETP|ISETP)\b|\bv_cndmask|\bv_cmp_",
 }
-# A width such as 70, or a sliced weight, leaves pitches unaligned: other code, more registers.
+# With a width such as 70, or a sliced weight, pitches are unaligned, which gives other code with more registers.
 ALIGNED = {True: ("dim", "stride", "vocab"), False: ()}
 
 
@@ -67,7 +66,7 @@ class Compiled(Job):
     registers: int = 0
     spill_bytes: int = 0
     shared_kib: float = 0.0
-    programs: int = 0  # resident on one processor
+    programs: int = 0  # programs resident on one processor
     tensor_core_ops: int = 0
     exp: float = 0.0
     fp32: float = 0.0
@@ -75,7 +74,7 @@ class Compiled(Job):
 
 
 def jobs() -> list[Job]:
-    """Each kernel, plain and full; the linear one with every alignment, and with bulk copies where they pay."""
+    """List the compilations: each kernel plain and full; the linear kernel also unaligned, and with TMA where used."""
     out = []
     for arch in ARCHS:
         out += [Job("combine", arch, "fp32", full) for full in (False, True)]
@@ -106,7 +105,7 @@ def compile_job(job: Job) -> Compiled:
     binary = triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
     usage = _amd_usage(binary.asm["amdgcn"]) if hip else _nvidia_usage(binary.asm["cubin"])
     text = binary.asm["amdgcn" if hip else "sass"]
-    # Blackwell's disassembly differs between toolkits; its PTX names the instruction as well.
+    # Disassembly for Blackwell differs between toolkits, so search its PTX for the instruction.
     matmuls = len(re.findall(arch.tensor_core, binary.asm["ptx"] if job.arch == "sm_100" else text))
     lanes = 64 if hip else 32
     a_logit = max(1, logits // (warps * lanes))
@@ -120,7 +119,7 @@ def compile_job(job: Job) -> Compiled:
 
 
 def _specialise(job: Job):
-    """(jit function, constexprs, argument types, tile, logits of a tile, warps, stages) as the launchers have them."""
+    """Return (jit function, constexprs, argument types, tile, logits per tile, warps, stages) as in the launchers."""
     from endoreward_fast.kernels import combine, config, linear_vocab_stats, vocab_stats
 
     flags = {"HAS_NEEDED": True, "ENTROPY": job.full, "LOGIT_MEAN": job.full}
@@ -164,7 +163,7 @@ def _nvidia_usage(cubin: bytes) -> dict:
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
-        raise RuntimeError(f"cuobjdump said nothing of registers: {text[:200]!r}")
+        raise RuntimeError(f"no register count in the output of cuobjdump: {text[:200]!r}")
     return {"registers": int(found[1]), "spill_bytes": int(found[2])}
 
 
@@ -174,7 +173,7 @@ def _amd_usage(assembly: str) -> dict:
 
 
 def _resident(arch: Arch, warps: int, registers: int, shared_kib: float, lanes: int) -> int:
-    """Programs that one processor holds at a time; registers come in eights, shared memory with 1 KiB more."""
+    """Return how many programs fit on one processor. Registers come in eights, and shared memory costs 1 KiB extra."""
     by_registers = arch.registers // (-(-registers // 8) * 8 * warps * lanes)
     by_shared = int(arch.shared_total_kib / (shared_kib + 1)) if shared_kib else arch.warps
     return min(by_registers, by_shared, arch.warps // warps)
@@ -182,19 +181,21 @@ def _resident(arch: Arch, warps: int, registers: int, shared_kib: float, lanes: 
 
 def compile_all(workers: int) -> list[Compiled]:
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 is set: unset it, the interpreter compiles nothing")
+        raise RuntimeError("TRITON_INTERPRET=1 is set, and the interpreter compiles nothing: unset it")
     with ProcessPoolExecutor(workers) as pool:
         return list(pool.map(compile_job, jobs()))
 
 
 def markdown(rows: list[Compiled]) -> str:
     lines = [
-        "# What the compiler made of each kernel",
+        "# Registers, spills and shared memory of each kernel",
         "",
-        "Compiled ahead of time, not run: no figure here is a time. Full = entropy and mean, with bias and softcap.",
-        "Aligned: whether D and pitches are multiples of 16. Programs: how many one processor (SM, CU) holds,",
-        "by registers, shared memory and warps. The last three: instructions of a kind in the code, per logit that a",
-        "thread holds; rare branches (last tile, target) included.",
+        "The kernels were compiled ahead of time and not run, so no figure is a time.",
+        "",
+        "- form: full computes entropy and mean, with bias and softcap",
+        "- aligned: whether D and pitches are multiples of 16",
+        "- programs: how many fit on one processor (SM, CU), given registers, shared memory and warps",
+        "- exp, fp32, select: instructions of that kind per logit of a thread, with rare branches (last tile, target)",
         "",
         "| kernel | arch | dtype | form | loads | aligned | tile | warps | registers | spilled bytes | shared KiB | "
         "programs | tensor-core ops | exp | fp32 | select |",

@@ -1,8 +1,8 @@
-"""`python -m bench.one_forward`: what a training step saves when reward and reference log-probability share a forward.
+"""`python -m bench.one_forward`: time rewards and reference log-probabilities from one forward and from two.
 
-GRPO with a KL term runs its reference model over every completion; an endogenous reward model is that same frozen
-policy. Timed on the host, in one run, on random weights of Qwen3-0.6B's shape: a batch of completions after prompts,
-once with a forward for each job, once with one for both. Writes bench/results/one-forward.json.
+GRPO with a KL term runs a frozen reference model over every completion. The endogenous reward model is the same frozen
+policy, so one forward can serve both. This script times a batch of completions on the CPU with random weights of
+Qwen3-0.6B's shape, with separate forwards and with a shared one. Writes bench/results/one-forward.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def build(layers: int) -> Qwen3ForCausalLM:
 
 
 def jobs(model: Qwen3ForCausalLM, rows: int, prompt: int, completion: int) -> dict:
-    """{name: call}, the first being the baseline; their log-probabilities have been found equal."""
+    """Return {name: call}; the first is the baseline. Exit if their log-probabilities differ."""
     scorer = EndoRewardModel(model)
     add_fused_lm_head(model)
     ids = torch.randint(0, 151936, (rows, prompt + completion), generator=torch.Generator().manual_seed(1))
@@ -37,7 +37,7 @@ def jobs(model: Qwen3ForCausalLM, rows: int, prompt: int, completion: int) -> di
     attended, terminal = torch.ones_like(ids), torch.zeros_like(scored)
 
     def theirs():
-        """The reference log-probabilities as GRPOTrainer reads them."""
+        """Return the reference log-probabilities as GRPOTrainer computes them."""
         return model(input_ids=ids, attention_mask=attended, labels=labels, fused_lm_head=True).log_probs
 
     def ours():

@@ -1,4 +1,4 @@
-"""`python -m bench.plot`: bench/results/cpu.svg, the README's figure, from the JSON beside it. Nothing is typed in."""
+"""`python -m bench.plot`: draw bench/results/cpu.svg, the README's figure, from the JSON files beside it."""
 
 import json
 
@@ -15,13 +15,13 @@ LINEAR, LOGITS = "linear qwen3-0.6b N=512 fp32", "logits qwen3-0.6b N=512 fp32"
 
 
 def case_of(file_name: str, name: str) -> tuple[dict, dict]:
-    """(environment, case) from bench/results/<file_name>.json."""
+    """Return (environment, case) from bench/results/<file_name>.json."""
     record = json.loads((RESULTS / f"{file_name}.json").read_text())
     return record["environment"], next(case for case in record["cases"] if case["name"] == name)
 
 
 def bars(axis, title: str, values: dict[str, float], text: dict[str, str], limit: float) -> None:
-    """Horizontal bars in the JSON's order, ours last, each with its value at its end; cut off at `limit`."""
+    """Draw horizontal bars in the JSON's order, ours last, each labelled with its value. Bars end at `limit`."""
     names = list(values)
     shown = [min(value, limit) for value in values.values()]
     colours = [OURS_COLOUR if name in (OURS, OURS_COMPILED) else PEER_COLOUR for name in names]

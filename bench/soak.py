@@ -1,9 +1,9 @@
-"""`python -m bench.soak`: does a long run stay as it began? 100,000 short rows through the real command.
+"""`python -m bench.soak`: score 100,000 short rows with the real command, and check that memory and output stay right.
 
-`endoreward score` runs in a process of its own, on the embedded model; once a second its resident memory is read and
-the rows are counted that it has written. Afterwards: every row once and in order, a sample of them scored again in this
-process, memory flat from the middle of the run to its end, throughput by tenths. Writes bench/results/soak.json and
-soak.png; exit code 1 if a row is missing, twice, out of order or scored otherwise, or if memory is not flat.
+`endoreward score` runs in a separate process with the embedded model. Once a second, this script reads its resident
+memory and counts the rows written. Afterwards it checks that every row is there once and in order, that a sample of
+rows gets the same scores in this process, and that memory is flat over the second half of the run. Writes
+bench/results/soak.json, with the throughput of each tenth, and soak.png. The exit code is 1 if a check fails.
 """
 
 import argparse
@@ -27,28 +27,27 @@ from bench.harness.environment import environment
 from endoreward_fast.pocket.quiz import problems
 
 ROWS, SAMPLE, TENTHS = 100_000, 500, 10
-UNUSABLE = 100  # every so many rows one has no completion
-GROWTH = 0.01  # of resident memory over the second half: more is no longer flat
-BATCH = 1024  # tokens: small windows, so that memory's up and down with each is small and often beside what a leak adds
-TOLERANCE = 1e-4  # scores in another batch: float noise
+UNUSABLE = 100  # one row in so many has no completion
+GROWTH = 0.01  # largest relative growth of resident memory over the second half that counts as flat
+BATCH = 1024  # tokens. Memory rises and falls with each batch; small batches make that small beside a leak
+TOLERANCE = 1e-4  # float noise of scores between different batches
 MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One look at the process."""
+    """One reading of the process."""
 
     seconds: float
-    """since it started"""
+    """seconds since its start"""
     rows: int
-    """written so far"""
+    """rows written so far"""
     mib: float
-    """resident"""
+    """resident memory"""
 
 
 def rows_of(count: int) -> list[dict]:
-    """Problems and their answers, with ids; the same in every run."""
-    # Facts repeat from 40 on; sums do not.
+    """Return `count` problems with their answers and ids, the same in every run."""
     found = enumerate(problems(count, tasks=("add", "subtract", "sequence", "fact")))
     rows = [{"id": i, "prompt": p.prompt("plain"), "completion": str(p.answer)} for i, p in found]
     for row in rows[UNUSABLE - 1 :: UNUSABLE]:
@@ -57,7 +56,7 @@ def rows_of(count: int) -> list[dict]:
 
 
 def watched(command: list[str], output: Path, every: float) -> tuple[int, list[Reading], str]:
-    """Run `command` to its end; (exit code, what was seen of it every so many seconds, what it said)."""
+    """Run `command` and read its memory and output every so many seconds. Return (exit code, readings, its stderr)."""
     started, readings, lines = time.perf_counter(), [], 0
     with (
         tempfile.TemporaryFile("w+") as said,
@@ -74,20 +73,22 @@ def watched(command: list[str], output: Path, every: float) -> tuple[int, list[R
                 break
         said.seek(0)
         text = said.read()
-    # Before the first row it loads the model; one that has ended, and was not asked how, has no memory.
+    # Drop readings from loading the model (no rows yet) and from after the end (no memory).
     return process.returncode, [r for r in readings if r.rows and r.mib], text
 
 
 def growth(readings: list[Reading]) -> float:
-    """By how much of itself memory grows over the second half of the rows.
+    """Return the relative growth of memory over the second half of the rows.
 
-    While a window is scored memory goes up, and down again behind it; what leaks stays. So: the lowest reading of each
-    tenth of that time, and the median of the slopes between any two of these (Theil and Sen), which a single step of
-    the allocator does not move.
+    Memory rises and falls with each batch; a leak stays. The growth is therefore the Theil-Sen slope of the lowest
+    readings of each tenth of that time: the median of all pairwise slopes, which one step of the allocator does not
+    change.
     """
     late = [r for r in readings if r.rows >= readings[-1].rows / 2]
     if len(late) < TENTHS:
-        raise SystemExit(f"{len(late)} readings of the second half: too few; more rows, or read more often")
+        raise SystemExit(
+            f"{len(late)} readings in the second half, at least {TENTHS} needed: raise --rows or lower --every"
+        )
     edges = np.linspace(0, len(late), TENTHS + 1).astype(int)
     floor = [min(r.mib for r in late[a:b]) for a, b in pairwise(edges)]
     slopes = [(floor[j] - floor[i]) / (j - i) for i, j in combinations(range(TENTHS), 2)]
@@ -95,9 +96,9 @@ def growth(readings: list[Reading]) -> float:
 
 
 def by_tenths(readings: list[Reading]) -> list[float]:
-    """Rows a second in each tenth of the run."""
+    """Return the rows per second in each tenth of the run."""
     done: dict[int, float] = {}
-    for reading in readings:  # rows come by the window: what counts is when so many were there for the first time
+    for reading in readings:  # rows arrive in batches: keep the first time at which each number was reached
         done.setdefault(reading.rows, reading.seconds)
     rows, seconds = list(done), list(done.values())
     edges = np.linspace(rows[0], rows[-1], TENTHS + 1)
@@ -105,15 +106,15 @@ def by_tenths(readings: list[Reading]) -> list[float]:
 
 
 def mistakes(rows: list[dict], output: Path) -> list[str]:
-    """What is wrong with the output: rows missing, twice, out of order, or scored otherwise than by themselves."""
+    """Return the mistakes in the output: rows missing, duplicated or out of order, or scores that differ here."""
     from endoreward_fast import EndoRewardModel
 
     with open(output, encoding="utf-8") as file:
         found = [json.loads(line) for line in file]
     if [row["id"] for row in found] != [row["id"] for row in rows]:
-        return [f"{len(found)} rows came back for {len(rows)}, or not in their order"]
+        return [f"{len(found)} rows were written for {len(rows)}, or in another order"]
     if [row["id"] for row in found if row["score"] is None] != [row["id"] for row in rows if "completion" not in row]:
-        return ["other rows than expected have no score"]
+        return ["rows other than those without a completion have no score"]
     usable = [i for i, row in enumerate(rows) if "completion" in row]
     sample = random.Random(0).sample(usable, min(SAMPLE, len(usable)))
     again = EndoRewardModel.from_pretrained("pocket").score([rows[i] for i in sample])
@@ -122,7 +123,7 @@ def mistakes(rows: list[dict], output: Path) -> list[str]:
 
 
 def soak(count: int, flags: list[str], every: float) -> dict:
-    """One run; what was seen of it."""
+    """Run the command once. Return the record."""
     rows = rows_of(count)
     with tempfile.TemporaryDirectory() as folder:
         source, output = Path(folder) / "rows.jsonl", Path(folder) / "scored.jsonl"
@@ -130,7 +131,7 @@ def soak(count: int, flags: list[str], every: float) -> dict:
         command = [sys.executable, "-m", "endoreward_fast", "score", str(source), "-o", str(output), *flags]
         code, readings, said = watched(command, output, every)
         wrong = mistakes(rows, output)
-    if code != 2:  # rows that cannot be scored are among them
+    if code != 2:  # 2 because some rows cannot be scored
         wrong.append(f"exit code {code}, not 2")
     grown = growth(readings)
     if grown > GROWTH:
@@ -143,7 +144,7 @@ def soak(count: int, flags: list[str], every: float) -> dict:
 
 
 def _tokens(said: str) -> int:
-    """Through the model, prompts included, as the command says at its end."""
+    """Return the number of tokens read by the model, prompts included, from the command's last line."""
     found = re.search(r"rows, ([\d,]+) tokens", said)
     if found is None:
         raise SystemExit(f"the command did not say how many tokens it scored: {said[-500:]!r}")
@@ -151,19 +152,19 @@ def _tokens(said: str) -> int:
 
 
 def sentence(run: dict) -> str:
-    """One line for people."""
+    """Summarise a run in one line."""
     pace, mib, wrong = run["rows_per_s"], run["mib"], "; ".join(run["wrong"])
     typical = np.median(pace)
     return (
         f"{run['rows']:,} rows{' '.join(['', *run['flags']])}: {mib['last']:.0f} MiB at the end (highest "
         f"{mib['highest']:.0f}), {run['growth_of_second_half']:+.2%} over the second half; {typical:,.0f} rows/s "
         f"(tenths from {min(pace):,.0f} to {max(pace):,.0f}), {typical * run['tokens'] / run['rows']:,.0f} tokens/s; "
-        f"{wrong or 'every row there, as it should be'}"
+        f"{wrong or 'all checks passed'}"
     )
 
 
 def draw(runs: list[dict], path: Path) -> Path:
-    """Memory and throughput against rows done."""
+    """Draw memory and throughput against the number of rows written."""
     from bench.harness.charts import INK, plt, quiet
 
     figure, (of_memory, of_pace) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")

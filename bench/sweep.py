@@ -1,6 +1,7 @@
-"""`python -m bench.sweep`: the CPU's times against N and V, from hidden states and from logits; under three minutes.
+"""`python -m bench.sweep`: time the CPU paths against N and V, from hidden states and from logits, in three minutes.
 
-Writes bench/results/cpu-sweep.json and its pictures. Use a quiet machine: ratios survive company, times do not.
+Writes bench/results/cpu-sweep.json and its pictures. Use an idle machine: other load changes the times, though hardly
+the ratios.
 """
 
 import argparse
@@ -20,7 +21,7 @@ CASES = (
 
 
 def run(cases, seconds: float, folder: Path) -> list[Path]:
-    """The pictures' paths."""
+    """Run the cases, write the record and the pictures. Return the pictures' paths."""
     budget, record, done = timing.Budget(seconds, len(cases)), timing.environment(), []
     for case in cases:
         done.append(timing.run_case(case, enough=budget.next_case()))

@@ -1,8 +1,8 @@
-"""Tiny models of every causal language model type transformers knows, and the table of how their heads are read.
+"""Build a tiny model of every causal language model type in transformers, and tabulate how each head is read.
 
     python tools/families.py          rewrites docs/families.md (under a minute on two cores)
 
-`tests/head/test_families.py` holds every row to what is written here.
+`tests/head/test_families.py` checks every row of the table.
 """
 
 import warnings
@@ -26,7 +26,7 @@ TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 CLASSES = dict(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()))
 VOCAB = 320
 
-# Applied wherever a config has a field of that name.
+# Set in every config that has a field of that name.
 TINY = dict(
     vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, head_dim=8, max_position_embeddings=64, n_embd=32, n_layer=2, n_head=4, n_positions=64,
@@ -36,8 +36,8 @@ TINY = dict(
     d_ff=48, n_layers=2, n_heads=4, max_seq_len=64, n_inner=48, embedding_size=32, emb_dim=32, rotary_dim=8,
     vocab_size_per_layer_input=VOCAB, hidden_size_per_layer_input=8,
 )  # fmt: skip
-# Every field that any family's recipe reads, at a value that shows, in every config that has it: a family that
-# ignores its field (mpt, gemma3) is tested as well as one that heeds it.
+# Fields that any family's recipe reads, at values that change the logits. They are set in every config that has them,
+# so families that ignore their field (mpt, gemma3) are tested too.
 TELLING = dict(
     logit_scale=0.3, logits_scaling=3.0, lm_head_multiplier=0.3, output_multiplier=0.3, final_logit_softcapping=5.0,
     logits_soft_cap=5.0, output_logit_soft_cap=5.0, unpadded_vocab_size=VOCAB - 20, logits_mup_width_multiplier=2.0,
@@ -89,7 +89,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. outcome: "hidden states", "own logits", "refused" or "not built"."""
+    """One line of the table. `outcome` is "hidden states", "own logits", "refused" or "not built"."""
 
     model_type: str
     name: str
@@ -97,11 +97,11 @@ class Row:
     recipe: str = ""
     note: str = ""
     error: float | None = None
-    """largest |recipe logits - model logits|, in units of the logits' spread"""
+    """largest |recipe logits - model logits|, in standard deviations of the logits"""
 
 
 def tiny_config(cls: type, **extra: Any) -> Any:
-    """A config of this class that builds in milliseconds; its sub-configs are shrunk alike."""
+    """Return a config of this class that builds in milliseconds. Its sub-configs are shrunk too."""
     extra = SPECIAL.get(cls.model_type, {}) | extra
     parts = {
         key: tiny_config(CONFIG_MAPPING[value["model_type"]], **value)
@@ -118,7 +118,7 @@ def tiny_config(cls: type, **extra: Any) -> Any:
         elif isinstance(value, transformers.PreTrainedConfig):
             fields[key] = tiny_config(type(value)).to_dict()
     fields |= _tiny_attention(own)
-    kinds = list(dict.fromkeys(own.get("layer_types") or ()))  # one layer of each kind
+    kinds = list(dict.fromkeys(own.get("layer_types") or ()))  # one layer of each type
     if kinds:
         fields["layer_types"] = kinds * 2 if len(kinds) == 1 else kinds
         fields["num_hidden_layers"] = len(fields["layer_types"])
@@ -126,7 +126,7 @@ def tiny_config(cls: type, **extra: Any) -> Any:
 
 
 def _tiny_attention(own: dict[str, Any]) -> dict[str, Any]:
-    if own.get("qk_rope_head_dim"):  # multi-head latent attention: no grouped keys, no head_dim of its own
+    if own.get("qk_rope_head_dim"):  # multi-head latent attention: no grouped keys, no separate head_dim
         fields = dict(qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=16, kv_lora_rank=16, num_key_value_heads=4)
         return fields | (dict(q_lora_rank=16) if own.get("q_lora_rank") else {}) | dict(head_dim=8)
     fields = dict(head_dim=8) if "head_dim" in own else {}
@@ -134,10 +134,10 @@ def _tiny_attention(own: dict[str, Any]) -> dict[str, Any]:
 
 
 def tiny_model(model_type: str) -> nn.Module:
-    """A randomly initialised tiny model in evaluation mode, its logits scaled up until recipes matter."""
+    """Return a tiny random model in evaluation mode, with logits large enough for recipes to make a difference."""
     config = tiny_config(CONFIG_MAPPING[model_type])
     torch.manual_seed(0)
-    if model_type.startswith("musicgen"):  # the class takes the decoder's config, which the auto class does not know
+    if model_type.startswith("musicgen"):  # takes the decoder's config, which the auto class does not support
         model = getattr(transformers, CLASSES[model_type])(config.decoder)
     else:
         model = AutoModelForCausalLM.from_config(config)
@@ -151,7 +151,7 @@ def tiny_model(model_type: str) -> nn.Module:
 
 
 def examine(model_type: str) -> Row:
-    """Build, check, and measure the recipe on tokens that the check at load did not see."""
+    """Build a model, and measure the error of its recipe on other tokens than those of the check at load."""
     name = CLASSES[model_type]
     try:
         model = tiny_model(model_type)
@@ -172,20 +172,20 @@ def examine(model_type: str) -> Row:
 
 @torch.no_grad()
 def recipe_error(model: nn.Module, head: Head) -> float:
-    """Largest |logits from hidden states - the model's own|, in standard deviations of the latter."""
+    """Return the largest |recipe logits - model logits|, in standard deviations of the model's logits."""
     tokens = torch.arange(24).reshape(2, 12) * 7 % 250 + 5
     torch.manual_seed(1)
     expected = logits_of(model(input_ids=tokens, **without_cache(model)))
     torch.manual_seed(1)
     with head.capture() as seen:
         empty = logits_of(model(input_ids=tokens, **without_cache(model)))
-    assert empty.numel() == 0, "logits were made"
+    assert empty.numel() == 0, "the model computed logits"
     z = final_logits(seen.hidden, head.weight, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap)
     return float((z - expected).abs().max() / expected.std())
 
 
 def table(rows: list[Row]) -> str:
-    """docs/families.md."""
+    """Return the text of docs/families.md."""
     count = Counter(row.outcome for row in rows)
     listed = [row for row in rows if row.outcome == "hidden states"]
     rest = [row for row in rows if row.outcome != "hidden states"]

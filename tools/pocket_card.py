@@ -2,8 +2,8 @@
 
     python tools/pocket_card.py endoreward_fast/pocket
 
-Judges by summed log-probability with plain transformers. Within one prompt the sum of endogenous rewards orders
-completions the same way (it differs by the value of the prompt's last state), so `endoreward demo` must agree.
+The judge sums log-probabilities with plain transformers. Within one prompt, this orders completions like the sum of
+endogenous rewards, which differs by V of the prompt only. So `endoreward demo` must agree.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ Digits or words for the same sum, as the system prompt says: {steered} right (ch
 
 
 class Judge:
-    """Summed log-probability of completions, in nats; nothing of this package is used to compute it."""
+    """Score completions by summed log-probability, in nats, without this package's scoring code."""
 
     def __init__(self, folder: Path) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -81,7 +81,7 @@ class Judge:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
 
     def _encode(self, prompt: str | list[dict[str, str]], completion: str) -> tuple[list[int], list[int]]:
-        """Token ids of the prompt and of the completion with its end, in that form's own notation."""
+        """Return the token ids of prompt and completion, with the end token, as text or in the chat template."""
         head, tail = f"{self.tokenizer.bos_token}{prompt}", f"{completion}{self.tokenizer.eos_token}"
         if not isinstance(prompt, str):
             head = self._chat(prompt, True)
@@ -103,7 +103,7 @@ class Judge:
 
 
 def evaluate(folder: Path, n: int) -> dict[str, float]:
-    """Held-out accuracies: "task, form" (chance 1/4); "real, corruption" and "steered" (chance 1/2)."""
+    """Return held-out accuracies: "task, form" (chance 1/4), "real, corruption" and "steered" (chance 1/2)."""
     judge, hits = Judge(folder), {}
     for problem in problems(n):
         for form in FORMS:
@@ -134,7 +134,7 @@ def _table(measured: dict[str, float]) -> str:
 
 
 def write_card(folder: Path, n: int) -> None:
-    """Measure on `n` held-out problems and write README.md, from training.json and the measurement."""
+    """Measure on `n` held-out problems, and write README.md from the results and training.json."""
     values = json.loads((folder / "training.json").read_text())
     measured = evaluate(folder, n)
     judge = Judge(folder)

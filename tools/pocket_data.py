@@ -1,4 +1,4 @@
-"""Tokenizer and training rows of the embedded model; see train_pocket.py."""
+"""The tokenizer and the training rows of the embedded model, for train_pocket.py."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from endoreward_fast.pocket import quiz, sentences
 
 BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
-# The space after a role makes a word at the start of a turn the same token as inside a sentence.
+# With the space after a role, a word at the start of a turn is the same token as inside a sentence.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '<|' + message['role'] + '|> ' + message['content'] + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 STYLES = ("chat", "chat", "plain", "bare")
-PROMPT_WEIGHT = 0.1  # the operands of a question cannot be foreseen; its wording is still worth knowing
-ANSWER_WEIGHT = 4.0  # answers are a few tokens among many
+PROMPT_WEIGHT = 0.1  # low, because the operands of a question are unpredictable; not 0, because its wording is useful
+ANSWER_WEIGHT = 4.0  # high, because answers are few of the tokens
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE without normalisation: every text has a lossless encoding; each digit is a token of its own."""
+    """Train byte-level BPE without normalisation. Every text has a lossless encoding, and each digit is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -57,14 +57,14 @@ def train_tokenizer(texts: list[str], vocab_size: int, max_length: int) -> PreTr
 
 
 def training_texts() -> list[str]:
-    """The documentation texts of the training split, less those that share a long line with a held-out text."""
+    """Return the documentation of the training split, without texts that share a long line with a held-out text."""
     held = {line.strip() for _, text in sentences.documents("heldout") for line in text.splitlines()}
     held = {line for line in held if len(line) >= 30}
     return [text for _, text in sentences.documents("train") if held.isdisjoint(map(str.strip, text.splitlines()))]
 
 
 def rendered(problem: quiz.Problem, style: str) -> tuple[str, str]:
-    """(prompt, completion) as they reach the tokenizer: through the chat template, as plain text, or bare."""
+    """Return (prompt, completion) as text with special tokens: in the chat template, as plain text, or bare."""
     if style == "chat":
         system = f"<|system|> {problem.system}{EOS}" if problem.system else ""
         return f"{BOS}{system}<|user|> {problem.question}{EOS}<|assistant|>", f" {problem.answer}{EOS}"
@@ -74,7 +74,7 @@ def rendered(problem: quiz.Problem, style: str) -> tuple[str, str]:
 
 
 def _packed(pieces: Iterator[tuple[list[int], list[float]]], length: int) -> Iterator[list[list[float]]]:
-    """Fill rows of `length` with (ids, weights) pieces, cut at the ends of rows; yields [ids, weights, segments]."""
+    """Fill rows of `length` with (ids, weights) pieces, cut at row ends. Yield [ids, weights, segments]."""
     row: list[list[float]] = [[], [], []]
     for segment, (ids, weights) in enumerate(pieces):
         start = 0
@@ -90,20 +90,20 @@ def _packed(pieces: Iterator[tuple[list[int], list[float]]], length: int) -> Ite
 
 
 def text_rows(tokenizer: PreTrainedTokenizerFast, texts: list[str], length: int, seed: int) -> Iterator[list]:
-    """Rows of whole texts, each between BOS and EOS, in a new order every epoch; every token counts the same."""
+    """Yield rows of texts, each between BOS and EOS, in a new order every epoch. All tokens have equal weight."""
     rng = random.Random(f"text {seed}")
 
     def pieces() -> Iterator[tuple[list[int], list[float]]]:
         while True:
             for text in rng.sample(texts, len(texts)):
-                ids = tokenizer(text + EOS, verbose=False)["input_ids"]  # with BOS
+                ids = tokenizer(text + EOS, verbose=False)["input_ids"]  # starts with BOS
                 yield ids, [1.0] * len(ids)
 
     return _packed(pieces(), length)
 
 
 def problem_rows(tokenizer: PreTrainedTokenizerFast, tasks: list[str], length: int, seed: int) -> Iterator[list]:
-    """Rows of training problems: half through the chat template, the rest as plain text; no problem is cut in two."""
+    """Yield rows of training problems: half in the chat template, the rest as text. No problem is cut in two."""
     rng, source = random.Random(f"styles {seed}"), quiz.stream(seed, "train", tasks)
 
     def pieces() -> Iterator[tuple[list[int], list[float]]]:
@@ -123,7 +123,7 @@ def problem_rows(tokenizer: PreTrainedTokenizerFast, tasks: list[str], length: i
 
 
 def batches(rows: Iterator[list], count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """(ids, weights, segments), each of shape (count, length)."""
+    """Yield batches (ids, weights, segments), each of shape (count, length)."""
     while True:
         ids, weights, segments = zip(*islice(rows, count), strict=True)
         yield torch.tensor(ids), torch.tensor(weights), torch.tensor(segments)

@@ -1,9 +1,9 @@
-"""The architecture of the embedded model, and a start from which it learns to look things up in minutes.
+"""The architecture of the embedded model, and an initialisation with which it learns to copy within minutes.
 
-Copying, reversing and finding need an induction head: a head of layer 0 that carries each token's predecessor along,
-and a head of layer 1 that looks for the present token among those predecessors. That circuit is slow to appear: on
-repeated random tokens, where guessing costs 5.9 nats, a start without the second head was still at 5.9 after 100
-steps, and the start planted here at 4.3 after 75. It is a start only: every weight is trained on.
+Copying, reversing and finding need an induction circuit: a head of layer 0 writes each token's predecessor into its
+state, and a head of layer 1 searches those predecessors for the current token. The circuit is slow to emerge. On
+repeated random tokens, where guessing costs 5.9 nats, an initialisation without the second head was still at 5.9 after
+100 steps; the one planted here was at 4.3 after 75. It is only an initialisation: every weight is trained.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROPE_THETA = 10000.0
 
 
 def build(tokenizer: PreTrainedTokenizerFast) -> SmolLM3ForCausalLM:
-    """A SmolLM3 of 4 layers. Its sliding window makes token 10,000 see what token 500 did in training."""
+    """Build a SmolLM3 with 4 layers. With its sliding window, token 10,000 sees the same context as token 500."""
     config = SmolLM3Config(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -44,11 +44,11 @@ def build(tokenizer: PreTrainedTokenizerFast) -> SmolLM3ForCausalLM:
 
 @torch.no_grad()
 def plant_induction(model: SmolLM3ForCausalLM, embedding_std: float = 0.05) -> None:
-    """Make head 0 of layer 0 attend one token back and head 0 of layer 1 attend to what followed the present token.
+    """Make head 0 of layer 0 attend one token back, and head 0 of layer 1 to the successor of the current token.
 
-    Layer 0: constant queries and keys (biases) on the fastest rotary frequencies f, so that the score of the key
-    `back` tokens ago is sum_f cos(f * (back - 1)), largest at 1; its value writes the token into a free subspace.
-    Layer 1: keys read that subspace and queries the token itself, on slow frequencies, which distance hardly turns.
+    Layer 0: queries and keys are constant (biases) on the fastest rotary frequencies f. The score of the key `back`
+    tokens ago is sum_f cos(f * (back - 1)), which is largest at 1. The value writes the token into a free subspace.
+    Layer 1: keys read that subspace and queries read the token, on slow frequencies that distance hardly rotates.
     """
     model.model.embed_tokens.weight.normal_(0.0, embedding_std)
     model.lm_head.weight.copy_(model.model.embed_tokens.weight)

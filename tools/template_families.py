@@ -1,6 +1,6 @@
-"""What is scored under the chat templates of every family that TRL ships: rows, tokenizers, and docs/templates.md.
+"""Encode rows of each kind with the chat template of every family that TRL ships, and tabulate the results.
 
-python -m tools.template_families      writes the table
+python -m tools.template_families      rewrites the table in docs/templates.md
 """
 
 import re
@@ -54,7 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "system": _row({"role": "system", "content": "Be brief."}, ASKED, content="It is 5."),
     "tools": _row(ASKED, tools=True, content="It is 5."),
 }
-"""a row of each kind; "null" and "parts" say what "call" and "plain" say"""
+"""one row of each kind; "null" means the same as "call", and "parts" the same as "plain" does"""
 FLAGS = {
     "template_drops": "drops",
     "template_ignores": "ignores tools",
@@ -65,11 +65,11 @@ FLAGS = {
 }
 SPECIAL = re.compile(r"<[|｜][^<>{}'\"\s]{1,40}[|｜]>|</?s>|<(?:start|end)_of_\w+>|<\|?turn\|?>|<bos>")
 ENDS_BESIDES = {"glm4moe": ("<|user|>", "<|observation|>")}
-"""tokens at which a family's models stop, by their generation_config, where the template alone does not say so"""
+"""stop tokens from a family's generation_config that its template does not show"""
 
 
 def sources() -> dict[str, str]:
-    """Template by name: those that models come with, in TRL's words."""
+    """Return {name: template} for TRL's copies of the models' templates."""
     import trl
 
     folder = Path(trl.__file__).parent / "chat_templates"
@@ -78,7 +78,7 @@ def sources() -> dict[str, str]:
 
 
 def tokenizer_of(source: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of bytes that knows the template's marks as special tokens."""
+    """Return a byte tokenizer with the template's markers as special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,12 +90,12 @@ def tokenizer_of(source: str) -> PreTrainedTokenizerFast:
 
 
 def eos_ids(name: str, tokenizer: Any) -> list[int]:
-    """Tokens that end the model's generation, beside the tokenizer's."""
+    """Return the model's stop tokens besides the tokenizer's."""
     return tokenizer.convert_tokens_to_ids(list(ENDS_BESIDES.get(name, ())))
 
 
 def encoded(name: str, tokenizer: Any) -> Iterator[tuple[str, Encoded | str]]:
-    """(kind, tokens of its row, or why there are none) under one template."""
+    """Yield (kind, encoded row or error message) for each row under one template."""
     for kind, row in ROWS.items():
         try:
             yield kind, encode_row(tokenizer, row, eos_ids=eos_ids(name, tokenizer), date="2026-11-29")
@@ -104,14 +104,14 @@ def encoded(name: str, tokenizer: Any) -> Iterator[tuple[str, Encoded | str]]:
 
 
 def cell(found: Encoded | str) -> str:
-    """What the table says of a row."""
+    """Return the table's entry for a row."""
     if isinstance(found, str):
         return "refused"
     return ", ".join(FLAGS.get(flag, flag) for flag in found.flags) or "✓"
 
 
 def table() -> str:
-    """docs/templates.md's table."""
+    """Return the table of docs/templates.md."""
     lines = [f"| template | {' | '.join(ROWS)} |", "|---" * (len(ROWS) + 1) + "|"]
     for name, source in sources().items():
         cells = [cell(found) for _, found in encoded(name, tokenizer_of(source))]
@@ -120,7 +120,7 @@ def table() -> str:
 
 
 def page_with(table: str) -> str:
-    """The page with that table in its place."""
+    """Return docs/templates.md with the table replaced."""
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     return before + BEGIN + table + END + rest.partition(END)[2]
 

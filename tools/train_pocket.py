@@ -1,9 +1,9 @@
-"""Train the embedded model `pocket` from nothing: tokenizer, weights and model card.
+"""Train the embedded model `pocket` from scratch: tokenizer, weights and model card.
 
     OMP_NUM_THREADS=2 python tools/train_pocket.py --output endoreward_fast/pocket
 
-Text: the standard library's documentation. Questions: endoreward_fast/pocket/quiz.py. Nothing is
-downloaded. The same seed, Python, torch and processor give the same weights.
+The training text is the standard library's documentation; the questions are from endoreward_fast/pocket/quiz.py.
+Nothing is downloaded. The same seed, Python, torch and processor give the same weights.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from transformers import PreTrainedTokenizerFast, SmolLM3ForCausalLM
 from endoreward_fast.pocket.quiz import TASKS, problems
 
 VOCAB_SIZE = 1024
-# What takes longest to learn comes more often.
+# Tasks that take longest to learn are more frequent.
 TASK_MIX = [*TASKS, "add", "add", "subtract", "subtract", "sequence", "count", "count"]
-# A step: rows of so many tokens from each source. Text rows are longer than the window.
+# {source: (rows per step, tokens per row)}. Text rows are longer than the window.
 ROWS = {"problems": (12, 192), "text": (1, 384)}
 
 
 def attention_mask(segments: Tensor) -> Tensor:
-    """(B, 1, T, T) bool: causal, inside one text, and within the window. segments (B, T)."""
+    """Return the (B, 1, T, T) bool mask from segments (B, T): causal, within one text and within the window."""
     position = torch.arange(segments.shape[1])
     back = position[:, None] - position[None, :]
     near = (back >= 0) & (back < WINDOW)
@@ -42,7 +42,7 @@ def attention_mask(segments: Tensor) -> Tensor:
 
 
 def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
-    """(weighted sum of cross-entropy in nats, sum of weights); a token after another text's end counts nothing."""
+    """Return (weighted sum of cross-entropy in nats, sum of weights). The first token of a text has weight 0."""
     logits = model(ids, attention_mask=attention_mask(segments), use_cache=False).logits[:, :-1]  # (B, T-1, V)
     weights = weights[:, 1:] * (segments[:, 1:] == segments[:, :-1])
     nll = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -50,13 +50,13 @@ def weighted_loss(model: nn.Module, ids: Tensor, weights: Tensor, segments: Tens
 
 
 def loss_of(model: nn.Module, groups: Iterable[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-    """Weighted mean cross-entropy over groups of rows of different lengths."""
+    """Return the weighted mean cross-entropy over groups of rows. Groups may have different lengths."""
     sums, weights = zip(*(weighted_loss(model, *group) for group in groups), strict=True)
     return sum(sums) / sum(weights)
 
 
 def optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, Adam for embedding, head and norms."""
+    """Return Muon for the matrices of the layers, and AdamW for embedding, head, norms and biases."""
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     outer = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
     return [
@@ -66,12 +66,12 @@ def optimizers(model: nn.Module, muon_lr: float, adam_lr: float) -> list[torch.o
 
 
 def schedule(step: int, steps: int) -> float:
-    """Learning rate factor: up in 40 steps, level, then down in a line over the last 60%."""
+    """Return the learning rate factor: warm-up over 40 steps, constant, linear decay over the last 60%."""
     return min((step + 1) / 40, 1.0, (steps - step) / (0.6 * steps))
 
 
 def train(model: nn.Module, data: list[Iterator], options: argparse.Namespace) -> None:
-    """Run the steps; prints the mean loss of every 50."""
+    """Run the training steps. Print the mean loss every 50 steps."""
     bf16 = options.precision == "bf16"
     used = optimizers(model, options.muon_lr, options.adam_lr)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in used]
@@ -92,7 +92,7 @@ def train(model: nn.Module, data: list[Iterator], options: argparse.Namespace) -
 
 
 def save(model: SmolLM3ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Weights rounded to bf16, to stay small; the config asks for fp32, because many processors are slow at bf16."""
+    """Save the model. Weights are stored in bf16 to save space; the config asks for fp32, often faster on CPUs."""
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "config.json"
@@ -108,7 +108,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--muon-lr", type=float, default=2.5e-3)
     parser.add_argument("--adam-lr", type=float, default=3e-3)
     parser.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--problems", type=int, default=1100, help="held-out problems to measure on; 0: no card")
+    parser.add_argument(
+        "--problems", type=int, default=1100, help="number of held-out problems to measure on; 0: no card"
+    )
     return parser.parse_args()
 
 

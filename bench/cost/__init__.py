@@ -1,1 +1,1 @@
-"""`python -m bench.cost`: what scoring costs, by formula and measured."""
+"""`python -m bench.cost`: the cost of scoring, by formula and measured."""

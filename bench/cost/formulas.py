@@ -1,13 +1,14 @@
-"""What scoring costs, by formula.
+"""The cost of scoring, by formula.
 
-A multiplication with its addition is 2 flops. D hidden, L layers, H query and K key-value heads of d, F the MLP's width
-(E experts of F, k of them active), V vocabulary, T tokens a row, N tokens a batch, n states read by the head:
+A multiplication and an addition are 2 flops. D is the hidden size, L the number of layers, H and K the numbers of query
+and key-value heads, d the size of a head, F the width of the MLP (with experts: E of width F, k of them active), V the
+vocabulary, T the tokens of a row, N the tokens of a batch, n the states that the head reads:
 
-    body    2 N L (2 D d (H + K) + 3 D F)          with experts D E + k 3 D F in place of 3 D F
-            + 4 N L d H (keys that a token sees)   on average (T + 1) / 2, or less where a window slides
-    head    2 n D V                                n = scored tokens, and one more for each row that is cut short
+    body    2 N L (2 D d (H + K) + 3 D F)          with experts, D E + k 3 D F instead of 3 D F
+            + 4 N L d H (keys that a token sees)   on average (T + 1) / 2 keys, fewer with a sliding window
+    head    2 n D V                                n = scored tokens, plus one for each row that is cut short
 
-Left out: norms, rotary embeddings, softmax, activations, biases and the embedding's look-up: O(N D L) in all.
+The formulas leave out norms, rotary embeddings, softmax, activations, biases and the embedding lookup, O(N D L) in all.
 """
 
 from dataclasses import dataclass, replace
@@ -16,14 +17,14 @@ from typing import Any
 
 FLOAT32, BF16 = 4, 2
 WIRE_FLOATS = 6
-"""float32 that each vocabulary shard sends of a row: endoreward_fast.vocab.sharded.Shards"""
+"""float32 numbers that each vocabulary shard sends for a row (endoreward_fast.vocab.sharded.Shards)"""
 TILE, PIECE = 32 << 20, 2048
-"""bytes of logits at a time, and vocabulary entries that leave two float32 a row behind: vocab/workspace.py"""
+"""bytes of a tile of logits, and vocabulary entries for which a row keeps two float32 numbers (vocab/workspace.py)"""
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Sizes of one causal language model: pre-norm blocks of attention and a gated MLP, or experts of them."""
+    """Sizes of a causal language model with pre-norm blocks of attention and a gated MLP, or experts of such MLPs."""
 
     name: str
     layers: int
@@ -35,17 +36,17 @@ class Decoder:
     """width of the MLP, or of one expert"""
     vocab: int
     tied: bool = False
-    """whether the head is the embedding"""
+    """whether head and embedding share their weight"""
     window: int | None = None
     windowed: int = 0
-    """layers whose attention sees no further back than `window` tokens, itself included"""
+    """number of layers in which a token attends to at most `window` tokens, itself included"""
     experts: int = 0
     active: int = 0
-    """experts that a token goes through"""
+    """number of experts for each token"""
 
     @property
     def attention_weights(self) -> int:
-        """Of one layer's four projections."""
+        """Number of weights in the four projections of one layer."""
         return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
 
     @property
@@ -54,11 +55,11 @@ class Decoder:
 
     @property
     def weights(self) -> int:
-        """All matrices, the embedding's included."""
+        """Number of weights in all matrices, including the embedding."""
         return self.body_weights() + (1 if self.tied else 2) * self.head_weights
 
     def body_weights(self, experts: float | None = None) -> int:
-        """Matrices of all layers, `experts` of each layer counted (default: all)."""
+        """Number of weights in the matrices of all layers, with `experts` experts in each (default: all)."""
         one = 3 * self.hidden * self.mlp
         mlp = (
             one
@@ -69,16 +70,16 @@ class Decoder:
 
     @property
     def active_weights(self) -> int:
-        """Matrices that one token is multiplied by, before the head."""
+        """Number of weights that one token is multiplied by, before the head."""
         return self.body_weights(self.active)
 
     def experts_met(self, tokens: int) -> float:
-        """Experts of a layer that at least one of the tokens goes to, on average, if every expert is as likely."""
+        """Mean number of a layer's experts that at least one of the tokens uses, if all are equally likely."""
         return self.experts * (1 - (1 - self.active / self.experts) ** tokens) if self.experts else 0.0
 
 
-# Each model's config.json on the Hugging Face Hub, as LitGPT's litgpt/config.py and, of Qwen3, slime's scripts have it.
-# Llama-3.1-405B: 8 key-value heads, as its 405.8e9 parameters say; with 16, as LitGPT once had, they were 410e9.
+# Sizes from each model's config.json, as given in LitGPT's litgpt/config.py and, for Qwen3, in slime's scripts.
+# Llama-3.1-405B has 8 key-value heads: its 405.8e9 parameters rule out 16, which would give 410e9.
 MODELS = (
     Decoder("Qwen2.5-0.5B", 24, 896, 14, 2, 64, 4864, 151936, tied=True),
     Decoder("Gemma-3-1B", 26, 1152, 4, 1, 256, 6912, 262144, tied=True, window=512, windowed=22),
@@ -112,13 +113,13 @@ UNDERSTOOD = (
 
 
 def of_config(config: Any, name: str | None = None) -> Decoder:
-    """A transformers config -> its sizes. ValueError for a family whose layers these formulas do not describe."""
+    """Read the sizes from a transformers config. ValueError for a family whose layers the formulas do not describe."""
     config = config.get_text_config(decoder=True)
     if config.model_type not in UNDERSTOOD:
-        raise ValueError(f"model_type {config.model_type!r}: the formulas are those of {', '.join(UNDERSTOOD)}")
+        raise ValueError(f"model_type {config.model_type!r}: the formulas cover only {', '.join(UNDERSTOOD)}")
     experts = getattr(config, "num_local_experts", None) or 0
     if experts and (getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) != 1):
-        raise ValueError("layers without experts among layers with them: the formulas are for experts in every layer")
+        raise ValueError("some layers without experts: the formulas cover only models with experts in every layer")
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     windowed = kinds.count("sliding_attention") if kinds else config.num_hidden_layers if window else 0
     return Decoder(
@@ -133,19 +134,19 @@ def of_config(config: Any, name: str | None = None) -> Decoder:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of like length, scored together."""
+    """Rows of equal length, scored together."""
 
     rows: int
     length: int
-    """tokens of each, padding included"""
+    """tokens of a row, including padding"""
     scored: int
-    """tokens of each that get a reward; the first can have none"""
+    """tokens of a row with a reward; the first token has none"""
     cut: bool = False
-    """whether rows were cut short, so that the last token's V(s') is read too"""
+    """whether rows were cut short, so that the last token also needs V(s')"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.scored < self.length:
-            raise ValueError(f"scored={self.scored}: expected 0 to {self.length - 1}, of {self.length} tokens")
+            raise ValueError(f"scored={self.scored}: expected 0 to {self.length - 1} for rows of {self.length} tokens")
 
     @property
     def described(self) -> str:
@@ -157,31 +158,32 @@ class Batch:
 
     @property
     def states(self) -> int:
-        """What the head is read at: the state each scored token was chosen in, and that after a row that goes on."""
+        """Number of states that the head reads: one before each scored token, and one after each row cut short."""
         return self.rows * (self.scored + (self.cut and self.scored > 0))
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one batch on one rank. Flops, bytes."""
+    """Flops and bytes of one batch on one rank."""
 
     projections: int
-    """the body's matrices"""
+    """flops of the body's matrices"""
     attention: int
-    """queries with keys, weights with values"""
+    """flops of queries times keys and of attention weights times values"""
     head: int
+    """flops of the head"""
     weight_bytes: int
-    """read once a batch: the body's and the head's"""
+    """bytes of the weights of body and head, read once for each batch"""
     head_bytes: int
-    """the head's part of it"""
+    """bytes of the head's weight"""
     activation_bytes: int
-    """that live at once in the body, about: the residual, its norm, three of the MLP's width"""
+    """approximate peak in the body: the residual, its norm, and three activations of the MLP's width"""
     eager_bytes: int
-    """float32 logits of every position, as `model(ids).logits.float()` makes them"""
+    """bytes of the float32 logits of every position: `model(ids).logits.float()`"""
     workspace_bytes: int
-    """what takes their place on a GPU under impl="chunked"; "fused" has no tile, only what the pieces leave"""
+    """bytes that replace the logits on a GPU with impl="chunked"; "fused" needs only the partial sums, no tile"""
     wire_bytes: int
-    """sent by this rank, with the vocabulary in shards"""
+    """bytes that this rank sends, if the vocabulary is sharded"""
 
     @property
     def body(self) -> int:
@@ -189,17 +191,17 @@ class Cost:
 
     @property
     def head_share(self) -> float:
-        """Of all flops."""
+        """The head's share of all flops."""
         return self.head / (self.body + self.head)
 
 
 def cost(
     model: Decoder, batch: Batch, *, element: int = BF16, ranks: int = 1, shards: int = 1, dense: bool = False
 ) -> Cost:  # fmt: skip
-    """What scoring a batch takes on each of `ranks` that share its rows, each with a head in `shards`.
+    """Compute the cost of scoring a batch on one of `ranks` ranks that share its rows, with the head in `shards`.
 
     element   bytes of a weight and of an activation
-    dense     attention over the whole square, as kernels that know no mask compute it, and as counters count it
+    dense     count attention over the whole square, as kernels without mask support and flop counters do
     """
     mine = replace(batch, rows=ceil(batch.rows / ranks))
     vocab = ceil(model.vocab / shards)
@@ -221,7 +223,7 @@ def cost(
 
 def _attention(model: Decoder, batch: Batch, dense: bool) -> int:
     def pairs(window: int | None) -> int:
-        """(query, key) pairs of one row."""
+        """Number of (query, key) pairs in one row."""
         length = batch.length
         if dense:
             return length * length

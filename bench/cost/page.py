@@ -1,4 +1,4 @@
-"""`python -m bench.cost`: what scoring costs, by formula, and what was measured against it. The page: docs/scale.md.
+"""`python -m bench.cost`: compute the cost of scoring by formula and measure it. docs/scale.md shows the results.
 
 Writes bench/results/cost.json.
 """
@@ -16,8 +16,10 @@ from endoreward_fast.model.checkpoint import place_of
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a name or folder: only this model's line, by its config.json")
-    parser.add_argument("--markdown", action="store_true", help="the page's tables, and nothing measured")
+    parser.add_argument("--model", help="a name or folder: print only this model's line, from its config.json")
+    parser.add_argument(
+        "--markdown", action="store_true", help="print the page's tables from the record, without measuring"
+    )
     parser.add_argument("--out", type=Path, help="folder for cost.json; default: bench/results")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""What bench.cost says, held against torch's flop counter and the clock, on random weights of real shapes.
+"""Compare bench.cost's formulas with torch's flop counter and with measurements, on random weights of real shapes.
 
-Flops are counted on the meta device, whole models up to 405B: nothing is computed. Times are the host's, interleaved as
-in timing.py; memory is of a fresh process each.
+Flops of whole models, up to 405B, are counted on the meta device without computing anything. Times are measured on the
+CPU, interleaved as in timing.py; memory is measured in a fresh process for each call.
 """
 
 import json
@@ -41,7 +41,7 @@ WHOLE, BODY, HEAD, EAGER = "whole", "body", "head", "eager"
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement: a published shape, with fewer layers or another vocabulary where said."""
+    """One measurement: a published shape, with `changes` such as fewer layers or another vocabulary."""
 
     shape: str
     batch: Batch
@@ -71,12 +71,12 @@ POINTS = (
     Point("Qwen3-30B-A3B", Batch(1, 512, 511), {"layers": 2}, "bf16"),
 )
 UNSETTLED = 1.5
-"""the upper quartile over the lower"""
+"""ratio of upper to lower quartile above which a point is measured again"""
 WEIGHED = Point("Qwen2.5-0.5B", Batch(4, 512, 256), {"layers": 4})
 
 
 def config_of(model: Decoder) -> PreTrainedConfig:
-    """A transformers config of these sizes, of the family that the name begins with."""
+    """Return a transformers config with these sizes, of the family that the name starts with."""
     family = next(kind for name, kind in FAMILIES.items() if model.name.startswith(name))
     more = {}
     if model.window:
@@ -92,15 +92,15 @@ def config_of(model: Decoder) -> PreTrainedConfig:
     )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- counted
+# --------------------------------------------------------------------------------------------------------------- flops
 
 
 def counted(config: PreTrainedConfig, batch: Batch) -> tuple[int, int]:
-    """Flops of the body, and of the head at the batch's states, by torch's counter, which takes attention as dense."""
+    """Return (flops of the body, flops of the head at the batch's states) by torch's counter, with dense attention."""
     model = on_meta(config)
     ids = torch.zeros(batch.rows, batch.length, dtype=torch.long, device="meta")
     mask = torch.zeros(batch.rows, 1, batch.length, batch.length, dtype=model.dtype, device="meta")
-    by_kind = getattr(config, "layer_types", None)  # such models take a mask for each kind of layer
+    by_kind = getattr(config, "layer_types", None)  # models with layer types take one mask for each type
     given = {"full_attention": mask, "sliding_attention": mask} if by_kind else mask
     states = torch.zeros(batch.states, config.hidden_size, dtype=model.dtype, device="meta")
     body, head = FlopCounterMode(display=False), FlopCounterMode(display=False)
@@ -113,7 +113,7 @@ def counted(config: PreTrainedConfig, batch: Batch) -> tuple[int, int]:
 
 
 def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without its weights. Experts are looked up per token: the other ways look at where tokens go."""
+    """Build the model on the meta device. Only batched_mm experts work there, because they do not read the routing."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(
             config, attn_implementation="eager", experts_implementation="batched_mm", dtype=torch.bfloat16
@@ -131,11 +131,11 @@ def flops_of(model: Decoder) -> dict:
     }  # fmt: skip
 
 
-# --------------------------------------------------------------------------------------------------------------- timed
+# --------------------------------------------------------------------------------------------------------------- times
 
 
 def calls_of(point: Point) -> dict:
-    """{peer: call}, the first being the baseline. Rewards have been found equal to eager's."""
+    """Return {peer: call}; the first is the baseline. Exit if our rewards differ from eager's."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config_of(point.model), dtype=DTYPES[point.dtype]).eval()
     scorer, batch = EndoRewardModel(model), point.batch
@@ -164,12 +164,12 @@ def calls_of(point: Point) -> dict:
     }
     gap = (calls[WHOLE]()[:, 1:] - eager()).abs().max().item()
     if gap > (1e-3 if point.dtype == "fp32" else 0.25):
-        raise SystemExit(f"{point.name}: rewards are {gap} off eager's: nothing was timed")
+        raise SystemExit(f"{point.name}: rewards differ from eager's by {gap}; nothing was timed")
     return calls
 
 
 def settled(number: int, rounds: int) -> dict:
-    """`timed` in a process of its own; where the quartiles are far apart, once more, and that is kept."""
+    """Run `timed` in a separate process. If the quartiles are far apart, run it again and keep the second result."""
     found = in_a_process("time", str(number), str(rounds))
     head = found["peers"][HEAD]
     if head["ratio_high"] > UNSETTLED * head["ratio_low"]:
@@ -178,7 +178,7 @@ def settled(number: int, rounds: int) -> dict:
 
 
 def timed(point: Point, rounds: int) -> dict:
-    """Seconds of the whole, of the body, of the head, and of eager, each once a round."""
+    """Time the whole pass, the body, the head and eager, each once in every round."""
     with torch.inference_mode():
         times = timing.interleave(calls_of(point), rounds)
     peers = {name: timing.spread(t, times[WHOLE]) for name, t in times.items()}
@@ -191,11 +191,11 @@ def timed(point: Point, rounds: int) -> dict:
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------- weighed
+# -------------------------------------------------------------------------------------------------------------- memory
 
 
 def weighed(point: Point) -> dict:
-    """Extra MiB of one call, and what the formulas say."""
+    """Measure the extra memory of one call in MiB, beside the formulas' values."""
     found = formulas.cost(point.model, point.batch, element=DTYPES[point.dtype].itemsize)
     return {
         "name": point.name, **asdict(point.batch),
@@ -215,7 +215,7 @@ def extra_mib(point: Point, name: str) -> float:
 
 
 def in_a_process(*arguments: str) -> Any:
-    """What this module prints when it is run with these arguments: a model and its garbage leave with the process."""
+    """Run this module with these arguments and parse its output. The process's end frees all its memory."""
     settings = dict(os.environ) | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, "-m", "bench.cost.points", *arguments]
     run = subprocess.run(command, env=settings if "weigh" in arguments else None, capture_output=True, text=True)
@@ -245,13 +245,13 @@ def points_table(record: dict) -> tables.Table:
 
 
 def read(folder: Path | None = None) -> dict:
-    """The record: {"environment", "counted", "timed", "weighed"}."""
+    """Read the record: {"environment", "counted", "timed", "weighed"}."""
     cases = json.loads(((folder or timing.RESULTS) / "cost.json").read_text())
     return {"environment": cases["environment"]} | cases["cases"][0]
 
 
 def run(folder: Path | None, rounds: int, *, tables_only: bool) -> None:
-    """Measure, write the record, print the tables; or only print them, of the record that is there."""
+    """Measure, write the record and print the tables. With `tables_only`, print them from the existing record."""
     shown = {"Shapes": tables.shapes_table(), "One change at a time": tables.growth_table()}
     if tables_only:
         print("\n\n".join(tables.markdown(t) for t in (*shown.values(), points_table(read(folder)))))

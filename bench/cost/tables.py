@@ -1,13 +1,13 @@
-"""The tables of docs/scale.md that bench.cost's formulas make, for a terminal and as Markdown."""
+"""The tables of docs/scale.md that follow from the cost formulas, for a terminal and as Markdown."""
 
 from dataclasses import replace
 
 from bench.cost.formulas import MODELS, Batch, Decoder, cost, find
 
 Table = tuple[list[str], list[list[str]]]
-"""headings, rows"""
+"""(headings, rows)"""
 TYPICAL = Batch(rows=8, length=1024, scored=512)
-"""8192 tokens, as many as a batch has by default; prompts as long as completions"""
+"""8192 tokens, the default limit of a batch; prompts and completions of equal length"""
 
 
 def shapes_table(models: tuple[Decoder, ...] = MODELS, batch: Batch = TYPICAL) -> Table:
@@ -19,15 +19,15 @@ def shapes_table(models: tuple[Decoder, ...] = MODELS, batch: Batch = TYPICAL) -
     for model in models:
         found, all_scored = cost(model, batch), cost(model, replace(batch, scored=batch.length - 1))
         rows.append([
-            model.name, _3(found.body / batch.tokens / 1e9), _3(found.head / batch.states / 1e9),
-            _percent(found.head_share), _percent(all_scored.head_share), _3(found.weight_bytes / 1e9),
-            _3(found.head_bytes / 1e9), _3(found.eager_bytes / 1e9), _3(found.workspace_bytes / 1e6),
+            model.name, _fmt(found.body / batch.tokens / 1e9), _fmt(found.head / batch.states / 1e9),
+            _percent(found.head_share), _percent(all_scored.head_share), _fmt(found.weight_bytes / 1e9),
+            _fmt(found.head_bytes / 1e9), _fmt(found.eager_bytes / 1e9), _fmt(found.workspace_bytes / 1e6),
         ])  # fmt: skip
     return headings, rows
 
 
 def growth_table(model: Decoder = find("Qwen2.5-7B"), batch: Batch = TYPICAL) -> Table:  # noqa: B008 - frozen
-    """One thing changed at a time."""
+    """Show how the cost changes when one size changes."""
     twice_as_wide = replace(model, hidden=2 * model.hidden, heads=2 * model.heads, mlp=2 * model.mlp)
     changes = [
         ("as it is", cost(model, batch)),
@@ -47,8 +47,9 @@ def growth_table(model: Decoder = find("Qwen2.5-7B"), batch: Batch = TYPICAL) ->
     ]  # fmt: skip
     rows = [
         [
-            name, _3(c.body / 1e12), _percent(c.attention / c.body), _3(c.head / 1e12), _percent(c.head_share),
-            _3(c.weight_bytes / 1e9), _3(c.eager_bytes / 1e9), _3(c.workspace_bytes / 1e6), _3(c.wire_bytes / 1e6),
+            name, _fmt(c.body / 1e12), _percent(c.attention / c.body), _fmt(c.head / 1e12), _percent(c.head_share),
+            _fmt(c.weight_bytes / 1e9), _fmt(c.eager_bytes / 1e9), _fmt(c.workspace_bytes / 1e6),
+            _fmt(c.wire_bytes / 1e6),
         ]
         for name, c in changes
     ]  # fmt: skip
@@ -62,7 +63,7 @@ def markdown(table: Table) -> str:
 
 
 def show(title: str, table: Table) -> None:
-    """On the terminal."""
+    """Print a table to the terminal."""
     from rich.console import Console
     from rich.table import Table as Drawn
 
@@ -77,8 +78,8 @@ def show(title: str, table: Table) -> None:
     console.print(drawn)
 
 
-def _3(value: float) -> str:
-    """Three digits."""
+def _fmt(value: float) -> str:
+    """Format with three significant digits."""
     return "0" if not value else f"{value:.0f}" if value >= 99.5 else f"{value:.3g}"
 
 

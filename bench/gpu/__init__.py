@@ -1,1 +1,1 @@
-"""`python -m bench.gpu`: tests and benchmarks on a GPU."""
+"""`python -m bench.gpu`: run the tests and benchmarks on a GPU."""

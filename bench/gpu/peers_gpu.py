@@ -1,14 +1,16 @@
-"""Who runs on a GPU: torch's own ways, every package with the same numbers, and ours, by subject.
+"""The peers on a GPU, by subject: torch, every package that computes the same numbers, and ours.
 
-    linear                    hidden states -> statistics, beside torch.mm
-    linear forward+backward   ... and the gradients of hidden and weight, beside the three matmuls that takes at least
-    linear masked             a batch that is 80% prompt, beside the same with every row computed
-    linear rewards            token rewards, beside the statistics alone of the same rows
-    logits, logits entropy    stored logits -> statistics, beside a device-to-device copy
-    logits backward           ... the gradient of the logits alone, beside the same copy
-    logits rewards            as for linear
+    subject                   what is computed                                    baseline
+    linear                    statistics from hidden states                       torch.mm
+    linear forward+backward   the same with gradients of hidden and weight        the three matmuls that it needs
+    linear masked             statistics of a batch that is 80% prompt            the same batch without a mask
+    linear rewards            token rewards from hidden states                    statistics of the same rows
+    linear search             statistics under every candidate config             torch.mm
+    logits, logits entropy    statistics from stored logits                       a device-to-device copy
+    logits backward           gradient of the logits, without the forward         a device-to-device copy
+    logits rewards            token rewards from stored logits                    statistics of the same rows
 
-Adapters of packages follow the interfaces of liger-kernel 0.8, cut-cross-entropy 25.1, trl 1.16, quack-kernels 0.6.
+The adapters follow the interfaces of liger-kernel 0.8, cut-cross-entropy 25.1, trl 1.16 and quack-kernels 0.6.
 """
 
 import functools
@@ -33,11 +35,11 @@ SUBJECTS = (
     *("logits", "logits entropy", "logits backward", "logits rewards"),
 )
 IMPLS = {OURS_CHUNKED: "chunked", OURS_FUSED: "fused"}
-TRL_CHUNK = 32768  # TRL's own, which is private there
+TRL_CHUNK = 32768  # as in TRL, where it is private
 
 
 def peers(subject: str) -> dict[str, Peer]:
-    """Every peer of a subject; the first is what ratios are taken to, the last is ours."""
+    """Return every peer of a subject. The first is the baseline of all ratios, the last is ours."""
     linear = (_linear, _training, _masked, _linear_rewards, _search)
     makers = (*linear, _logits, _entropy, _logits_backward, _logits_rewards)
     return dict(zip(SUBJECTS, makers, strict=True))[subject]()
@@ -47,15 +49,15 @@ def peers(subject: str) -> dict[str, Peer]:
 
 
 def _package(module: str, name: str) -> tuple[Callable | None, str | None]:
-    """(module.name, why it is not there)"""
+    """Return (module.name, None), or (None, why it cannot be imported)."""
     try:
         return getattr(importlib.import_module(module), name), None
-    except Exception as error:  # a package may fail at import in its own way: no driver, another torch
+    except Exception as error:  # an import may raise anything: no driver, another torch
         return None, f"{module}: {type(error).__name__}: {(str(error) or '-').splitlines()[0][:120]}"
 
 
 def _adapter(module: str, name: str, nll: Callable, **about) -> Peer:
-    """nll(function, inputs) -> negative log-likelihood of each row, with the function that the package provides."""
+    """Make a peer from nll(function, inputs), which calls the package's function for the nll of each row."""
     function, missing = _package(module, name)
     return Peer(functools.partial(nll, function), gives="nll", missing=missing, **about)
 
@@ -69,7 +71,7 @@ def _liger_logits(function, i: Inputs) -> Tensor:
 
 
 def _cce(function, i: Inputs) -> Tensor:
-    """Its gradient filter off: with it, small probabilities get none, and the numbers are not the same."""
+    """Call it without its gradient filter, which drops the gradients of small probabilities."""
     return function(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, reduction="none", filter_eps=None)
 
 
@@ -104,7 +106,7 @@ def _linear() -> dict[str, Peer]:
     alike = torch_peers.peers("linear")
     return {
         BARE_MATMUL: Peer(lambda i: torch.mm(i.hidden, i.weight.T), gives="nothing", bytes_per_logit=2),
-        "eager": replace(alike["eager"], bytes_per_logit=6),  # logits, and what logsumexp subtracts and exponentiates
+        "eager": replace(alike["eager"], bytes_per_logit=6),  # logits, and the temporaries of logsumexp
         "torch.compile": replace(alike["torch.compile"], bytes_per_logit=2),
         "F.linear_cross_entropy": replace(alike["F.linear_cross_entropy"], bytes_per_logit=6),
         "F.linear_cross_entropy, chunked": alike["F.linear_cross_entropy, chunked"],
@@ -119,7 +121,7 @@ def _ours_linear(impl: str, i: Inputs, mask: Tensor | None = None):
 
 
 def _search() -> dict[str, Peer]:
-    """The linear kernel under every candidate config: what the static table is to be filled from."""
+    """The linear kernel under every candidate config. The results fill the static config table."""
     from endoreward_fast.kernels.config import LINEAR_SEARCH
 
     def name(c):
@@ -145,7 +147,7 @@ def _under(config, i: Inputs):
 
 
 def _training() -> dict[str, Peer]:
-    """Forward and backward together, all of them through autograd."""
+    """Forward and backward together, through autograd for every peer."""
     timed = {name: peer for name, peer in _linear().items() if name != BARE_MATMUL}
     return {
         THREE_MATMULS: Peer(functools.partial(_matmuls, 3), gives="nothing", bytes_per_logit=2),
@@ -155,7 +157,7 @@ def _training() -> dict[str, Peer]:
 
 
 def _matmuls(count: int, i: Inputs) -> None:
-    """What a backward cannot do without: logits (made again by what stores none), dhidden, dweight."""
+    """Run the matmuls of a training step: logits (twice if they are recomputed), dhidden, dweight."""
     for _ in range(count - 2):
         z = torch.mm(i.hidden, i.weight.T)
     torch.mm(z, i.weight)
@@ -172,7 +174,7 @@ def _with_gradients(peer: Peer) -> Peer:
 
         return call
 
-    # Beside the logits and what the forward makes of them: their gradient.
+    # The backward adds the gradient of the logits.
     more = peer.bytes_per_logit and peer.bytes_per_logit + 4
     return replace(peer, run=run, gives="gradients", in_two_steps=True, bytes_per_logit=more)
 
@@ -238,16 +240,16 @@ def _entropy_of(logits: Tensor, targets: Tensor):
 
 
 def _trl_entropy(function: Callable, i: Inputs):
-    """It gives log-probability and entropy; the log-sum-exp follows from the target's logit."""
+    """Compute the log-sum-exp from TRL's log-probability and the target's logit."""
     logprob, entropy = function(i.logits, i.targets)
     target = i.logits.gather(1, i.targets.unsqueeze(1)).squeeze(1).float()
     return target - logprob, target, entropy
 
 
 def _logits_backward() -> dict[str, Peer]:
-    """The backward alone; the forward is done once, before."""
+    """The backward alone. The forward runs once, before the timing."""
     alike = _logits()
-    liger = replace(alike.pop("liger-kernel"), missing="makes its gradient in the forward, over the caller's logits")
+    liger = replace(alike.pop("liger-kernel"), missing="writes its gradient over the caller's logits, in the forward")
     copy = alike.pop(DEVICE_COPY)
     return {DEVICE_COPY: copy, "liger-kernel": liger, **{name: _logits_gradient(peer) for name, peer in alike.items()}}
 
@@ -288,9 +290,9 @@ def _logits_rewards() -> dict[str, Peer]:
 
 
 def _in_sequences(run: Callable) -> Callable:
-    """Gives run(inputs, rows that rewards need, tokens (B, T)) of sequences of at most 2048 tokens.
+    """Return a peer's `run` in two steps that calls run(inputs, rows that rewards need, tokens (B, T)).
 
-    Row k's target is the token that follows it, so that both ways compute the same numbers.
+    T is at most 2048. Row k's target is the next token, so statistics and rewards need the same numbers.
     """
 
     def prepare(i: Inputs):
@@ -304,7 +306,7 @@ def _in_sequences(run: Callable) -> Callable:
 def _rewards(function: Callable) -> Peer:
     def run(i, _, tokens):
         out = function(i, tokens)
-        # Row k chose the token after it: token k + 1's fields belong to row k.
+        # Row k predicts token k + 1, so the fields of token k + 1 belong to row k.
         return -out.logprob.flatten()[1:], out.reward.flatten()[1:]
 
     return Peer(_in_sequences(run), gives="rewards", in_two_steps=True)

@@ -1,8 +1,8 @@
-"""`python -m bench.gpu --out FOLDER`: every test on the GPU, then every GPU benchmark, within a number of seconds.
+"""`python -m bench.gpu --out FOLDER`: run every test on the GPU, then every GPU benchmark, within a time limit.
 
-Each group of benchmarks runs in a process of its own, so that one that breaks the device's context, or hangs, leaves
-the others; its JSON is written after every case. Pictures follow from the JSON. No network is needed. Exit code: 2
-without a GPU, 1 where a test or one of our benchmarks failed or tests did not finish, else 0.
+Each group of benchmarks runs in a separate process, so a group that hangs or breaks the device's context does not stop
+the others. The JSON of a group is written after every case; the pictures are drawn from it. No network is needed.
+The exit code is 2 without a GPU, 1 if a test or one of our benchmarks failed or the tests did not finish, else 0.
 """
 
 import argparse
@@ -16,15 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 480  # of `make gpu` altogether
-TESTS_SHARE = 0.5  # of the seconds, at most
-# Benchmarks by file, with the share of the time that is left for it and those below.
+SECONDS = 480  # time limit of `make gpu`
+TESTS_SHARE = 0.5  # largest share of it for the tests
+# {group of benchmarks: its share of the time left when it starts}. Each group writes one file.
 SHARES = {
     "gpu-linear": 0.4, "gpu-training": 0.35, "gpu-logits": 0.35, "gpu-overheads": 0.35, "gpu-search": 0.4,
     "gpu-sweep": 0.9,
 }  # fmt: skip
-EXPENSIVE = ("torch.compile",)  # compiled anew for each shape
-STARTUP, LEAST = 8.0, 10.0  # seconds: to import torch and start the device; for a group however late it is
+EXPENSIVE = ("torch.compile",)  # compiles again for each shape
+STARTUP, LEAST = 8.0, 10.0  # seconds to import torch and start the device; least seconds for a group
 
 
 def cases(group: str):
@@ -63,15 +63,15 @@ def cases(group: str):
 
 
 def tiny(case):
-    """The same case where nothing is fast: for a dry run in Triton's interpreter."""
+    """Shrink a case for a dry run in Triton's interpreter."""
     return replace(case, shape="D32-V300", rows=20, rounds=1, memory=False)
 
 
-# ------------------------------------------------------------------------------------------------ one group, in here
+# ------------------------------------------------------------------------------------------------ one group
 
 
 def run_group(group: str, seconds: float, out: Path, dry: bool) -> int:
-    """Its cases in this process; the number that failed."""
+    """Run the cases of a group in this process. Return the number that failed."""
     import torch
 
     from bench.harness import timing
@@ -93,26 +93,26 @@ def run_group(group: str, seconds: float, out: Path, dry: bool) -> int:
         done.append(result)
         timing.write(group, record, done, out)
         print(timing.table(result), flush=True)
-        torch._dynamo.reset()  # else each new shape counts against torch.compile's limit of recompilations
+        torch._dynamo.reset()  # otherwise each new shape counts towards torch.compile's recompile limit
     return failed
 
 
-# ------------------------------------------------------------------------------------------------ all of it
+# ------------------------------------------------------------------------------------------------ all groups
 
 
 def why_no_gpu() -> str | None:
-    """One line for people, or None where there is one."""
+    """Return a message if there is no usable GPU, else None."""
     if importlib.util.find_spec("torch") is None:
-        return f"{sys.executable} has no torch; name a Python that has it, with CUDA: make gpu GPU_PYTHON=..."
+        return f"{sys.executable} has no torch: name a Python that has torch with CUDA, make gpu GPU_PYTHON=..."
     import torch
 
     if not torch.cuda.is_available():
-        return f"a CUDA or ROCm GPU is needed, and torch {torch.__version__} sees none"
+        return f"a CUDA or ROCm GPU is needed, and torch {torch.__version__} finds none"
     return None
 
 
 def run_limited(command: list[str], seconds: float, output=None) -> int | None:
-    """The command's exit code; None where it was stopped, with all it had started, for want of time."""
+    """Run a command. Return its exit code, or None if it and its children were killed at the time limit."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
     try:
         return process.wait(seconds)
@@ -123,7 +123,7 @@ def run_limited(command: list[str], seconds: float, output=None) -> int | None:
 
 
 def run_tests(seconds: float, out: Path) -> bool:
-    """Whether the whole suite passed on the device in the time given."""
+    """Run the whole test suite on the device. Return whether it passed in time."""
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={out / 'tests.xml'}"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
@@ -152,18 +152,18 @@ def run_all(seconds: float, out: Path, dry: bool, tests: bool) -> int:
         code = run_limited(command + ["--dry-run"] * dry, 1.3 * mine + 2 * STARTUP)
         if code != 0:
             print(
-                f"{group}: {'stopped, it took too long' if code is None else f'failed (exit code {code})'}", flush=True
+                f"{group}: {'stopped at its time limit' if code is None else f'failed (exit code {code})'}", flush=True
             )
             good = False
     draw(out)
-    print(f"{'all good' if good else 'NOT all good'}, {seconds - (end - time.monotonic()):.0f} s; results in {out}")
+    print(f"{'all passed' if good else 'SOME FAILED'}, {seconds - (end - time.monotonic()):.0f} s; results in {out}")
     return 0 if good else 1
 
 
 def draw(out: Path) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print(
-            "no pictures: matplotlib is not installed (python -m bench.harness.charts FOLDER makes them from the JSON)"
+            "no pictures, because matplotlib is not installed: install it and run python -m bench.harness.charts FOLDER"
         )
         return
     from bench.harness import charts
@@ -174,9 +174,9 @@ def draw(out: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/gpu", help="folder for JSON and pictures")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for all of it")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of the whole run")
     parser.add_argument("--no-tests", action="store_true", help="benchmarks only")
-    parser.add_argument("--group", choices=SHARES, help="only this one, in this process")
+    parser.add_argument("--group", choices=SHARES, help="run only this group, in this process")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes in Triton's interpreter, on the CPU")
     args = parser.parse_args(arguments)
     if args.dry_run:

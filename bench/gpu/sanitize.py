@@ -1,8 +1,8 @@
-"""`python -m bench.gpu.sanitize`: tests of small shapes on the GPU under compute-sanitizer, memcheck then racecheck.
+"""`python -m bench.gpu.sanitize`: run tests of small shapes under compute-sanitizer's memcheck and racecheck.
 
-torch's caching allocator is turned off, so that a read past the end of a tensor is one past the end of an allocation.
-Each tool has a time limit and says how long it took. Exit code: 2 without a GPU or without the tool, 1 where it
-found something, a test failed, or the time ran out.
+torch's caching allocator is turned off, so a read past the end of a tensor is past the end of an allocation. Each tool
+has a time limit. The exit code is 2 without a GPU or without the tool, 1 if a tool found an error, a test failed or the
+time ran out, else 0.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from bench.gpu.run import run_limited, why_no_gpu
 
 TOOLS = {"memcheck": ("--leak-check", "no"), "racecheck": ("--racecheck-report", "all")}
 FILES = ("tests/test_functional.py", "tests/vocab/test_workspace.py")
-# Statistics, rewards and gradients of every impl; what times, compiles or captures is left to `make gpu`.
+# Statistics, rewards and gradients of every impl. `make gpu` runs the tests that compile or capture graphs.
 SELECTION = "statistics or low_precision or token_rewards or packed_rows or gradients or mask or nothing_to_do"
 LIMIT = 260  # seconds for each tool
 
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     obstacle = why_no_gpu()
     if obstacle is None and shutil.which("compute-sanitizer") is None:
-        obstacle = "compute-sanitizer, of the CUDA toolkit, is not on the PATH"
+        obstacle = "compute-sanitizer is not on the PATH: add the CUDA toolkit's bin folder"
     if obstacle:
         print(obstacle, file=sys.stderr)
         return 2

@@ -1,1 +1,1 @@
-"""What every benchmark stands on: cases, shapes, peers, the gate, the clock, memory, charts."""
+"""Shared parts of the benchmarks: cases, shapes, peers, correctness gate, clock, memory, charts."""

@@ -1,7 +1,7 @@
-"""`python -m bench.harness.charts FOLDER`: pictures of the JSON that `make gpu` or bench.sweep wrote to a folder.
+"""`python -m bench.harness.charts FOLDER`: draw the JSON that `make gpu` or bench.sweep wrote to a folder.
 
-time-against-N.png, time-against-V.png, memory-against-N.png, and roofline.png where the record has both ceilings: bare
-matmuls and a device copy. Nothing is typed in; a picture whose figures are not in the record is not drawn.
+Writes time-against-N.png, time-against-V.png and memory-against-N.png. If the record has both ceilings, bare matmuls
+and a device copy, also roofline.png. All values come from the JSON; a picture without data is not drawn.
 """
 
 import json
@@ -41,19 +41,19 @@ MARKERS = "osD^vP"
 
 
 def load(files: list[Path]) -> tuple[dict, list[dict]]:
-    """(environment of the first, every case that was measured)"""
+    """Return (environment of the first file, all measured cases)."""
     records = [json.loads(file.read_text()) for file in files]
     cases = [case for record in records for case in record["cases"] if "peers" in case]
     return records[0]["environment"], cases
 
 
 def families(cases: list[dict], along: str) -> dict[str, list[dict]]:
-    """{title: cases that differ in `along` ("rows" or "vocab") only, in its order}, at least two of them."""
+    """Group cases that differ in `along` ("rows" or "vocab") only, sorted by it: {title: two or more cases}."""
     found: dict[str, list[dict]] = {}
     for case in cases:
         sizes = {"rows": f"N={case['rows']}", "vocab": f"V={case['vocab']}"}
         if along == "vocab" and not case["shape"].startswith("D"):
-            continue  # a model's own vocabulary, with other peers: no point of a sweep
+            continue  # a real model's head, not a point of the sweep: its peers differ
         hidden = f", D={case['hidden']}" if case["hidden"] else ""
         del sizes[along]
         title = f"{case['subject']}, {case['dtype']}{hidden}, {', '.join(sizes.values())}"
@@ -65,7 +65,7 @@ def families(cases: list[dict], along: str) -> dict[str, list[dict]]:
 
 
 def colours(cases: list[dict]) -> dict[str, str]:
-    """One colour per peer, the same in all pictures of a record; what is a ceiling is ink."""
+    """Return one colour for each peer, the same in all pictures of a record. Ceilings are drawn in ink."""
     names = dict.fromkeys(name for case in cases for name in case["peers"])
     others = [name for name in names if name not in OURS_COLOURS and name not in CEILINGS]
     chosen = {name: PEER_COLOURS[i % len(PEER_COLOURS)] for i, name in enumerate(others)}
@@ -73,7 +73,7 @@ def colours(cases: list[dict]) -> dict[str, str]:
 
 
 def panel(axis, title: str, group: list[dict], along: str, field: str, scale: float, colour: dict[str, str]) -> None:
-    """A line per peer; quartiles of time as a band."""
+    """Draw one line for each peer, with the quartiles of its times as a band."""
     for name in dict.fromkeys(name for case in group for name in case["peers"]):
         points = [(case[along], case["peers"][name]) for case in group if name in case["peers"]]
         points = [(x, peer) for x, peer in points if peer[field] is not None]
@@ -98,7 +98,7 @@ def panel(axis, title: str, group: list[dict], along: str, field: str, scale: fl
     quiet(axis)
 
 
-FLOOR = 0.1  # MiB: where a logarithmic axis puts "nothing"
+FLOOR = 0.1  # MiB: the lowest value drawn on a logarithmic axis
 
 
 def quiet(axis) -> None:
@@ -112,7 +112,7 @@ def quiet(axis) -> None:
 def against(
     environment: dict, cases: list[dict], along: str, field: str, scale: float, unit: str, path: Path
 ) -> Path | None:
-    """One picture, a panel per family of cases; None if there is none."""
+    """Draw one picture with a panel for each family of cases; None if there are none."""
     groups = {
         title: group
         for title, group in families(cases, along).items()
@@ -134,7 +134,10 @@ def against(
 
 
 def roofline(environment: dict, cases: list[dict], path: Path) -> Path | None:
-    """Linear cases: rate against flops per byte, both by formula, under the ceilings that the same run measured."""
+    """Draw the rate of the linear cases against flops per byte, below the ceilings measured in the same run.
+
+    Flops and bytes are the formulas' minimum.
+    """
     matmul = [case["peers"][BARE_MATMUL]["tflops"] for case in cases if BARE_MATMUL in case["peers"]]
     copy = [case["peers"][DEVICE_COPY]["gb_per_s"] for case in cases if DEVICE_COPY in case["peers"]]
     points = [case for case in cases if case["subject"] == "linear" and not case["shape"].startswith("D")]
@@ -168,7 +171,7 @@ def roofline(environment: dict, cases: list[dict], path: Path) -> Path | None:
 
 
 def finish(figure, axes, environment: dict, path: Path) -> Path:
-    """One legend for all panels, and where it was measured; then the file."""
+    """Add one legend for all panels and a note on the machine, then save the file."""
     entries = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -188,10 +191,10 @@ def finish(figure, axes, environment: dict, path: Path) -> Path:
 
 
 def draw(folder: Path, pattern: str = "gpu-*.json", prefix: str = "") -> list[Path]:
-    """Every picture that the record allows; their paths."""
+    """Draw every picture that the record has data for. Return their paths."""
     files = sorted(folder.glob(pattern))
     if not files:
-        raise FileNotFoundError(f"{folder} holds no {pattern}")
+        raise FileNotFoundError(f"{folder} has no file {pattern}: run the benchmark first")
     environment, cases = load(files)
     named = {name: folder / f"{prefix}{name}.png" for name in ("time-against-N", "time-against-V", "memory-against-N")}
     made = [

@@ -1,4 +1,4 @@
-"""How one call is timed and weighed: on the host, or on a CUDA or ROCm device. No other part knows the difference."""
+"""Measure time and memory of one call, on the host or on a CUDA or ROCm device. Both clocks have one interface."""
 
 import gc
 import time
@@ -9,7 +9,7 @@ MIB = 1 << 20
 
 
 class Host:
-    """Wall clock; memory is measured in processes of their own (see: memory.py)."""
+    """Wall clock. Memory is measured in separate processes (memory.py)."""
 
     device = torch.device("cpu")
 
@@ -17,7 +17,7 @@ class Host:
         start = time.perf_counter()
         result = call()
         elapsed = time.perf_counter() - start
-        del result  # its release is no part of the measurement, and must not overlap the next one
+        del result  # free it outside the measurement, and before the next one
         return elapsed
 
     def free_bytes(self) -> int | None:
@@ -33,11 +33,11 @@ class Host:
 
 
 class Device:
-    """Events around the call on the device's own stream, each time with cold caches.
+    """Device time between two events on the current stream, with cold caches.
 
-    Before the first event the device overwrites a buffer of several times its L2 cache, then idles for COVER_CYCLES,
-    while the host queues the call: what is timed is the device's work, not Python's. A call that waits for the device
-    itself (to read a number of rows back, say) is timed with that wait. `queue_seconds` is the host's part.
+    Before the first event, the device overwrites a buffer of four times its L2 cache and then idles for COVER_CYCLES.
+    The host queues the call meanwhile, so the time excludes Python. If the call itself waits for the device, to read
+    back a number of rows for example, the time includes that wait. `queue_seconds` gives the host's time.
     """
 
     COVER_CYCLES = 4_000_000  # about 2 ms
@@ -61,13 +61,13 @@ class Device:
         return start.elapsed_time(end) / 1e3
 
     def free_bytes(self) -> int:
-        """What a call may take: free memory, and what torch's allocator holds unused."""
+        """Return the device memory that a call can use, after emptying the cache of torch's allocator."""
         gc.collect()
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self.device)[0]
 
     def queue_seconds(self, call) -> float:
-        """The host's time until the call is queued (or returns, where it waits for the device); best of three."""
+        """Return the host's time until the call returns: to queue it, plus any wait for the device. Best of three."""
         best = float("inf")
         for _ in range(3):
             torch.cuda.synchronize()
@@ -82,7 +82,7 @@ class Device:
         return {name: self._extra_mib(call) for name, call in calls.items()}
 
     def _extra_mib(self, call) -> float:
-        """Peak of the memory that torch's allocator hands out during one call, over that before it; MiB."""
+        """Return by how many MiB the memory allocated by torch rises at its peak during one call."""
         gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Where and when: what a reader needs to judge, or to repeat, the figures."""
+"""The machine, versions and date of a benchmark, which readers need to judge or repeat its figures."""
 
 import datetime
 import importlib.metadata

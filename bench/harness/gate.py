@@ -1,4 +1,4 @@
-"""No timing without right numbers: some rows of what a peer gives, against fp64."""
+"""Correctness gate: compare some rows of a peer's results with fp64 before it is timed."""
 
 import torch
 from torch import Tensor
@@ -10,11 +10,11 @@ GATE_ROWS = 16
 
 
 class Gate:
-    """Statistics of some rows, and gradients where they are asked for, against fp64.
+    """Compare statistics of some rows, and their gradients where a peer gives them, with fp64.
 
-    In float32 statistics must be within 1e-4; in bfloat16 within the rounding of a bfloat16 logit. Gradients are held
-    to a relative error, over the rows checked: 1e-3, in bfloat16 5%; at other columns than the target's, where eager
-    torch's bfloat16 probabilities are off by 4%, 10%.
+    Largest absolute error of statistics: 1e-4 in float32, the rounding of a bfloat16 logit (0.13) in bfloat16.
+    Largest relative error of gradients over the checked rows: 1e-3 in float32, 5% in bfloat16. For the gradient of
+    bfloat16 logits outside the target column, 10%: there, eager torch's bfloat16 probabilities are off by 4%.
     """
 
     def __init__(self, inputs: Inputs):
@@ -31,20 +31,20 @@ class Gate:
         self._relative, self._relative_elsewhere = (1e-3, 1e-3) if exact else (0.05, 0.1)
 
     def check(self, name: str, gives: str, got) -> None:
-        """`gives`: see peers.Peer. Raises AssertionError where the numbers are wrong."""
+        """Check the results of a peer; `gives` as in peers.Peer. Raises AssertionError if they are wrong."""
         lse, target = self._oracle.lse, self._oracle.target_logit
         if gives == "nll":
             self._stats(name, [(got, lse - target)])
         elif gives == "stats":
             self._stats(name, zip(got, (lse, target, self._oracle.entropy), strict=False))
-        elif gives == "rewards":  # negative log-likelihoods, and rewards: target logit less the next state's value
+        elif gives == "rewards":  # a reward is the target's logit minus the value of the next state
             nll, reward = got
             last = len(self._rows) - 1
             self._stats(name, [(nll, lse - target)])
             self._close(name, reward[self._rows[:last]], (target[:last] - lse[1:]))
         elif gives == "logits gradient":
             self._logits_gradient(name, got[self._rows].double())
-        elif gives == "gradients":  # negative log-likelihoods, gradients of hidden and of weight
+        elif gives == "gradients":
             nll, dhidden, dweight = got
             self._stats(name, [(nll, lse - target)])
             self._linear_gradients(name, dhidden, dweight)
@@ -57,7 +57,7 @@ class Gate:
         _refuse(name, (ours.double() - oracle).abs().max().item(), self._tolerance)
 
     def _dlogits(self) -> Tensor:
-        """Of upstream * (lse - target logit), (rows, V)."""
+        """Return the (rows, V) gradient of upstream * (lse - target logit) in the logits."""
         p = torch.softmax(self._logits, -1)
         p[self._at] -= 1.0
         return p * self._inputs.upstream[self._rows].double().unsqueeze(1)
@@ -74,20 +74,20 @@ class Gate:
             part @ w.double() for part, w in zip(self._dlogits().split(PART, 1), weight.split(PART), strict=True)
         )
         _refuse(name, _relative(dhidden[self._rows].double(), want), self._relative)
-        # Of the weight: the targets' rows, over all N; their probabilities need every row's log-sum-exp.
+        # Weight gradient at the checked targets, summed over all N rows: probabilities need every row's log-sum-exp.
         columns = self._targets.unique()
         p = torch.exp(hidden.double() @ weight[columns].double().T - self._all_lse().unsqueeze(1))
         g = (p - (self._inputs.targets.unsqueeze(1) == columns).double()) * self._inputs.upstream.double().unsqueeze(1)
         _refuse(name, _relative(dweight[columns].double(), g.T @ hidden.double()), self._relative)
 
     def _all_lse(self) -> Tensor:
-        """(N,) by float32 products."""
+        """Return the (N,) log-sum-exp of all rows, from float32 products."""
         hidden = self._inputs.hidden.float()
         parts = [torch.logsumexp(hidden @ w.float().T, -1) for w in self._inputs.weight.split(PART)]
         return torch.logsumexp(torch.stack(parts).double(), 0)
 
 
-PART = 16384  # vocabulary entries in float64 at a time: a float64 weight may not fit
+PART = 16384  # vocabulary entries to convert to float64 at a time: a whole float64 weight may not fit
 
 
 def _logits(inputs: Inputs, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Peak memory of one call on the CPU, each peer in a process of its own."""
+"""Peak memory of one call on the CPU, measured in a separate process for each peer."""
 
 import json
 import os
@@ -16,17 +16,18 @@ def weigh(case, names) -> dict[str, float]:
 
 
 def extra_mib(case, name: str) -> float:
-    """Peak resident memory during one call, over that before it, with the inputs in place; MiB.
+    """Return by how many MiB resident memory rises at its peak during one call, after the inputs are made.
 
-    Counts all memory, the matmul library's and the outputs' included. Meant for a fresh process (`in_a_process`), in
-    which the allocator returns what it frees; a call on a small shape first starts threads and loads code.
+    It counts all memory, including the matmul library's buffers and the outputs. Call it in a fresh process
+    (`in_a_process`), where the allocator returns freed memory to the system. A first call on a small shape starts
+    threads and loads code.
     """
     shape = shapes.find(case.shape)
     peer = registry.peers(case.subject)[name]
     small = registry.make_inputs(case.subject, shapes.Shape("small", 64, 4096, shape.softcap), 8, case.torch_dtype)
     peer.run(case.for_peer(name, small))
     inputs = case.for_peer(name, registry.make_inputs(case.subject, shape, case.rows, case.torch_dtype))
-    if name == "torch.compile":  # the compiler's own memory is no part of a call's
+    if name == "torch.compile":  # exclude the compiler's memory
         peer.run(inputs)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = _status_kib("VmRSS")
@@ -42,9 +43,9 @@ def _status_kib(field: str) -> int:
 
 
 def in_a_process(case, env: dict[str, str] | None = None, weigh: str | None = None) -> dict:
-    """The case in a fresh interpreter, which prints its result as the last line."""
+    """Run the case in a fresh interpreter, which prints its result as the last line. Return the result."""
     settings = dict(os.environ) | (env or {})
-    if weigh:  # every block over 64 KiB straight from the system and straight back
+    if weigh:  # get every block over 64 KiB from the system, and return it when freed
         settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, "-m", "bench.harness.one", json.dumps(asdict(case)), *([weigh] if weigh else [])]
     run = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=Path(__file__).parents[2])

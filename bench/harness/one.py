@@ -1,4 +1,4 @@
-"""`python -m bench.harness.one CASE [PEER]`: one case in this process, as JSON; with PEER, its memory only."""
+"""`python -m bench.harness.one CASE [PEER]`: run one case in this process, as JSON. With PEER, only its memory."""
 
 import json
 import sys

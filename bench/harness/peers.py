@@ -1,6 +1,6 @@
-"""What the fast paths are compared with: one adapter each, all giving (lse, target_logit) or what they can of it.
+"""The implementations that ours is compared with, one adapter each. `Peer.gives` says what an adapter returns.
 
-A peer that this installation lacks is named with the reason, never left out in silence.
+A peer that cannot run here is reported with the reason.
 """
 
 import functools
@@ -29,7 +29,7 @@ SUBJECTS = ("linear", "logits")
 class Inputs:
     """hidden (N, D) and weight (V, D), or logits (N, V); targets (N,).
 
-    upstream (N,) is the gradient that arrives at each row's negative log-likelihood. mask (N,) bool: rows to compute.
+    upstream (N,) is the gradient of each row's negative log-likelihood. mask (N,) bool marks the rows to compute.
     """
 
     shape: Shape
@@ -43,18 +43,21 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Peer:
-    """`run` gives `gives`:
+    """One implementation. `gives` says what `run` returns:
 
-    "nothing"                                   "stats"   lse, target_logit and, if there is a third, entropy
-    "nll"      lse - target_logit               "rewards" nll, reward
-    "gradients" nll, of hidden, of weight       "logits gradient"
+    "nothing"            nothing that is checked
+    "stats"              lse, target_logit and, optionally, entropy
+    "nll"                lse - target_logit
+    "rewards"            nll, reward
+    "gradients"          nll, gradient of hidden, gradient of weight
+    "logits gradient"    gradient of the logits
     """
 
     run: Callable[[Inputs], object]
     gives: str = "stats"
     missing: str | None = None  # why it cannot run here
-    bytes_per_logit: float = 0.0  # device memory it takes at its peak: what does not fit is left out by name
-    in_two_steps: bool = False  # run gives the call to time; what run itself does (a forward, say) is not timed
+    bytes_per_logit: float = 0.0  # device memory at its peak; a peer that does not fit is skipped with the reason
+    in_two_steps: bool = False  # run returns the call to time; what run itself does (a forward, say) is not timed
 
     def prepare(self, inputs: Inputs) -> Callable[[], object]:
         return self.run(inputs) if self.in_two_steps else functools.partial(self.run, inputs)
@@ -63,7 +66,7 @@ class Peer:
 def make_inputs(
     subject: str, shape: Shape, rows: int, dtype: torch.dtype, seed: int = 0, device: torch.device | str = "cpu"
 ) -> Inputs:
-    """Random inputs whose logits have a standard deviation of about 3, as a trained model's do."""
+    """Make random inputs whose logits have a standard deviation of about 3, as in trained models."""
     generator = torch.Generator(device).manual_seed(seed)
     on = {"generator": generator, "device": device}
     targets = torch.randint(0, shape.vocab, (rows,), **on)
@@ -75,20 +78,22 @@ def make_inputs(
         return replace(inputs, logits=logits)
     hidden = torch.randn(rows, shape.hidden, **on).to(dtype)
     weight = torch.empty(shape.vocab, shape.hidden, dtype=dtype, device=device)
-    for part in weight.split(16384):  # in parts: a float32 copy of the whole would double the memory
+    for part in weight.split(
+        16384
+    ):  # in parts, because a float32 copy of the whole weight takes up to twice its memory
         part.copy_(torch.randn(part.shape, **on).mul_(3.0 / shape.hidden**0.5))
     mask = completion_mask(rows).to(device) if subject == "linear masked" else None
     return replace(inputs, hidden=hidden, weight=weight, mask=mask)
 
 
 def completion_mask(rows: int) -> Tensor:
-    """(N,) bool: the last fifth of each sequence of at most 2048 tokens; the prompt before it is off."""
+    """Return an (N,) bool mask with the last fifth of each sequence on. Sequences have at most 2048 tokens."""
     length = min(rows, 2048)
     return torch.arange(rows) % length >= length - length // 5
 
 
 def peers(subject: str, gpu: bool = False) -> dict[str, Peer]:
-    """Every peer of a subject; the first is what ratios are taken to, the last is ours."""
+    """Return every peer of a subject. The first is the baseline of all ratios, the last is ours."""
     if gpu:
         from bench.gpu import peers_gpu
 
@@ -113,7 +118,7 @@ def peers(subject: str, gpu: bool = False) -> dict[str, Peer]:
 
 
 def unsuited(name: str, inputs: Inputs) -> str | None:
-    """Why a peer that is installed cannot do these inputs."""
+    """Return why an installed peer cannot run on these inputs, or None."""
     if name.startswith("F.linear_cross_entropy") and inputs.shape.softcap is not None:
         return "has no softcap"
     return None
@@ -156,13 +161,13 @@ def _compiled(function: Callable, arguments: Callable[[Inputs], tuple]) -> Peer:
     return Peer(lambda i: compiled(function)(*arguments(i)))
 
 
-@functools.cache  # at its first use: the compiler takes seconds to load
+@functools.cache  # compile at the first use, because loading the compiler takes seconds
 def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
 def _linear_cross_entropy(chunked: bool) -> Peer:
-    """torch's own, which gives the negative log-likelihood only; by default it stores the logits."""
+    """Adapt torch's function. It gives the negative log-likelihood only, and stores the logits unless chunked."""
     options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
     if not hasattr(F, "linear_cross_entropy") or (chunked and options is None):
         return Peer(lambda i: None, missing=f"torch {torch.__version__} does not have it")

@@ -1,4 +1,4 @@
-"""Named real shapes: one registry for benches, tests and tuning. Sizes as in each model's config.json."""
+"""Named shapes of real heads, for benchmarks, tests and tuning. Sizes are from each model's config.json."""
 
 import re
 from dataclasses import dataclass
@@ -36,25 +36,25 @@ HEADLINE = SHAPES["qwen3-0.6b"]
 
 
 def find(name: str) -> Shape:
-    """A model's shape by its name, or "D1024-V32768" by its sizes, for sweeps."""
+    """Return a model's shape by its name, or any shape by its sizes: "D1024-V32768"."""
     if name in SHAPES:
         return SHAPES[name]
     sizes = re.fullmatch(r"D(\d+)-V(\d+)", name)
     if sizes is None:
-        raise KeyError(f"no shape {name!r}: expected one of {', '.join(SHAPES)}, or sizes as in D1024-V32768")
+        raise KeyError(f"no shape {name!r}: expected one of {', '.join(SHAPES)}, or sizes such as D1024-V32768")
     return Shape(name, int(sizes[1]), int(sizes[2]))
 
 
 def linear_flops(rows: int, shape: Shape) -> int:
-    """Of hidden @ weight.T: a multiplication and an addition per (row, hidden, vocab)."""
+    """Return the flops of hidden @ weight.T: one multiplication and one addition for each (row, hidden, vocab)."""
     return 2 * rows * shape.hidden * shape.vocab
 
 
 def linear_bytes(rows: int, shape: Shape, element_size: int) -> int:
-    """Least traffic of the linear path: hidden and weight read once, no logits."""
+    """Return the minimum traffic of the linear path: hidden and weight are read once, and no logits."""
     return element_size * shape.hidden * (shape.vocab + rows)
 
 
 def logits_bytes(rows: int, shape: Shape, element_size: int) -> int:
-    """Least traffic of the logits path: the logits read once."""
+    """Return the minimum traffic of the logits path: the logits are read once."""
     return element_size * rows * shape.vocab

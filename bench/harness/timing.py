@@ -1,8 +1,7 @@
-"""Interleaved timing, a correctness gate before it, and the record: one harness for CPU and GPU.
+"""Check every peer, time the peers in interleaved rounds, and write the record: for CPU and GPU.
 
-On a shared machine only ratios within one run mean anything: each round times every peer once, in an order that
-rotates, and a ratio is the median over rounds of (peer / baseline) within the round. How one call is timed and weighed
-is the clock's part (clock.py).
+On a shared machine, only ratios within one run are meaningful. Each round times every peer once, in an order that
+rotates. A ratio is the median over rounds of (peer / baseline) within the round. clock.py measures the single call.
 """
 
 import json
@@ -28,7 +27,7 @@ LEAST_ROUNDS = 3
 
 
 class Budget:
-    """Seconds that a run may take, shared among its cases as it goes: what one leaves over, the next ones have."""
+    """Time budget of a run in seconds. Each case gets an equal share of what is left when it starts."""
 
     def __init__(self, seconds: float, cases: int, now=time.monotonic):
         self._now, self._end, self._cases = now, now() + seconds, cases
@@ -37,14 +36,14 @@ class Budget:
         return self._end - self._now()
 
     def next_case(self):
-        """enough(rounds done): whether this case has had its share; at least LEAST_ROUNDS are done."""
+        """Return enough(rounds): whether the next case has used its share and done at least LEAST_ROUNDS."""
         end = self._now() + self.left() / max(self._cases, 1)
         self._cases -= 1
         return lambda rounds: rounds >= LEAST_ROUNDS and self._now() >= end
 
 
 def run_case(case: Case, clock=HOST, enough=lambda rounds: False) -> dict:
-    """Gate, then time, then (if asked) weigh every peer of a case. `enough` (Budget.next_case) may end it early."""
+    """Check, time and, if the case asks for it, measure the memory of every peer. `enough` may end the rounds early."""
     if case.isa and os.environ.get("ONEDNN_MAX_CPU_ISA") != case.isa:
         return in_a_process(case, env={"ONEDNN_MAX_CPU_ISA": case.isa})
     calls, skipped = prepare(case, clock)
@@ -55,9 +54,9 @@ def run_case(case: Case, clock=HOST, enough=lambda rounds: False) -> dict:
 
 
 def prepare(case: Case, clock=HOST) -> tuple[dict, dict[str, str]]:
-    """({peer: call without arguments}, {peer: why it is left out}); every call has passed the gate.
+    """Return ({peer: call without arguments}, {peer: why it is skipped}). Every call has passed the gate.
 
-    On a GPU a peer that fails is left out by name, with what it said; ours, and on the CPU any, stops the case.
+    On a GPU, a peer that fails is skipped with its error. A failure of ours, or of any peer on the CPU, is raised.
     """
     shape = shapes.find(case.shape)
     inputs = registry.make_inputs(case.subject, shape, case.rows, case.torch_dtype, device=clock.device)
@@ -91,7 +90,7 @@ def _too_large(peer: registry.Peer, case: Case, clock) -> str | None:
 
 
 def interleave(calls: dict, rounds: int, clock=HOST, enough=lambda rounds: False) -> dict[str, list[float]]:
-    """{peer: seconds of each round}; the order rotates from round to round. Only whole rounds count."""
+    """Return {peer: seconds of each round}. The order rotates from round to round; only whole rounds are run."""
     names, times = list(calls), {name: [] for name in calls}
     for turn in range(rounds):
         if enough(turn):
@@ -112,7 +111,7 @@ def summarise(
     for name, t in times.items():
         peers[name] = found = spread(t, times[first])
         is_ceiling = share is not None and name == first
-        own = 1 / share if is_ceiling else 1.0  # a copy moves more bytes than the least that the subject must
+        own = 1 / share if is_ceiling else 1.0  # a copy moves more bytes than the subject's minimum
         found["gb_per_s"] = traffic and own * traffic / found["median_s"] / 1e9
         found["tflops"] = flops and own * flops / found["median_s"] / 1e12
         found["of_ceiling"] = share and (1.0 if is_ceiling else share / found["ratio"])
@@ -161,7 +160,7 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def write(name: str, record: dict, cases: list[dict], folder: Path | None = None) -> Path:
-    """<folder, bench/results by default>/<name>.json: {"environment": ..., "cases": [...]}"""
+    """Write {"environment": ..., "cases": [...]} to <name>.json in `folder`, bench/results by default."""
     path = (folder or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"environment": record, "cases": cases}, indent=1) + "\n")
@@ -169,7 +168,7 @@ def write(name: str, record: dict, cases: list[dict], folder: Path | None = None
 
 
 def table(result: dict) -> str:
-    """One case as text: time, ratio to the baseline with its quartiles, rates by formula, extra memory."""
+    """Format one case as text: time, ratio to the baseline with quartiles, rates by formula, extra memory."""
     if result.get("failed"):
         return f"{result['name']}\n  {result['failed']}"
     stopped = f"  ({result['stopped']})" if result["stopped"] else ""

@@ -1,13 +1,13 @@
-"""`python -m bench.paper.advantages`: token advantages over the spread of the totals, and over the largest spread.
+"""`python -m bench.paper.advantages`: train with two normalisations of token advantages, and compare.
 
-EndoGRPOMixin divided a token's advantage by the standard deviation of its group's total rewards. Totals that nearly
-tie then make it as large as one likes. Now it divides by the largest spread at any place, too (`token_advantages`),
-which keeps |advantage| under GRPO's own bound, (G - 1) / sqrt(G). Both are trained here as `rl` trains its arms: the
-embedded model on its own endogenous reward, the same answers a step, in groups of 2 and of 8.
+EndoGRPOMixin used to divide a token's advantage by the standard deviation of its group's total rewards. If the totals
+are nearly equal, such an advantage can be arbitrarily large. Now it divides by the largest spread at any position
+(`token_advantages`), which keeps |advantage| below GRPO's bound, (G - 1) / sqrt(G). Both are trained here like the arms
+of `rl`: the embedded model on its own endogenous reward, with equally many answers per step, in groups of 2 and of 8.
 
-What to expect. Before: largest advantages of 10 to 10^4 in groups of 2, where totals tie most often, and gradients to
-match, which TRL clips at a norm of 1: a step then goes where one token says. After: none above the bound; smaller
-steps, as the largest spread is above that of the totals; a reward that rises as far, or further.
+Expected. Before: advantages of 10 to 10^4 in groups of 2, where totals are nearly equal most often. The gradients are
+as large, and TRL clips them at a norm of 1, so one token decides the direction of a step. Now: no advantage above the
+bound, smaller steps, because the largest spread exceeds that of the totals, and a reward that rises at least as far.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ ANSWERS, GROUPS, STEPS = 64, (2, 8), 40
 
 
 def train(arm: str, group: int, seed: int, steps: int) -> dict[str, list[float]]:
-    """The curves of one training, a number for each step."""
+    """Train once. Return {curve: one number for each step}."""
     import trl
     from datasets import Dataset
 
@@ -45,11 +45,11 @@ def train(arm: str, group: int, seed: int, steps: int) -> dict[str, list[float]]
     largest: list[float] = []
 
     class Trainer(EndoGRPOMixin, trl.GRPOTrainer):
-        """GRPO, token by token."""
+        """GRPO with token-level advantages."""
 
         def _token_advantages(self, width: int) -> torch.Tensor:
             advantages = super()._token_advantages(width)
-            if arm == "totals":  # scale_rewards="none": numerators
+            if arm == "totals":  # with scale_rewards="none", these are the numerators
                 totals = self._rewards_per_func[:, 0].view(-1, group)
                 advantages = advantages / (totals.std(1).repeat_interleave(group)[:, None] + 1e-4)
             largest.append(advantages.abs().max().item())
@@ -86,7 +86,7 @@ def run(arm: str, group: int, seed: int, steps: int) -> dict:
 
 
 def table_of(runs: list[dict]) -> dict[str, dict[str, float]]:
-    """{"arm, groups of n": figures over seeds and steps}"""
+    """Return {"arm, groups of n": figures over seeds and steps}."""
     found = {}
     for group in dict.fromkeys(r["group"] for r in runs):
         for arm in ARMS:
@@ -132,7 +132,7 @@ def draw(runs: list[dict], seeds: int, folder) -> None:
 def main(arguments: list[str]) -> None:
     parser = output.arguments(__doc__, seeds=3)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps, of {ANSWERS} answers each")
-    parser.add_argument("--workers", type=int, default=2, help="trainings at a time, of one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="number of parallel trainings, with one thread each")
     args = parser.parse_args(arguments)
     seeds = range(args.seed, args.seed + args.seeds)
     jobs = [(arm, group, seed, args.steps) for seed in seeds for group in GROUPS for arm in ARMS]

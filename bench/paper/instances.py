@@ -1,19 +1,21 @@
-r"""Four instances for the claim about horizons (bench/paper/policy.py): an expert, and a model that imitates it.
+r"""Four instances for the claim about horizons (bench/paper/policy.py), each an expert and a model that imitates it.
 
 Each expert is soft-optimal for its true reward at temperature alpha. H is the horizon.
 
-cliff      One mistake costs the rest (Ross & Bagnell 2010). On the track two tokens of 8 are right, and earn 1 and
-           1 - TIE; any other leaves it for good, and off the track every token earns 0. The model: maximum likelihood
-           on n demonstrations, half a pseudo-count per token. At every step it leaves the track with the same
-           probability, whatever H: 6 tokens * 1/2 / (n + 4), about 3 / n. Off the track it knows nothing: uniform.
-confident  The same, but off the track the model is sure of itself (0.99 on one token), as a language model that repeats
-           itself is. In the expert's states it is the same model, with the same error.
-random     A random automaton of 8 states, 8 tokens, rewards N(0, 1); the model as in `cliff`. Nothing is final.
-walk       The model's log-probabilities are within WALK_ERROR of the expert's in *every* state. For H/2 steps the
-           expert writes "up" or "down" with equal probability, for no reward. If ups prevail, it then earns per step
-           alpha log(2 * 0.95) by the token it takes with probability 0.95 and alpha log(2 * 0.05) by the other; else
-           nothing, by either token. Both ways have the soft value (H/2) alpha log 2, so soft-optimality is content with
-           a coin, though the first earns more. The model takes "up" a little too seldom, always.
+cliff      One mistake loses all later reward (Ross & Bagnell 2010). On the track, two of the 8 tokens are right and
+           earn 1 and 1 - TIE. Any other token leaves the track for good; off the track, every token earns 0. The model
+           is the maximum-likelihood fit to n demonstrations with half a pseudo-count per token. At every step it leaves
+           the track with the same probability 6 tokens * 1/2 / (n + 4), about 3 / n, whatever H. Off the track it has
+           no data and is uniform.
+confident  As `cliff`, but off the track the model puts 0.99 on one token, like a language model that repeats itself. In
+           the expert's states, the model and its error are the same as in `cliff`.
+random     A random automaton with 8 states, 8 tokens and rewards N(0, 1); the model as in `cliff`. Every mistake can be
+           recovered from.
+walk       In *every* state, the model's log-probabilities are within WALK_ERROR of the expert's. For H/2 steps, the
+           expert writes "up" or "down" with equal probability and no reward. If there were more ups, the token with
+           probability 0.95 then earns alpha log(2 * 0.95) per step and the other alpha log(2 * 0.05); else both earn
+           nothing. Both branches have the soft value (H/2) alpha log 2, so the soft-optimal expert is indifferent
+           between them, although the first earns more. The model takes "up" slightly too rarely at every step.
 """
 
 from dataclasses import dataclass
@@ -35,8 +37,8 @@ WALK_ERROR, WALK_SURE = 0.01, 0.95
 class Instance:
     mdp: TokenMDP
     alpha: float
-    values: Tensor  # Q (H, S, A), soft-optimal for mdp.reward at alpha: the expert's logits
-    logits: Tensor  # the model's (H, S, A)
+    values: Tensor  # (H, S, A): the expert's logits, soft-optimal Q for mdp.reward at alpha
+    logits: Tensor  # (H, S, A): the model's logits
 
 
 def cliff(
@@ -68,7 +70,7 @@ def random(horizon: int, n: int, rng: np.random.Generator, alpha: float = RANDOM
 
 
 def walk(horizon: int, error: float = WALK_ERROR, alpha: float = 1.0) -> Instance:
-    """horizon = 2 * an odd number, so that ups or downs prevail. States: ups - downs + H / 2, from 0 to H."""
+    """Build `walk`. horizon / 2 must be odd, so that ups and downs differ. States: ups - downs + H / 2, from 0 to H."""
     half = horizon // 2
     if horizon % 4 != 2:
         raise ValueError(f"horizon={horizon}: expected twice an odd number")

@@ -1,23 +1,24 @@
-r"""`python -m bench.paper.iterate`: the endogenous reward of the policy that the endogenous reward made: nothing new.
+r"""`python -m bench.paper.iterate`: repeated rounds of RL on the endogenous reward of the policy from the last round.
 
-The claim (Li et al., arXiv 2506.23235): one round of RL is all there is. Round k has a model with logits z_k, policy
-pi_k = softmax(z_k / alpha), endogenous reward r_k(s, a) = z_k(s, a) - V_k(s'). The next model depends on the RL:
+The claim (Li et al., arXiv 2506.23235): further rounds bring nothing new. Round k has a model with logits z_k, the
+policy pi_k = softmax(z_k / alpha) and the endogenous reward r_k(s, a) = z_k(s, a) - V_k(s'). The next model depends on
+the RL:
 
-    same temperature  max E[sum r_k] + alpha entropy. Backward induction gives Q = z_k, and so the policy pi_k. A model
-                      that holds it under other constants, z_{k+1} = alpha log pi_k + c(s), has V_{k+1} for V_k, and
-                          r_{k+1}(s, a) = r_k(s, a) + F(s) - F(s'),    F = V_{k+1} - V_k,    F(end) = 0:
-                      the same up to potential-based shaping (Ng et al. 1999), hence the same policy again.
-    KL penalty        max E[sum r_k] - beta KL(pi || pi_k), as trainers do: pi_{k+1} ~ pi_k exp(sum r_k / beta). As
-                      sum r_k = alpha log pi_k + V_k(prompt), differences of summed rewards grow by the factor
-                      1 + alpha / beta: completions keep their order, the policy gets sharper, and k rounds are one
+    same temperature  max E[sum r_k] + alpha entropy. Backward induction gives Q = z_k and hence the policy pi_k. A
+                      model with this policy and other constants, z_{k+1} = alpha log pi_k + c(s), has the reward
+                          r_{k+1}(s, a) = r_k(s, a) + F(s) - F(s'),    F = V_{k+1} - V_k,    F(end) = 0.
+                      This is potential-based shaping (Ng et al. 1999), so the policy stays the same.
+    KL penalty        max E[sum r_k] - beta KL(pi || pi_k), as in trainers, gives pi_{k+1} ~ pi_k exp(sum r_k / beta).
+                      As sum r_k = alpha log pi_k + V_k(prompt), differences of summed rewards grow by the factor
+                      1 + alpha / beta. Completions keep their order and the policy gets sharper. k rounds equal one
                       round with beta' = alpha / ((1 + alpha / beta)^k - 1).
-    hard maximum      beta -> 0: the most likely completion. A second round has the same one.
-    from samples      the next model is not pi_k but what maximum likelihood makes of n completions from it: each round
-                      adds an estimation error of one size, independent of the others, so the error against the
-                      true reward should grow about as sqrt(k). (Model collapse: Shumailov et al., Nature 2024.)
+    hard maximum      beta -> 0 gives the most likely completion. A second round gives the same one.
+    from samples      The next model is the maximum-likelihood fit to n completions sampled from pi_k. Each round adds
+                      an independent estimation error of the same size, so the error against the true reward should
+                      grow about as sqrt(k). (Model collapse: Shumailov et al., Nature 2024.)
 
-A random token MDP as in reward.py. The identities are checked in float64, with the package's oracle, and its float32
-function against that; the noise is measured.
+The MDPs are random, as in reward.py. The identities are checked in float64 with the package's oracle, and its float32
+function is compared with the oracle. The error from samples is measured.
 """
 
 import sys
@@ -46,10 +47,10 @@ CHECKS = {
 
 
 def next_logits(mdp: TokenMDP, logits: torch.Tensor, alpha: float, beta: float | None = None) -> torch.Tensor:
-    """Logits alpha log pi of the policy that RL on the endogenous reward of `logits` ends with, exactly.
+    """Return the logits alpha log pi of the policy that exact RL on the endogenous reward of `logits` gives.
 
-    beta None: the same temperature, no reference. Else the weight of the KL penalty towards `logits`' own policy: soft
-    RL at temperature beta for the reward r + beta log pi_k.
+    beta is the weight of the KL penalty towards the policy of `logits`, which is soft RL at temperature beta for the
+    reward r + beta log pi_k. None means RL at temperature alpha without a penalty.
     """
     reward = tabular.endogenous(mdp, logits, alpha, exact=True)
     if beta is None:
@@ -61,7 +62,7 @@ def next_logits(mdp: TokenMDP, logits: torch.Tensor, alpha: float, beta: float |
 
 
 def identities(mdp: TokenMDP, logits: torch.Tensor, alpha: float, rng: np.random.Generator) -> dict[str, float]:
-    """Largest absolute violation of each line of CHECKS; "unchanged" is no identity, and is there to be far from 0."""
+    """Return the largest absolute violation of each of CHECKS. "unchanged" is no identity and must be far from 0."""
     constants = torch.from_numpy(rng.normal(size=(2, *logits.shape[:2], 1)))
     first = logits + constants[0]
     r1 = tabular.endogenous(mdp, first, alpha, exact=True)
@@ -86,14 +87,15 @@ def identities(mdp: TokenMDP, logits: torch.Tensor, alpha: float, rng: np.random
 
 
 def _between(mdp: TokenMDP, reward: torch.Tensor) -> torch.Tensor:
-    """Sum of `reward` of every completion minus that of the first completion of its prompt (P, A^H)."""
+    """Return (P, A^H) sums of `reward` of every completion, minus that of its prompt's first completion."""
     completions = tabular.all_completions(mdp)
     sums = [tabular.per_token(mdp, start, completions, reward).sum(-1) for start in mdp.starts.tolist()]
     return torch.stack([total - total[0] for total in sums])
 
 
 def losses(mdp: TokenMDP, logits: torch.Tensor, alpha: float, rounds: int) -> dict[str, list[float]]:
-    """Expected true reward below the optimum, of round 0 (the model itself), 1, 2, ... of exact RL."""
+    """Return the loss of expected true reward relative to the optimum after 0 (the model itself), 1, 2, ... rounds of
+    exact RL."""
     optimum = tabular.action_values(mdp, mdp.reward, 0)[1][0, mdp.starts].mean().item()
 
     def loss(policy):
@@ -112,7 +114,7 @@ def losses(mdp: TokenMDP, logits: torch.Tensor, alpha: float, rounds: int) -> di
 
 
 def sampled(mdp: TokenMDP, expert: torch.Tensor, alpha: float, n: int, rounds: int, rng) -> list[float]:
-    """Error (rms, two completions) of the reward in rounds 1, 2, ...; each fitted to n completions of the last."""
+    """Return the rms error of reward differences in rounds 1, 2, ..., each fitted to n completions of the last."""
     policy, out = tabular.policy_of(expert, alpha), []
     for _ in range(rounds):
         logits = tabular.fit(tabular.demonstrations(mdp, policy, n, rng), alpha)
@@ -124,7 +126,7 @@ def sampled(mdp: TokenMDP, expert: torch.Tensor, alpha: float, n: int, rounds: i
 def measure(
     seeds, horizon: int = HORIZON, rounds: int = ROUNDS, sampled_rounds: int = SAMPLED, samples=SAMPLES
 ) -> dict:
-    """{"identities": worst over seeds, "losses": {RL: (seeds, rounds + 1)}, "sampled": {n: (seeds, sampled_rounds)}}"""
+    """Return {"identities": worst of seeds, "losses": {RL: (seeds, rounds + 1)}, "sampled": {n: (seeds, rounds)}}."""
     checks, lines, noise = [], [], {n: [] for n in samples}
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -143,8 +145,8 @@ def measure(
 
 
 def growth(noise: dict[int, np.ndarray]) -> dict:
-    """Exponent of the error in the number of rounds, for each n."""
-    rng = np.random.default_rng(0)  # of the bootstrap only
+    """Return the exponent with which the error grows with the number of rounds, for each n."""
+    rng = np.random.default_rng(0)  # for the bootstrap only
     return {n: exponent(np.arange(1, errors.shape[1] + 1), errors, rng) for n, errors in noise.items()}
 
 
@@ -153,12 +155,13 @@ def sentence(results: dict, fits: dict) -> str:
     noise, loss = results["sampled"][N].mean(0), {name: line.mean(0) for name, line in results["losses"].items()}
     sharp, mild = loss["KL, beta = 0.01"], loss["KL, beta = 2 alpha"]
     return (
-        f"Exactly, a second round at the same temperature gives the same policy, and the same reward up to shaping\n"
-        f"({worst:.0e}). With a KL penalty of 0.01 one round takes the loss from {sharp[0]:.3g} to {sharp[1]:.2g}, "
-        f"a second to\n{sharp[2]:.2g}. With a large one (2 alpha) rounds do help ({mild[0]:.2g}, {mild[1]:.2g}, "
-        f"{mild[2]:.2g}, ...): they spread out the sharpening\nthat one round with a smaller penalty brings. "
-        f"From n = {N} samples each round adds noise: error {noise[0]:.3f}\nin round 1, {noise[1]:.3f} in round 2, "
-        f"{noise[-1]:.3f} in round {len(noise)}, as k^{fits[N]} (1/2 if rounds were independent)."
+        f"With exact RL at the same temperature, a second round gives the same policy and, up to shaping, the same\n"
+        f"reward ({worst:.0e}). With a KL penalty of 0.01, one round reduces the loss from {sharp[0]:.3g} to "
+        f"{sharp[1]:.2g}, and a second\nto {sharp[2]:.2g}. With a large penalty (2 alpha), more rounds help "
+        f"({mild[0]:.2g}, {mild[1]:.2g}, {mild[2]:.2g}, ...): together they sharpen\nas much as one round with a "
+        f"smaller penalty. With n = {N} samples, each round adds noise: the error is {noise[0]:.3f}\nin round 1, "
+        f"{noise[1]:.3f} in round 2 and {noise[-1]:.3f} in round {len(noise)}. It grows as k^{fits[N]}, where "
+        f"independent rounds give 1/2."
     )
 
 
@@ -190,7 +193,7 @@ def draw(results: dict, seeds: int, folder) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    torch.set_num_threads(1)  # tables this small: threads would only wait for each other
+    torch.set_num_threads(1)  # the tables are too small for several threads
     args = output.arguments(__doc__, seeds=20).parse_args(arguments)
     results = measure(range(args.seed, args.seed + args.seeds))
     fits = growth(results["sampled"])

@@ -1,15 +1,16 @@
-r"""`python -m bench.paper.math`: the paper's own experiment in RL, for a machine with its weights and a GPU.
+r"""`python -m bench.paper.math`: the paper's RL experiment, for a machine with its weights and a GPU.
 
-Li et al., arXiv 2506.23235: Qwen2.5-Math-7B trained on MATH with its own endogenous reward, KL 0.01, goes from 33.0 to
-38.8 (average of five mathematics benchmarks). This is that training with TRL's GRPOTrainer and EndoReward, and greedy
-accuracy on a test set before and after, judged by math-verify (trl.rewards.accuracy_reward):
+Li et al. (arXiv 2506.23235) train Qwen2.5-Math-7B on MATH with its own endogenous reward and a KL penalty of 0.01. The
+average over five mathematics benchmarks rises from 33.0 to 38.8. This command does that training with TRL's GRPOTrainer
+and EndoReward. It measures greedy accuracy on a test set before and after, judged by math-verify
+(trl.rewards.accuracy_reward):
 
     python -m bench.paper.math --model Qwen/Qwen2.5-Math-7B --train DigitalLearningGmbH/MATH-lighteval \
         --test HuggingFaceH4/MATH-500 --lora 64 --rate 1e-5
 
---lora trains adapters, which is what one GPU of 80 GB has room for beside the reward model; the paper trained all
-weights. It has not been run at that size here: only with the embedded model, on questions of its own.
-Data sets: names on the Hugging Face hub or JSON Lines files, with `problem` and `solution` in every row.
+--lora trains adapters, which fit on one 80 GB GPU beside the reward model. The paper trained all weights. The command
+has been run with the embedded model only, not at the paper's size.
+Data sets are names on the Hugging Face hub or JSON Lines files, with `problem` and `solution` in every row.
 """
 
 import argparse
@@ -24,7 +25,7 @@ INSTRUCTION = "{problem}\nPlease reason step by step, and put your final answer 
 
 
 def rows_of(name: str, split: str, limit: int | None):
-    """A Dataset of prompt (messages) and solution."""
+    """Return a Dataset with the columns prompt (messages) and solution."""
     from datasets import load_dataset
 
     local = Path(name).suffix in (".json", ".jsonl")
@@ -39,7 +40,7 @@ def rows_of(name: str, split: str, limit: int | None):
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, tokenizer: Any, rows: Any, length: int, batch: int) -> float:
-    """Share of greedy answers that math-verify takes for the solution; without rows whose solution it cannot read."""
+    """Return the share of greedy answers that math-verify accepts, among rows whose solution it can parse."""
     from trl.rewards import accuracy_reward
 
     model.eval()
@@ -55,12 +56,12 @@ def accuracy(model: torch.nn.Module, tokenizer: Any, rows: Any, length: int, bat
         judged += accuracy_reward([[{"role": "assistant", "content": text}] for text in said], part["solution"])
     known = [value for value in judged if value is not None]
     if not known:
-        raise SystemExit("math-verify can read none of the test set's solutions")
+        raise SystemExit("math-verify can read none of the test set's solutions: write the answers as \\boxed{...}")
     return sum(known) / len(known)
 
 
 def trainer_of(args: argparse.Namespace):
-    """GRPO with the endogenous reward of the model as it is now."""
+    """Build a GRPOTrainer whose reward is the endogenous reward of the initial model."""
     import trl
 
     from endoreward_fast.integrations.trl import EndoReward
@@ -85,14 +86,14 @@ def trainer_of(args: argparse.Namespace):
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m bench.paper.math", description=__doc__.splitlines()[0])
     found.add_argument("--model", required=True, help="name or folder")
-    found.add_argument("--train", required=True, help="data set of problem, solution (its solutions are not used)")
-    found.add_argument("--test", required=True, help="data set of problem, solution")
-    found.add_argument("--limit", type=int, help="only so many rows of the test set")
+    found.add_argument("--train", required=True, help="data set with problem and solution (the solutions are not used)")
+    found.add_argument("--test", required=True, help="data set with problem and solution")
+    found.add_argument("--limit", type=int, help="use only this many rows of the test set")
     found.add_argument("--steps", type=int, default=200)
     found.add_argument("--batch", type=int, default=16, help="answers in a forward pass")
     found.add_argument("--accumulate", type=int, default=8, help="forward passes in a step")
     found.add_argument("--group", type=int, default=8, help="answers to a question")
-    found.add_argument("--length", type=int, default=2048, help="most tokens of an answer")
+    found.add_argument("--length", type=int, default=2048, help="maximum number of tokens of an answer")
     found.add_argument("--rate", type=float, default=1e-6, help="learning rate (adapters: try 1e-5)")
     found.add_argument("--lora", type=int, help="train adapters of this rank (needs peft); default: all weights")
     found.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""What the commands of this folder share: arguments, the JSON record, the picture's last strokes."""
+"""Shared parts of the commands in this folder: arguments, the JSON record, tables, the layout of pictures."""
 
 import argparse
 import dataclasses
@@ -22,14 +22,14 @@ IMITATION, ENDOGENOUS, OTHER, GUIDE = "#3d5a80", "#d1495b", "#edae49", "#b9c2cc"
 
 def arguments(doc: str, seeds: int) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="the first seed; the others follow it")
-    parser.add_argument("--seeds", type=int, default=seeds, help="how many")
+    parser.add_argument("--seed", type=int, default=0, help="first seed; the others are the next integers")
+    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the JSON and the picture")
     return parser
 
 
 def write(name: str, settings: dict, results: dict, folder: Path) -> Path:
-    """folder/paper-<name>.json"""
+    """Write folder/paper-<name>.json. Return its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"paper-{name}.json"
     record = {"command": f"python -m bench.paper.{name}", "environment": environment(), "settings": settings}
@@ -42,16 +42,16 @@ def _plain(value):
         return dataclasses.asdict(value)
     if hasattr(value, "tolist"):
         return value.tolist()
-    raise TypeError(f"{type(value).__name__} is not for JSON")
+    raise TypeError(f"cannot write a {type(value).__name__} to JSON")
 
 
 def paragraph(*parts: str) -> str:
-    """One text, broken into lines."""
+    """Join the parts and wrap the text."""
     return textwrap.fill(" ".join(parts), 118)
 
 
 def table(header: tuple[str, ...], rows: list[tuple]) -> str:
-    """Left column flush left, the others flush right."""
+    """Format a table with the first column aligned left and the others right."""
     cells = [header, *([str(cell) for cell in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     lines = [
@@ -75,26 +75,26 @@ def quartiles(errors) -> np.ndarray:
 
 
 def of_the_mean(errors) -> np.ndarray:
-    """95% for the mean over seeds, by bootstrap: where most seeds have no error at all, quartiles say nothing."""
+    """Bootstrap the 95% interval of the mean over seeds. Quartiles are 0 where most seeds have no error."""
     rng = np.random.default_rng(0)
     means = [errors[rng.integers(len(errors), size=len(errors))].mean(0) for _ in range(1000)]
     return np.quantile(means, [0.025, 0.975], axis=0)
 
 
 def band(axis, x, errors, colour: str, label: str, spread=quartiles) -> None:
-    """The mean over seeds (seeds, len(x)) as a line, `spread` as a band."""
+    """Draw the mean over seeds of errors (seeds, len(x)) as a line, with `spread` as a band."""
     errors = np.asarray(errors)
     axis.plot(x, errors.mean(0), marker="o", ms=3.5, color=colour, lw=1.8, label=label)
     axis.fill_between(x, *spread(errors), color=colour, alpha=0.15, lw=0)
 
 
 def guide(axis, x, at: float, power: float, label: str) -> None:
-    """A dashed line of slope `power` through (x[0], at)."""
+    """Draw a dashed line of slope `power` through (x[0], at)."""
     axis.plot(x, [at * (value / x[0]) ** power for value in x], "--", color=GUIDE, lw=1.2, label=label, zorder=1)
 
 
 def picture(figure, axes, note: str, path: Path, legend: str = "best") -> Path:
-    """Legends, grid and a line below that says what was run; path.png and path.svg."""
+    """Add legends, grid and a note on what was run. Save path.png and path.svg; return the former."""
     for axis in axes:
         quiet(axis)
         if axis.get_legend_handles_labels()[0]:
@@ -105,7 +105,7 @@ def picture(figure, axes, note: str, path: Path, legend: str = "best") -> Path:
     figure.tight_layout(rect=(0, 0.22 / height, 1, 1), w_pad=2.0)
     figure.text(0.01, 0.08 / height, note, fontsize=8, color=MUTED)
     figure.savefig(path.with_suffix(".png"), dpi=140)
-    plt.rcParams["svg.hashsalt"] = "endoreward_fast"  # the same figures give the same file
+    plt.rcParams["svg.hashsalt"] = "endoreward_fast"  # makes the file reproducible
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     plt.close(figure)
     return path.with_suffix(".png")

@@ -1,4 +1,4 @@
-"""The embedded model as a policy: sampled and greedy answers to problems, and how many are right."""
+"""The embedded model as a policy: sampled and greedy answers to problems, and which of them are right."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from torch import nn
 
 from endoreward_fast.pocket.quiz import Problem
 
-LONGEST = 12  # tokens: the longest right answer of the arithmetic tasks has 7, its end included
+LONGEST = 12  # tokens; the longest right answer of the arithmetic tasks has 7, including its end token
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the policy said to one problem, its end included in `tokens`."""
+    """One answer of the policy. `tokens` counts the end token."""
 
     text: str
     tokens: int
@@ -24,7 +24,7 @@ def answers(
     model: nn.Module, tokenizer, problems: Sequence[Problem], *, samples: int = 1, seed: int = 0, greedy: bool = False,
     longest: int = LONGEST, batch: int = 512,
 ) -> list[list[Answer]]:  # fmt: skip
-    """`samples` answers to each problem, at temperature 1 without top-k or top-p, or the greedy one."""
+    """Sample `samples` answers to each problem at temperature 1 without top-k or top-p, or take the greedy answer."""
     rows = [p for p in problems for _ in range(1 if greedy else samples)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -57,7 +57,7 @@ def _generate(model: nn.Module, tokenizer, problems: Sequence[Problem], greedy: 
 
 
 def right(problems: Sequence[Problem], found: Sequence[Sequence[Answer]]) -> torch.Tensor:
-    """(problems, samples) float64: 1 where the answer is the right one to the letter, and has ended."""
+    """Return (problems, samples) float64: 1 where the answer equals the right one exactly and has ended, else 0."""
     return torch.tensor(
         [[float(a.ended and a.text == p.answer) for a in row] for p, row in zip(problems, found, strict=True)],
         dtype=torch.float64,

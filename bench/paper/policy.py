@@ -1,24 +1,29 @@
-r"""`python -m bench.paper.policy`: error against horizon H, of imitation and of what maximises the endogenous reward.
+r"""`python -m bench.paper.policy`: how the losses of imitation and of RL on the endogenous reward grow with horizon H.
 
-The claim (Li et al., arXiv 2506.23235): imitation's error is O(H^2 eps), that of RL on the endogenous reward O(H eps).
-Both as derived here, since it matters what eps is. R: the true rewards of a completion, summed; Rhat: the endogenous.
+The claim (Li et al., arXiv 2506.23235): imitation's error is O(H^2 eps), and RL on the endogenous reward has O(H eps).
+Both bounds are derived here, because they use different eps. R is the sum of a completion's true rewards, Rhat the sum
+of its endogenous rewards, pi the expert and pihat the model.
 
-    linear     Rhat = alpha log pihat(completion) + V(prompt), R = alpha log pi(completion) + V*(prompt), pi the expert.
+    linear     Rhat = alpha log pihat(completion) + V(prompt) and R = alpha log pi(completion) + V*(prompt).
                If |log pihat - log pi| <= eps in EVERY state, then |Rhat - R| <= alpha eps H, up to a constant of the
-               prompt, so the maximiser of Rhat is within 2 alpha eps H of the optimum under R.
-    quadratic  If pihat errs with probability eps per step in the EXPERT'S states, it errs for the first time at step h
-               with about that probability, and may then lose the H - h left: eps H^2 / 2 (Ross & Bagnell 2010).
-    neither    With the first eps, imitation cannot reach H^2: a step's KL is at most eps^2 / 2, that of completions at
-               most H eps^2 / 2, and by Pinsker the loss at most (range of R) eps sqrt(H) / 2, that is O(H^1.5 eps).
-               In reward plus alpha entropy, which the expert maximises, the loss is alpha KL(pihat || pi), at most
-               alpha H eps^2 / 2. (That imitation by log loss need not compound: Foster et al., arXiv 2407.15007.)
+               prompt. So the maximiser of Rhat is within 2 alpha eps H of the optimum under R.
+    quadratic  If pihat errs with probability eps per step in the EXPERT'S states, its first error is at step h with
+               about that probability. It may then lose the H - h steps left, which sums to eps H^2 / 2 (Ross & Bagnell
+               2010).
+    neither    With the eps of `linear`, imitation does not reach H^2. The KL of a step is at most eps^2 / 2, and that
+               of a completion at most H eps^2 / 2. By Pinsker's inequality, the loss is at most (range of R) eps
+               sqrt(H) / 2, that is O(H^1.5 eps). In reward plus alpha entropy, which the expert maximises, the loss is
+               alpha KL(pihat || pi), at most alpha H eps^2 / 2. Foster et al. (arXiv 2407.15007) show that the errors
+               of imitation by log loss need not compound.
 
-So there are four instances (instances.py): `cliff`, where the quadratic one bites; `confident`, where the linear one
-breaks; `random`, where nothing compounds; `walk`, which meets the linear one's premise. All but the demonstrations is
-exact: RL is dynamic programming on endoreward_fast's rewards (the hard maximum), so it has no optimisation error.
-Losses are of the expected true reward: imitation's (sampling from the model) below its expert, the maximiser's below
-the optimum, which is stricter, and imitation's below the optimum too, for comparing sizes. Beside them greedy decoding
-of the model, which needs no reward: what it gains by itself is not the reward's doing.
+There are four instances (instances.py). In `cliff`, imitation's loss is quadratic. In `confident`, the linear bound
+does not apply. In `random`, errors do not compound. `walk` satisfies the premise of the linear bound. Only the
+demonstrations are sampled: RL is dynamic programming on endoreward_fast's rewards (the hard maximum), so it has no
+optimisation error.
+
+Losses are in expected true reward. Imitation, that is sampling from the model, is compared with its expert and with the
+optimum. The maximiser is compared with the optimum. Greedy decoding of the model is compared too: it needs no reward,
+so its gain is not an effect of the reward.
 """
 
 import sys
@@ -32,8 +37,8 @@ from bench.paper.instances import Instance
 from bench.paper.scaling import exponent
 
 HORIZONS = {
-    # cliff: errors per step times H stay below 0.2, else a loss of H is as much as there is; random: at shorter ones
-    # the maximiser loses nothing in most seeds; walk: twice an odd number
+    # cliff: the error per step times H stays below 0.2, because the loss saturates at H. random: at shorter horizons
+    # the maximiser loses nothing in most seeds. walk: twice an odd number.
     "cliff": (8, 16, 32, 64, 128, 256), "random": (32, 64, 128, 256, 512),
     "walk": (10, 18, 34, 66, 130, 258), "confident": (8, 16, 32, 64, 128, 256),
 }  # fmt: skip
@@ -52,14 +57,14 @@ VARIANTS = (
 
 
 def errors(instance: Instance) -> dict[str, float]:
-    """Each policy's loss of expected true reward, and two sizes of the model's error per step."""
+    """Return each policy's loss of expected true reward, and two measures of the model's error per step."""
     mdp, alpha, logits = instance.mdp, instance.alpha, instance.logits
     expert, model = (tabular.policy_of(z, alpha) for z in (instance.values, logits))
     reward = tabular.endogenous(mdp, logits, alpha)
     maximiser = tabular.policy_of(tabular.action_values(mdp, reward, 0)[0], 0)
     optimum = tabular.action_values(mdp, mdp.reward, 0)[1][0, mdp.starts].mean().item()
     returns = tabular.expected_return(mdp, expert), tabular.expected_return(mdp, model)
-    # The objective that the expert maximises is E[sum of true reward - alpha log policy]; its own value is V(prompt).
+    # The expert maximises E[sum of true reward - alpha log policy]. Its value is V(prompt).
     with_entropy = mdp.reward - alpha * torch.log_softmax(logits / alpha, -1)
     best_with_entropy = alpha * torch.logsumexp(instance.values[0, mdp.starts] / alpha, -1).mean().item()
     log_ratio = torch.log_softmax(logits / alpha, -1) - torch.log_softmax(instance.values / alpha, -1)
@@ -77,7 +82,7 @@ def errors(instance: Instance) -> dict[str, float]:
 
 
 def sweep(build, horizons, seeds) -> dict[str, np.ndarray]:
-    """{error: (seeds, horizons)}. build(horizon, rng) -> Instance; each has demonstrations of its own."""
+    """Return {error: (seeds, horizons)} for build(horizon, rng) -> Instance, with new demonstrations for each."""
     runs = [[errors(build(h, np.random.default_rng([seed, h]))) for h in horizons] for seed in seeds]
     return {name: np.array([[cell[name] for cell in run] for run in runs]) for name in runs[0][0]}
 
@@ -91,16 +96,16 @@ BUILDS = {
 
 
 def measure(seeds, horizons=HORIZONS) -> dict[str, dict]:
-    """{instance: horizons, errors, exponents}"""
+    """Return {instance: {"horizons", "errors", "exponents"}}."""
     out = {}
     for name, hs in horizons.items():
-        drawn = seeds[:1] if name == "walk" else seeds  # nothing in it is drawn
+        drawn = seeds[:1] if name == "walk" else seeds  # walk draws nothing
         out[name] = _fitted(sweep(BUILDS[name], hs, drawn), hs)
     return out
 
 
 def sensitivity(seeds) -> list[dict]:
-    """The cliff's two exponents, and losses at the longest horizon, as one setting at a time is changed."""
+    """Return the cliff's two exponents and its losses at the longest horizon, with one setting changed at a time."""
     out, horizons = [], HORIZONS["cliff"]
     for variant in VARIANTS:
         settings = {"n": N} | variant
@@ -112,7 +117,7 @@ def sensitivity(seeds) -> list[dict]:
 
 
 def _fitted(swept: dict[str, np.ndarray], horizons) -> dict:
-    rng = np.random.default_rng(0)  # of the bootstrap only
+    rng = np.random.default_rng(0)  # for the bootstrap only
     exponents = {name: exponent(horizons, swept[name], rng) for name in ROWS.values()}
     return {"horizons": horizons, "errors": swept, "exponents": exponents}
 
@@ -136,27 +141,30 @@ def report(results: dict[str, dict]) -> str:
 
 
 def sentence(results: dict[str, dict], changed: list[dict]) -> str:
-    """What the figures say, put together from them; losses that stand side by side are below the same thing."""
+    """Summarise the results. Losses that are compared with each other are relative to the same policy."""
     fits = {name: result["exponents"] for name, result in results.items()}
     last = {name: {k: v.mean(0)[-1] for k, v in result["errors"].items()} for name, result in results.items()}
     cliff, rand, walk, confident = (last[name] for name in ("cliff", "random", "walk", "confident"))
     none = sum(row["endogenous"].value is None for row in changed)
     return output.paragraph(
-        f"On the cliff imitation's loss below its expert grows as H^{fits['cliff']['imitation']}; below the optimum, "
-        f"where the expert's own loss is in it, as H^{fits['cliff']['imitation_optimum']}. The loss of the endogenous "
-        f"reward's maximiser, below the optimum, grows as H^{fits['cliff']['endogenous']}; with one setting changed it "
-        f"is 0 at some H, and has no exponent, in {none} of {len(changed)} cases. Imitation's 2 does not show on a "
-        f"random instance (H^{fits['random']['imitation']}: mistakes are forgiven), nor where log-probabilities are "
-        f"right to {instances.WALK_ERROR} in every state (H^{fits['walk']['imitation']}; the bound there is H^1.5). "
-        f"The maximiser fails where the model is sure of itself off its data: it leaves the track and loses "
-        f"{confident['endogenous']:.0f} of {results['confident']['horizons'][-1]}, imitation "
-        f"{confident['imitation_optimum']:.0f}, greedy decoding {confident['greedy']:.2g}.",
-        f"Is it the reward, or only taking the best token? Below the optimum, at the largest H: on the cliff greedy "
-        f"decoding, with no reward, loses {cliff['greedy']:.2g}, the maximiser {cliff['endogenous']:.2g}: there it is "
-        f"not the reward. On the random instance imitation loses {rand['imitation_optimum']:.0f} (its expert, which "
-        f"samples too, {rand['expert']:.0f}), greedy {rand['greedy']:.2g}, the maximiser {rand['endogenous']:.2g}: "
-        f"most of it is the best token, the rest the reward. On the walk {walk['imitation_optimum']:.0f} (its expert "
-        f"{walk['expert']:.0f}), greedy {walk['greedy']:.0f}, the maximiser {walk['endogenous']:.2g}: there it is.",
+        f"On the cliff, imitation's loss relative to its expert grows as H^{fits['cliff']['imitation']}, and relative "
+        f"to the optimum, which includes the expert's loss, as H^{fits['cliff']['imitation_optimum']}. The loss of the "
+        f"endogenous reward's maximiser relative to the optimum grows as H^{fits['cliff']['endogenous']}. With one "
+        f"setting changed, it is 0 at some H and has no exponent in {none} of {len(changed)} cases. Imitation does not "
+        f"grow as H^2 on the random instance (H^{fits['random']['imitation']}), where mistakes can be recovered from, "
+        f"nor where log-probabilities are right to {instances.WALK_ERROR} in every state "
+        f"(H^{fits['walk']['imitation']}; the bound is H^1.5). The maximiser fails where the model is confident off "
+        f"its data: it leaves the track and loses {confident['endogenous']:.0f} of "
+        f"{results['confident']['horizons'][-1]}. Imitation loses {confident['imitation_optimum']:.0f} there, and "
+        f"greedy decoding {confident['greedy']:.2g}.",
+        f"Does the gain come from the reward, or from taking the best token? These losses are relative to the optimum, "
+        f"at the largest H. On the cliff, greedy decoding without a reward loses {cliff['greedy']:.2g}, and the "
+        f"maximiser {cliff['endogenous']:.2g}: the gain does not come from the reward. On the random instance, "
+        f"imitation loses {rand['imitation_optimum']:.0f} (its expert, which samples too, {rand['expert']:.0f}), "
+        f"greedy decoding {rand['greedy']:.2g} and the maximiser {rand['endogenous']:.2g}: most of the gain comes from "
+        f"the best token, the rest from the reward. On the walk, imitation loses {walk['imitation_optimum']:.0f} (its "
+        f"expert {walk['expert']:.0f}), greedy decoding {walk['greedy']:.0f} and the maximiser "
+        f"{walk['endogenous']:.2g}: the gain comes from the reward.",
     )
 
 
@@ -202,7 +210,7 @@ def settings_of(seed: int, seeds: int) -> dict:
 
 
 def main(arguments: list[str]) -> None:
-    torch.set_num_threads(1)  # tables this small: threads would only wait for each other
+    torch.set_num_threads(1)  # the tables are too small for several threads
     args = output.arguments(__doc__, seeds=32).parse_args(arguments)
     seeds = range(args.seed, args.seed + args.seeds)
     results = measure(seeds)

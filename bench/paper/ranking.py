@@ -1,17 +1,17 @@
-r"""`python -m bench.paper.ranking`: right answers against wrong ones, by every reward that needs no verifier.
+r"""`python -m bench.paper.ranking`: rank right answers against wrong ones by every reward that needs no verifier.
 
-The claim (Li et al., arXiv 2506.23235, Tables 1 and 5): the endogenous reward ranks as well as, or better than, the
-same model asked to judge, and trained reward models. Here the embedded model on its held-out problems, each right
-answer against three wrong ones as near to it in length as the task has; every signal of signals.py from one pass, the
-model as verifier and as judge, and a reward model trained for it: the same weights, a scalar head, Bradley-Terry loss
-on problems of the training split. The log-ratio has a model of random weights as its reference, for want of a second
-one.
+The claim (Li et al., arXiv 2506.23235, Tables 1 and 5): the endogenous reward ranks at least as well as trained reward
+models and as the same model asked to judge. Here, the embedded model ranks answers to its held-out problems. Each right
+answer is compared with three wrong ones of similar length. The methods are every signal of signals.py from one pass,
+the model as verifier and as judge, and a reward model trained from the same weights with a scalar head and the
+Bradley-Terry loss on the training split. The reference of the log-ratio is a model with random weights, because there
+is no second model.
 
-    accuracy     share of a problem's wrong answers that score below the right one, mean over problems; Wilson's 95%, a
-                 problem being one trial
-    shorter, equal, longer      the same over those wrong answers that have fewer, as many, more tokens
-    length bias  of two wrong answers of different length to the same problem, how often the shorter scores higher: 50%
-                 without a bias. The plain sum falls with every token, so more is to be expected of it.
+    accuracy     share of a problem's wrong answers that score below the right one, averaged over problems, with
+                 Wilson's 95% interval (one problem is one trial)
+    shorter, equal, longer      the same for wrong answers with fewer, as many or more tokens than the right one
+    length bias  for two wrong answers of different length to one problem, how often the shorter scores higher: 50%
+                 without a bias. The plain sum falls with every token, so more than 50% is expected.
 """
 
 import json
@@ -38,7 +38,7 @@ TRAINED = "trained reward model"
 
 
 def samples(rows: Sequence[Problem]) -> list[dict]:
-    """What scorers are asked: of each problem the right answer, then the three wrong ones."""
+    """Return the rows to score: for each problem the right answer, then the three wrong ones."""
     return [
         {"prompt": p.prompt(), "completion": completion, "group": n}
         for n, p in enumerate(rows)
@@ -47,14 +47,14 @@ def samples(rows: Sequence[Problem]) -> list[dict]:
 
 
 def untrained(scorer: EndoRewardModel, seed: int) -> EndoRewardModel:
-    """The embedded model's shape with random weights."""
+    """Return a model of the embedded model's shape with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return EndoRewardModel(type(scorer.model)(scorer.model.config).eval(), scorer.tokenizer)
 
 
 def trained(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> RewardModel:
-    """A reward model made from the embedded one: loss -log sigmoid(r(right) - r(wrong)) on `rows`."""
+    """Train a reward model from the embedded one on `rows`, with the loss -log sigmoid(r(right) - r(wrong))."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(pocket_path()))
@@ -87,7 +87,7 @@ def trained(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> RewardMod
 
 
 def every_score(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """{method: (problems, 4) scores, the right answer's first}, and the answers' lengths in tokens (problems, 4)."""
+    """Return {method: scores (problems, 4), right answer first} and the answers' lengths in tokens (problems, 4)."""
     scorer, asked = EndoRewardModel.from_pretrained("pocket"), samples(rows)
     read = scorer.score(asked, signals="all", reference=untrained(scorer, seed))
     found = {name: [row.signals[name] for row in read] for name in SIGNALS}
@@ -100,7 +100,7 @@ def every_score(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> tuple
 
 
 def accuracies(scores: torch.Tensor, lengths: torch.Tensor) -> dict[str, Accuracy]:
-    """{"all" and each of LENGTHS: accuracy over the wrong answers of that length}, from (problems, 4) each."""
+    """Return {"all" or one of LENGTHS: accuracy over wrong answers of that length}. Both inputs are (problems, 4)."""
     won = scores[:, :1] > scores[:, 1:]
     right, wrong = lengths[:, :1], lengths[:, 1:]
     of = {"all": torch.ones_like(won), "shorter": wrong < right, "equal": wrong == right, "longer": wrong > right}
@@ -113,7 +113,7 @@ def accuracies(scores: torch.Tensor, lengths: torch.Tensor) -> dict[str, Accurac
 
 
 def shorter_wins(scores: torch.Tensor, lengths: torch.Tensor) -> Accuracy:
-    """How often the shorter of two wrong answers scores higher, mean over problems that have two of unlike length."""
+    """Return how often the shorter of two wrong answers scores higher, averaged over problems where lengths differ."""
     shares = []
     for s, n in zip(scores[:, 1:].tolist(), lengths[:, 1:].tolist(), strict=True):
         pairs = [(i, j) for i in range(len(n)) for j in range(len(n)) if n[i] < n[j]]
@@ -137,16 +137,16 @@ def sentence(found: dict[str, dict[str, Accuracy]], pairs: int) -> str:
     overall = json.loads((output.RESULTS / "rm-bench-pocket.json").read_text())["rm_bench"]["overall"]
     rm_bench = {level: f"{100 * overall[level]['accuracy']:.1f}" for level in ("easy", "hard")}
     return output.paragraph(
-        f"The endogenous reward puts a wrong answer below the right one in {shown['endogenous']}% of comparisons,",
-        f"as the summed log-probability does ({shown['logprob']}%: within a prompt they are the same number but for a",
-        f"constant); self-certainty in {shown['self-certainty']}%; this model as its own judge in {percent(best)}%",
-        "at best, near chance, as it was never taught to judge; a reward model trained on",
-        f"{pairs} pairs in {shown[TRAINED]}%. Length bias of the plain sum: of two wrong answers the shorter scores",
-        f"higher in {percent(found['endogenous'][BIAS])}%, by the mean of its tokens' log-probabilities in",
-        f"{percent(found['mean-logprob'][BIAS])}%: none to be seen where lengths differ by a token or two. Where they",
-        "differ by hundreds it decides: RM-Bench's short right answers win against long wrong ones in",
-        f"{rm_bench['hard']}%, its long right ones against short wrong ones in {rm_bench['easy']}%",
-        "(rm-bench-pocket.json).",
+        f"The endogenous reward ranks a wrong answer below the right one in {shown['endogenous']}% of comparisons.",
+        f"The summed log-probability does so in {shown['logprob']}%: within a prompt, the two differ by a constant.",
+        f"Self-certainty reaches {shown['self-certainty']}%. The model as its own judge reaches {percent(best)}% at",
+        f"best, near chance, because it was never trained to judge. A reward model trained on {pairs} pairs reaches",
+        f"{shown[TRAINED]}%. Length bias: of two wrong answers, the shorter has the higher sum in",
+        f"{percent(found['endogenous'][BIAS])}% and the higher mean log-probability in",
+        f"{percent(found['mean-logprob'][BIAS])}%, so there is no visible bias where lengths differ by a token or two.",
+        "Where lengths differ by hundreds of tokens, the bias decides: in RM-Bench, short right answers win against",
+        f"long wrong ones in {rm_bench['hard']}%, and long right answers against short wrong ones in",
+        f"{rm_bench['easy']}% (rm-bench-pocket.json).",
     )
 
 

@@ -1,22 +1,24 @@
-r"""`python -m bench.paper.reward`: error of the endogenous reward against the true one, as demonstrations grow.
+r"""`python -m bench.paper.reward`: error of the endogenous reward against the true reward, by number of demonstrations.
 
-The claim (Li et al., arXiv 2506.23235): a language model trained by next-token prediction on the text of a soft-optimal
-policy has, in its logits, the reward which that policy maximises. Here all is known: a random token MDP (mdp.py) with
-true reward r*, its soft-optimal policy pi at temperature alpha, n completions sampled from pi, the model that maximises
-their likelihood (`mdp.fit`: half a pseudo-count per token, so that a token never seen keeps a finite reward and a state
-never seen is uniform), and the rewards that endoreward_fast.token_rewards reads in its logits.
+The claim (Li et al., arXiv 2506.23235): the logits of a language model trained by next-token prediction on the text of
+a soft-optimal policy contain the reward that this policy maximises. Here, everything is known. The true reward r* is
+that of a random token MDP (mdp.py), and pi is its soft-optimal policy at temperature alpha. n completions are sampled
+from pi, and the model maximises their likelihood (`mdp.fit`). Half a pseudo-count per token keeps the reward of unseen
+tokens finite and makes unseen states uniform. endoreward_fast.token_rewards reads the rewards from the model's logits.
 
-What can be compared. The likelihood leaves a constant c(s) per state free, and it goes straight into the reward:
+What is identified: the likelihood does not determine a constant c(s) per state, and the reward contains it:
 
-    r(s, a) = alpha log pi(a|s) + V(s) - V(s')        V(s) = alpha LSE(z(s) / alpha), which moves with c(s)
+    r(s, a) = alpha log pi(a|s) + V(s) - V(s')        V(s) = alpha LSE(z(s) / alpha) contains c(s)
 
-(potential-based shaping: Ng et al. 1999), so no number of demonstrations identifies a token's reward. They identify
-    difference  between the summed rewards of two completions of a prompt: V(s_1) is the same for both, V(end) = 0
-    unshaped    r(s, a) - V(s) + V(s') = alpha log pi(a|s), with V the soft values of r itself
+This is potential-based shaping (Ng et al. 1999), so no number of demonstrations identifies a token's reward. They
+identify
+    difference  of the summed rewards of two completions of a prompt: V(s_1) cancels, and V(end) = 0
+    unshaped    r(s, a) - V(s) + V(s') = alpha log pi(a|s), where V are the soft values of r
 
-Errors: root mean square over two completions that pi draws for a prompt, exactly, over all A^H completions; the largest
-over all pairs of completions, however unlikely; root mean square over pi's tokens, unshaped and as they are.
-Expected: n^(-1/2), the rate of maximum likelihood, once n reaches the rare tokens; tokens as they are: a constant.
+Errors: the root mean square of the difference for two completions drawn from pi, computed exactly from all A^H
+completions; the largest over all pairs of completions, however unlikely; the root mean square over pi's tokens,
+unshaped and raw.
+Expected: n^(-1/2), the rate of maximum likelihood, once n is large enough for the rare tokens; a constant for raw.
 """
 
 import sys
@@ -32,7 +34,7 @@ from bench.paper.scaling import exponent, two
 HORIZON, STATES, VOCAB, PROMPTS, ALPHA = 6, 6, 4, 2, 0.5
 SETTINGS = {"horizon": HORIZON, "states": STATES, "vocab": VOCAB, "prompts": PROMPTS, "alpha": ALPHA, "smoothing": 0.5}
 DEMONSTRATIONS = tuple(int(10 ** (k / 2)) for k in range(4, 15))  # 100 to 10 million
-FITTED = 10_000  # exponents are fitted from here: below it, tokens that are rare have not been seen
+FITTED = 10_000  # exponents are fitted from here; below it, rare tokens have not been seen
 ROWS = {
     "difference": "difference of two completions (rms)",
     "largest": "the same, largest of all pairs",
@@ -42,7 +44,7 @@ ROWS = {
 
 
 def errors(mdp: TokenMDP, expert: torch.Tensor, logits: torch.Tensor, alpha: float) -> dict[str, float]:
-    """The module head's errors, the share of pairs of completions in the right order, the scale of the differences."""
+    """Return the errors of the module docstring, the share of pairs in the right order and the size of differences."""
     policy = tabular.policy_of(expert, alpha)
     token = tabular.visits(mdp, policy)[..., None] * policy / mdp.horizon
     reward = tabular.endogenous(mdp, logits, alpha)
@@ -53,7 +55,7 @@ def errors(mdp: TokenMDP, expert: torch.Tensor, logits: torch.Tensor, alpha: flo
 
 
 def completion_errors(mdp: TokenMDP, expert: torch.Tensor, logits: torch.Tensor, alpha: float) -> dict[str, float]:
-    """Those of `errors` that compare completions, all A^H of them, each scored by token_rewards as a text is."""
+    """Return those `errors` that compare completions: all A^H, each scored by token_rewards like a text."""
     policy, completions = tabular.policy_of(expert, alpha), tabular.all_completions(mdp)
     difference, largest, order, scale = [], [], [], []
     for start in mdp.starts.tolist():
@@ -75,7 +77,7 @@ def _variance(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _ordered(weight: torch.Tensor, truth: torch.Tensor, ours: torch.Tensor, pairs: int = 20_000) -> torch.Tensor:
-    """Share of pairs, both drawn by the expert and different, that both rewards put in the same order."""
+    """Return the share of pairs of different completions, drawn from the expert, that both rewards order alike."""
     draws = torch.multinomial(weight, 2 * pairs, replacement=True, generator=torch.Generator().manual_seed(0))
     a, b = draws.view(2, pairs)
     a, b = a[a != b], b[a != b]
@@ -83,13 +85,13 @@ def _ordered(weight: torch.Tensor, truth: torch.Tensor, ours: torch.Tensor, pair
 
 
 def _unshaped(mdp: TokenMDP, reward: torch.Tensor, alpha: float) -> torch.Tensor:
-    """r(s, a) - V(s) + V(s'), V the soft values of r itself: Q(s, a) - V(s)."""
+    """Return r(s, a) - V(s) + V(s') = Q(s, a) - V(s), where V are the soft values of r."""
     q, v = tabular.action_values(mdp, reward, alpha)
     return q - v[:-1, :, None]
 
 
 def measure(seeds, demonstrations=DEMONSTRATIONS, horizon: int = HORIZON) -> dict[str, np.ndarray]:
-    """{error: (seeds, len(demonstrations))}: every seed a new MDP, every n new demonstrations."""
+    """Return {error: (seeds, len(demonstrations))}, with a new MDP for each seed and new demonstrations for each n."""
     runs = []
     for seed in seeds:
         rng = np.random.default_rng(seed)
@@ -103,7 +105,7 @@ def measure(seeds, demonstrations=DEMONSTRATIONS, horizon: int = HORIZON) -> dic
 
 def exponents(measured: dict[str, np.ndarray], demonstrations=DEMONSTRATIONS, fitted: int = FITTED) -> dict:
     first = next(i for i, n in enumerate(demonstrations) if n >= fitted)
-    rng = np.random.default_rng(0)  # of the bootstrap only
+    rng = np.random.default_rng(0)  # for the bootstrap only
     return {name: exponent(demonstrations[first:], measured[name][:, first:], rng) for name in ROWS}
 
 
@@ -111,11 +113,10 @@ def sentence(measured: dict[str, np.ndarray], fits: dict) -> str:
     order = measured["order"].mean(0)
     return (
         f"The difference of two completions' summed rewards converges to the true one as n^{fits['difference']}.\n"
-        f"The reward of one token does not (n^{fits['raw']}), as a constant per state is free; without it, "
-        f"n^{fits['unshaped']}.\n"
-        f"The worst pair of all completions is slower, n^{fits['largest']}: its tokens are rare. "
-        f"Pairs drawn from the expert are\nin the true order in {100 * order[0]:.1f}% at n = {DEMONSTRATIONS[0]} and "
-        f"{100 * order[-1]:.2f}% at n = {DEMONSTRATIONS[-1]}."
+        f"The reward of one token does not converge (n^{fits['raw']}), because a constant per state is free. Without "
+        f"the\nconstant it converges as n^{fits['unshaped']}. The worst pair of completions converges more slowly, as\n"
+        f"n^{fits['largest']}, because its tokens are rare. Pairs drawn from the expert are in the true order in\n"
+        f"{100 * order[0]:.1f}% at n = {DEMONSTRATIONS[0]} and {100 * order[-1]:.2f}% at n = {DEMONSTRATIONS[-1]}."
     )
 
 
@@ -142,7 +143,7 @@ def draw(measured: dict[str, np.ndarray], fits: dict, seeds: int, folder) -> Non
 
 
 def main(arguments: list[str]) -> None:
-    torch.set_num_threads(1)  # tables this small: threads would only wait for each other
+    torch.set_num_threads(1)  # the tables are too small for several threads
     args = output.arguments(__doc__, seeds=20).parse_args(arguments)
     measured = measure(range(args.seed, args.seed + args.seeds))
     fits = exponents(measured)
@@ -151,7 +152,7 @@ def main(arguments: list[str]) -> None:
     rows = [(label, *(f"{measured[name].mean(0)[i]:.2g}" for i in columns), fits[name]) for name, label in ROWS.items()]
     print(output.table(header, rows))
     print(
-        f"Differences themselves: {measured['scale'].mean():.2f} (rms). {args.seeds} random MDPs.\n\n"
+        f"Size of the true differences: {measured['scale'].mean():.2f} (rms). {args.seeds} random MDPs.\n\n"
         + sentence(measured, fits)
     )
     settings = SETTINGS | {"fitted_from": FITTED, "demonstrations": DEMONSTRATIONS}

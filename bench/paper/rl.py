@@ -1,21 +1,22 @@
-r"""`python -m bench.paper.rl`: does RL on its own endogenous reward make the embedded model better?
+r"""`python -m bench.paper.rl`: train the embedded model with RL on its own endogenous reward, and measure its accuracy.
 
-The claim (Li et al., arXiv 2506.23235): it does (MATH, Qwen2.5-Math-7B: 33.0 to 38.8), since imitation's errors
-compound and the maximiser's do not. Here the embedded model, TRL's GRPOTrainer and EndoReward, KL 0.01 towards the
-frozen initial policy, which is also the reward. As it needs no answers, it is trained on questions that the model has
-never seen (`quiz`: sums, subtractions, counting), and measured on them and on others that nobody trained on
-(`others`). The same budget with
+The claim (Li et al., arXiv 2506.23235): the model improves (Qwen2.5-Math-7B on MATH: from 33.0 to 38.8), because the
+errors of imitation compound and those of the maximiser do not. Here, the embedded model is trained with TRL's
+GRPOTrainer and EndoReward, with KL 0.01 towards the frozen initial policy, which is also the reward model. The reward
+needs no answers, so the model is trained on questions that it has never seen (`quiz`: sums, subtractions, counting). It
+is measured on them and on further questions (`others`). Other arms have the same budget:
 
-    token level  EndoGRPOMixin: an advantage for each token, from its own rewards-to-go
-    random       a reward drawn from N(0, 1): the floor; what GRPO does where nothing is to be learnt
+    token level  EndoGRPOMixin: an advantage for each token, from its rewards-to-go
+    random       a reward drawn from N(0, 1): the floor, with nothing to learn
     verifiable   1 for the right answer, else 0: the ceiling, which knows the answers
 
-Accuracy of a sampled answer is pi(right answer, and then the end), exactly, so that nothing is added by sampling it.
+The accuracy of a sampled answer is computed exactly, as the probability of the right answer and its end token.
 
-What to expect. The reward is log pi of the initial policy plus a constant of the prompt: its maximiser is that policy's
-likeliest answer, so sampling should become as good as greedy decoding was, and greedy decoding no better: sharpening,
-not learning. What to fear: log-probability falls with every token, so short answers may come to be preferred, right or
-wrong; and a policy of 3 million weights whose arithmetic breaks. Lengths, KL and entropy are recorded.
+Expected: the reward is log pi of the initial policy plus a constant of the prompt, so the maximiser is that policy's
+most likely answer. Sampling should become as good as greedy decoding was, and greedy decoding should not improve: the
+policy is sharpened and learns nothing. Risks: log-probability falls with every token, so short answers may be
+preferred, right or wrong; and the arithmetic of a policy with 3 million weights may break. Lengths, KL and entropy are
+recorded.
 """
 
 import multiprocessing
@@ -58,7 +59,7 @@ CURVES = {
 
 
 class Verifiable:
-    """1 for an answer that is right to the letter, 0 for any other."""
+    """Reward 1 for an answer that equals the right one exactly, else 0."""
 
     __name__ = "verifiable"
 
@@ -67,7 +68,7 @@ class Verifiable:
 
 
 class Coin:
-    """A reward that nothing has to do with."""
+    """A random reward, independent of the answer."""
 
     __name__ = "random"
 
@@ -79,16 +80,18 @@ class Coin:
 
 
 def questions(seed: int, quiz: int = QUIZ, others: int = OTHERS) -> tuple[list[Problem], list[Problem]]:
-    """Different held-out problems: those that are trained on, and others."""
+    """Return different held-out problems: those to train on, and others."""
     found = {p.key: p for p in problems(20 * (quiz + others), seed, "heldout", TASKS)}
     rows = list(found.values())[: quiz + others]
     if len(rows) < quiz + others:
-        raise ValueError(f"there are {len(found)} different problems, {quiz + others} are wanted")
+        raise ValueError(
+            f"quiz + others = {quiz + others}: expected at most {len(found)}, the different problems found"
+        )
     return rows[:quiz], rows[quiz:]
 
 
 def train(arm: str, seed: int, quiz: list[Problem], steps: int) -> tuple[torch.nn.Module, dict[str, list[float]]]:
-    """The trained policy, and its curves, a number for each step."""
+    """Train one arm. Return the policy and {curve: one number for each step}."""
     import trl
     from datasets import Dataset
 
@@ -96,9 +99,9 @@ def train(arm: str, seed: int, quiz: list[Problem], steps: int) -> tuple[torch.n
     from endoreward_fast.integrations.trl import EndoReward
 
     class TokenLevel(EndoGRPOMixin, trl.GRPOTrainer):
-        """GRPO, token by token."""
+        """GRPO with token-level advantages."""
 
-    # Every arm has the same three functions, so that the same curves are logged; weights say which is trained on.
+    # Every arm has the same three reward functions, so all log the same curves. The weights select one for training.
     functions: list[Callable] = [EndoReward(str(pocket_path())), Verifiable(), Coin(seed)]
     chosen = {"endogenous": 0, "token level": 0, "verifiable": 1, "random": 2}[arm]
     rows = [{"prompt": p.prompt(), "answer": p.answer} for p in quiz]
@@ -124,15 +127,15 @@ def train(arm: str, seed: int, quiz: list[Problem], steps: int) -> tuple[torch.n
 
 @torch.no_grad()
 def measure(scorer: EndoRewardModel, rows: list[Problem]) -> dict[str, float]:
-    """The mean probability of the right answer, and the share of greedy answers that are right."""
+    """Return the mean probability of the right answer, and the share of greedy answers that are right."""
     read = scorer.score([{"prompt": p.prompt(), "completion": p.answer} for p in rows])
     greedy = answers(scorer.model, scorer.tokenizer, rows, greedy=True)
     return {"sampled": float(np.exp([row.logprob for row in read]).mean()), "greedy": right(rows, greedy).mean().item()}
 
 
 def run(arm: str, seed: int, steps: int, quiz: int, others: int) -> dict:
-    """One training: {"quiz", "others": {"before", "after": measures}, "curves"}."""
-    torch.set_num_threads(1)  # two of these run side by side
+    """Train one arm and measure it: {"quiz", "others": {"before", "after": measures}, "curves"}."""
+    torch.set_num_threads(1)  # two processes run in parallel
     sets = dict(zip(("quiz", "others"), questions(seed, quiz, others), strict=True))
     scorer = EndoRewardModel.from_pretrained("pocket")
     before = {name: measure(scorer, rows) for name, rows in sets.items()}
@@ -144,7 +147,7 @@ def run(arm: str, seed: int, steps: int, quiz: int, others: int) -> dict:
 
 
 def table_of(runs: list[dict]) -> dict[str, dict]:
-    """{arm: {"quiz", "others": {"before", "after", "gain": {measure: [mean, lowest, highest over seeds]}}}}"""
+    """Return {arm: {"quiz", "others": {"before", "after", "gain": {measure: [mean, lowest, highest of seeds]}}}}."""
 
     def over_seeds(values: list[float]) -> list[float]:
         return [float(f(values)) for f in (np.mean, np.min, np.max)]
@@ -216,28 +219,28 @@ def draw(runs: list[dict], found: dict[str, dict], seeds: int, folder) -> None:
 
 
 def smooth(curve: list[float], width: int = 5) -> np.ndarray:
-    """Means over the last `width` steps."""
+    """Return the running mean over the last `width` steps."""
     c = np.asarray(curve, dtype=float)
     return np.array([c[max(0, i - width + 1) : i + 1].mean() for i in range(len(c))])
 
 
 def sentence(found: dict[str, dict], runs: list[dict]) -> str:
-    """What was seen, put together from the figures."""
+    """Summarise the results."""
     parts = []
     for arm, cells in found.items():
         quiz = cells["quiz"]
         others, others_greedy = (percent(cells["others"]["gain"][m], "+") for m in ("sampled", "greedy"))
         sampled, greedy = ([percent(quiz[w][m]) for w in ("before", "after")] for m in ("sampled", "greedy"))
         parts.append(
-            f"{ARMS[arm].capitalize()}: sampled answers to the questions trained on are right in {sampled[0]}% before "
-            f"and {sampled[1]}% after (greedy {greedy[0]} and {greedy[1]}); to other questions {others} points "
-            f"(greedy {others_greedy})."
+            f"{ARMS[arm].capitalize()}: sampled answers to the training questions are right in {sampled[0]}% before "
+            f"and {sampled[1]}% after training (greedy answers: {greedy[0]} and {greedy[1]}). On other questions, the "
+            f"accuracy changes by {others} points (greedy: {others_greedy})."
         )
     lengths = [smooth(r["curves"]["length"]) for r in runs if r["arm"] == "endogenous"]
     if lengths:
         first, last = (np.mean([c[i] for c in lengths]) for i in (4 if len(lengths[0]) > 4 else 0, -1))
         parts.append(
-            f"Length under the endogenous reward: {first:.1f} tokens in the first steps, {last:.1f} in the last."
+            f"Answers under the endogenous reward have {first:.1f} tokens in the first steps, {last:.1f} in the last."
         )
     return output.paragraph(*parts)
 
@@ -245,8 +248,8 @@ def sentence(found: dict[str, dict], runs: list[dict]) -> str:
 def main(arguments: list[str]) -> None:
     parser = output.arguments(__doc__, seeds=3)
     parser.add_argument("--steps", type=int, default=STEPS, help="optimiser steps, of 64 answers each")
-    parser.add_argument("--quiz", type=int, default=QUIZ, help="questions that are trained on")
-    parser.add_argument("--others", type=int, default=OTHERS, help="questions that are not")
+    parser.add_argument("--quiz", type=int, default=QUIZ, help="number of questions to train on")
+    parser.add_argument("--others", type=int, default=OTHERS, help="number of other questions")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     args = parser.parse_args(arguments)
     budget = args.steps, args.quiz, args.others

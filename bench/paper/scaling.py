@@ -1,4 +1,4 @@
-"""Exponents: the slope of a straight line through (log x, log of the mean over seeds), and how sure it is."""
+"""Fit exponents: the slope of a line through (log x, log of the mean over seeds), with a bootstrap interval."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Exponent:
-    """error ~ x^value; low, high: 95% by bootstrap over seeds. None: nothing was drawn, or a mean is not positive."""
+    """error ~ x^value, with the 95% bootstrap interval [low, high] over seeds.
+
+    `value` is None if a mean is not positive; `low` and `high` also if there is only one seed.
+    """
 
     value: float | None
     low: float | None = None
     high: float | None = None
-    lower_half: float | None = None  # slope over the smaller half of x and over the larger: equal if it is a power law
-    upper_half: float | None = None
+    lower_half: float | None = None  # slope over the lower half of x
+    upper_half: float | None = None  # slope over the upper half; equal to lower_half for a power law
 
     def __str__(self) -> str:
         if self.value is None:
@@ -23,19 +26,19 @@ class Exponent:
 
 
 def two(value: float) -> str:
-    """Two places, and no minus before a zero."""
+    """Format with two decimals, and 0.00 without a minus sign."""
     return f"{round(value, 2) + 0.0:.2f}"
 
 
 def slope(x: np.ndarray, mean: np.ndarray) -> float | None:
-    """Least squares on log-log; None where a value is not positive, as then there is no logarithm to fit."""
+    """Return the least-squares slope in log-log coordinates; None if a mean is not positive."""
     if not (mean > 0).all():
         return None
     return float(np.polyfit(np.log(x), np.log(mean), 1)[0])
 
 
 def exponent(x, errors, rng: np.random.Generator, resamples: int = 1000) -> Exponent:
-    """errors (seeds, len(x)): every row one seed. With a single row (nothing sampled) there is no interval."""
+    """Fit errors (seeds, len(x)), one row for each seed. A single row gives no interval."""
     x, errors = np.asarray(x, dtype=float), np.asarray(errors, dtype=float)
     mean, half = errors.mean(0), len(x) // 2
     value = slope(x, mean)

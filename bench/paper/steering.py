@@ -1,21 +1,21 @@
-r"""`python -m bench.paper.steering`: two system prompts make two rewards, each with its own taste.
+r"""`python -m bench.paper.steering`: how the system prompt changes the preferences of the endogenous reward.
 
-The claim (Li et al., arXiv 2506.23235, Table 2): the endogenous reward follows the instruction it is given, so that one
-model is many reward models. Their table sets the domain that a system prompt names against preference data of each
-domain; here the two instructions that the embedded model has learnt, "Answer in words." and "Answer in digits.", and
-held-out sums with their right answer written both ways. Model, questions and completions are the same in every row:
-only the system prompt that the reward reads changes. As the two columns hold the same pairs the other way around, they
-add up to 100% (but for ties).
+The claim (Li et al., arXiv 2506.23235, Table 2): the endogenous reward follows the instruction in the system prompt, so
+one model gives many reward models. Their table crosses system prompts that name a domain with preference data of each
+domain. Here, the instructions are "Answer in words." and "Answer in digits.", which the embedded model has learnt, and
+the data are held-out sums with the right answer in both forms. Model, questions and completions are the same in every
+row; only the system prompt changes. Both columns hold the same pairs with the preference reversed, so they add up to
+100% (apart from ties).
 
     data "words"    preferred: the answer in words; rejected: the same answer in digits
-    data "digits"   the other way around
+    data "digits"   the reverse
 
-Beside it, what that table alone cannot say:
+Further measurements:
     controls      no system prompt, and an instruction that the model has never seen
-    margin        score(words) - score(digits), nats: how far the instruction moves it
-    right         the right answer above three wrong ones of the same form: it is not form alone
-    form first    a wrong answer in the form asked for above the right one in the other: what counts for more
-    policy        the form in which the same model answers under that system prompt (sampled, temperature 1)
+    margin        score(words) - score(digits) in nats: the size of the effect
+    right         whether the right answer scores above three wrong ones of the same form
+    form first    whether a wrong answer in the requested form scores above the right one in the other form
+    policy        the form of the model's sampled answers under that system prompt (temperature 1)
 """
 
 import sys
@@ -39,22 +39,22 @@ NUMBERS = frozenset(in_words(n) for n in range(1000))
 
 
 def form_of(text: str) -> str:
-    """ "words", "digits" or "neither"."""
+    """Return the form of an answer: "words", "digits" or "neither"."""
     return "digits" if text.isdecimal() else "words" if text in NUMBERS else "neither"
 
 
 def sums(n: int, seed: int) -> list[tuple[Problem, Problem]]:
-    """`n` different held-out sums, each asked for in digits and in words."""
+    """Return `n` different held-out sums, each with an instruction for digits and one for words."""
     found: dict[str, tuple[Problem, Problem]] = {}
     for pair in steered(20 * n, seed):
         found.setdefault(pair[0].key, pair)
     if len(found) < n:
-        raise ValueError(f"n={n}: there are {len(found)} different sums")
+        raise ValueError(f"n={n}: expected at most {len(found)}, the number of different sums")
     return list(found.values())[:n]
 
 
 def scores(scorer: EndoRewardModel, problems: Sequence[Problem]) -> torch.Tensor:
-    """(problems, 4) scores of each one's completions under its own system prompt, the right one first."""
+    """Return (problems, 4) scores of each problem's completions under its system prompt, the right one first."""
     rows = [{"prompt": p.prompt("chat"), "completion": c} for p in problems for c in p.completions("chat")]
     results = scorer.score(rows)
     failed = next((result.error for result in results if result.error), None)
@@ -64,7 +64,7 @@ def scores(scorer: EndoRewardModel, problems: Sequence[Problem]) -> torch.Tensor
 
 
 def measure(scorer: EndoRewardModel, pairs: Sequence[tuple[Problem, Problem]], seed: int) -> dict[str, dict]:
-    """{system prompt: what the reward and the policy make of the same sums under it}"""
+    """Return {system prompt: results of reward and policy on the same sums under it}."""
     n = len(pairs)
     found = {}
     for name, system in SYSTEMS.items():
@@ -84,7 +84,7 @@ def measure(scorer: EndoRewardModel, pairs: Sequence[tuple[Problem, Problem]], s
 
 
 def policy(scorer: EndoRewardModel, problems: Sequence[Problem], seed: int) -> dict[str, Accuracy]:
-    """{form: share of sampled answers in it}"""
+    """Return {form: share of sampled answers in that form}."""
     forms = [form_of(row[0].text) for row in answers(scorer.model, scorer.tokenizer, problems, seed=seed)]
     return {form: wilson(forms.count(form) / len(forms), len(forms)) for form in (*FORMS, "neither")}
 
@@ -98,7 +98,7 @@ def percent(share: Accuracy) -> str:
 
 
 def table(found: dict[str, dict]) -> str:
-    """The 2x2, its controls below, margin and policy beside it."""
+    """Format the preference table with its controls, margins and policy."""
     header = ("reward's system prompt", "data: words", "data: digits", "margin, nats", "policy: words", "digits")
     lines = []
     for name, row in found.items():
@@ -113,29 +113,31 @@ def table(found: dict[str, dict]) -> str:
 
 
 def sentence(found: dict[str, dict]) -> str:
-    """What was seen, and what it is not."""
+    """Summarise the results and their limits."""
     own = [100 * found[form]["reward"][form].value for form in FORMS]
     moved = found["words"]["margin"] - found["digits"]["margin"]
     right = [100 * found[form]["right"].value for form in FORMS]
     first = [100 * found[form]["form_first"].value for form in FORMS]
     unknown = found["unseen"]["margin"].mean() - found["none"]["margin"].mean()
     return output.paragraph(
-        f"The system prompt alone turns the preference around: words in {own[0]:.1f}% under 'Answer in words.',",
-        f"digits in {own[1]:.1f}% under 'Answer in digits.', of {len(moved)} held-out sums;",
-        f"it moves the margin by {moved.mean():.1f} nats.",
-        "Within the form asked for, the right answer still comes first of four in",
-        f"{right[0]:.0f}% and {right[1]:.0f}%, but form counts for more: a wrong answer in that form beats the right",
-        f"one in the other in {first[0]:.0f}% and {first[1]:.0f}%. The model was trained on these two instructions.",
-        f"One that it does not know moves its margin too ({unknown:+.1f} nats), to no purpose:",
-        "the reward follows what the policy has learnt to follow.",
+        f"The system prompt alone reverses the preference. Of {len(moved)} held-out sums, the reward prefers words in",
+        f"{own[0]:.1f}% under 'Answer in words.', and digits in {own[1]:.1f}% under 'Answer in digits.'.",
+        f"The margin changes by {moved.mean():.1f} nats.",
+        "Among four answers in the requested form, the right one scores highest in",
+        f"{right[0]:.0f}% and {right[1]:.0f}%. Form counts for more: a wrong answer in the requested form beats the",
+        f"right one in the other form in {first[0]:.0f}% and {first[1]:.0f}%. The model was trained on both.",
+        f"An instruction that it does not know also changes the margin ({unknown:+.1f} nats), but not usefully:",
+        "the reward follows only instructions that the policy has learnt to follow.",
     )
 
 
 def draw(found: dict[str, dict], note: str, folder) -> None:
-    """The table as shares, and the margins that it is the sign of."""
+    """Draw the table of shares, and the margins whose sign it counts."""
     figure, (left, right) = output.panels(1, 2, width=5.4, height=3.4)
     shares = torch.tensor([[100 * row["reward"][form].value for form in FORMS] for row in found.values()])
-    left.imshow(shares, cmap="RdBu_r", vmin=-60, vmax=160, aspect="auto")  # the ends of the map drown the text
+    left.imshow(
+        shares, cmap="RdBu_r", vmin=-60, vmax=160, aspect="auto"
+    )  # the map's darkest colours would hide the text
     for y, row in enumerate(found.values()):
         for x, form in enumerate(FORMS):
             left.text(x, y, percent(row["reward"][form]), ha="center", va="center", color=output.INK, fontsize=9)
@@ -160,7 +162,7 @@ def draw(found: dict[str, dict], note: str, folder) -> None:
 
 def main(arguments: list[str]) -> None:
     parser = output.arguments(__doc__, seeds=1)
-    parser.add_argument("--n", type=int, default=300, help="different held-out sums")
+    parser.add_argument("--n", type=int, default=300, help="number of different held-out sums")
     args = parser.parse_args(arguments)
     found = measure(EndoRewardModel.from_pretrained("pocket"), sums(args.n, args.seed), args.seed)
     print(table(found) + "\n\n" + sentence(found))

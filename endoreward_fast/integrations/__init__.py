@@ -1,1 +1,1 @@
-"""Trainers and clusters. Nothing here is imported unless it is asked for by name."""
+"""Integrations with trainers and clusters. Import the one you need; the package imports none of them."""

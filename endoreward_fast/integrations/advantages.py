@@ -1,4 +1,4 @@
-"""An advantage for every token of a group of completions, bounded as GRPO's own is."""
+"""Token-level advantages for groups of completions, with the same bound as GRPO's."""
 
 from typing import Literal
 
@@ -11,29 +11,30 @@ Scale = Literal["group", "batch", "none"]
 def token_advantages(
     to_go: Tensor, rewards: Tensor, *, endo: int, weights: Tensor, group: int, scale: Scale
 ) -> Tensor:  # fmt: skip
-    """Advantages of tokens, each group of `group` rows being completions of one prompt:
+    """Return the advantage of each token. Each `group` consecutive rows are completions of one prompt.
 
         A[i, h] = N[i, h] / (s + 1e-4),    N[i, h] = w_e (G[i, h] - mean_j G[j, h]) + S_i - mean_j S_j
 
-    to_go    (N, C) G: rewards-to-go of the endogenous reward; NaN where there is no token. The mean is over the
-             completions of the group that still go on at place h: of the last one, the rest is compared with nothing
-    rewards  (N, K) every function's reward of each completion, NaN where it gave none; column `endo` is this one's
-    weights  (K,) of the functions; S is the weighted sum of the others' rewards
-    scale    over which completions s is taken: those of the "group" or of the "batch"; "none": A = N
+    to_go    (N, C) G: rewards-to-go of the endogenous reward, NaN where there is no token. At position h, the mean is
+             over the completions of the group that have a token there. Once only one is left, it has no baseline to
+             differ from, and its term is 0
+    rewards  (N, K) the reward of each completion by each function, NaN for none. Column `endo` is the endogenous reward
+    weights  (K,) weights of the functions, w_e for the endogenous reward; S is the weighted sum of the other rewards
+    scale    the completions over which s is computed: "group" or "batch"; "none": A = N
 
-    s is the largest of these spreads, over n completions that have a reward: the standard deviation of the total
-    rewards, which is GRPO's s, and sqrt(sum_j N[j, h]^2 / (n - 1)) at each place h. N sums to 0 over a group at each
-    place, so
+    Over n completions with a reward, s is the largest of these: the standard deviation of the total rewards, which is
+    GRPO's s, and sqrt(sum_j N[j, h]^2 / (n - 1)) at each position h. N sums to 0 over a group at each position, so
 
-        |A| <= (n - 1) / sqrt(n)                    with "group", n being the completions of the group,
-        |A| <= sqrt((g - 1) (n - 1) / g)            with "batch", of n completions in groups of g,
+        |A| <= (n - 1) / sqrt(n)                    with "group", for n completions in the group,
+        |A| <= sqrt((g - 1) (n - 1) / g)            with "batch", for n completions in groups of g.
 
-    which are GRPO's own bounds. The standard deviation of the totals alone gives no bound: completions whose totals
-    nearly tie may differ by many nats on the way. "none" has no bound, as in GRPO.
+    These are GRPO's bounds. The standard deviation of the totals alone gives no bound, because completions with nearly
+    equal totals can have rewards-to-go that differ by many nats. "none" has no bound, as in GRPO.
 
-    The baseline depends on the prompt and the place, never on the token chosen there, so the policy gradient keeps its
-    expectation (up to the completion's own share in mean and s, as in GRPO). For completions of one length whose whole
-    reward comes with the last token, and for tokens that only the other functions reward, this is GRPO's advantage.
+    The baseline depends on the prompt and the position, never on the token chosen there, so it does not change the
+    expected policy gradient (apart from each completion's own share in mean and s, as in GRPO). The result equals
+    GRPO's advantage for completions of equal length with their whole reward on the last token, and for tokens that only
+    the other functions reward.
     Returns (N, C) float32; 0 for a row without any reward.
     """
     given = ~rewards.isnan()
@@ -47,18 +48,18 @@ def token_advantages(
         size = group if scale == "group" else len(total)
         spread = largest_spread(total.view(-1, size), numerator.view(-1, size, numerator.shape[1]))
         numerator = numerator / (spread.repeat_interleave(size)[:, None] + 1e-4)
-    # One scored completion in a group has no spread, and nothing to be compared with.
+    # A group with one scored completion has no spread (NaN) and gets advantage 0.
     return numerator.nan_to_num(0.0).float()
 
 
 def centred(x: Tensor, group: int) -> Tensor:
-    """x (N, ...) less the mean over each `group` of its rows; NaN entries stay NaN and do not count."""
+    """Subtract from x (N, ...) the mean over each `group` of its rows. The mean ignores NaN entries, which stay NaN."""
     grouped = x.view(-1, group, *x.shape[1:])
     return (grouped - grouped.nanmean(1, keepdim=True)).view(x.shape)
 
 
 def largest_spread(total: Tensor, numerator: Tensor) -> Tensor:
-    """(R,) from total (R, n), NaN where there is none, and numerator (R, n, C); NaN for fewer than two totals."""
+    """Return s (R,) from total (R, n), NaN where missing, and numerator (R, n, C). NaN for fewer than two totals."""
     count = (~total.isnan()).sum(1)
     of_totals = (total - total.nanmean(1, keepdim=True)).square().nansum(1)
     squares = torch.cat([of_totals[:, None], numerator.square().sum(1)], 1).amax(1)

@@ -1,7 +1,6 @@
-"""One completion a call, from many threads or tasks at once: scored together, in as few forwards as they allow.
+"""Batch concurrent requests for single rewards, which verl and OpenRLHF make from many threads or tasks.
 
-verl and OpenRLHF ask for one reward at a time, concurrently. What has been asked for while a forward runs makes up the
-next one.
+Requests that arrive while a forward runs are scored together in the next one.
 """
 
 import math
@@ -22,7 +21,7 @@ from ..scoring.options import ScoreOptions
 from ..scoring.results import RowScore
 from .generated import NOT_FINITE, ending_ids, score_completions, scorer_of
 
-# A model that several adapters share runs for one of them at a time: reading its head's input needs the model alone.
+# One lock for each model: a hook reads the head's input, so adapters that share a model must take turns.
 _BUSY: "weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock]" = weakref.WeakKeyDictionary()
 
 
@@ -30,18 +29,18 @@ class Rewarded(NamedTuple):
     """The reward of one completion."""
 
     score: float
-    """by the reduction asked for; BatchedReward's `unscored` where there is none"""
+    """score by the given reduction; BatchedReward's `unscored` if there is none"""
     tokens: tuple[float, ...]
-    """each token's part of it: they add up to the score"""
+    """each token's part of the score; they sum to it"""
     token: float
     """mean reward of a token"""
     first_value: float
     """V of the prompt"""
     error: str | None
-    """why there is no score, in one line"""
+    """the reason for a missing score, in one line"""
 
     def metrics(self) -> dict[str, float]:
-        """What a trainer logs. The same names for every completion, as trainers put them side by side."""
+        """Return the metrics to log. Every completion has the same names, because trainers stack them."""
         found = {"token": self.token, "first_value": self.first_value, "length": float(len(self.tokens))}
         return found | {"unscored": float(self.error is not None)}
 
@@ -50,20 +49,19 @@ UNSCORED = -1e6
 
 
 class BatchedReward:
-    """The endogenous reward of sampled completions, asked for one at a time from any thread.
+    """Score sampled completions, submitted one at a time from any thread.
 
-    model         a name or folder, a loaded causal language model or an EndoRewardModel: the frozen initial policy
-    tokenizer     the policy's. Default: the reward model's own
+    model         the frozen initial policy: a name or folder, a loaded causal language model, or an EndoRewardModel
+    tokenizer     the policy's tokenizer. Default: the reward model's
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
+    unscored      the reward of a completion that cannot be scored (empty, longer than the model's positions, not
+                  finite). These trainers cannot represent a missing reward. `unscored` is never the best reward: a
+                  completion that scores no higher counts as unscored too. The default, -1e6, is below the score of any
+                  real completion (16,384 tokens of -61 nats), and its square is precise enough in float32
 
-    unscored      the reward of a completion that cannot be scored (empty, beyond the model's positions, not finite), as
-                  these trainers have no word for "no reward". It is never the best one: a score below it counts as
-                  none. The default, -1e6, is below any score that real completions get (16,384 tokens of -61 nats),
-                  and its square is still exact enough in float32
+    Each reason for a missing score gives one warning. `reasons` counts all cases.
 
-    Each reason is warned of once and counted in `reasons`.
-
-    Raises EndoRewardError: a tokenizer other than the reward model's, options that cannot work.
+    Raises EndoRewardError: a tokenizer other than the reward model's, or an invalid option.
     """
 
     def __init__(
@@ -71,7 +69,7 @@ class BatchedReward:
         gamma: float = 1.0, floor: float = 0.0, max_tokens_per_batch: int = 8192, unscored: float = UNSCORED,
     ) -> None:  # fmt: skip
         if not (isinstance(unscored, int | float) and math.isfinite(unscored) and unscored < 0):
-            raise EndoRewardError(f"unscored={unscored!r}: expected a finite number below 0, below every score")
+            raise EndoRewardError(f"unscored={unscored!r}: expected a finite number below 0 and below every score")
         self.options = ScoreOptions(
             alpha=alpha, reduction=reduction, gamma=gamma, floor=floor, max_tokens_per_batch=max_tokens_per_batch
         )
@@ -87,7 +85,7 @@ class BatchedReward:
         self._runner = ThreadPoolExecutor(1, thread_name_prefix="endo_reward")
 
     def submit(self, row: dict[str, Any]) -> "Future[Rewarded]":
-        """Score a row of EndoRewardModel.score (`generated_row` makes one of token ids) with what else is waiting."""
+        """Queue a row of EndoRewardModel.score, such as one from `generated_row`, for the next batch."""
         asked: Future[Rewarded] = Future()
         with self._lock:
             self._waiting.append((row, asked))
@@ -99,14 +97,14 @@ class BatchedReward:
             batch, self._waiting = self._waiting, []
         batch = [(row, asked) for row, asked in batch if asked.set_running_or_notify_cancel()]
         if not batch:
-            return  # an earlier round took them along
+            return  # an earlier call scored them
         o = self.options
         options = {"alpha": o.alpha, "max_tokens_per_batch": o.max_tokens_per_batch}
         try:
             with self._busy:
                 rows = score_completions(self.scorer, [row for row, _ in batch], per_token=True, texts=False, **options)
             found = [self._reduce(row) for row in rows]
-        except Exception as error:  # whoever asked is told; this thread has nobody to tell
+        except Exception as error:  # raised again by each caller's Future
             for _, asked in batch:
                 asked.set_exception(error)
             return
@@ -124,7 +122,7 @@ class BatchedReward:
         return Rewarded(score, parts, math.fsum(rewards) / len(rewards), row.tokens.values[0], None)
 
     def without(self, reason: str) -> Rewarded:
-        """The answer for a completion that cannot be scored: warned of once, counted always."""
+        """Return the answer for a completion that cannot be scored. Count it, and warn once for each reason."""
         with self._lock:
             known = reason in self.reasons
             self.reasons[reason] += 1
@@ -136,7 +134,7 @@ class BatchedReward:
 def score_parts(
     rewards: Sequence[float], *, reduction: Literal["sum", "mean"], gamma: float, floor: float
 ) -> tuple[float, ...]:
-    """What each token adds to `sequence_score`, which is linear in the rewards: reward times derivative."""
+    """Return each token's part of `sequence_score`, which is linear in the rewards: reward times derivative."""
     reward = torch.tensor([rewards], requires_grad=True)
     everywhere = torch.ones_like(reward, dtype=torch.bool)
     sequence_score(reward, everywhere, reduction=reduction, gamma=gamma, floor=floor).sum().backward()

@@ -1,6 +1,6 @@
-"""Completions as a policy generated them, token ids in and scores out: what every trainer's adapter stands on.
+"""Score completions as sampled token ids. All trainer integrations use this module.
 
-Ids are scored as they were sampled. Text would be tokenized anew, into other tokens than the policy chose.
+The sampled ids are scored. Tokenizing the completion's text again could give other tokens than the policy chose.
 """
 
 from collections.abc import Collection, Sequence
@@ -14,13 +14,13 @@ from ..scoring.arguments import ScoreKwargs
 
 Ids = Sequence[int]
 Own = Sequence[int]
-"""1 for a token that the policy chose, 0 for one of a tool's answer or an environment's"""
+"""1 for a token that the policy chose, 0 for a token from a tool or an environment"""
 NOT_FINITE = "the model gave a reward that is not finite"
 EMPTY = RowScore(None, 0, None, ("empty",), "the completion is empty: there is no token to reward")
 
 
 def scorer_of(model: Any, tokenizer: Any = None) -> EndoRewardModel:
-    """An EndoRewardModel from itself, a loaded model, or a name or folder ("pocket" is built in).
+    """Return `model` as an EndoRewardModel. It may be one, a loaded model, or a name or folder ("pocket" is built in).
 
     Raises EndoRewardError as EndoRewardModel does.
     """
@@ -32,17 +32,18 @@ def scorer_of(model: Any, tokenizer: Any = None) -> EndoRewardModel:
 
 
 def ending_ids(scorer: EndoRewardModel, tokenizer: Any = None) -> frozenset[int]:
-    """Tokens that end an episode: those at which the model's generation stops, and the tokenizer's own."""
+    """Return the ids that end an episode: those that stop the model's generation, and the tokenizers' eos tokens."""
     own = (getattr(t, "eos_token_id", None) for t in (tokenizer, scorer.tokenizer))
     return frozenset(scorer.eos_ids) | {i for i in own if i is not None}
 
 
 def generated_row(prompt: Ids, completion: Ids, ends: Collection[int], own: Own | None = None) -> dict[str, Any]:
-    """The row of a sampled completion, for EndoRewardModel.score.
+    """Return the row of a sampled completion, for EndoRewardModel.score.
 
-    A completion whose last token is in `ends` is whole: V(s') = 0 after it. Any other was cut off: V(s') counts. So it
-    does after a turn that a tool answered, as the episode went on: V of the state right after the turn, before the
-    answer, which the policy did not choose. `own` marks the policy's tokens; default: all.
+    A completion whose last token is in `ends` is complete: V(s') = 0 after it. Any other completion was cut off and
+    keeps V(s'). The last token of a turn that a tool answered also keeps V(s'), because the episode went on. There s'
+    is the state before the tool's answer, which the policy did not choose. `own` marks the policy's tokens; default:
+    all.
     """
     whole = bool(len(completion)) and int(completion[-1]) in ends and (own is None or bool(own[-1]))
     row = {"prompt_ids": prompt, "completion_ids": completion, "terminal": whole}
@@ -52,7 +53,7 @@ def generated_row(prompt: Ids, completion: Ids, ends: Collection[int], own: Own 
 def score_completions(
     scorer: EndoRewardModel, rows: Sequence[dict[str, Any]], **options: Unpack[ScoreKwargs]
 ) -> list[RowScore]:
-    """EndoRewardModel.score, but that a completion without a token has no score: nothing was chosen or rewarded."""
+    """Call EndoRewardModel.score, but give a completion without tokens no score: no token was chosen."""
     results: list[RowScore | None] = [EMPTY if not len(row.get("completion_ids", "?")) else None for row in rows]
     asked = [row for row, known in zip(rows, results, strict=True) if known is None]
     scores = iter(scorer.score(asked, **options) if asked else ())

@@ -1,10 +1,13 @@
-"""TRL's GRPOTrainer with endogenous rewards, token by token (written against TRL 1.16).
+"""Token-level endogenous rewards in TRL's GRPOTrainer (written against TRL 1.16).
 
-class Trainer(EndoGRPOMixin, GRPOTrainer): ...
+Combine the mixin with the trainer, and pass one EndoReward:
 
-Trainer(model, reward_funcs=[EndoReward("Qwen/Qwen2.5-0.5B-Instruct")], ...)     an advantage for each token
-Trainer(model, reward_funcs=[EndoReward()], args=GRPOConfig(beta=0.01), ...)     and one forward for two jobs: the
-                                reward model is the trainer's reference model, whose log-probabilities it needs too
+    class Trainer(EndoGRPOMixin, GRPOTrainer): ...
+
+    # One advantage for each token:
+    Trainer(model, reward_funcs=[EndoReward("Qwen/Qwen2.5-0.5B-Instruct")], ...)
+    # The trainer's reference model is the reward model; one forward gives rewards and reference log-probabilities:
+    Trainer(model, reward_funcs=[EndoReward()], args=GRPOConfig(beta=0.01), ...)
 """
 
 import inspect
@@ -28,37 +31,39 @@ from .trl import EndoReward, Scored
 
 
 class Generated(NamedTuple):
-    """What the trainer generated for a batch of prompts."""
+    """The token ids that the trainer generated for a batch of prompts."""
 
     prompts: Sequence[Ids]
     completions: Sequence[Ids]
     own: Sequence[Own] | None
-    """0 for a tool's or an environment's tokens (TRL's tool_mask, a rollout's env_mask); None: all are the policy's"""
+    """0 for tokens of a tool or an environment (TRL's tool_mask, a rollout's env_mask); None: all are the policy's"""
 
 
 class EndoGRPOMixin:
-    """For a subclass of GRPOTrainer whose reward_funcs hold one EndoReward: class Trainer(EndoGRPOMixin, GRPOTrainer).
+    """Mixin for GRPOTrainer with one EndoReward in reward_funcs: class Trainer(EndoGRPOMixin, GRPOTrainer).
 
-    token_level=True: every token gets the advantage of its own rewards-to-go (`token_advantages`), to which the other
-    reward functions add theirs as GRPO does. False: GRPO's one advantage a completion.
+    token_level=True gives every token the advantage of its rewards-to-go (`token_advantages`). Other reward functions
+    add one advantage per completion, as in GRPO. token_level=False gives GRPO's one advantage per completion.
 
-    An EndoReward() without a model reads the trainer's reference model (beta above 0): rewards and reference
-    log-probabilities are then one forward and one vocabulary pass, at alpha = the sampling temperature.
+    An EndoReward() without a model reads the trainer's reference model, which needs beta above 0. One forward and one
+    vocabulary pass then give rewards and reference log-probabilities. alpha must equal the sampling temperature.
 
-    Completions are scored after the very ids that the policy was given, tools and environments included. Tokens that
-    came from a tool or an environment are context, and have no reward.
+    Completions are scored after the prompt ids that the policy read, tools and environments included. Tokens from a
+    tool or an environment are context and have no reward.
 
-    Overridden: _generate (read only), _calculate_rewards, _generate_and_score_completions (which replaces
-    "advantages") and _get_per_token_logps_and_entropies: of the reference model, and of the policy where the model
-    counts its positions from the padding (GPT-2), which TRL puts on the left. Raises EndoRewardError where they are
-    not as in TRL 1.16, or for a configuration that has no such rewards: it names what to change.
+    The mixin overrides _generate (only to read its result), _calculate_rewards, _generate_and_score_completions (to
+    replace "advantages") and _get_per_token_logps_and_entropies. The last one is overridden for the reference model,
+    and for a policy without position_ids (GPT-2 counts TRL's left padding as positions).
+
+    Raises EndoRewardError if the trainer's methods differ from TRL 1.16's, or if its configuration does not allow such
+    rewards. The message says what to change.
     """
 
     def __init__(self, *args: Any, token_level: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _check_interface(type(self))
         self.token_level = token_level
-        self.endo_index, self.endo_reward = _the_endo_reward(self.reward_funcs)
+        self.endo_index, self.endo_reward = _find_endo_reward(self.reward_funcs)
         self.shares_forward = self.endo_reward.scorer is None
         self.counts_from_padding = False
         self._generated = Generated((), (), None)
@@ -84,7 +89,7 @@ class EndoGRPOMixin:
             return self._reference_logprobs(input_ids, attention_mask, logits_to_keep, kwargs.get("batch_size"))
         if not self.counts_from_padding:
             return theirs(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
-        # TRL gives no position_ids: with the padding on the right the model counts as it did when it generated.
+        # TRL passes no position_ids. With the padding on the right, positions are the same as during generation.
         rows = PaddingLast(attention_mask)
         moved = rows.move(input_ids), rows.move(attention_mask)
         *per_token, aux_loss = theirs(model, *moved, moved[0].shape[1] - 1, *args, **kwargs)
@@ -94,7 +99,7 @@ class EndoGRPOMixin:
         return logprob, entropy, aux_loss
 
     def _reference_logprobs(self, input_ids: Tensor, attention_mask: Tensor, width: int, batch_size: int | None):
-        """What _get_per_token_logps_and_entropies returns; the rewards of the same pass are kept."""
+        """Return what _get_per_token_logps_and_entropies does, and keep the rewards of the same pass."""
         own = torch.ones(len(input_ids), width, dtype=torch.bool, device=input_ids.device)
         for row, mask in zip(own, self._generated.own or (), strict=self._generated.own is not None):
             row[: len(mask)] = torch.tensor(mask, dtype=torch.bool)
@@ -104,7 +109,7 @@ class EndoGRPOMixin:
         return torch.cat([logprob for _, logprob in passes]), None, None
 
     def _one_pass(self, input_ids: Tensor, attended: Tensor, own: Tensor) -> tuple[Scored, Tensor]:
-        """Rewards of the completions' `own` tokens (B, width) and log-probabilities of all, from one forward."""
+        """Return rewards of the `own` tokens and log-probabilities of all tokens, both (B, width), from one forward."""
         width = own.shape[1]
         read = attended.clone()
         read[:, :-width] = False
@@ -116,14 +121,17 @@ class EndoGRPOMixin:
                 input_ids, read, last & torch.isin(input_ids, ends), alpha=self.endo_reward.options.alpha,
                 attention_mask=attended,
             )  # fmt: skip
-        # Cloned, as what comes out of inference mode cannot enter the loss.
+        # Cloned, because autograd cannot use inference tensors in the loss.
         reward, value, logprob, mask = (x[:, -width:].clone() for x in (found.reward, found.value, found.logprob, read))
         return Scored.checked(reward.cpu(), value.cpu(), (mask & own).cpu(), [None] * len(mask)), logprob
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         generated = self._generated
         if list(generated.completions) != list(completion_ids_list):
-            raise EndoRewardError(f"TRL {version('trl')} asks for rewards of other completions than it generated")
+            raise EndoRewardError(
+                f"TRL {version('trl')} asks for rewards of completions that it did not generate: install TRL 1.16, or "
+                "use EndoReward as a plain reward function"
+            )
         if self.shares_forward:
             scored = self._take_shared()
         else:
@@ -136,14 +144,17 @@ class EndoGRPOMixin:
         return rewards
 
     def _take_shared(self) -> Scored:
-        """What the reference model's forward has found about the generated completions."""
+        """Return the rewards that the reference model's forward computed, and forget them."""
         if not self._from_reference:
-            raise EndoRewardError(f"TRL {version('trl')} asks for rewards before it has run the reference model")
+            raise EndoRewardError(
+                f"TRL {version('trl')} asks for rewards before it runs the reference model: set beta above 0 with TRL "
+                "1.16, or give EndoReward a model"
+            )
         columns = list(zip(*self._from_reference, strict=True))
         self._from_reference = []
         scored = Scored(*(torch.cat(column) for column in columns[:3]), sum(columns[3], ()))
-        # The trainer hides completions that it will not train on (mask_truncated_completions): they count in the
-        # group's baseline all the same, so they are scored on their own.
+        # mask_truncated_completions hides completions from the forward. They count in the group's baseline, so a
+        # second forward scores them.
         hidden = [i for i, on in enumerate(scored.mask.any(1).tolist()) if not on and scored.errors[i] is None]
         if not hidden:
             return scored
@@ -157,8 +168,8 @@ class EndoGRPOMixin:
         return output
 
     def _token_advantages(self, width: int) -> Tensor:
-        """(B, width) advantages of this process's completions; groups may span processes."""
-        scored, rewards = self._scored, self._rewards_per_func  # rewards: of all processes
+        """Return (B, width) advantages of this process's completions. Groups may span processes."""
+        scored, rewards = self._scored, self._rewards_per_func  # rewards are those of all processes
         device, options = rewards.device, self.endo_reward.options
         to_go = rewards_to_go(scored.reward, scored.mask, gamma=options.gamma).masked_fill(~scored.mask, torch.nan)
         to_go = F.pad(to_go, (0, width - to_go.shape[1]), value=torch.nan).to(device)
@@ -173,8 +184,8 @@ class EndoGRPOMixin:
         return advantages[local, :width]
 
 
-def _the_endo_reward(functions: Sequence[Any]) -> tuple[int, EndoReward]:
-    """(index, function) of the one EndoReward."""
+def _find_endo_reward(functions: Sequence[Any]) -> tuple[int, EndoReward]:
+    """Return (index, function) of the one EndoReward."""
     found = [(i, f) for i, f in enumerate(functions) if isinstance(f, EndoReward)]
     if len(found) != 1:
         raise EndoRewardError(f"EndoGRPOMixin wants exactly one EndoReward in reward_funcs, found {len(found)}")
@@ -191,7 +202,7 @@ EXPECTED = {
 
 
 def _check_interface(trainer: type) -> None:
-    """EndoRewardError unless the trainer below the mixin has the methods that it overrides and calls."""
+    """Raise EndoRewardError if the trainer's methods that the mixin overrides or calls differ from TRL 1.16's."""
     below = super(EndoGRPOMixin, trainer)  # type: ignore[misc]
     for name, wanted in EXPECTED.items():
         method = getattr(below, name, None)
@@ -200,22 +211,27 @@ def _check_interface(trainer: type) -> None:
             arguments = "is missing" if found is None else f"takes ({', '.join(found)})"
             raise EndoRewardError(
                 f"TRL {version('trl')} has another GRPOTrainer than EndoGRPOMixin was written for (1.16): {name} "
-                f"{arguments}; EndoReward as a plain reward function may still work"
+                f"{arguments}; install TRL 1.16, or use EndoReward as a plain reward function"
             )
 
 
 def _check_configuration(trainer: Any) -> None:
-    """EndoRewardError, saying what to change, for what these rewards have no meaning in."""
+    """Raise EndoRewardError for a configuration in which these rewards are undefined."""
     args, reward = trainer.args, trainer.endo_reward
     if trainer.token_level and (reward.options.reduction != "sum" or reward.options.floor > 0):
         raise EndoRewardError(
-            "rewards-to-go are sums: reduction='mean' and floor are for token_level=False (gamma works with both)"
+            "token_level=True needs reduction='sum' and no floor, because rewards-to-go are sums: change them, or set "
+            "token_level=False"
         )
     if trainer.token_level and args.multi_objective_aggregation != "sum_then_normalize":
-        raise EndoRewardError("token advantages need multi_objective_aggregation='sum_then_normalize'")
+        raise EndoRewardError(
+            "token_level=True needs multi_objective_aggregation='sum_then_normalize': set it, or set token_level=False"
+        )
     if not trainer.shares_forward:
         if reward.scorer.model is trainer.accelerator.unwrap_model(trainer.model):
-            raise EndoRewardError("the reward model is the module being trained: give EndoReward a copy, or no model")
+            raise EndoRewardError(
+                "EndoReward's model is the module being trained: give EndoReward a copy of it, or no model"
+            )
         return
     if trainer.ref_model is None:
         raise EndoRewardError(
@@ -226,13 +242,15 @@ def _check_configuration(trainer: Any) -> None:
         raise EndoRewardError("one pass reads token ids, no images: give EndoReward a model, or train without images")
     if reward.options.alpha != args.temperature:
         raise EndoRewardError(
-            f"one pass gives rewards and reference log-probabilities at one temperature: EndoReward's "
-            f"alpha={reward.options.alpha} is not the trainer's temperature={args.temperature}; make them equal, or "
-            "give EndoReward a model"
+            f"EndoReward's alpha={reward.options.alpha} is not the trainer's temperature={args.temperature}, and one "
+            "pass gives rewards and reference log-probabilities at one temperature: make them equal, or give "
+            "EndoReward a model"
         )
     if args.sync_ref_model:
         raise EndoRewardError(
-            "sync_ref_model moves the reward with the policy: turn it off, or give EndoReward a model"
+            "sync_ref_model changes the reward model during training: turn it off, or give EndoReward a model"
         )
     if reward.system:
-        raise EndoRewardError("a system prompt that only the reward sees needs a forward of its own: give it a model")
+        raise EndoRewardError(
+            "a system prompt that only the reward model reads needs a separate forward: give EndoReward a model"
+        )

@@ -1,10 +1,10 @@
-"""The endogenous reward in OpenRLHF (written against OpenRLHF 0.11.2): a file with a `reward_func` in it.
+"""The endogenous reward in OpenRLHF (written against OpenRLHF 0.11.2), as a file that defines `reward_func`.
 
     # reward.py, for --reward.remote_url reward.py
     from endoreward_fast.integrations.openrlhf import EndoReward
     reward_func = EndoReward("Qwen/Qwen2.5-0.5B-Instruct")
 
-Nothing of OpenRLHF is imported.
+This module does not import OpenRLHF.
 """
 
 from collections.abc import Sequence
@@ -20,24 +20,24 @@ from .generated import generated_row
 
 
 class EndoReward:
-    """`reward_func(queries, prompts, labels)` of OpenRLHF: the endogenous reward of each query's response.
+    """OpenRLHF's `reward_func(queries, prompts, labels)`: returns the endogenous reward of each query's response.
 
-    model         a name or folder, a loaded causal language model or an EndoRewardModel: the frozen initial policy
-    tokenizer     the policy's, or its name. Default: the reward model's own
+    model         the frozen initial policy: a name or folder, a loaded causal language model, or an EndoRewardModel
+    tokenizer     the policy's tokenizer or its name. Default: the reward model's tokenizer
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
-    unscored      the reward of a response that cannot be scored, -1e6: never the best (see BatchedReward)
+    unscored      the reward of a response that cannot be scored. Default: -1e6, which is never the best (BatchedReward)
 
-    OpenRLHF hands over text, special tokens and all, and no token ids. The prompt is tokenized as it does; the
-    response's tokens are those that it adds to the prompt's (`boundary`): the sampled ones, wherever the policy wrote
-    its text as the tokenizer would. One that ends in an end-of-sequence token is whole, any other is bootstrapped with
-    V(s'). A prompt that OpenRLHF has cut from the left is found again. Calls come one query each, from many threads:
-    what waits is scored together.
+    OpenRLHF passes text with special tokens, and no token ids. The prompt is tokenized as OpenRLHF does it. The
+    response's tokens are those that its text adds to the prompt's (`text/boundary.py`); they equal the sampled tokens
+    if the policy split its text as the tokenizer does. A response that ends in an end-of-sequence token is complete;
+    any other is bootstrapped with V(s'). A prompt that OpenRLHF truncated from the left is recognised. OpenRLHF calls
+    with one query at a time, from many threads; queries that wait are scored together.
 
-    Returns {"rewards": (B,), "scores": (B,), "extra_logs": {name: (B,)}}, float32; the names are endo_reward_token,
+    Returns {"rewards": (B,), "scores": (B,), "extra_logs": {name: (B,)}}, float32. The names are endo_reward_token,
     endo_reward_first_value, endo_reward_length and endo_reward_unscored.
 
-    Raises EndoRewardError: a tokenizer other than the reward model's. As the file is loaded, since OpenRLHF only logs
-    what a reward function raises later.
+    Raises EndoRewardError if the tokenizer is not the reward model's. The constructor raises it, because OpenRLHF only
+    logs the exceptions of later calls.
     """
 
     def __init__(
@@ -49,12 +49,14 @@ class EndoReward:
             max_tokens_per_batch=max_tokens_per_batch, unscored=unscored,
         )  # fmt: skip
         if self.reward.tokenizer is None:
-            raise EndoRewardError("OpenRLHF hands over text: EndoReward(model, tokenizer)")
+            raise EndoRewardError(
+                "OpenRLHF passes text, and the reward model has no tokenizer: give one, EndoReward(model, tokenizer)"
+            )
 
     def __call__(
         self, queries: Sequence[str], prompts: Sequence[str], labels: Sequence[Any] | None = None, **_: Any
     ) -> dict[str, Any]:
-        """Rewards of queries, each a prompt followed by a response. `labels` play no part."""
+        """Score queries, each a prompt followed by a response. `labels` are ignored."""
         asked = [self._ask(query, prompt) for query, prompt in zip(queries, prompts, strict=True)]
         found = [a.result() if isinstance(a, Future) else a for a in asked]
         scores = torch.tensor([r.score for r in found])
@@ -66,16 +68,19 @@ class EndoReward:
     def _ask(self, query: str, prompt: str) -> "Future[Rewarded] | Rewarded":
         ids = self._ids(query, prompt)
         if ids is None:
-            return self.reward.without("the query does not begin with its prompt, whole or cut from the left")
+            return self.reward.without("the query does not start with its prompt, complete or truncated from the left")
         return self.reward.submit(generated_row(*ids, self.reward.ends))
 
     def _ids(self, query: str, prompt: str) -> tuple[list[int], list[int]] | None:
-        """Prompt and response: the prompt as given, or decoded, or without what was cut from its left."""
+        """Return the ids of prompt and response, or None if the query does not start with the prompt.
+
+        The prompt may have lost tokens on its left, or be spelled as the tokenizer decodes it.
+        """
         tokenizer = self.reward.tokenizer
         whole = tokenize(tokenizer, prompt)
         if query.startswith(prompt):
             return whole, self._response(query, prompt, whole, query[len(prompt) :])
-        # The longest first; what is left must be a good part of it: any query may begin with a prompt's last letters.
+        # Longest first. At least half of the prompt must be left: any query may start with the prompt's last letters.
         for cut in range(len(whole) // 2 + 1):
             opening = decode(tokenizer, whole[cut:])
             if opening and query.startswith(opening):
@@ -83,9 +88,9 @@ class EndoReward:
         return None
 
     def _response(self, query: str, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
-        """The response's ids: those with which the prompt's spell the query, as OpenRLHF has decoded it."""
+        """Return the response's ids such that prompt and response decode to the query."""
         tokenizer = self.reward.tokenizer
-        # SentencePiece's kind decodes a space that it has put behind a special token, and would put a second one.
+        # SentencePiece tokenizers decode a special token with a space after it, and add a second one when encoding.
         found = [split_ids(tokenizer, prompt, response)[1] for response in (text, text.removeprefix(" "))]
         spelt = (ids for ids in found if tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=False) == query)
         return next(spelt, found[0])

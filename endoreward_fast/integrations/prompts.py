@@ -1,4 +1,4 @@
-"""Prompts as TRL's trainers tokenize them: templates, tools and environments included (written against TRL 1.16)."""
+"""Tokenize prompts as TRL's trainers do, with templates, tools and environments (written against TRL 1.16)."""
 
 import inspect
 import json
@@ -15,19 +15,19 @@ Messages = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Rendering:
-    """What a trainer writes its prompts with, beside the messages."""
+    """The template and tools with which a trainer renders its prompts."""
 
     chat_template: str | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tools: Sequence[Any] = ()
 
     def prompt_ids(self, tokenizer: Any, prompts: Sequence[Any], columns: Mapping[str, Sequence[Any]]) -> list[Ids]:
-        """Token ids of prompts: text with special tokens in front, messages by the chat template.
+        """Tokenize prompts: text with the tokenizer's special tokens, messages with the chat template.
 
-        columns  of each prompt, where there are any: `environments` (TRL's instances, whose methods are tools), `tools`
-                 and `chat_template_kwargs` (TRL's names in data sets)
+        columns  optional values for each prompt: `environments` (TRL's instances, whose methods are tools), `tools` and
+                 `chat_template_kwargs` (TRL's names in data sets)
 
-        Raises EndoRewardError: no tokenizer, a template that refuses the conversation.
+        Raises EndoRewardError: no tokenizer, or a template that raises for the conversation.
         """
         if tokenizer is None:
             raise EndoRewardError("prompts need a tokenizer: EndoReward(model, tokenizer)")
@@ -41,7 +41,7 @@ class Rendering:
         return rows
 
     def own_tokens(self, tokenizer: Any, completion: Messages, ids: Ids) -> Own | None:
-        """Which tokens of a completion the policy chose: all but its tools' answers. None where those are not found."""
+        """Mark the tokens that the policy chose: all but the tools' answers. None if an answer is not found."""
         own, start = [1] * len(ids), 0
         for role, turns in groupby(completion, key=lambda message: message.get("role")):
             if role != "tool":
@@ -57,7 +57,7 @@ class Rendering:
         return own
 
     def _by_row(self, rows: int, columns: Mapping[str, Sequence[Any]]) -> Iterator[tuple[list[Any], Mapping[str, Any]]]:
-        """(tools, template arguments) of each prompt."""
+        """Yield (tools, template arguments) for each prompt."""
         for i in range(rows):
             environment, tools, options = (
                 columns[name][i] if name in columns else None
@@ -70,14 +70,14 @@ class Rendering:
             )
 
     def _answer_ids(self, tokenizer: Any, answers: list[Mapping[str, Any]]) -> list[int]:
-        """What the trainer puts behind a turn that calls tools: their answers, and what opens the next turn."""
+        """Return the ids that the trainer appends after a tool call: the answers, and the start of the next turn."""
         call = {"type": "function", "function": {"name": answers[0].get("name", ""), "arguments": {}}}
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         options = self.chat_template_kwargs
         before = list(self._apply(tokenizer, turns, generate=False, tools=[], options=options))
         whole = list(self._apply(tokenizer, [*turns, *answers], generate=True, tools=[], options=options))
         ends = [i for i, token in enumerate(before) if token == tokenizer.eos_token_id]
-        before = before[: ends[-1] + 1] if ends else before  # the turn ends there: a newline is the template's
+        before = before[: ends[-1] + 1] if ends else before  # drop the template's newline after the turn
         return whole[len(before) :] if whole[: len(before)] == before else []
 
     def _apply(
@@ -88,13 +88,13 @@ class Rendering:
                 conversation=list(messages), tools=tools or None, chat_template=self.chat_template,
                 add_generation_prompt=generate, tokenize=True, return_dict=True, **options,
             )["input_ids"]  # fmt: skip
-        except Exception as error:  # a template is a program of the model's author: it may raise anything
+        except Exception as error:  # a template is the model author's code and may raise anything
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise EndoRewardError(f"the prompts cannot go through the chat template: {reason}") from error
+            raise EndoRewardError(f"the chat template raised an error for a prompt: {reason}") from error
         return ids
 
     def with_trainers_template(self, tokenizer: Any) -> "Rendering":
-        """With the template that TRL takes instead of one in which an answer changes what was written before it."""
+        """Replace a template that is not prefix-preserving by TRL's training template, as the trainer does."""
         from trl.chat_template_utils import get_training_chat_template, is_chat_template_prefix_preserving
 
         if self.chat_template is not None or is_chat_template_prefix_preserving(tokenizer):
@@ -103,12 +103,12 @@ class Rendering:
 
 
 def answered_by_tools(completion: Any) -> bool:
-    """Whether tools' answers are among a completion's turns."""
+    """Return whether a completion contains answers of tools."""
     return not isinstance(completion, str) and any(message.get("role") == "tool" for message in completion)
 
 
 def _methods(environment: Any) -> list[Any]:
-    """The tools of one of TRL's environments."""
+    """Return the methods of a TRL environment that are tools."""
     names = [name for name, _ in inspect.getmembers(type(environment), predicate=inspect.isfunction)]
     names = [name for name in names if not name.startswith("_") and name not in ("reset", "get_reward")]
     return [getattr(environment, name) for name in names] if environment is not None else []

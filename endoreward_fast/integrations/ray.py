@@ -1,15 +1,15 @@
-"""Scoring on a cluster, by Ray Data (written against Ray 2.60).
+"""Score on a cluster with Ray Data (written against Ray 2.60).
 
     ds = ray.data.read_json("rows.jsonl")
     ds = ds.map_batches(
         ScoreRows, fn_constructor_kwargs={"model": "Qwen/Qwen2.5-0.5B-Instruct", "reduction": "mean"},
         batch_format="pyarrow", batch_size=256,
-        compute=ray.data.ActorPoolStrategy(size=4), num_gpus=0.5,      # Ray's own: two actors share a GPU
+        compute=ray.data.ActorPoolStrategy(size=4), num_gpus=0.5,      # Ray's options: two actors share a GPU
     )
     ds.write_parquet("scored")
 
-Ray decides where actors run and what is retried; a row's score does not depend on that. `endoreward score --engine ray`
-reads and writes files in this way.
+Ray decides where actors run and what is retried. A row's score does not depend on it. `endoreward score --engine ray`
+does the same for files.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -28,25 +28,26 @@ ADDED = ("score", "tokens", "error")
 
 
 class ScoreRows:
-    """One model, loaded once an actor; each call scores one batch of rows.
+    """Score batches of rows. Each actor loads the model once.
 
     model            a name or folder ("pocket" is built in)
-    dtype, device    as in EndoRewardModel.from_pretrained; by default the checkpoint's, and the GPU that Ray gives
-    source           where in the model its weights are, and more of EndoRewardModel.from_pretrained: {"revision": "v2"}
+    dtype, device    as in EndoRewardModel.from_pretrained. Default: the checkpoint's dtype, the GPU that Ray assigns
+    source           other arguments of EndoRewardModel.from_pretrained: {"revision": "v2"}
     options          as in EndoRewardModel.score: alpha, reduction, gamma, floor, system, chat, max_length, ...
 
-    Rows are those of EndoRewardModel.score, a column for each key: `prompt` and `completion`, text or messages, or
-    `messages`, or `prompt_ids` and `completion_ids`. A null is a key that the row does not have.
-    Adds `score` (float64, null where there is none), `tokens` (int64, scored ones) and `error` (why not, or null).
+    Rows are those of EndoRewardModel.score, with one column for each key: `prompt` and `completion` as text or
+    messages, or `messages`, or `prompt_ids` and `completion_ids`. A null means that the row lacks the key.
+    Adds `score` (float64, null if there is none), `tokens` (int64, number of scored tokens) and `error` (the reason for
+    a missing score, or null).
 
-    Raises EndoRewardError: a model that cannot be loaded, an option that cannot work, a column that is there already.
+    Raises EndoRewardError: a model that cannot be loaded, an invalid option, a column that exists already.
     """
 
     def __init__(
         self, model: str, *, dtype: str = "auto", device: str | None = None, source: dict[str, Any] | None = None,
         **options: Unpack[ScoreKwargs],
     ) -> None:  # fmt: skip
-        ScoreOptions.of(options)  # what cannot work is said before the model is loaded
+        ScoreOptions.of(options)  # raises for invalid options before the model is loaded
         self.options = options
         self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device, **(source or {}))
 
@@ -55,7 +56,8 @@ class ScoreRows:
 
         if not isinstance(batch, pyarrow.Table):
             raise EndoRewardError(
-                f"a batch is a {type(batch).__name__}: map_batches(ScoreRows, batch_format='pyarrow')"
+                f"a batch is a {type(batch).__name__}, expected a pyarrow.Table: "
+                "use map_batches(ScoreRows, batch_format='pyarrow')"
             )
         taken = sorted(set(ADDED) & set(batch.column_names))
         if taken:

@@ -2,7 +2,7 @@
 
     GRPOTrainer(model, reward_funcs=[EndoReward("Qwen/Qwen2.5-0.5B-Instruct")], ...)
 
-`grpo.py` goes further: an advantage for each token, and one forward for reward and reference.
+`grpo.py` adds token-level advantages, and one forward that gives both rewards and reference log-probabilities.
 """
 
 import warnings
@@ -28,33 +28,33 @@ from .prompts import Rendering, answered_by_tools
 METRICS = "endo_reward"
 WHAT_TO_GIVE = (
     "give EndoReward what the trainer has (tools, chat_template, chat_template_kwargs), or train with EndoGRPOMixin, "
-    "which reads the trainer's own prompts"
+    "which reads the trainer's prompts"
 )
-UNKNOWN = "tool results are among the completion's tokens, and which tokens those are cannot be told"
+UNKNOWN = "tool results are among the completion's tokens, and nothing says which tokens they are"
 
 
 class Scored(NamedTuple):
-    """The tokens of B completions, padded on the right to the longest."""
+    """Token rewards of B completions, padded on the right to the longest."""
 
     reward: Tensor
     """(B, C) float32, 0 off the mask"""
     value: Tensor
     """(B, C) V(s), 0 off the mask"""
     mask: Tensor
-    """(B, C) bool; off throughout a completion that could not be scored"""
+    """(B, C) bool; all False for a completion that could not be scored"""
     errors: tuple[str | None, ...]
-    """why not, one line each"""
+    """the reason for each missing score, in one line"""
 
     @classmethod
     def checked(cls, reward: Tensor, value: Tensor, mask: Tensor, errors: Sequence[str | None]) -> "Scored":
-        """Without the completions whose rewards are not finite: one would make a whole group's mean NaN or -inf."""
+        """Mask out completions with rewards that are not finite: one would make its group's mean NaN or -inf."""
         odd = ~(reward.isfinite() | ~mask).all(1)
         keep = mask & ~odd[:, None]
         errors = [NOT_FINITE if bad and not e else e for e, bad in zip(errors, odd.tolist(), strict=True)]
         return cls(torch.where(keep, reward, 0.0), torch.where(keep, value, 0.0), keep, tuple(errors))
 
     def with_rows(self, rows: Sequence[int], other: "Scored") -> "Scored":
-        """Rows of `self` replaced by those of `other`, one for each."""
+        """Return a copy in which the rows of `other` replace `rows`."""
         width, place = max(self.mask.shape[1], other.mask.shape[1]), torch.tensor(rows)
         fields = [
             F.pad(mine, (0, width - mine.shape[1])).index_copy(0, place, F.pad(theirs, (0, width - theirs.shape[1])))
@@ -65,32 +65,34 @@ class Scored(NamedTuple):
 
 
 class EndoReward:
-    """A reward function for `GRPOTrainer(reward_funcs=[...])`: the endogenous reward of each completion.
+    """A reward function for `GRPOTrainer(reward_funcs=[...])`: returns the endogenous reward of each completion.
 
-    model         the reward model: a name or folder, a loaded causal language model or an EndoRewardModel; it is never
-                  trained, so give it the initial policy, not the module that the trainer trains. None: the trainer's
-                  reference model (EndoGRPOMixin fills it in)
-    tokenizer     the policy's. Default: the reward model's own
+    model         the frozen reward model: a name or folder, a loaded causal language model, or an EndoRewardModel. Use
+                  the initial policy, not the module being trained. None: EndoGRPOMixin supplies the trainer's reference
+                  model
+    tokenizer     the policy's tokenizer. Default: the reward model's
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
-    system        a system prompt that only the reward model sees: it steers the reward
-    tools         the trainer's (GRPOTrainer(tools=[...])): they are part of the prompt. Those of environments are known
-    chat_template, chat_template_kwargs      what the trainer renders its prompts with (GRPOConfig.chat_template_kwargs)
+    system        a system prompt that only the reward model reads; it steers the reward
+    tools         the tools given to GRPOTrainer(tools=[...]), which are part of the prompt. Tools of environments are
+                  found without it
+    chat_template, chat_template_kwargs      as the trainer renders its prompts (GRPOConfig.chat_template_kwargs)
 
-    Completions are scored as the token ids that the policy sampled, after the prompt as the trainer tokenizes it. One
-    that ends in an end-of-sequence token is whole; one that was cut off is bootstrapped with V(s'). Tools' answers are
-    context: the policy's own tokens are scored. A completion that cannot be scored (empty, beyond the model's
-    positions, NaN) gets None, which TRL leaves out of the group; the reasons are counted in `unscored`. Logged:
-    endo_reward/token (mean reward of a token), endo_reward/first_value (V of the prompt), endo_reward/length,
+    Completions are scored as the token ids that the policy sampled, after the prompt as the trainer tokenizes it. A
+    completion that ends in an end-of-sequence token is complete; any other is bootstrapped with V(s'). Answers of tools
+    are context: only the policy's tokens are scored. A completion that cannot be scored (empty, longer than the model's
+    positions, NaN) gets None, which TRL leaves out of the group. `unscored` counts the reasons.
+
+    Logs endo_reward/token (mean reward of a token), endo_reward/first_value (V of the prompt), endo_reward/length and
     endo_reward/unscored.
 
-    TRL hands over messages, not the ids of its prompts, so they are rendered once more. The trainer's count of tokens
-    (its state's num_input_tokens_seen) has to agree with them at every step of the training.
+    TRL passes the messages of its prompts, not their ids, so the prompts are rendered again. At every training step,
+    their number of tokens must agree with the trainer's count (num_input_tokens_seen of its state).
 
-    Raises EndoRewardError: a tokenizer other than the reward model's, prompts that cannot be tokenized, prompts that
-    are not the trainer's.
+    Raises EndoRewardError: a tokenizer other than the reward model's, prompts that cannot be tokenized, or prompts that
+    differ from the trainer's.
     """
 
-    __name__ = METRICS  # TRL's name for the column
+    __name__ = METRICS  # TRL names the column after it
 
     def __init__(
         self, model: Any = None, tokenizer: Any = None, *, alpha: float = 1.0,
@@ -113,7 +115,7 @@ class EndoReward:
             self.attach(scorer_of(model, tokenizer), tokenizer)
 
     def attach(self, scorer: EndoRewardModel, tokenizer: Any) -> None:
-        """Use this reward model from now on, for a policy with this tokenizer."""
+        """Set the reward model and the policy's tokenizer."""
         refuse_other_vocabulary(scorer, tokenizer)
         self.scorer = scorer
         self.tokenizer = scorer.tokenizer if tokenizer is None else tokenizer
@@ -123,14 +125,16 @@ class EndoReward:
         self, prompts: Sequence[Any], completions: Sequence[Any], completion_ids: Sequence[Ids] | None = None,
         log_metric: Callable[[str, float], None] | None = None, **columns: Any,
     ) -> list[float | None]:  # fmt: skip
-        """One reward a completion, or None.
+        """Return one reward for each completion, or None.
 
-        Of `columns`, the data set's own and the trainer's, these count: `environments`; `tools` and
-        `chat_template_kwargs`, unless a trainer calls (TRL 1.16 does not put the data set's into the policy's prompts);
-        `trainer_state`, whose count of tokens must agree; and `completion_mask`, 0 for tokens of others.
+        These `columns` are read: `environments`; `completion_mask`, 0 for tokens that the policy did not choose;
+        `trainer_state`, whose token count must agree; and, unless a trainer calls, `tools` and `chat_template_kwargs`
+        (TRL 1.16 does not use a data set's in the policy's prompts).
         """
         if completion_ids is None:
-            raise EndoRewardError("this trainer gives its reward functions no completion_ids: TRL 1.16 or newer does")
+            raise EndoRewardError(
+                "this trainer gives its reward functions no completion_ids: install TRL 1.16 or newer"
+            )
         if self._given is None:
             self._refuse_foreign_ids(completions, completion_ids)
             own = self._own_tokens(completions, completion_ids, columns)
@@ -144,7 +148,7 @@ class EndoReward:
         return [None if error else r for r, error in zip(found.tolist(), scored.errors, strict=True)]
 
     def _refuse_foreign_ids(self, completions: Sequence[Any], completion_ids: Sequence[Ids]) -> None:
-        """EndoRewardError if most completions' ids do not spell their texts: TRL gives both, and no tokenizer."""
+        """Raise EndoRewardError if most ids do not decode to their texts. TRL does not pass the policy's tokenizer."""
         if self.scorer is None or self.tokenizer is None or self._ids_are_known:
             return
         texts = [c if isinstance(c, str) else c[0].get("content") if len(c) == 1 else None for c in completions]
@@ -154,21 +158,21 @@ class EndoReward:
             return
         try:
             read = [self.tokenizer.decode(ids, skip_special_tokens=True) for _, ids in pairs]
-        except (OverflowError, TypeError, ValueError, IndexError):  # ids beyond its vocabulary
+        except (OverflowError, TypeError, ValueError, IndexError):  # ids outside the vocabulary
             read = [""] * len(pairs)
         spelt = sum(text in found for (text, _), found in zip(pairs, read, strict=True))
-        if 2 * spelt < len(pairs):  # some may be cut within a character, or be parsed
+        if 2 * spelt < len(pairs):  # a few may differ: cut inside a character, or parsed by TRL
             raise EndoRewardError(
                 f"the policy's tokens are not the reward model's: {pairs[0][0][:40]!r} was generated, but its ids "
-                f"spell {read[0][:40]!r} to {getattr(self.tokenizer, 'name_or_path', '')!r}; take a reward model of "
-                "the same tokenizer, and give EndoReward the policy's: EndoReward(model, tokenizer)"
+                f"decode to {read[0][:40]!r} with {getattr(self.tokenizer, 'name_or_path', '')!r}; use a reward model "
+                "with the policy's tokenizer, and pass that tokenizer: EndoReward(model, tokenizer)"
             )
         self._ids_are_known = True
 
     def _own_tokens(
         self, completions: Sequence[Any], completion_ids: Sequence[Ids], columns: Mapping[str, Any]
     ) -> list[Own | None]:
-        """Of each completion, which tokens are the policy's. () where that cannot be told."""
+        """Mark the policy's tokens of each completion. () for a completion where they are unknown."""
         if columns.get("completion_mask") is not None:
             return list(columns["completion_mask"])
         answered = [answered_by_tools(completion) for completion in completions]
@@ -177,7 +181,7 @@ class EndoReward:
         known = self.rendering.tools or any(columns.get(name) for name in ("tools", "environments"))
         if not known and columns.get("trainer_state") is not None:
             raise EndoRewardError(
-                f"the completions hold tools' answers, and EndoReward was given no tools: {WHAT_TO_GIVE}"
+                f"the completions contain answers of tools, and EndoReward has no tools: {WHAT_TO_GIVE}"
             )
         rendering = self._rendering(columns)
         return [
@@ -189,15 +193,15 @@ class EndoReward:
         self, prompts: Sequence[Any], ids: Sequence[Ids], completion_ids: Sequence[Ids], own: Sequence[Own],
         columns: Mapping[str, Any],
     ) -> None:  # fmt: skip
-        """EndoRewardError if the trainer counted other tokens in this batch: its prompts are not those read here."""
+        """Raise EndoRewardError if the trainer's token count of this batch differs: then its prompts differ too."""
         state = columns.get("trainer_state")
         seen = getattr(state, "num_input_tokens_seen", None)
         if seen is None:
             return
-        first = 0 if state.global_step == 0 else seen  # of a resumed training the count began elsewhere
+        first = 0 if state.global_step == 0 else seen  # a resumed training starts with the count of earlier steps
         before = self._counted[1] if self._counted is not None and self._counted[0] is state else first
         self._counted = state, seen
-        if seen == before:  # in evaluation TRL does not count
+        if seen == before:  # TRL does not count during evaluation
             return
         from accelerate import PartialState
         from accelerate.utils import gather
@@ -214,14 +218,14 @@ class EndoReward:
             )
 
     def score(self, prompts: Sequence[Ids], completions: Sequence[Ids], own: Sequence[Own] | None = None) -> Scored:
-        """Token rewards of sampled completions after tokenized prompts, in a forward of the reward model's own.
+        """Compute token rewards of sampled completions after tokenized prompts, with the reward model's forward.
 
-        `own` marks each completion's tokens that the policy chose; () for a completion of which that is unknown.
+        `own` marks the tokens that the policy chose in each completion; () if they are unknown.
         """
         if self.scorer is None:
             raise EndoRewardError(
-                "EndoReward() has no model: give it one, or train with EndoGRPOMixin and beta above 0, whose "
-                "reference model it then reads"
+                "EndoReward() has no model: give it one, or train with EndoGRPOMixin and beta above 0 to use the "
+                "trainer's reference model"
             )
         options = {"alpha": self.options.alpha, "max_tokens_per_batch": self.options.max_tokens_per_batch}
         masks = [[1] * len(c) for c in completions] if own is None else own
@@ -239,17 +243,17 @@ class EndoReward:
         return Scored.checked(reward, value, mask, errors)
 
     def reduce(self, scored: Scored) -> Tensor:
-        """(B,) scores, by the reduction asked for; 0 where there is none."""
+        """Return (B,) scores by the given reduction; 0 for an unscored completion."""
         o = self.options
         return sequence_score(scored.reward, scored.mask, reduction=o.reduction, gamma=o.gamma, floor=o.floor)
 
     def prompt_ids(self, prompts: Sequence[Any], **columns: Any) -> list[Ids]:
-        """Prompts as the trainer tokenizes them, led by `system`; columns as in a call."""
+        """Tokenize prompts as the trainer does, after the system prompt `system`. `columns` as in a call."""
         rendering = self._rendering(columns)
         return rendering.prompt_ids(self.tokenizer, self.steered(prompts), _of_trainer(columns))
 
     def steered(self, prompts: Sequence[Any]) -> Sequence[Any]:
-        """Prompts led by the system prompt that only the reward model sees."""
+        """Put the system prompt that only the reward model reads before each prompt."""
         if not self.system:
             return prompts
         return [f"{self.system}\n\n{p}" if isinstance(p, str) else with_system(p, self.system) for p in prompts]
@@ -261,7 +265,7 @@ class EndoReward:
 
     @contextmanager
     def given(self, scored: Scored) -> Iterator[None]:
-        """Inside, a call answers from these token rewards instead of running the model."""
+        """Within this context, calls use these token rewards instead of running the model."""
         self._given = scored
         try:
             yield
@@ -285,7 +289,7 @@ class EndoReward:
 
 
 def _of_trainer(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns that are part of the policy's prompts."""
+    """Select the columns that are part of the policy's prompts."""
     names = (
         ("environments",)
         if columns.get("trainer_state") is not None

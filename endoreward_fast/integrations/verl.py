@@ -5,7 +5,7 @@
     reward.reward_manager.module.path=pkg://endoreward_fast.integrations.verl
     +reward.reward_kwargs.endo_reward.gamma=0.95        # any option of EndoRewardManager, and `model`
 
-Nothing of verl is imported: it hands over what is needed, and asks for no base class.
+This module does not import verl, which passes everything needed as arguments and requires no base class.
 """
 
 import asyncio
@@ -23,17 +23,17 @@ from .generated import Own, generated_row
 
 OPTIONS = ("model", "alpha", "reduction", "gamma", "floor", "max_tokens_per_batch", "unscored")
 NEEDED = ("prompts", "responses", "attention_mask")
-LOADING = threading.Lock()  # verl calls compute_score from a pool of threads: without it each would load a model
+LOADING = threading.Lock()  # verl calls compute_score from a thread pool; without a lock each thread loads a model
 ONE_ANSWER = 2  # turns: the prompt and the response
 OTHERS_TOKENS = "other turns (tool results, say) are among the response's tokens, and no response_mask tells them apart"
 NO_TOKENS = "response_mask leaves no token of the response that the policy chose"
 
 
 class TokenScore(float):
-    """A score that knows its parts: verl wants a number, and `assemble_rm_scores` the reward of each token."""
+    """A score with its token rewards: verl needs a number, and `assemble_rm_scores` the reward of each token."""
 
     tokens: tuple[float, ...] = ()
-    """of each token of the response; 0 for those that the policy did not choose"""
+    """reward of each token of the response; 0 for tokens that the policy did not choose"""
 
     @classmethod
     def of(cls, rewarded: Rewarded, own: Own) -> "TokenScore":
@@ -43,25 +43,28 @@ class TokenScore(float):
 
 
 class EndoRewardManager:
-    """verl's reward manager for the endogenous reward of responses as the policy sampled them, token ids and all.
+    """verl's reward manager for endogenous rewards. It scores responses as the token ids that the policy sampled.
 
     Options, under `reward.reward_kwargs.endo_reward` of verl's configuration:
-    model         default: `actor_rollout_ref.model.path`, the initial policy, of which each reward worker loads a copy
+    model         default: `actor_rollout_ref.model.path`, the initial policy. Each reward worker loads a copy
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
-    unscored      the reward of a response that cannot be scored, -1e6: never the best (see BatchedReward)
+    unscored      the reward of a response that cannot be scored. Default: -1e6, which is never the best (BatchedReward)
 
-    Tokens that have a 0 in `response_mask` (a tool's answer, say) are context: the policy's own tokens are scored, each
-    after all that came before it. The last token of a turn that a tool answered does not end the episode: V(s')
-    counts after it, of the state before the answer. Without a response_mask a response of several turns is unscored.
+    Tokens with a 0 in `response_mask` (a tool's answer, for example) are context. The policy's tokens are scored, each
+    after all tokens before it. The last token of a turn that a tool answered does not end the episode: it keeps V(s'),
+    where s' is the state before the answer. A response of several turns without a response_mask is unscored.
 
-    Where verl assembles scores itself (a colocated reward model, and `reward.custom_reward_function.path` set, without
-    which verl asks that model and not this class), each token of a response gets its part of the score; where it
-    streams rewards from the rollout it asks for one number, and the last token gets the sum. A response
-    that ends in an end-of-sequence token is whole, any other is bootstrapped with V(s'). Logged for each:
-    endo_reward/token (mean reward of a token), /first_value (V of the prompt), /length, /unscored.
+    A response that ends in an end-of-sequence token is complete; any other is bootstrapped with V(s').
 
-    Raises EndoRewardError: an option that does not exist, a tokenizer other than the reward model's, a verl that hands
-    over something else.
+    Where verl assembles scores itself, each token of a response gets its part of the score. verl does so with a
+    colocated reward model; set `reward.custom_reward_function.path` too, else verl asks that model and not this class.
+    Where verl streams rewards from the rollout, it asks for one number, and the last token gets the sum.
+
+    Logs for each response: endo_reward/token (mean reward of a token), endo_reward/first_value (V of the prompt),
+    endo_reward/length and endo_reward/unscored.
+
+    Raises EndoRewardError: an unknown option, a tokenizer other than the reward model's, a verl version that passes
+    other fields.
     """
 
     def __init__(self, config: Any, tokenizer: Any, compute_score: Any = None, **_: Any) -> None:
@@ -75,10 +78,12 @@ class EndoRewardManager:
         self.reward = BatchedReward(model, tokenizer, **given)
 
     async def run_single(self, data: Any) -> dict[str, Any]:
-        """{"reward_score": TokenScore, "reward_extra_info": metrics} of a DataProto's last response."""
+        """Return {"reward_score": TokenScore, "reward_extra_info": metrics} for a DataProto's last response."""
         missing = [name for name in NEEDED if name not in data.batch.keys()]  # noqa: SIM118
         if missing:
-            raise EndoRewardError(f"this verl gives its reward managers no {', '.join(missing)}: verl 0.9 does")
+            raise EndoRewardError(
+                f"this verl gives its reward managers no {', '.join(missing)}: install verl 0.9 or newer"
+            )
         last = data[-1:]
         prompt, response, own = _ids(last)
         if own is None and any(turns > ONE_ANSWER for turns in last.non_tensor_batch.get("__num_turns__", ())):
@@ -93,8 +98,10 @@ class EndoRewardManager:
 
     @classmethod
     def assemble_rm_scores(cls, data: Any, scores: list[float]) -> Tensor:
-        """(B, T) float32: each response's token scores, 0 in its padding and on tokens that the policy did not choose.
-        A plain number goes to the policy's last token."""
+        """Return (B, T) float32 token scores: 0 in the padding and on tokens that the policy did not choose.
+
+        A score without token rewards goes to the policy's last token.
+        """
         found = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
         real = _response_mask(data)
         own = real & data.batch["response_mask"].bool() if "response_mask" in data.batch.keys() else real  # noqa: SIM118
@@ -103,8 +110,8 @@ class EndoRewardManager:
             if isinstance(score, TokenScore) and score.tokens:
                 if len(score.tokens) != len(places):
                     raise EndoRewardError(
-                        f"response {row} has {len(places)} tokens, and its score {len(score.tokens)}: "
-                        "verl assembles other responses than it had scored"
+                        f"response {row} has {len(places)} tokens, and its score {len(score.tokens)}: verl assembles "
+                        "scores for other responses than it asked for"
                     )
                 found[row, places] = torch.tensor(score.tokens)
             elif len(chosen):
@@ -112,7 +119,7 @@ class EndoRewardManager:
         return found
 
     def __call__(self, *_: Any, **__: Any) -> None:
-        raise EndoRewardError("this verl calls its reward manager as a function: verl 0.9 awaits its run_single")
+        raise EndoRewardError("this verl calls its reward manager as a function: install verl 0.9 or newer")
 
 
 def compute_score(
@@ -120,20 +127,20 @@ def compute_score(
     model: str, alpha: float = 1.0, reduction: str = "sum", gamma: float = 1.0, floor: float = 0.0,
     unscored: float = UNSCORED, **_: Any,
 ) -> dict[str, float]:  # fmt: skip
-    """{"score": endogenous reward of a response's text, ...}: `reward.custom_reward_function` for verl's own managers.
+    """Score a response's text: a `reward.custom_reward_function` for verl's own reward managers.
 
-    verl gives this function neither token ids nor a prompt. The prompt is `extra_info["prompt"]`, text or messages,
-    which the dataset has to hold; the response is tokenized anew, and taken as whole. EndoRewardManager needs neither.
+    verl passes neither token ids nor a prompt. The dataset must hold the prompt, as text or messages, in
+    `extra_info["prompt"]`. The response is tokenized again and taken as complete. EndoRewardManager avoids both.
     `model` (a name or folder) and the options come from `reward.custom_reward_function.reward_kwargs`; data_source and
-    ground_truth play no part. A response that cannot be scored gets `unscored`, and endo_reward/unscored is 1.
+    ground_truth are ignored. A response that cannot be scored gets `unscored`, and endo_reward/unscored is 1.
 
-    Raises EndoRewardError: no prompt.
+    Returns {"score": the endogenous reward, ...metrics}. Raises EndoRewardError if there is no prompt.
     """
     prompt = (extra_info or {}).get("prompt")
     if prompt is None:
         raise EndoRewardError(
-            "extra_info has no 'prompt', and verl's compute_score is told of none: add it to the dataset's extra_info, "
-            "or take EndoRewardManager"
+            "extra_info has no 'prompt', and verl passes it to compute_score in no other way: add it to the dataset's "
+            "extra_info, or use EndoRewardManager"
         )
     row = {"prompt": prompt if isinstance(prompt, str) else list(prompt), "completion": solution_str}
     with LOADING:
@@ -142,7 +149,7 @@ def compute_score(
     return {"score": rewarded.score} | _metrics(rewarded)
 
 
-@cache  # verl calls a function of a module, once for each response: where else would the model live?
+@cache  # verl calls a plain function once for each response, so the model is kept here
 def _reward(
     model: str, alpha: float, reduction: Literal["sum", "mean"], gamma: float, floor: float, unscored: float
 ) -> BatchedReward:  # fmt: skip
@@ -154,15 +161,15 @@ def _metrics(rewarded: Rewarded) -> dict[str, float]:
 
 
 def _response_mask(data: Any) -> Tensor:
-    """(B, T) bool: a DataProto's responses without their padding."""
+    """Return the (B, T) bool mask of a DataProto's responses without their padding."""
     return data.batch["attention_mask"][:, data.batch["prompts"].shape[1] :].bool()
 
 
 def _ids(data: Any) -> tuple[list[int], list[int], list[int] | None]:
-    """Prompt and response of a DataProto of one, without padding, and which of the response's tokens are the policy's.
+    """Return (prompt ids, response ids, mask of the policy's tokens) of a DataProto with one row, without padding.
 
-    Both are padded to what stands in the mask; but where a turn has several outputs, the mask of prompt and response
-    together is padded as one, and verl gives the two lengths. None: verl has not said which tokens.
+    The attention mask marks the padding. If a turn has several outputs, verl pads prompt and response together and
+    passes their lengths. The mask of the policy's tokens is None if verl passes no response_mask.
     """
     prompt, response, others = data.batch["prompts"][0], data.batch["responses"][0], data.non_tensor_batch
     own = data.batch["response_mask"][0].long() if "response_mask" in data.batch.keys() else None  # noqa: SIM118

@@ -1,1 +1,1 @@
-"""The embedded model of 3 million weights, and the problems and sentences that it was trained on."""
+"""The embedded model with 3 million weights, and generators of the problems and sentences that it was trained on."""

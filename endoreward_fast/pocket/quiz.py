@@ -1,8 +1,8 @@
-"""Questions with a checkable answer, each with wrong answers of the same length: what `pocket` learns and is tested on.
+"""Questions with one right answer and three wrong answers of similar length. `pocket` is trained and tested on them.
 
-Problems are generated from a seed by the standard library alone. A problem belongs to the training or to the held-out
-split by a hash of what it asks for (``add 23 45``, however it is worded), so the two never meet. Facts cannot be
-worked out, only remembered: of those, the wording is held out.
+Problems are generated from a seed, with the standard library alone. A hash of what a problem asks (``add 23 45``,
+whatever its wording) assigns it to the training split or the held-out split, so the splits do not overlap. A fact can
+only be memorised, so for facts the hash is taken of the question's wording.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ _FACTS: dict[str, tuple[tuple[tuple[str, str], ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One question. `wrong` holds three different wrong answers, as near to the right one's length as the task has.
+    """One question. `wrong` holds three different wrong answers, close in length to the right one.
 
-    `key` is what the split is decided by; `system` is an instruction on the answer's form, or None.
+    `key` decides the split. `system` is an instruction on the form of the answer, or None.
     """
 
     task: str
@@ -85,7 +85,7 @@ class Problem:
     system: str | None = None
 
     def prompt(self, form: str = "chat") -> str | list[dict[str, str]]:
-        """The question as chat messages ("chat") or as text that ends in "Answer:" ("plain")."""
+        """Return the question as chat messages ("chat") or as text that ends in "Answer:" ("plain")."""
         if form == "chat":
             system = [{"role": "system", "content": self.system}] if self.system else []
             return [*system, {"role": "user", "content": self.question}]
@@ -94,13 +94,13 @@ class Problem:
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
 
     def completions(self, form: str = "chat") -> list[str]:
-        """The right answer first, then the wrong ones; with the leading space that "plain" text needs."""
+        """Return the right answer, then the wrong ones. In "plain" form, each starts with a space."""
         return [" " * (form == "plain") + text for text in (self.answer, *self.wrong)]
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A question before its form is chosen; `answer` and `wrong` are all numbers or all texts."""
+    """A question before the form of its answer is chosen. `answer` and `wrong` are all numbers or all texts."""
 
     key: str
     question: str
@@ -109,7 +109,7 @@ class _Draft:
 
 
 def in_words(number: int) -> str:
-    """English words for a whole number from 0 to 999: 68 gives "sixty-eight"."""
+    """Spell a whole number from 0 to 999 in English words: 68 gives "sixty-eight"."""
     if not 0 <= number <= 999:
         raise ValueError(f"number must be from 0 to 999, got {number}")
     if number >= 100:
@@ -121,7 +121,7 @@ def in_words(number: int) -> str:
 
 
 def _near(answer: int, rng: random.Random) -> list[int]:
-    """Wrong numbers, the likeliest mistakes first: off by one or two, by ten (a lost carry), then any."""
+    """Return wrong numbers, the likeliest mistakes first: off by one or two, off by ten (a lost carry), then any."""
     near = [answer + rng.choice((-2, -1, 1, 2)), answer + rng.choice((-10, 10)), *rng.sample(range(200), 200)]
     return [n for n in dict.fromkeys(near) if 0 <= n < 200 and n != answer]
 
@@ -173,7 +173,7 @@ def _extreme(rng: random.Random) -> _Draft:
 
 
 def _permutations(right: Sequence[str], rng: random.Random) -> list[str]:
-    """Three orders of `right` that are not the right one."""
+    """Return at least three permutations of `right` other than `right` itself."""
     orders = {tuple(rng.sample(list(right), len(right))) for _ in range(20)} - {tuple(right)}
     return [" ".join(order) for order in sorted(orders)][:: max(1, len(orders) // 3)]
 
@@ -234,7 +234,7 @@ _TEXT_SYSTEMS = (None, None, IN_CAPITALS)
 
 
 def _finish(task: str, draft: _Draft, system: str | None) -> Problem:
-    """Put the answers in the form that `system` asks for and keep the three wrong ones nearest in length."""
+    """Write the answers in the form that `system` asks for. Keep the three wrong ones that are closest in length."""
 
     def form(value: int | str) -> str:
         text = in_words(value) if isinstance(value, int) and system == IN_WORDS else str(value)
@@ -257,7 +257,7 @@ def _draft(task: str, split: str, rng: random.Random) -> _Draft:
 
 
 def stream(seed: int = 0, split: str = "heldout", tasks: Iterable[str] = TASKS) -> Iterator[Problem]:
-    """Problems without end, the tasks in turn; the same seed gives the same problems. Repeats happen."""
+    """Yield problems without end, cycling through the tasks. The same seed gives the same problems; some repeat."""
     rng, tasks = random.Random(f"{split} {seed}"), tuple(tasks)
     while True:
         for task in tasks:
@@ -267,13 +267,19 @@ def stream(seed: int = 0, split: str = "heldout", tasks: Iterable[str] = TASKS) 
 
 
 def problems(n: int, seed: int = 0, split: str = "heldout", tasks: Iterable[str] = TASKS) -> list[Problem]:
-    """`n` problems, the tasks in turn; split "heldout" (never trained on) or "train". Facts repeat from about 40 on."""
+    """Return `n` problems, cycling through the tasks. `split` is "heldout" (never trained on) or "train".
+
+    Facts repeat after about 40.
+    """
     return list(islice(stream(seed, split, tasks), n))
 
 
 def steered(n: int, seed: int = 0, split: str = "heldout") -> list[tuple[Problem, Problem]]:
-    """`n` pairs of the same sum, asked for in digits and in words: each one's answer is right and the other's is not
-    in the form asked for, so a system prompt alone turns the order of the two answers around."""
+    """Return `n` pairs of one problem with two system prompts: answer in digits, and answer in words.
+
+    Each answer of a pair is right under one system prompt and in the wrong form under the other, so the system prompt
+    alone reverses their order.
+    """
     rng, pairs = random.Random(f"steered {split} {seed}"), []
     for i in range(n):
         task = ("add", "subtract", "sequence")[i % 3]

@@ -1,8 +1,8 @@
-"""Real text that every Python installation carries, and ways to spoil it.
+"""Real text that comes with every Python installation, and ways to corrupt it.
 
-The text is the documentation in the standard library's own sources: docstrings, and the language reference that
-``help()`` prints. One rule, `is_heldout`, keeps a tenth of it away from the trainer of the embedded model
-(``tools/train_pocket.py`` imports this module), whatever the Python version.
+The text is documentation: the docstrings of the standard library, and the language reference that ``help()`` prints.
+``tools/train_pocket.py``, which trains the embedded model, imports this module. `is_heldout` keeps the same tenth of
+the text out of the training data in every Python version.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pathlib import Path
 CORRUPTIONS = ("swap_words", "shuffle_letters", "replace_characters")
 SPLITS = ("train", "heldout")
 
-# Not in every installation, generated for one machine, or mostly tables and test cases rather than text.
+# Modules that some installations lack, or that hold mostly tables and test cases.
 _SKIPPED = {"antigravity", "ensurepip", "idlelib", "lib2to3", "msilib", "test", "this", "tkinter", "turtledemo"}
 _WORD = re.compile(r"\w+(?:['-]\w+)*")
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of real documentation cut in two at a space: ``prompt + completion`` is the original text."""
+    """A piece of real documentation, split at white space: ``prompt + completion`` is the original text."""
 
     source: str
     prompt: str
@@ -36,7 +36,7 @@ class Passage:
 
 
 def is_heldout(key: str) -> bool:
-    """True for about a tenth of all keys, by hash alone: the same on every machine and in every Python version."""
+    """Return True for about a tenth of all keys, by their hash: the same on every machine and Python version."""
     return hashlib.sha256(key.encode()).digest()[0] < 26
 
 
@@ -47,7 +47,7 @@ def _wanted(key: str, split: str) -> bool:
 
 
 def stdlib_sources(split: str) -> Iterator[tuple[str, str]]:
-    """(module name, source text) of the standard library's modules in `split`, in order of name."""
+    """Yield (module name, source text) for each standard library module in `split`, sorted by top-level name."""
     root = Path(sysconfig.get_path("stdlib"))
     for top in sorted(sys.stdlib_module_names - _SKIPPED):
         if top.startswith("_sysconfigdata"):
@@ -60,7 +60,7 @@ def stdlib_sources(split: str) -> Iterator[tuple[str, str]]:
 
 
 def docstrings(name: str, source: str) -> Iterator[tuple[str, str]]:
-    """(qualified place, cleaned docstring) of each documented module, class and function in `source`."""
+    """Yield (qualified name, cleaned docstring) for each documented module, class and function in `source`."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             text = ast.get_docstring(node)
@@ -69,7 +69,7 @@ def docstrings(name: str, source: str) -> Iterator[tuple[str, str]]:
 
 
 def reference_topics(split: str) -> Iterator[tuple[str, str]]:
-    """(topic, text) of the language reference behind ``help("topic")``; nothing where it is not installed."""
+    """Yield (topic, text) of the language reference behind ``help("topic")``; nothing if it is not installed."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -80,7 +80,7 @@ def reference_topics(split: str) -> Iterator[tuple[str, str]]:
 
 
 def documents(split: str) -> Iterator[tuple[str, str]]:
-    """(where from, text) of every documentation text in `split`; a text met twice comes once."""
+    """Yield (source, text) for every documentation text in `split`. Duplicate docstrings are yielded once."""
     seen: set[str] = set()
     for name, source in stdlib_sources(split):
         for place, text in docstrings(name, source):
@@ -91,9 +91,10 @@ def documents(split: str) -> Iterator[tuple[str, str]]:
 
 
 def passages(n: int, seed: int = 0, split: str = "heldout") -> list[Passage]:
-    """`n` passages of prose (fewer if the installation has fewer), each of 200 to 900 characters, cut after a third.
+    """Return `n` passages of prose, or fewer if the installation has fewer.
 
-    The completion starts with the white space it was cut at, so that the two parts concatenate to the original.
+    A passage has 200 to 900 characters and is split after a third. The completion starts with the white space at the
+    split, so prompt and completion concatenate to the original.
     """
     found: list[Passage] = []
     for place, text in documents(split):
@@ -151,11 +152,13 @@ _CORRUPT: dict[str, Callable[[str, random.Random, float], str]] = {
 
 
 def corrupted(text: str, seed: int = 0, kind: str = "swap_words", rate: float = 0.3) -> str:
-    """`text` spoiled: as many characters as before, the same layout, and different wherever it has two words to swap.
+    """Corrupt `text` without changing its length.
 
-    kind: "swap_words" moves words to one another's places, "shuffle_letters" shuffles letters inside words,
-    "replace_characters" puts random letters in place of letters. rate: the share of words touched (a third of that
-    share of letters, for the last). Raises ValueError for any other kind.
+    kind   "swap_words" moves words to one another's places, "shuffle_letters" shuffles the letters inside words,
+           "replace_characters" replaces letters by random ones
+    rate   the fraction of words to change; for "replace_characters", a third of it is the fraction of letters
+
+    Raises ValueError for any other kind.
     """
     if kind not in _CORRUPT:
         raise ValueError(f"kind must be one of {', '.join(CORRUPTIONS)}, got {kind!r}")

@@ -1,1 +1,1 @@
-"""Token rewards as pictures: the heatmap, its colours, notebooks."""
+"""Token rewards as pictures: the heatmap, its colours, and its display in notebooks."""

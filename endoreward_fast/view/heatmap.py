@@ -1,8 +1,9 @@
-"""Token rewards as HTML: one page without a network (`page`), or a piece of one for notebooks (`fragment`).
+"""Token rewards as HTML: a page that loads nothing from the network (`page`), or a fragment for notebooks (`fragment`).
 
-Pure text from plain numbers: nothing here imports torch. Whatever comes from a model or a file passes `visible` and
-html.escape. A tooltip is the token's own aria-label, shown by CSS on hover and on focus; the page's script moves it
-below its token, or above where the window ends, and the focus by arrow keys; nothing is lost without it.
+The input is plain numbers; nothing here imports torch. All text from a model or a file passes through `visible` and
+html.escape. A token's tooltip is its aria-label, which CSS shows on hover and on focus. The page's script places the
+tooltip below the token, or above it near the bottom of the window, and moves the focus with the arrow keys. Every
+number can be read without the script.
 """
 
 from __future__ import annotations
@@ -16,29 +17,29 @@ from html import escape
 
 from .palette import DARK, LEVELS, LIGHT, level_of, limit_of
 
-# Line breaks and spaces keep their room; the joiners are invisible, but emoji and several scripts are made with them.
+# Not escaped by `visible`. The zero-width joiners are invisible, but emoji and several scripts are built with them.
 KEPT = "\n\t\u00a0\u3000\u200c\u200d"
 
 
 @dataclass(frozen=True)
 class Token:
-    """One scored token, or the tokens that spell one character together."""
+    """One scored token, or several tokens that spell one character together."""
 
     text: str
-    """what it adds to the text; "" shows `name`, with a space around it"""
+    """the text of the token; if empty, `name` is shown between spaces"""
     name: str
-    """what to call it where it has no text: its id or its position"""
+    """id or position of the token"""
     reward: float
     logprob: float | None = None
     value: float | None = None
     entropy: float | None = None
     count: int = 1
-    """how many tokens it is"""
+    """number of tokens merged into this one"""
     terminal: bool = False
     """whether the episode ends after it: V(s') = 0"""
 
     def lines(self) -> str:
-        """The tooltip: a line for each number known."""
+        """Return the tooltip, with one line for each number that is not None."""
         numbers = ("reward", self.reward), ("log-prob", self.logprob), ("value", self.value), ("entropy", self.entropy)
         known = [f"{name:<9}{number(value, 4):>10}" for name, value in numbers if value is not None]
         together = [f"{self.count} tokens, summed"] if self.count > 1 else []
@@ -54,7 +55,7 @@ class Card:
     score: float | None
     tokens: Sequence[Token] = ()
     note: str | None = None
-    """why it has no score, or what is worth knowing about it"""
+    """why it has no score, or another remark"""
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,21 @@ class Row:
 
 
 def limit_of_rows(rows: Iterable[Row]) -> float:
-    """One scale for all of `rows`, so that colours compare.
+    """Return one colour scale for all of `rows`, so that their colours can be compared.
 
-    Of the tokens that V(s') is subtracted from: the others have rewards of another size, which would leave them pale.
+    Terminal tokens are left out unless all are terminal: V(s') is not subtracted from their rewards, which are so much
+    larger that all other tokens would look pale.
     """
     tokens = _tokens(rows)
     return limit_of(token.reward for token in [t for t in tokens if not t.terminal] or tokens)
 
 
 def clipped(rows: Iterable[Row], limit: float) -> str | None:
-    """How far rewards reach where that is beyond the scale."""
+    """Describe the range of the rewards if some lie beyond the scale; else return None."""
     rewards = [token.reward for token in _tokens(rows) if math.isfinite(token.reward)]
     if not any(abs(reward) > limit for reward in rewards):
         return None
-    return f"colours are clipped there, rewards reach from {number(min(rewards))} to {number(max(rewards))}"
+    return f"colours are clipped, rewards range from {number(min(rewards))} to {number(max(rewards))}"
 
 
 def _tokens(rows: Iterable[Row]) -> list[Token]:
@@ -88,24 +90,27 @@ def _tokens(rows: Iterable[Row]) -> list[Token]:
 
 
 def best_of(cards: Sequence[Card]) -> int | None:
-    """The position of the highest score among several; None if there are not two."""
+    """Return the index of the highest score, the first one if several tie; None if fewer than two have a score."""
     scored = [(card.score, -i) for i, card in enumerate(cards) if card.score is not None]
     return -max(scored)[1] if len(scored) > 1 else None
 
 
 def number(value: float, digits: int = 2) -> str:
-    """With its sign, which colour alone should not have to carry."""
+    """Format `value` with its sign, so that colour is not the only mark of the sign."""
     return f"{value:+.{digits}f}" if math.isfinite(value) else f"{value:+}"
 
 
 def visible(text: str) -> str:
-    """`text` with what would not be seen, or would change how the rest is seen (control characters, marks that reverse
-    the direction of writing, halves of surrogate pairs), spelled out. Line breaks, tabs and spaces stay."""
+    """Escape the characters of `text` that are invisible or change how the rest is displayed.
+
+    These are control characters, marks that reverse the writing direction, and lone surrogates. Line breaks, tabs and
+    spaces stay.
+    """
     return "".join(c if c.isprintable() or c in KEPT else _code(c) for c in text)
 
 
 def quoted(text: str) -> str:
-    """`text` on one line between quotes; "" for ""."""
+    """Return `text` on one line between quotes; "" for ""."""
     shown = visible(text).replace("\n", "\\n").replace("\t", "\\t")
     return f"“{shown}”" if text else ""
 
@@ -116,7 +121,7 @@ def _code(char: str) -> str:
 
 
 def page(rows: Sequence[Row], title: str) -> str:
-    """A whole document. Its content policy lets it load nothing, and run no script but its own."""
+    """Return a whole HTML document. Its Content-Security-Policy forbids all loading and all scripts but its own."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     return (
@@ -131,18 +136,18 @@ def page(rows: Sequence[Row], title: str) -> str:
 
 
 def fragment(rows: Sequence[Row], title: str | None = None) -> str:
-    """The same without its page and without the script: what `_repr_html_` gives."""
+    """Return the heatmap as one <div> without the script, for `_repr_html_`."""
     limit = limit_of_rows(rows)
     heading = f"<h1>{escape(visible(title))}</h1>\n" if title else ""
     body = "\n".join(_row(row, limit) for row in rows)
-    # Notebooks cut off what reaches out of a cell's output: the last line's tooltip needs its room inside.
+    # Notebooks clip a cell's output at its border, so the last line's tooltip needs padding below it.
     kind = "endoreward" if title else "endoreward alone"
     legend = _legend(limit, clipped(rows, limit))
     return f'<div class="{kind}">\n<style>\n{_style()}</style>\n{heading}{legend}\n{body}\n</div>'
 
 
 def counted(tokens: Sequence[Token]) -> str:
-    """How many there are."""
+    """Return the number of tokens with its unit, such as "3 tokens"."""
     count = sum(token.count for token in tokens)
     return f"{count} token{'' if count == 1 else 's'}"
 
@@ -193,7 +198,7 @@ def _class(level: int | None) -> str:
 
 
 def _style() -> str:
-    """Level colours in both themes. A notebook's own theme wins over the system's."""
+    """Return the stylesheet with the colours of both themes. A notebook's theme takes precedence over the system's."""
     levels = range(-LEVELS, LEVELS + 1)
     colours = [(f".{_class(n)}", "background", LIGHT.background(n), DARK.background(n)) for n in levels]
     colours += [("", "--ink", LIGHT.ink, DARK.ink), ("", "--paper", LIGHT.zero, DARK.zero)]

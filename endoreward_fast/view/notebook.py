@@ -1,4 +1,4 @@
-"""What notebooks show of results, and results as the tokens that `heatmap` draws."""
+"""Convert results to the tokens that `heatmap` draws, and to the HTML that notebooks display."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LONGEST = 4
-"""bytes of a character in UTF-8, and so the most tokens that spell one"""
+"""bytes in the longest UTF-8 character, hence the most tokens that can spell one"""
 
 
 class Table(Protocol):
-    """What of a TokenTable is drawn."""
+    """The fields of a TokenTable that are drawn."""
 
     @property
     def ids(self) -> tuple[int, ...]: ...
@@ -35,7 +35,7 @@ class Table(Protocol):
 
 
 class Rewards(Protocol):
-    """What of TokenRewards is drawn."""
+    """The fields of TokenRewards that are drawn."""
 
     @property
     def reward(self) -> Tensor: ...
@@ -48,14 +48,18 @@ class Rewards(Protocol):
 
 
 def tokens_of(table: Table) -> list[Token]:
-    """The tokens of a table; by their ids where it has no texts. Those that spell one character are one."""
+    """Return the tokens of a table. Tokens that spell one character together are merged into one.
+
+    A token without text is named by its id.
+    """
     entropies = table.entropies or (None,) * len(table.ids)
     columns = zip(table.texts, table.ids, table.rewards, table.logprobs, table.values, entropies, strict=True)
-    return _by_character(_ended([Token(text, f"#{token_id}", *numbers) for text, token_id, *numbers in columns]))
+    tokens = [Token(text, f"#{token_id}", *numbers) for text, token_id, *numbers in columns]
+    return _merge_characters(_mark_terminal(tokens))
 
 
-def _ended(tokens: list[Token]) -> list[Token]:
-    """`tokens`, of which the last is marked if nothing was subtracted from its Q: if its reward is alpha log pi + V."""
+def _mark_terminal(tokens: list[Token]) -> list[Token]:
+    """Mark the last token as terminal if its reward is alpha log pi + V(s), that is, if V(s') is 0."""
     if not tokens:
         return tokens
     last = tokens[-1]
@@ -64,7 +68,7 @@ def _ended(tokens: list[Token]) -> list[Token]:
 
 
 def _alpha(tokens: list[Token]) -> float:
-    """From r = alpha log pi + V(s) - V(s') of the token whose log pi tells most; 1 where there is but one token."""
+    """Solve r = alpha log pi + V(s) - V(s') for alpha, at the token with the lowest log pi. 1 for a single token."""
     pairs = [
         (a.logprob, a.reward - a.value + b.value)
         for a, b in pairwise(tokens)
@@ -74,21 +78,21 @@ def _alpha(tokens: list[Token]) -> float:
     return part / logprob
 
 
-def _by_character(tokens: list[Token]) -> list[Token]:
-    """`tokens`, where those without a text that spell a character with the next one that has are joined to it."""
+def _merge_characters(tokens: list[Token]) -> list[Token]:
+    """Merge tokens without text into the next token with text, where together they spell one character."""
     found: list[Token] = []
     parts: list[Token] = []
     for token in tokens:
         parts.append(token)
         if token.text:
             whole = len(parts) <= LONGEST and not token.text[0].isascii()
-            found += [_joined(parts)] if whole else parts
+            found += [_merged(parts)] if whole else parts
             parts = []
     return found + parts
 
 
-def _joined(parts: list[Token]) -> Token:
-    """One token: rewards telescope, so that their sum is that of the character, chosen in the first one's state."""
+def _merged(parts: list[Token]) -> Token:
+    """Merge tokens into one. Rewards telescope: their sum is the character's reward in the first token's state."""
     first, last = parts[0], parts[-1]
     return Token(
         last.text,
@@ -108,20 +112,23 @@ def _sum(numbers: Iterable[float | None]) -> float | None:
 
 
 def html_of_table(table: Table, score: float | None = None, note: str | None = None) -> str:
-    """A heatmap of one row; its score, by default, the plain sum of the rewards."""
+    """Return the heatmap of one row. The score defaults to the sum of the rewards."""
     score = sum(table.rewards) if score is None and note is None else score
     return fragment([Row("", "", [Card("completion", score, tokens_of(table), note)])])
 
 
 def html_of_rewards(rewards: Rewards) -> str | None:
-    """A heatmap of one row, (T,) or (1, T), of the tokens that were scored: whose fields are not all 0. Else None."""
+    """Return the heatmap of one row, (T,) or (1, T), or None for any other shape.
+
+    It shows the scored tokens: those whose reward, log-probability and value are not all 0.
+    """
     if rewards.reward.ndim not in (1, 2) or (rewards.reward.ndim == 2 and len(rewards.reward) != 1):
         return None
     reward, logprob, value = map(_numbers, (rewards.reward, rewards.logprob, rewards.value))
     entropy = [None] * len(reward) if rewards.entropy is None else _numbers(rewards.entropy)
     scored = [t for t, fields in enumerate(zip(reward, logprob, value, strict=True)) if any(fields)]
     tokens = [Token("", f"@{t}", reward[t], logprob[t], value[t], entropy[t]) for t in scored]
-    return fragment([Row("", "", [Card("tokens by position", sum(reward), _ended(tokens))])])
+    return fragment([Row("", "", [Card("tokens by position", sum(reward), _mark_terminal(tokens))])])
 
 
 def _numbers(field: Tensor) -> list[float]:

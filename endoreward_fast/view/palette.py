@@ -1,4 +1,4 @@
-"""Diverging colours centred at 0: blue above, orange below, which every common kind of colour blindness tells apart."""
+"""Diverging colours centred at 0: blue above, orange below. They differ under every common kind of colour blindness."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 LEVELS = 9
-"""steps of colour on either side of 0"""
+"""colour steps on either side of 0"""
 CLIPPED = 0.98
-"""share of rewards inside the scale: one outlier would leave the rest pale"""
+"""quantile of |reward| at which the scale ends: ending it at an outlier would leave the rest pale"""
 USUAL, TIMES = 0.75, 3.0
-"""and of few rewards: the scale ends at so many times this quantile of |reward| (a normal's CLIPPED is at 2.0 times)"""
+"""the scale also ends at TIMES the USUAL quantile, for small samples (in a normal distribution, CLIPPED is at 2.0)"""
 
 
 @dataclass(frozen=True)
@@ -23,22 +23,22 @@ class Theme:
     below: str
     ink: str
     line: str
-    """under what is below 0: a contrast of at least 3 (1.4.11)"""
+    """underline of rewards below 0, with a contrast of at least 3 (1.4.11)"""
 
     def background(self, level: int) -> str:
-        """Of `level` in [-LEVELS, LEVELS]."""
+        """Return the background of `level`, which is in [-LEVELS, LEVELS]."""
         share = abs(level) / LEVELS
         ends = zip(_channels(self.zero), _channels(self.above if level > 0 else self.below), strict=True)
         return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in ends)
 
 
-# On a terminal of 256 colours, by number: olive, brown, orange below 0; navy, teal, blue above; dark enough for white.
-# The 19 levels of a Theme would fall onto 9 of those colours, some of another hue.
+# Colour numbers on a 256-colour terminal: olive, brown, orange below 0; navy, teal, blue above. White text is legible
+# on all. The nearest terminal colours to a Theme's 19 levels would be 9 colours, some of another hue.
 BELOW_256, ZERO_256, ABOVE_256 = (58, 94, 130), 234, (17, 24, 25)
 
 
 def terminal_256(level: int) -> int:
-    """The number of `level`'s colour on a terminal of 256: three steps on either side of 0."""
+    """Return the colour number of `level` on a 256-colour terminal, with three steps on either side of 0."""
     steps = BELOW_256 if level < 0 else ABOVE_256
     return steps[-(-abs(level) * len(steps) // LEVELS) - 1] if level else ZERO_256
 
@@ -48,9 +48,9 @@ DARK = Theme(zero="#16191f", above="#1d66ad", below="#a84f08", ink="#ffffff", li
 
 
 def limit_of(rewards: Iterable[float]) -> float:
-    """The |reward| at which colours are full: the CLIPPED quantile of |reward|, at most TIMES the USUAL one.
+    """Return the |reward| at which colours saturate: the CLIPPED quantile, at most TIMES the USUAL quantile.
 
-    1 where all are 0 or not finite.
+    1 if no reward is finite and nonzero.
     """
     sizes = sorted(abs(r) for r in rewards if math.isfinite(r))
     if not sizes or not sizes[-1]:
@@ -60,7 +60,7 @@ def limit_of(rewards: Iterable[float]) -> float:
 
 
 def level_of(reward: float, limit: float) -> int | None:
-    """Level of colour in [-LEVELS, LEVELS]; at least one step for what is not 0; None for NaN."""
+    """Return the colour level in [-LEVELS, LEVELS]; 0 only for a reward of 0; None for NaN."""
     if math.isnan(reward):
         return None
     if reward == 0:

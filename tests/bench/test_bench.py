@@ -1,4 +1,4 @@
-"""The benchmarks' own machinery on a small shape: gate, interleaving, memory, record, figure."""
+"""The benchmark harness on a small shape: gate, interleaving, memory, record, figure."""
 
 import importlib.util
 import json
@@ -40,13 +40,13 @@ def test_a_case_passes_the_gate_and_gives_ratios(subject, dtype):
     assert peers.OURS in text and "skipped: left out to save time" in text
 
 
-def test_a_softcap_is_measured_and_the_peer_without_one_is_named():
+def test_a_peer_without_softcap_is_skipped_with_the_reason():
     result = timing.run_case(Case("linear", "small-capped", 20, rounds=1, without=("torch.compile",)))
     assert result["skipped"]["F.linear_cross_entropy"] == "has no softcap"
     assert peers.OURS in result["peers"]
 
 
-def test_the_gate_refuses_wrong_numbers():
+def test_the_gate_rejects_wrong_numbers():
     inputs = peers.make_inputs("linear", SMALL, 20, torch.float32)
     gate = timing.Gate(inputs)
     lse, target = peers.peers("linear")[peers.OURS].run(inputs)
@@ -58,7 +58,7 @@ def test_the_gate_refuses_wrong_numbers():
         gate.check("broken", "nll", target - lse)
 
 
-def test_every_peer_takes_a_turn_in_every_round_and_no_one_is_always_first():
+def test_every_round_times_every_peer_in_rotating_order():
     turns = []
     calls = {name: lambda name=name: turns.append(name) for name in "abc"}
     times = timing.interleave(calls, 3)
@@ -67,15 +67,15 @@ def test_every_peer_takes_a_turn_in_every_round_and_no_one_is_always_first():
 
 
 def test_ratios_are_taken_within_rounds():
-    """A machine that is slow in one round is slow for all: the ratio does not see it."""
+    """A machine that is slow in one round is slow for all peers, so the ratio does not change."""
     case = Case("linear", "small", 1)
     result = timing.summarise(case, {"base": [1.0, 10.0, 1.0], "ours": [0.5, 5.0, 0.5]}, {}, {})
     assert result["peers"]["ours"]["ratio"] == 0.5
     assert result["peers"]["ours"]["ratio_low"] == result["peers"]["ours"]["ratio_high"] == 0.5
 
 
-def test_one_case_in_its_own_process(capsys):
-    """What the memory and the held-back-CPU cases go through, on the smallest of real shapes."""
+def test_one_case_runs_in_a_separate_process(capsys):
+    """Memory cases and cases with a limited ISA run in this way."""
     case = Case("logits", "llama3-8b", 4, rounds=1, without=("torch.compile", "log_softmax + gather"))
     weighed = memory.weigh(case, [peers.LOGSUMEXP, peers.OURS])
     assert all(0 <= mib < 64 for mib in weighed.values())

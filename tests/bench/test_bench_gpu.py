@@ -1,5 +1,4 @@
-"""The GPU benchmarks' own machinery: clocks and budgets are injected; where there is no GPU, kernels run in the
-interpreter, and where there is one, on it."""
+"""The GPU benchmarks, with injected clocks and budgets. Kernels run on a GPU if there is one, else interpreted."""
 
 import importlib.util
 import json
@@ -27,7 +26,7 @@ needs_matplotlib = pytest.mark.skipif(
 
 
 class Ticks:
-    """A clock that reads what it was told: each call takes one second."""
+    """A clock on which each call takes one second."""
 
     def __init__(self):
         self.time = 0.0
@@ -42,7 +41,7 @@ class Ticks:
 
 
 class FakeCuda:
-    """Records what Device asks of torch.cuda, in order."""
+    """Record the calls that Device makes to torch.cuda, in order."""
 
     def __init__(self):
         self.log = []
@@ -69,19 +68,19 @@ def _case(subject, shape="D32-V300", rows=20, **options) -> Case:
 # ------------------------------------------------------------------------------------------------ clock and budget
 
 
-def test_the_caches_are_flushed_and_the_queue_covered_before_each_sample(monkeypatch):
+def test_caches_are_flushed_and_the_device_idles_before_each_sample(monkeypatch):
     cuda = FakeCuda()
     monkeypatch.setattr(torch, "cuda", cuda)
     monkeypatch.setattr(Device, "LEAST_FLUSH", 1)
     clock = Device("cpu")
-    assert clock._flush.numel() == 4 << 20  # several times the cache
+    assert clock._flush.numel() == 4 << 20  # four times the cache
     clock._flush.fill_(1)
     assert clock.seconds(lambda: cuda.log.append("call")) == 0.0025
     assert not clock._flush.any()
     assert cuda.log == ["synchronize", "sleep", "event", "call", "event", "synchronize"]
 
 
-def test_a_case_stops_after_a_whole_round_when_its_share_is_spent_and_says_so():
+def test_a_case_that_spent_its_share_stops_after_a_whole_round():
     ticks = Ticks()
     budget = timing.Budget(20.0, cases=2, now=ticks)
     calls = {name: (lambda: None) for name in "ab"}
@@ -89,17 +88,17 @@ def test_a_case_stops_after_a_whole_round_when_its_share_is_spent_and_says_so():
     assert [len(t) for t in times.values()] == [5, 5]  # half of 20 s, 2 s a round
     result = timing.summarise(_case("linear", rounds=100), times, {}, {})
     assert result["stopped"] == "time budget: 5 of 100 rounds" and result["stopped"] in timing.table(result)
-    timing.interleave(calls, 2, ticks, budget.next_case())  # leaves time over: all of the rest is the last one's
+    timing.interleave(calls, 2, ticks, budget.next_case())  # the last case may use all of the rest and leaves some
     assert budget.left() == 6.0
 
 
-def test_at_least_three_rounds_whatever_the_budget():
+def test_at_least_three_rounds_are_run_whatever_the_budget():
     ticks = Ticks()
     budget = timing.Budget(0.0, cases=1, now=ticks)
     assert len(timing.interleave({"a": int}, 10, ticks, budget.next_case())["a"]) == timing.LEAST_ROUNDS
 
 
-def test_a_group_out_of_time_names_what_it_did_not_measure(monkeypatch, tmp_path, capsys):
+def test_a_group_out_of_time_reports_the_cases_it_did_not_measure(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(run, "cases", lambda group: [_case("linear")])
     assert run.run_group("gpu-linear", 0.0, tmp_path, dry=DRY) == 0
     record = json.loads((tmp_path / "gpu-linear.json").read_text())
@@ -107,7 +106,7 @@ def test_a_group_out_of_time_names_what_it_did_not_measure(monkeypatch, tmp_path
     assert "not measured" in capsys.readouterr().out
 
 
-def test_a_command_that_hangs_is_stopped_with_what_it_started():
+def test_a_command_that_hangs_is_killed():
     assert run.run_limited([sys.executable, "-c", "pass"], 60) == 0
     assert run.run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
 
@@ -127,7 +126,7 @@ def test_work_by_formula():
 
 
 def test_share_of_the_ceiling():
-    """A copy moves twice the bytes that a forward must: half its time is 100% of its bandwidth."""
+    """A copy moves twice the bytes of a forward, so half the copy's time is 100% of the bandwidth."""
     times = {peers.DEVICE_COPY: [2.0, 2.0], "ours": [1.25, 1.25]}
     forward = timing.summarise(_case("logits"), times, {}, {})["peers"]
     assert forward["ours"]["of_ceiling"] == pytest.approx(0.8)
@@ -146,7 +145,7 @@ def test_share_of_the_ceiling():
 
 
 @pytest.mark.parametrize("subject", peers_gpu.SUBJECTS)
-def test_every_subject_runs_and_passes_the_gate_or_names_the_reason(subject):
+def test_every_peer_passes_the_gate_or_is_skipped_with_the_reason(subject):
     result = timing.run_case(_case(subject, memory=not DRY, without=("torch.compile",)), clock_here())
     listed = peers_gpu.peers(subject)
     assert result["peers"].keys() | result["skipped"].keys() == listed.keys()
@@ -158,7 +157,7 @@ def test_every_subject_runs_and_passes_the_gate_or_names_the_reason(subject):
 
 
 @pytest.mark.parametrize("subject", [s for s in peers_gpu.SUBJECTS if s not in ("linear masked",)])
-def test_the_gate_refuses_wrong_numbers_of_every_subject(subject, device):
+def test_the_gate_rejects_wrong_numbers_of_every_subject(subject, device):
     shape = shapes.find("D32-V300")
     inputs = peers.make_inputs(subject, shape, 20, torch.float32, device=device)
     gate, peer = timing.Gate(inputs), list(peers_gpu.peers(subject).values())[-1]
@@ -172,7 +171,7 @@ def test_the_gate_refuses_wrong_numbers_of_every_subject(subject, device):
                 gate.check("broken", peer.gives, changed)
 
 
-def test_a_gradient_that_is_wrong_only_beside_the_target_is_refused(device):
+def test_the_gate_rejects_a_gradient_that_is_wrong_outside_the_target(device):
     shape = shapes.find("D32-V300")
     inputs = peers.make_inputs("logits backward", shape, 20, torch.bfloat16, device=device)
     gate = timing.Gate(inputs)
@@ -188,7 +187,7 @@ def _with_peer(monkeypatch, name, peer):
     monkeypatch.setattr(peers_gpu, "peers", lambda subject: {**listed, name: peer})
 
 
-def test_a_peer_that_fails_is_left_out_by_name_and_ours_is_not(monkeypatch):
+def test_a_peer_that_fails_is_skipped_but_a_failure_of_ours_raises(monkeypatch):
     def broken(inputs):
         raise RuntimeError("no kernel image\nand more")
 
@@ -203,7 +202,7 @@ def test_a_peer_that_fails_is_left_out_by_name_and_ours_is_not(monkeypatch):
         timing.prepare(case)
 
 
-def test_what_does_not_fit_is_left_out_by_name():
+def test_peers_that_do_not_fit_are_skipped_with_the_reason():
     clock = Host()
     clock.free_bytes = lambda: 100
     calls, skipped = timing.prepare(_case("linear", without=("torch.compile", peers_gpu.OURS_FUSED)), clock)
@@ -213,7 +212,7 @@ def test_what_does_not_fit_is_left_out_by_name():
     assert need["eager"] > 2 and need[peers_gpu.OURS_FUSED] == need[peers_gpu.OURS_CHUNKED] == 0
 
 
-def test_what_is_not_installed_is_left_out_by_name():
+def test_a_missing_package_is_reported_with_the_reason():
     _, missing = peers_gpu._package("no_such_package_here", "function")
     assert missing == "no_such_package_here: ModuleNotFoundError: No module named 'no_such_package_here'"
 
@@ -228,7 +227,7 @@ def test_four_fifths_of_the_rows_are_off_the_mask():
 
 
 @pytest.mark.parametrize("main", [run.main, sanitize.main])
-def test_without_a_gpu_one_line_and_code_2(main, monkeypatch, capsys):
+def test_without_a_gpu_the_command_prints_one_line_and_exits_with_2(main, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main([]) == 2
     said = capsys.readouterr()
@@ -254,7 +253,7 @@ def test_a_dry_run_writes_the_record(tmp_path, monkeypatch):
 
 
 def invented(folder) -> None:
-    """A record of every case of `make gpu`, its times invented: proportional to the work, peer by peer."""
+    """Write a record of every case of `make gpu` with invented times, proportional to the work."""
     environment = timing.environment() | {"gpu": "an invented device"}
     for group in run.SHARES:
         results = []
@@ -268,7 +267,7 @@ def invented(folder) -> None:
 
 
 @needs_matplotlib
-def test_pictures_come_from_the_record_alone(tmp_path):
+def test_pictures_are_drawn_from_the_record_alone(tmp_path):
     from bench.harness import charts
 
     invented(tmp_path)
@@ -284,7 +283,7 @@ def test_pictures_come_from_the_record_alone(tmp_path):
 
 
 @needs_matplotlib
-def test_the_sweep_of_the_cpu_has_its_pictures(tmp_path):
+def test_the_cpu_sweep_draws_its_pictures(tmp_path):
     from bench import sweep
 
     few = [
@@ -295,7 +294,7 @@ def test_the_sweep_of_the_cpu_has_its_pictures(tmp_path):
     assert [path.name for path in made] == ["cpu-time-against-N.png", "cpu-time-against-V.png"]
 
 
-def test_shapes_by_their_sizes():
+def test_a_shape_is_found_by_its_sizes():
     assert shapes.find("D1024-V32768") == shapes.Shape("D1024-V32768", 1024, 32768)
     with pytest.raises(KeyError, match="no shape 'qwen9'"):
         shapes.find("qwen9")

@@ -1,4 +1,4 @@
-"""bench/page.py against torch's flop counter, against what the package does, and against the page that quotes it."""
+"""bench/cost against torch's flop counter, against the package's sizes, and against docs/scale.md, which quotes it."""
 
 import re
 from dataclasses import replace
@@ -26,12 +26,12 @@ def share(model=MODEL, batch=BATCH, **options):
     return formulas.cost(model, batch, **options).head_share
 
 
-# ------------------------------------------------------------------------------------------------ torch's own counting
+# ------------------------------------------------------------------------------------------------ torch's flop counter
 
 
 @pytest.mark.parametrize("model", formulas.MODELS, ids=lambda model: model.name)
-def test_published_shapes_take_the_flops_that_torch_counts(model):
-    """Whole models on the meta device; their sizes are those that the name promises, by their parameters."""
+def test_the_formulas_give_the_flops_that_torch_counts(model):
+    """Count whole models on the meta device, and compare their parameters with the formula."""
     config = points.config_of(model)
     assert formulas.of_config(config, model.name) == model
     found = points.flops_of(model)
@@ -68,17 +68,17 @@ def tiny(family, **changes):
 
 
 def of_operator(hidden, weight, bias, targets, mask, *others, out_val=None, **options):
-    """Flops of the package's operator: its matmul is of the rows that the mask keeps."""
+    """Return the flops of the package's operator, whose matmul covers the rows that the mask keeps."""
     return 2 * int(mask.sum()) * hidden.shape[1] * weight.shape[0]
 
 
-of_operator._get_raw = True  # the counter then hands over tensors, not their shapes
+of_operator._get_raw = True  # makes the counter pass tensors instead of shapes
 
 
 @pytest.mark.parametrize(("count", "cut"), [(7, False), (7, True), (0, True)])
 @pytest.mark.parametrize("family", formulas.UNDERSTOOD)
 def test_scoring_takes_the_flops_of_the_formula(family, count, cut):
-    """The package's own pass, head and all, on a real model."""
+    """Count a whole scoring pass of a tiny model, including the head."""
     model, batch = tiny(family), Batch(rows=3, length=20, scored=count, cut=cut)
     scored = (torch.arange(20) >= 20 - count).expand(3, -1)
     terminal = torch.zeros_like(scored)
@@ -94,8 +94,8 @@ def test_scoring_takes_the_flops_of_the_formula(family, count, cut):
     assert counter.get_total_flops() == found.body + found.head
 
 
-def test_the_packages_own_matmuls_take_the_heads_flops():
-    """What runs inside that operator: tiles of one matmul, which all together read each state and each row once."""
+def test_the_packages_matmuls_take_the_heads_flops():
+    """The operator computes one matmul in tiles, which together read each state and each weight row once."""
     config = formulas.of_config(tiny("llama").config)
     matmul = {torch.ops.aten.addmm_: lambda out, a, b, **options: 2 * a[0] * a[1] * b[1]}
     for batch in (Batch(2, 9, 3), Batch(2, 9, 3, cut=True), Batch(1, 9, 8), Batch(3, 9, 0, cut=True)):
@@ -108,7 +108,7 @@ def test_the_packages_own_matmuls_take_the_heads_flops():
         assert counter.get_total_flops() == formulas.cost(config, batch).head
 
 
-def test_attention_sees_the_keys_that_a_mask_leaves():
+def test_attention_counts_the_keys_that_the_mask_keeps():
     length, window = 20, 6
     far = torch.ones(length, length).tril()
     near = far - far.tril(-window)
@@ -118,32 +118,32 @@ def test_attention_sees_the_keys_that_a_mask_leaves():
     assert formulas.cost(model, Batch(3, length, 1), dense=True).attention == 4 * 3 * 5 * length**2 * 4 * 16
 
 
-def test_families_with_other_layers_are_refused_by_name():
+def test_families_that_the_formulas_do_not_cover_are_refused():
     for config in (GPT2Config(), DeepseekV3Config()):
-        with pytest.raises(ValueError, match=f"model_type '{config.model_type}': the formulas are those of llama"):
+        with pytest.raises(ValueError, match=f"model_type '{config.model_type}': the formulas cover only llama"):
             formulas.of_config(config)
-    with pytest.raises(ValueError, match="layers without experts"):
+    with pytest.raises(ValueError, match="some layers without experts"):
         formulas.of_config(Qwen3MoeConfig(mlp_only_layers=[0]))
-    with pytest.raises(ValueError, match="scored=8: expected 0 to 7, of 8 tokens"):
+    with pytest.raises(ValueError, match="scored=8: expected 0 to 7 for rows of 8 tokens"):
         Batch(1, 8, 8)
 
 
-def test_one_line_for_a_model_of_ones_own(capsys):
+def test_the_line_of_any_model_can_be_printed(capsys):
     page.main(["--model", str(pocket_path())])
     assert "0.000524" in capsys.readouterr().out  # 2 x 256 x 1024 flops a state
 
 
-# ------------------------------------------------------------------------------------------ what the package does
+# ------------------------------------------------------------------------------------------ sizes in the package
 
 
-def test_constants_are_the_packages():
-    of_itself = {"start", "size", "mask"}  # one number a shard, not one a row
-    assert len({*sharded.Shards._fields} - of_itself) == formulas.WIRE_FLOATS
+def test_constants_equal_the_packages():
+    per_shard = {"start", "size", "mask"}  # one number for each shard, not for each row
+    assert len({*sharded.Shards._fields} - per_shard) == formulas.WIRE_FLOATS
     assert (4 * workspace.FORWARD_TILE, workspace.PIECE) == (formulas.TILE, formulas.PIECE)
     assert ScoreOptions().max_tokens_per_batch == BATCH.tokens
 
 
-def test_memory_is_what_is_made():
+def test_memory_formulas_equal_the_allocations():
     found, states = formulas.cost(MODEL, BATCH), BATCH.states
     left = Partials.empty(-(-MODEL.vocab // workspace.PIECE), states, "meta", entropy=False, logit_mean=False)
     assert found.workspace_bytes == 4 * (workspace.FORWARD_TILE + left.m.numel() + left.s.numel())
@@ -151,9 +151,11 @@ def test_memory_is_what_is_made():
     assert found.eager_bytes == 4 * 8192 * 152064
 
 
-def test_memory_was_measured():
-    """By a process's pages, so with the matmul library's buffers: some MiB above what is made. Eager makes its logits,
-    and logsumexp as much again; ours neither."""
+def test_measured_memory_fits_the_formulas():
+    """The extra memory of a process includes the matmul library's buffers, some MiB.
+
+    Eager allocates its logits, and logsumexp as much again. Ours allocates neither.
+    """
     weighed = RECORD["weighed"]
     found = formulas.cost(points.WEIGHED.model, points.WEIGHED.batch, element=4)
     activations, logits = found.activation_bytes / 2**20, found.eager_bytes / 2**20
@@ -162,7 +164,7 @@ def test_memory_was_measured():
     assert weighed["extra_mib"]["whole"] < weighed["extra_mib"]["body"] + 1
 
 
-def test_shards_split_the_head_and_ranks_the_rows():
+def test_shards_split_the_head_and_ranks_split_the_rows():
     whole = formulas.cost(MODEL, BATCH)
     shard, rank = formulas.cost(MODEL, BATCH, shards=8), formulas.cost(MODEL, BATCH, ranks=8)
     assert (8 * shard.head, shard.body) == (whole.head, whole.body)
@@ -170,13 +172,13 @@ def test_shards_split_the_head_and_ranks_the_rows():
     assert whole.head_share + whole.body / (whole.body + whole.head) == pytest.approx(1)
     assert 8 * shard.head_bytes == whole.head_bytes == rank.head_bytes
     assert shard.wire_bytes == 24 * BATCH.states and rank.wire_bytes == whole.wire_bytes == 0
-    assert formulas.cost(MODEL, BATCH, ranks=3).projections == whole.projections * 3 // 8  # the one with the most rows
+    assert formulas.cost(MODEL, BATCH, ranks=3).projections == whole.projections * 3 // 8  # the rank with the most rows
 
 
-# ------------------------------------------------------------------------------------------ what grows with what
+# ------------------------------------------------------------------------------------------ growth
 
 
-def test_the_heads_share_grows_with_the_vocabulary_and_what_is_scored():
+def test_the_heads_share_grows_with_the_vocabulary_and_the_scored_tokens():
     assert share(replace(MODEL, vocab=2 * MODEL.vocab)) > share()
     assert share(batch=replace(BATCH, scored=2 * BATCH.scored - 1)) > share()
     assert share(batch=replace(BATCH, cut=True)) > share()
@@ -190,26 +192,26 @@ def test_the_heads_share_falls_with_width_layers_and_length():
     assert by_size == sorted(by_size, reverse=True)
 
 
-def test_the_heads_share_is_that_of_any_number_of_rows_and_ranks():
+def test_the_heads_share_does_not_depend_on_rows_and_ranks():
     assert share(batch=replace(BATCH, rows=3 * BATCH.rows)) == share(ranks=8) == share()
 
 
-def test_weights_are_read_once_a_batch_and_experts_as_they_are_met():
+def test_weights_are_read_once_for_each_batch_and_experts_if_used():
     one, two = (formulas.cost(MODEL, replace(BATCH, rows=rows)) for rows in (1, 2))
-    assert one.weight_bytes == two.weight_bytes == 2 * (MODEL.weights - MODEL.head_weights)  # not the embedding's
+    assert one.weight_bytes == two.weight_bytes == 2 * (MODEL.weights - MODEL.head_weights)  # without the embedding
     experts = formulas.find("Qwen3-30B-A3B")
     assert experts.experts_met(1) == pytest.approx(experts.active)
     assert 127.9 < experts.experts_met(256) < 128
     assert formulas.cost(experts, Batch(1, 2, 1)).weight_bytes < formulas.cost(experts, BATCH).weight_bytes / 5
 
 
-# ------------------------------------------------------------------------------------------------------- the measuring
+# ------------------------------------------------------------------------------------------------------- measurements
 
 SMALL = {"layers": 1, "hidden": 64, "heads": 2, "kv_heads": 1, "head_dim": 32, "mlp": 64, "vocab": 500}
 
 
 @pytest.mark.parametrize("batch", [Batch(2, 16, 5), Batch(2, 16, 5, cut=True)])
-def test_a_point_is_timed_after_its_rewards_were_found_right(batch, monkeypatch):
+def test_a_point_with_wrong_rewards_is_not_timed(batch, monkeypatch):
     point = points.Point("Qwen2.5-0.5B", batch, SMALL)
     found = points.timed(point, rounds=2)
     assert found["peers"]["whole"]["ratio"] == 1.0
@@ -219,7 +221,7 @@ def test_a_point_is_timed_after_its_rewards_were_found_right(batch, monkeypatch)
     monkeypatch.setattr(
         EndoRewardModel, "rewards_of_padded", lambda self, ids, scored, end: right(self, ids, scored, ~end)
     )
-    with pytest.raises(SystemExit, match="off eager's: nothing was timed"):
+    with pytest.raises(SystemExit, match="rewards differ from eager's by"):
         points.timed(point, rounds=2)
 
 
@@ -242,7 +244,7 @@ def test_a_point_with_quartiles_far_apart_is_measured_again(first, kept, monkeyp
     "table", [tables.shapes_table(), tables.growth_table(), points.points_table(RECORD)],
     ids=["shapes", "growth", "measured"],
 )  # fmt: skip
-def test_the_pages_tables_are_what_the_code_says(table):
+def test_the_pages_tables_equal_the_generated_ones(table):
     assert tables.markdown(table) + "\n\n" in PAGE
 
 
@@ -251,7 +253,7 @@ def test_the_pages_tables_are_printed(capsys):
     assert all(part in PAGE for part in capsys.readouterr().out.strip().split("\n\n"))
 
 
-def test_a_models_line_is_printed_and_one_without_a_formula_refused_in_one_line(capsys, tmp_path):
+def test_a_models_line_is_printed_and_an_uncovered_model_raises_one_line(capsys, tmp_path):
     page.main(["--model", "pocket"])
     config = AutoConfig.from_pretrained(pocket_path())
     [line] = [line for line in capsys.readouterr().out.splitlines() if "pocket" in line]
@@ -261,7 +263,7 @@ def test_a_models_line_is_printed_and_one_without_a_formula_refused_in_one_line(
         page.main(["--model", str(tmp_path)])
 
 
-def test_the_record_is_of_these_formulas():
+def test_the_record_follows_these_formulas():
     assert [case["name"] for case in RECORD["timed"]] == [point.name for point in points.POINTS]
     for case, point in zip(RECORD["timed"], points.POINTS, strict=True):
         found = formulas.cost(point.model, point.batch)
@@ -276,12 +278,12 @@ def measured_shares():
 
 
 def by_rates(case):
-    """The predicted share where head and body are not equally fast."""
+    """Return the predicted share, corrected for the different speeds of head and body."""
     f, relative = case["predicted_share"], case["head_gflops_per_s"] / case["body_gflops_per_s"]
     return f / (f + (1 - f) * relative)
 
 
-def test_what_the_page_says_of_the_measured_shares():
+def test_the_pages_claims_on_measured_shares_hold():
     timed, page = RECORD["timed"], PAGE.replace("\n", " ")
     off = [abs(share / case["predicted_share"] - 1) for case, share in measured_shares()]
     assert len(off) == 10 and sum(one <= 0.2 for one in off) == 6
@@ -307,7 +309,7 @@ def test_what_the_page_says_of_the_measured_shares():
     assert all(text in PAGE.replace("\n", " ") for text in said)
 
 
-def test_what_the_page_says_of_the_models():
+def test_the_pages_claims_on_the_models_hold():
     shares = {
         m.name: [formulas.cost(m, replace(BATCH, scored=n)).head_share for n in (512, 1023)] for m in formulas.MODELS
     }

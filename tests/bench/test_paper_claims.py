@@ -1,4 +1,4 @@
-"""bench/paper's claims on the embedded model: what they count, on inputs whose counts are known; commands, tiny."""
+"""bench/paper's claims on the embedded model: their statistics on known inputs, and small runs of the commands."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +18,7 @@ def pocket():
 
 
 def record_of(folder, name, printed):
-    """What a command wrote; its sentence is what it printed."""
+    """Return the record that a command wrote, after checking that it printed the record's sentence."""
     record = json.loads((folder / f"paper-{name}.json").read_text())
     assert record["command"] == f"python -m bench.paper.{name}"
     assert record["results"]["sentence"] in printed
@@ -40,7 +40,7 @@ def test_accuracy_counts_wrong_answers_by_their_length():
     }  # fmt: skip
 
 
-def test_length_bias_compares_wrong_answers_of_unlike_length_only():
+def test_length_bias_compares_only_wrong_answers_of_different_length():
     lengths = torch.tensor([[9, 1, 2, 3], [9, 2, 2, 2], [9, 1, 1, 2]])
     falling = torch.tensor([[0.0, -1, -2, -3]] * 3)
     found = ranking.shorter_wins(falling, lengths)
@@ -49,7 +49,7 @@ def test_length_bias_compares_wrong_answers_of_unlike_length_only():
     assert ranking.shorter_wins(rising, lengths).value == pytest.approx((0 + 1 / 2) / 2)
 
 
-def test_ranking_asks_every_method_about_the_same_answers(tmp_path, capsys, monkeypatch):
+def test_ranking_gives_every_method_the_same_answers(tmp_path, capsys, monkeypatch):
     tasks = ("add", "fact", "spell")
     monkeypatch.setattr(ranking, "TASKS", tasks)
     monkeypatch.setattr(ranking, "problems", lambda n, seed, *split: problems(n, seed, *split, tasks=tasks))
@@ -62,7 +62,7 @@ def test_ranking_asks_every_method_about_the_same_answers(tmp_path, capsys, monk
 
 
 def test_a_trained_reward_model_learns():
-    """Nothing is known at first (the head is zero: every comparison a tie), and something after some steps."""
+    """The accuracy is 0 at first, because the head is zero and every comparison a tie, and rises within six steps."""
     school = problems(32, 0, "train", ["copy"])
     asked = ranking.samples(school[:8])
 
@@ -76,7 +76,7 @@ def test_a_trained_reward_model_learns():
 # --- steering
 
 
-def test_sums_are_the_same_asked_in_two_ways():
+def test_pairs_ask_the_same_sum_with_two_instructions():
     pairs = steering.sums(12, seed=0)
     assert len({digits.key for digits, _ in pairs}) == 12
     for digits, words in pairs:
@@ -86,8 +86,10 @@ def test_sums_are_the_same_asked_in_two_ways():
     assert forms == ["digits", "words", "neither", "neither"]
 
 
-def test_steering_counts_preferences_right_answers_and_form(monkeypatch):
-    in_digits = torch.tensor([[5.0, 1, 2, 3], [4.0, 5, 1, 1]])  # the right one first: it is best of four in one of two
+def test_steering_counts_preferences_right_answers_and_forms(monkeypatch):
+    in_digits = torch.tensor(
+        [[5.0, 1, 2, 3], [4.0, 5, 1, 1]]
+    )  # right answer first: it is best of four in one row of two
     in_words = torch.tensor([[3.0, 4, 2, 1], [9.0, 1, 8, 2]])
     asked = []
 
@@ -121,7 +123,7 @@ def test_steering(tmp_path, capsys):
 # --- RL
 
 
-def test_right_answers_are_right_to_the_letter_and_have_ended():
+def test_right_answers_match_exactly_and_have_ended():
     asked = problems(2, 0, tasks=["add"])
     said = [
         [policies.Answer(asked[0].answer, 3, True), policies.Answer(asked[0].answer, 12, False)],
@@ -130,7 +132,7 @@ def test_right_answers_are_right_to_the_letter_and_have_ended():
     assert policies.right(asked, said).tolist() == [[1, 0], [0, 0]]
 
 
-def test_answers_are_sampled_by_seed_and_leave_the_model_as_it_was(pocket):
+def test_answers_repeat_by_seed_and_the_model_keeps_its_mode(pocket):
     asked = problems(4, 0, tasks=["add"])
     pocket.model.train()
     first, again, other = (
@@ -144,7 +146,7 @@ def test_answers_are_sampled_by_seed_and_leave_the_model_as_it_was(pocket):
 
 
 @pytest.mark.parametrize("arm", ["token level", "verifiable"])
-def test_every_arm_trains_and_keeps_all_curves(arm):
+def test_every_arm_trains_and_records_all_curves(arm):
     pytest.importorskip("trl", reason="TRL asks for Python 3.11")
     quiz, others = rl.questions(0, 8, 4)
     assert len({p.key for p in (*quiz, *others)}) == 12
@@ -174,7 +176,7 @@ def test_an_arm_trains_on_its_own_reward_alone(arm, monkeypatch):
 
 
 def test_floor_and_ceiling():
-    """The verifiable reward knows the answer; the random one knows nothing, and repeats by seed."""
+    """The verifiable reward depends on the answer; the random one does not, and repeats for the same seed."""
     said = [[{"role": "assistant", "content": text}] for text in (" 12\n", "12", "120", "")]
     assert rl.Verifiable()(said, answer=["12"] * 4) == [1.0, 1.0, 0.0, 0.0]
     draws = rl.Coin(0)(said * 250)
@@ -184,7 +186,7 @@ def test_floor_and_ceiling():
 
 
 def test_accuracy_of_a_sampled_answer_is_its_probability(pocket):
-    """Against 64 samples each: within four standard errors."""
+    """Compare with 64 samples each, within four standard errors."""
     rows = rl.questions(0, 6, 1)[0]
     found = rl.measure(pocket, rows)
     sampled = policies.right(rows, policies.answers(pocket.model, pocket.tokenizer, rows, samples=64))
@@ -205,7 +207,7 @@ def fake_run(arm, seed, steps, quiz, others):
     }
 
 
-def test_rl_sums_up_over_seeds(tmp_path, capsys, monkeypatch):
+def test_rl_summarises_over_seeds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rl, "run", fake_run)
     monkeypatch.setattr(rl, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
     rl.main(["--seeds", "3", "--steps", "8", "--out", str(tmp_path)])
@@ -221,7 +223,7 @@ def test_smoothing_is_the_mean_of_the_last_steps():
 
 
 @pytest.mark.parametrize("name", ["ranking", "rl", "steering"])
-def test_the_record_on_file_is_complete(name):
+def test_the_stored_record_is_complete(name):
     record = json.loads((RESULTS / f"paper-{name}.json").read_text())
     assert record["results"]["sentence"] and record["settings"]["model"] == "pocket"
     if name == "rl":

@@ -1,4 +1,4 @@
-"""bench/paper/math.py, the command for those who have the paper's weights: it runs, on the embedded model."""
+"""bench/paper/math.py, the paper's RL experiment, run with the embedded model."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_it_trains_and_measures_before_and_after(data, tmp_path, capsys):
 
 
 class Saying(torch.nn.Module):
-    """Says one text, whatever it is asked."""
+    """A model that generates one text for every prompt."""
 
     device = torch.device("cpu")
 
@@ -44,7 +44,7 @@ class Saying(torch.nn.Module):
         return torch.cat([input_ids, self.ids.expand(len(input_ids), -1)], 1)
 
 
-def test_accuracy_is_that_of_the_boxed_answers(data):
+def test_accuracy_compares_the_boxed_answers(data):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(str(pocket_path()))
@@ -60,7 +60,7 @@ def test_accuracy_is_that_of_the_boxed_answers(data):
         math.accuracy(model, tokenizer, rows.map(lambda row: {"solution": "no number"}), 8, 2)
 
 
-def test_a_data_set_without_solutions_is_named(tmp_path):
+def test_a_data_set_without_solutions_raises_its_name(tmp_path):
     path = tmp_path / "odd.jsonl"
     path.write_text('{"question": "?"}\n')
     with pytest.raises(SystemExit, match=r"odd\.jsonl has no column problem, solution: it has question"):

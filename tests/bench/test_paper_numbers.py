@@ -1,4 +1,4 @@
-"""The numbers in README and bench/paper/README.md are those on file."""
+"""The numbers in README.md and bench/paper/README.md equal those in the records."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,9 @@ def test_rl(page):
     if page == "README.md":
         wanted += [points(quiz[arm]["after"]["sampled"][0]) for arm in ("random", "verifiable")]
         wanted += [points(quiz["endogenous"][when]["greedy"][0]) for when in ("before", "after")]
-        wanted += [points(others["endogenous"]["gain"]["greedy"][0])]  # what it costs is said where it is claimed
+        wanted += [
+            points(others["endogenous"]["gain"]["greedy"][0])
+        ]  # the page that states the gain must state its cost
     assert not [w for w in wanted if w not in PAGES[page]]
 
 

@@ -1,4 +1,4 @@
-"""bench/paper's tabular claims: its soft values against brute force, its measures against what is known of them."""
+"""bench/paper's tabular claims: values and losses against brute force, and known properties of the measures."""
 
 import importlib
 import json
@@ -22,11 +22,11 @@ def mdp():
 
 
 def sums(mdp, start, table):
-    """The sum of `table` along every completion."""
+    """Return the sum of `table` along every completion."""
     return tabular.per_token(mdp, start, tabular.all_completions(mdp), table).sum(-1)
 
 
-def test_soft_values_are_those_of_all_completions(mdp):
+def test_soft_values_match_all_completions(mdp):
     """exp(V(prompt) / alpha) = sum over completions of exp(R / alpha), and pi(completion) = exp((R - V) / alpha)."""
     q, v = tabular.action_values(mdp, mdp.reward, ALPHA)
     log_pi = torch.log(tabular.policy_of(q, ALPHA))
@@ -38,7 +38,7 @@ def test_soft_values_are_those_of_all_completions(mdp):
         assert best[0, start].item() == pytest.approx(total.max().item())
 
 
-def test_returns_and_visits_are_those_of_all_completions(mdp):
+def test_returns_and_visits_match_all_completions(mdp):
     pi = torch.softmax(torch.randn(mdp.reward.shape, dtype=torch.float64), -1)
     by_hand, seen = 0.0, torch.zeros(mdp.horizon, mdp.states, dtype=torch.float64)
     completions = tabular.all_completions(mdp)
@@ -71,7 +71,7 @@ def test_the_fit_is_maximum_likelihood_with_pseudo_counts(mdp):
     assert z.mean(-1).abs().max() < 1e-12
 
 
-def test_with_the_experts_own_logits_the_reward_is_the_true_one(mdp):
+def test_the_experts_logits_give_the_true_reward(mdp):
     q, _ = tabular.action_values(mdp, mdp.reward, ALPHA)
     torch.testing.assert_close(tabular.endogenous(mdp, q, ALPHA, exact=True), mdp.reward)
     torch.testing.assert_close(tabular.endogenous(mdp, q, ALPHA), mdp.reward, rtol=1e-5, atol=1e-5)
@@ -82,8 +82,8 @@ def test_with_the_experts_own_logits_the_reward_is_the_true_one(mdp):
         torch.testing.assert_close(ours, truth, rtol=1e-5, atol=1e-5)
 
 
-def test_constants_of_states_are_shaping(mdp):
-    """They change every token's reward, and no difference of two completions'."""
+def test_a_constant_per_state_is_shaping(mdp):
+    """They change the reward of every token, but no difference between two completions."""
     q, _ = tabular.action_values(mdp, mdp.reward, ALPHA)
     shifted = q + torch.randn(*q.shape[:2], 1, dtype=q.dtype)
     found = tabular.endogenous(mdp, shifted, ALPHA, exact=True)
@@ -96,8 +96,8 @@ def test_constants_of_states_are_shaping(mdp):
     assert errors["order"] == 1.0
 
 
-def test_errors_of_completions_are_the_definitions(mdp):
-    """Root mean square over two completions that the expert draws, and the largest of all pairs of a prompt's."""
+def test_errors_of_completions_follow_their_definitions(mdp):
+    """Check the rms over two completions drawn from the expert, and the largest over all pairs of a prompt."""
     q, _ = tabular.action_values(mdp, mdp.reward, ALPHA)
     logits = q + 0.3 * torch.randn_like(q)
     found = reward.completion_errors(mdp, q, logits, ALPHA)
@@ -112,8 +112,8 @@ def test_errors_of_completions_are_the_definitions(mdp):
     assert found["largest"] == pytest.approx(max(largest), rel=1e-4)
 
 
-def test_the_cliffs_loss_is_that_of_its_exit_probability():
-    """Left at step h with probability eps each, the track costs the H - h steps that are left."""
+def test_the_cliffs_loss_follows_from_its_exit_probability():
+    """Leaving the track at step h, with probability eps per step, costs the H - h steps left."""
     horizon, n = 12, 400
     instance = instances.cliff(horizon, n, np.random.default_rng(0))
     model = tabular.policy_of(instance.logits, instance.alpha)
@@ -126,8 +126,8 @@ def test_the_cliffs_loss_is_that_of_its_exit_probability():
     assert tabular.expected_return(instance.mdp, model) == pytest.approx(wanted)
 
 
-def test_losses_of_policies_are_those_of_all_completions(mdp):
-    """Every one of policy.errors, from probabilities and sums of whole completions; no dynamic programming."""
+def test_losses_of_policies_match_all_completions(mdp):
+    """Compute each of policy.errors from all completions, without dynamic programming."""
     q, _ = tabular.action_values(mdp, mdp.reward, ALPHA)
     logits = q + 2 * torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(2))
     found = policy.errors(instances.Instance(mdp, ALPHA, q, logits))
@@ -152,14 +152,16 @@ def test_losses_of_policies_are_those_of_all_completions(mdp):
         )
     for name in losses[0]:
         assert found[name] == pytest.approx(np.mean([loss[name].item() for loss in losses])), name
-    assert len({round(found[name], 6) for name in losses[0]}) == len(losses[0])  # else it could not tell them apart
+    assert len({round(found[name], 6) for name in losses[0]}) == len(
+        losses[0]
+    )  # all differ, so that a mix-up would fail
 
 
-def test_the_maximiser_fails_where_the_model_is_sure_off_its_data():
+def test_the_maximiser_fails_where_the_model_is_confident_off_its_data():
     sure, modest = (
         policy.errors(build(32, 4000, np.random.default_rng(0))) for build in (instances.confident, instances.cliff)
     )
-    assert sure["endogenous"] == pytest.approx(32)  # it leaves at once: nothing earned
+    assert sure["endogenous"] == pytest.approx(32)  # it leaves at once and earns nothing
     assert modest["endogenous"] < modest["imitation"] == pytest.approx(sure["imitation"])
     assert sure["greedy"] == modest["greedy"] < 0.2
 
@@ -174,7 +176,7 @@ def test_imitation_compounds_on_the_cliff_and_the_maximiser_does_not():
     assert (found["walk"]["errors"]["endogenous"] == 0).all()
 
 
-def test_the_walk_is_wrong_by_what_it_says_everywhere():
+def test_the_walk_has_its_stated_error_in_every_state():
     walk = instances.walk(18)
     ratio = torch.log_softmax(walk.logits / walk.alpha, -1) - torch.log_softmax(walk.values / walk.alpha, -1)
     assert ratio.abs().max().item() == pytest.approx(instances.WALK_ERROR)
@@ -182,7 +184,7 @@ def test_the_walk_is_wrong_by_what_it_says_everywhere():
         instances.walk(16)
 
 
-def test_a_second_round_brings_shaping_only():
+def test_a_second_round_changes_rewards_by_shaping_only():
     found = iterate.measure(range(2), horizon=4, rounds=3, sampled_rounds=3, samples=(300, 30_000))
     identities = found["identities"]
     assert identities.pop("unchanged") > 0.1
@@ -201,7 +203,7 @@ def test_exponents_of_a_power_law():
     noisy = 3.0 * x**1.7 * np.random.default_rng(0).lognormal(0, 0.05, size=(20, 5))
     fit = exponent(x, noisy, np.random.default_rng(0))
     assert fit.low < 1.7 < fit.high
-    # of normal noise: 2 * 1.96 * 0.05 / sqrt(20 seeds) / sqrt(sum (log x - mean)^2) = 0.020
+    # for normal noise: 2 * 1.96 * 0.05 / sqrt(20 seeds) / sqrt(sum (log x - mean)^2) = 0.020
     assert fit.high - fit.low == pytest.approx(0.020, rel=0.4)
     alone = exponent(x, noisy[:1] * 0 + x**1.5, np.random.default_rng(0))
     assert (alone.value, alone.low) == (pytest.approx(1.5), None)
@@ -226,7 +228,7 @@ def test_commands_write_a_record_and_a_picture(name, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("name", ["reward", "policy", "iterate"])
-def test_the_record_on_file_is_of_these_settings(name):
+def test_the_stored_record_has_these_settings(name):
     module = importlib.import_module(f"bench.paper.{name}")
     settings = json.loads((RESULTS / f"paper-{name}.json").read_text())["settings"]
     ours = module.settings_of(0, 0) if name == "policy" else module.SETTINGS

@@ -1,4 +1,4 @@
-"""bench.soak: what it calls flat, wrong and lost; and a short run of the real command."""
+"""bench.soak: its checks of memory and output, and a short run of the real command."""
 
 import json
 import statistics
@@ -13,20 +13,20 @@ def series(memory):
     return [soak.Reading(seconds=i, rows=10 * i, mib=memory(i)) for i in range(1, 101)]
 
 
-def test_memory_is_flat_where_it_is_and_not_where_it_leaks():
+def test_growth_is_zero_for_flat_memory_and_positive_for_a_leak():
     assert soak.growth(series(lambda i: 500)) == 0
-    saw = series(lambda i: 500 + 10 * (i % 5))  # a window's work comes and goes
+    saw = series(lambda i: 500 + 10 * (i % 5))  # memory rises and falls with each batch
     assert soak.growth(saw) == 0
     assert soak.growth(series(lambda i: 500 if i > 30 else 10 * i)) == 0  # warming up
     assert abs(soak.growth(series(lambda i: 500 + 10 * (i > 60)))) < soak.GROWTH  # one step, and no more
     leak = soak.growth(series(lambda i: 500 + 0.4 * i + 10 * (i % 5)))  # 20 MiB in the second half
     assert leak > soak.GROWTH and leak == pytest.approx(20 / 530, rel=0.2)
     assert soak.growth(series(lambda i: 500 - i)) < 0
-    with pytest.raises(SystemExit, match="6 readings of the second half: too few"):
+    with pytest.raises(SystemExit, match="6 readings in the second half, at least 10 needed"):
         soak.growth(series(lambda i: 500)[:10])
 
 
-def test_readme_says_what_is_on_file():
+def test_the_readme_quotes_the_record_of_the_soak():
     text = " ".join((timing.RESULTS.parents[1] / "README.md").read_text().split())
     run = json.loads((timing.RESULTS / "soak.json").read_text())["cases"][0]
     readings = [soak.Reading(**reading) for reading in run["readings"]]
@@ -55,20 +55,20 @@ def test_throughput_by_tenths():
     ("change", "said"),
     [
         (lambda rows: rows, None),
-        (lambda rows: rows[:-1], "or not in their order"),
-        (lambda rows: [rows[1], rows[0], *rows[2:]], "or not in their order"),
-        (lambda rows: [*rows, rows[-1]], "or not in their order"),
+        (lambda rows: rows[:-1], "99 rows were written for 100"),
+        (lambda rows: [rows[1], rows[0], *rows[2:]], "or in another order"),
+        (lambda rows: [*rows, rows[-1]], "101 rows were written for 100"),
         (
             lambda rows: [row | {"score": row["score"] and row["score"] + 0.01} for row in rows],
             "scores differ by up to",
         ),
         (
             lambda rows: [row | {"score": None} if row["id"] == 3 else row for row in rows],
-            "other rows than expected have no score",
+            "rows other than those without a completion have no score",
         ),
     ],
 )
-def test_what_is_wrong_with_an_output_is_seen(tmp_path, change, said):
+def test_mistakes_in_an_output_are_found(tmp_path, change, said):
     rows = soak.rows_of(100)
     assert len({row["id"] for row in rows}) == 100 and "completion" not in rows[99]
     from endoreward_fast import EndoRewardModel
@@ -83,7 +83,7 @@ def test_what_is_wrong_with_an_output_is_seen(tmp_path, change, said):
 
 def test_a_short_run_of_the_command(tmp_path):
     run = soak.soak(400, ["--max-tokens-per-batch", "512"], every=0.02)
-    assert [w for w in run["wrong"] if not w.startswith("memory")] == []  # too short to speak of memory
+    assert [w for w in run["wrong"] if not w.startswith("memory")] == []  # too short a run to judge memory
     assert 200 < run["readings"][-1]["rows"] <= 400
     assert 100 < run["mib"]["last"] < 4000 and len(run["rows_per_s"]) == soak.TENTHS
     assert run["tokens"] > 400 * 5

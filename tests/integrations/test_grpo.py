@@ -1,4 +1,4 @@
-"""EndoGRPOMixin over TRL's real GRPOTrainer: an advantage for each token, one forward for reward and reference."""
+"""EndoGRPOMixin with TRL's GRPOTrainer: token-level advantages, and one forward for rewards and reference."""
 
 import os
 import subprocess
@@ -30,13 +30,13 @@ def pocket():
 
 
 def letters(completions, **columns):
-    """A second reward, which nothing in the first has to do with."""
+    """A second reward function, unrelated to the first."""
     return [float(len(c[0]["content"]) if isinstance(c, list) else len(c)) for c in completions]
 
 
 # ---------------------------------------------------------------- the formula
 def by_hand(to_go, rewards, endo, weights, group, scale):
-    """token_advantages, an entry at a time."""
+    """Compute token_advantages entry by entry."""
     n, width = to_go.shape
     numerator = [[0.0] * width for _ in range(n)]
     has = [[k for k in range(rewards.shape[1]) if rewards[i, k] == rewards[i, k]] for i in range(n)]
@@ -73,7 +73,7 @@ def by_hand(to_go, rewards, endo, weights, group, scale):
     st.integers(1, 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 2), st.integers(0, 2**20),
     st.sampled_from(["group", "batch", "none"]),
 )  # fmt: skip
-def test_token_advantages_are_the_formula(groups, group, width, others, seed, scale):
+def test_token_advantages_follow_the_formula(groups, group, width, others, seed, scale):
     g = torch.Generator().manual_seed(seed)
     n, functions = groups * group, others + 1
     to_go = torch.randn(n, width, generator=g)
@@ -87,7 +87,7 @@ def test_token_advantages_are_the_formula(groups, group, width, others, seed, sc
     assert found.shape == to_go.shape and (found - expected).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1)
 
 
-def test_one_reward_at_the_end_of_equal_completions_is_grpo():
+def test_a_reward_on_the_last_token_gives_grpos_advantage():
     score = torch.tensor([1.0, 2.0, 5.0, 0.0, 7.0, 7.5])
     grouped = score.view(2, 3)
     expected = ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).view(6, 1)
@@ -101,15 +101,15 @@ def test_one_reward_at_the_end_of_equal_completions_is_grpo():
     st.integers(0, 2**20), st.sampled_from([2, 4, 8]), st.integers(1, 12), st.integers(0, 1),
     st.sampled_from(["group", "batch", "none"]), st.sampled_from([0.0, 1e-6, 1e-3, 1.0]), st.sampled_from([1.0, 1e5]),
 )  # fmt: skip
-def test_they_are_bounded_as_grpos_are(seed, group, width, others, scale, tie, size):
-    """Totals that tie, nearly or exactly, and rewards on the way that differ by many nats."""
+def test_token_advantages_have_grpos_bounds(seed, group, width, others, scale, tie, size):
+    """The totals of a group are equal or nearly equal; its rewards-to-go differ by many nats."""
     g = torch.Generator().manual_seed(seed)
     n = 3 * group
     reward = torch.randn(n, width, generator=g) * size
     lengths = torch.randint(1, width + 1, (n, 1), generator=g)
     mask = torch.arange(width) < lengths
     wanted = torch.randn(3, generator=g).repeat_interleave(group) + tie * torch.randn(n, generator=g)
-    reward[:, 0] += wanted - (reward * mask).sum(1)  # every total of a group is nearly the same
+    reward[:, 0] += wanted - (reward * mask).sum(1)  # the totals of a group are nearly equal
     to_go = rewards_to_go(reward, mask).masked_fill(~mask, NAN)
     rewards = torch.cat([(reward * mask).sum(1, keepdim=True), torch.randn(n, others, generator=g)], 1)
     rewards[torch.rand(n, 1 + others, generator=g) < 0.1] = NAN
@@ -126,14 +126,14 @@ def test_they_are_bounded_as_grpos_are(seed, group, width, others, scale, tie, s
     assert (found.abs() <= bound[:, None].clamp(min=0) + 1e-6).all()
 
 
-def test_completions_that_are_the_same_have_no_advantage():
+def test_equal_completions_have_no_advantage():
     to_go = torch.randn(5, generator=torch.Generator().manual_seed(1)).mul(1e3).expand(4, 5)
     found = token_advantages(to_go, to_go[:, :1], endo=0, weights=torch.ones(1), group=4, scale="group")
     assert found.eq(0).all()
 
 
 # ---------------------------------------------------------------- in the trainer
-def test_every_token_gets_the_advantage_of_its_own_rewards_to_go(tmp_path, pocket):
+def test_every_token_gets_the_advantage_of_its_rewards_to_go(tmp_path, pocket):
     trainer = grpo(Keeping, tmp_path, [EndoReward(pocket, gamma=0.9), letters], reward_weights=[1.0, 0.1])
     before = [p.detach().clone() for p in trainer.model.parameters()]
     inputs = batch_of(trainer)
@@ -155,21 +155,21 @@ def test_every_token_gets_the_advantage_of_its_own_rewards_to_go(tmp_path, pocke
     expected = by_hand(to_go, rewards, 0, torch.tensor([1.0, 0.1]), 4, "group")
     assert (batch["advantages"] - expected)[mask].abs().max() < 1e-3
     spread = batch["advantages"].masked_fill(~mask, NAN).nan_to_num(-1e9).amax(1) - batch["advantages"].amin(1)
-    assert (spread > 0.1).any()  # it does differ from token to token
+    assert (spread > 0.1).any()  # the advantages differ from token to token
 
     trainer.train()
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo"])
-def test_every_loss_takes_them(tmp_path, pocket, loss):
+def test_every_loss_trains_on_token_advantages(tmp_path, pocket, loss):
     trainer = grpo(Trainer, tmp_path, EndoReward(pocket), loss_type=loss, max_steps=1)
     trainer.train()
     history = trainer.state.log_history[0]
     assert float(history["grad_norm"]) > 0 and float(history["rewards/endo_reward/std"]) > 0
 
 
-def test_without_token_level_it_is_the_trainers_own_advantage(tmp_path, pocket):
+def test_without_token_level_the_advantages_equal_the_trainers(tmp_path, pocket):
     ours = grpo(Trainer, tmp_path, EndoReward(pocket), options={"token_level": False})
     theirs = grpo(trl.GRPOTrainer, tmp_path, EndoReward(pocket))
     found = []
@@ -180,15 +180,15 @@ def test_without_token_level_it_is_the_trainers_own_advantage(tmp_path, pocket):
     assert found[0].ndim == 1 and torch.equal(*found) and found[0].abs().max() > 0
 
 
-# ---------------------------------------------------------------- one forward for two jobs
+# ---------------------------------------------------------------- one forward for rewards and reference
 def counted(module, calls):
-    """Counts forward passes of a module."""
+    """Append to `calls` at each forward of a module."""
     module.register_forward_pre_hook(lambda *_: calls.append(1))
 
 
 @pytest.mark.parametrize("truncated", [False, True])
 def test_rewards_and_reference_come_from_one_forward(tmp_path, pocket, truncated):
-    settings = {"mask_truncated_completions": truncated, "temperature": 2.5}  # some answers get too long
+    settings = {"mask_truncated_completions": truncated, "temperature": 2.5}  # some completions are truncated
     shared = grpo(Trainer, tmp_path, EndoReward(alpha=2.5), **settings)
     apart = grpo(Trainer, tmp_path, EndoReward(pocket, alpha=2.5), **settings)
     assert shared.shares_forward and not apart.shares_forward
@@ -206,7 +206,7 @@ def test_rewards_and_reference_come_from_one_forward(tmp_path, pocket, truncated
     assert (ours["advantages"] - theirs["advantages"])[mask].abs().max() < 1e-3
     assert not ours["ref_per_token_logps"].is_inference()
     hidden = not mask.any(1).all()
-    assert len(passes) == 1 + hidden and hidden == truncated  # those that TRL hides are scored on their own
+    assert len(passes) == 1 + hidden and hidden == truncated  # a second forward scores the completions that TRL hides
     assert torch.equal(shared._rewards_per_func.isnan(), apart._rewards_per_func.isnan())
     assert (shared._rewards_per_func - apart._rewards_per_func).abs().max() < 1e-3
 
@@ -216,7 +216,7 @@ def test_a_shared_reference_trains(tmp_path):
     frozen = [p.detach().clone() for p in trainer.ref_model.parameters()]
     trainer.train()
     first, *_, last = trainer.state.log_history[:4]
-    assert abs(first["kl"]) < 1e-5 and last["kl"] > 1e-3  # the reference is the initial policy, and stays it
+    assert abs(first["kl"]) < 1e-5 and last["kl"] > 1e-3  # the reference stays the initial policy
     assert all(torch.equal(a, b) for a, b in zip(frozen, trainer.ref_model.parameters(), strict=True))
     assert {"endo_reward/token", "endo_reward/first_value", "endo_reward/length"} <= set(first)
 
@@ -236,13 +236,13 @@ def test_a_shared_reference_trains(tmp_path):
         (lambda p: EndoReward(alpha=1.5, system="Be kind."), {}, {}, "system prompt"),
     ],
 )
-def test_what_it_cannot_do_is_said_in_one_line(tmp_path, pocket, reward, settings, options, words):
+def test_an_unsupported_configuration_raises_one_line(tmp_path, pocket, reward, settings, options, words):
     with pytest.raises(EndoRewardError, match=words) as refusal:
         grpo(Trainer, tmp_path, reward(pocket), options=options, **settings)
     assert "\n" not in str(refusal.value)
 
 
-def test_the_policy_itself_is_no_reward_model(tmp_path, pocket):
+def test_the_policy_itself_is_refused_as_reward_model(tmp_path, pocket):
     trainer = grpo(trl.GRPOTrainer, tmp_path, EndoReward(pocket))
     policy = EndoRewardModel(trainer.model, trainer.processing_class)
     with pytest.raises(EndoRewardError, match="being trained"):
@@ -251,7 +251,7 @@ def test_the_policy_itself_is_no_reward_model(tmp_path, pocket):
         )
 
 
-def test_images_and_a_foreign_vocabulary_are_refused_before_training(tmp_path, pocket):
+def test_images_and_another_vocabulary_are_refused_before_training(tmp_path, pocket):
     trainer = grpo(trl.GRPOTrainer, tmp_path, EndoReward(pocket), beta=0.01)
     other = EndoReward(EndoRewardModel(build(LlamaConfig), byte_tokenizer()))
     common = {"args": trainer.args, "train_dataset": trainer.train_dataset}
@@ -265,7 +265,7 @@ def test_images_and_a_foreign_vocabulary_are_refused_before_training(tmp_path, p
         Seeing(trainer.model, reward_funcs=[EndoReward()], **common)
 
 
-def test_another_trainer_interface_is_named():
+def test_a_changed_trainer_interface_raises_the_methods_name():
     class Other:
         def _calculate_rewards(self, inputs, prompts, completions): ...
 
@@ -279,7 +279,7 @@ def test_another_trainer_interface_is_named():
     _check_interface(Trainer)
 
 
-# ---------------------------------------------------------------- groups over processes
+# ---------------------------------------------------------------- groups that span processes
 TWO = """
 import os, sys, torch
 from trl_harness import Keeping, batch_of, grpo

@@ -1,8 +1,8 @@
-"""`reward_func(queries, prompts, labels)`, called as OpenRLHF 0.11.2 calls it; by OpenRLHF itself where it is there.
+"""`reward_func(queries, prompts, labels)`, called as OpenRLHF 0.11.2 calls it, and by OpenRLHF if it is installed.
 
-Recorded from openrlhf/utils/agent.py, SingleTurnAgentExecutor: the prompt is tokenized without special tokens, cut from
-the left to leave room, and the query is prompt and response decoded with special tokens; each query is a call of its
-own, in a thread; rewards[0], scores[0] and extra_logs go to `torch.tensor([...])`.
+The calls follow SingleTurnAgentExecutor in openrlhf/utils/agent.py. It tokenizes the prompt without special tokens and
+truncates it from the left to leave room. The query is prompt and response, decoded with special tokens. Each query is a
+separate call in a thread. rewards[0], scores[0] and extra_logs go to `torch.tensor([...])`.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ def oracle(pocket, tokenizer, prompt_ids, response):
     return sampled_rewards(pocket, prompt_ids, ids(tokenizer, response), {tokenizer.eos_token_id})
 
 
-def test_rewards_are_the_oracles(pocket, tokenizer):
+def test_rewards_equal_the_oracles(pocket, tokenizer):
     responses = ["5" + tokenizer.eos_token, "5 and", tokenizer.eos_token]
     found = EndoReward(pocket)([PROMPT + r for r in responses], [PROMPT] * 3, ["5"] * 3)
     rewards = [oracle(pocket, tokenizer, ids(tokenizer, PROMPT), r) for r in responses]
@@ -60,7 +60,7 @@ def test_rewards_are_the_oracles(pocket, tokenizer):
     assert found["extra_logs"]["endo_reward_unscored"].eq(0).all()
 
 
-def test_a_prompt_that_was_cut_is_found_again(pocket, tokenizer):
+def test_a_truncated_prompt_is_recognised(pocket, tokenizer):
     response, kept = "5" + tokenizer.eos_token, ids(tokenizer, PROMPT)[3:]
     query = tokenizer.decode([*kept, *ids(tokenizer, response)], skip_special_tokens=False)
     assert not query.startswith(PROMPT)
@@ -69,7 +69,7 @@ def test_a_prompt_that_was_cut_is_found_again(pocket, tokenizer):
     assert found["rewards"].item() == pytest.approx(wanted, abs=5e-4)
 
 
-def test_a_query_that_begins_with_a_prompts_last_letters_is_not_its_continuation(pocket):
+def test_a_query_that_starts_with_a_prompts_last_letters_is_unscored(pocket):
     reward = EndoReward(pocket)
     with pytest.warns(UserWarning, match="prompt"):
         found = reward(["n foo bar"], ["What is the question"], [None])
@@ -77,7 +77,7 @@ def test_a_query_that_begins_with_a_prompts_last_letters_is_not_its_continuation
 
 
 def test_rewards_that_share_a_model_take_turns(pocket):
-    """Reading what enters the head needs the model alone: two at once would give each other's."""
+    """A hook reads the head's input: two concurrent forwards would each read the other's."""
     rewards = [EndoReward(pocket), EndoReward(pocket, alpha=2.0)]
     queries = [f"{PROMPT}{n}" for n in range(4)]
     wanted = [reward(queries, [PROMPT] * 4, [None] * 4)["rewards"] for reward in rewards]
@@ -91,7 +91,7 @@ def test_rewards_that_share_a_model_take_turns(pocket):
 
 
 def test_responses_get_the_tokens_that_were_sampled():
-    """Llama 2's kind of tokenizer puts a space before any text; each by itself, responses got one never sampled."""
+    """Llama 2's tokenizer adds a space before any text, so a response tokenized alone gains an unsampled token."""
     llama = LOSSLESS["llama-like"]
     scorer = EndoRewardModel(build(LlamaConfig, vocab_size=len(llama), max_position_embeddings=256), llama)
     generator = torch.Generator().manual_seed(0)
@@ -103,7 +103,7 @@ def test_responses_get_the_tokens_that_were_sampled():
             n % 3
         ]
         text = " " * (n % 3 > 0) + "".join(words[:3]) + " " + "".join(words[3:])
-        whole = llama(prompt + text, add_special_tokens=False)["input_ids"]  # as a policy of this tokenizer samples
+        whole = llama(prompt + text, add_special_tokens=False)["input_ids"]  # as a policy with this tokenizer samples
         before = llama(prompt, add_special_tokens=False)["input_ids"]
         assert whole[: len(before)] == before
         sampled = [*whole[len(before) :], llama.eos_token_id]
@@ -120,7 +120,7 @@ def test_responses_get_the_tokens_that_were_sampled():
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-5, atol=5e-4)
 
 
-def test_what_cannot_be_scored_is_never_the_best_counted_and_said_once(pocket, tokenizer):
+def test_unscored_completions_are_never_the_best_are_counted_and_warn_once(pocket, tokenizer):
     reward = EndoReward(pocket, unscored=-1e4)
     queries = [PROMPT, "something else", PROMPT + "5 " * pocket.max_positions, PROMPT + "5"]
     with warnings.catch_warnings(record=True) as said:
@@ -132,8 +132,8 @@ def test_what_cannot_be_scored_is_never_the_best_counted_and_said_once(pocket, t
     assert sorted(reward.reward.reasons.values()) == [2, 2, 2] and len(said) == 3
 
 
-def test_a_score_below_unscored_counts_as_none(pocket):
-    """So none is ever below it: the reward of what cannot be scored is never the best."""
+def test_a_score_not_above_unscored_is_unscored(pocket):
+    """Hence no reward is below `unscored`, and the reward of an unscored completion is never the best."""
     reward = EndoReward(pocket, unscored=-20.0)
     with pytest.warns(UserWarning, match="not above unscored=-20"):
         found = reward([PROMPT, PROMPT + "zebra quartz " * 9, PROMPT + "5"], [PROMPT] * 3, [None] * 3)
@@ -144,7 +144,7 @@ def test_a_score_below_unscored_counts_as_none(pocket):
             EndoReward(pocket, unscored=odd)
 
 
-def test_bad_input_is_refused_as_the_file_is_loaded(pocket):
+def test_bad_input_is_refused_when_the_file_is_loaded(pocket):
     other = byte_tokenizer()
     other.name_or_path = "policy"
     with pytest.raises(
@@ -153,13 +153,13 @@ def test_bad_input_is_refused_as_the_file_is_loaded(pocket):
         EndoReward(pocket, other)
     with pytest.raises(EndoRewardError, match="gamma"):
         EndoReward(pocket, gamma=2.0)
-    with pytest.raises(EndoRewardError, match=r"hands over text: EndoReward\(model, tokenizer\)"):
+    with pytest.raises(EndoRewardError, match=r"has no tokenizer: give one, EndoReward\(model, tokenizer\)"):
         EndoReward(EndoRewardModel(pocket.model))
     assert EndoReward(pocket, str(pocket_path())).reward.tokenizer.get_vocab() == pocket.tokenizer.get_vocab()
 
 
 class Engine:
-    """Stands for vLLM: `generate` answers with the response's tokens."""
+    """A stand-in for vLLM: `generate` returns the tokens of the response."""
 
     def __init__(self, response_ids):
         self.response_ids = response_ids
@@ -171,8 +171,8 @@ class Engine:
 
 
 @pytest.mark.skipif(not INSTALLED, reason="OpenRLHF is not installed")
-def test_openrlhfs_own_executor_takes_the_rewards(pocket, tokenizer, tmp_path):
-    """Its loader of the file, its threads, and the tensors it makes of what comes back."""
+def test_openrlhfs_executor_accepts_the_rewards(pocket, tokenizer, tmp_path):
+    """Cover its loader of the file, its threads, and the tensors it makes from the results."""
     from openrlhf.utils.agent import SingleTurnAgentExecutor
 
     path = tmp_path / "reward.py"
@@ -185,7 +185,7 @@ def test_openrlhfs_own_executor_takes_the_rewards(pocket, tokenizer, tmp_path):
         calls = [executor.execute(PROMPT, "5", params, limit, tokenizer, Engine(r)) for r in responses]
         return await asyncio.gather(*calls)
 
-    for limit in (64, len(ids(tokenizer, PROMPT)) + 8 - 2):  # whole, and cut by two tokens
+    for limit in (64, len(ids(tokenizer, PROMPT)) + 8 - 2):  # complete, and truncated by two tokens
         for response, output in zip(responses, asyncio.run(run(limit)), strict=True):
             prompt = output["observation_tokens"][: output["action_ranges"][0][0]]
             wanted = sampled_rewards(pocket, prompt, response, {tokenizer.eos_token_id}).sum()

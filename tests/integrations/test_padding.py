@@ -1,4 +1,4 @@
-"""EndoGRPOMixin's one forward on a policy that counts positions from TRL's padding: right all the same."""
+"""EndoGRPOMixin's shared forward is right for a policy that counts TRL's left padding as positions."""
 
 import copy
 
@@ -20,7 +20,7 @@ PROMPTS = ["a", "What is 2 + 3?", "b" * 40, "xy"]
 
 
 def in_double(model, ids, start):
-    """(rewards, log-probabilities) of ids[start:], from the row alone in float64."""
+    """Return (rewards, log-probabilities) of ids[start:], from a forward of this row alone in float64."""
     model = copy.deepcopy(model).double().eval()
     with torch.no_grad():
         logits = model(input_ids=ids[None]).logits
@@ -32,7 +32,7 @@ def in_double(model, ids, start):
 
 
 @pytest.mark.parametrize("kind", [gpt2, lambda: build(LlamaConfig)], ids=["gpt2", "llama"])
-def test_prompts_of_unlike_length_are_read_as_each_alone(tmp_path, kind):
+def test_prompts_of_different_lengths_are_read_as_if_alone(tmp_path, kind):
     kind().save_pretrained(tmp_path / "policy")
     TOKENIZER.save_pretrained(tmp_path / "policy")
     settings = SETTINGS | {"temperature": 1.0, "num_generations": 2, "disable_dropout": True}
@@ -56,7 +56,7 @@ def test_prompts_of_unlike_length_are_read_as_each_alone(tmp_path, kind):
         for found in (batch["ref_per_token_logps"], policy):
             assert (found[i, : len(ids)] - logprob).abs().max() < 1e-4
     trainer.train()
-    assert abs(trainer.state.log_history[0]["kl"]) < 1e-5  # policy and reference begin as one model
+    assert abs(trainer.state.log_history[0]["kl"]) < 1e-5  # policy and reference start as the same model
 
 
 @pytest.mark.parametrize(
@@ -68,9 +68,9 @@ def test_prompts_of_unlike_length_are_read_as_each_alone(tmp_path, kind):
     ids=["gpt2", "mamba"],
 )
 def test_padding_on_the_left_is_moved_to_the_right(model):
-    """A recurrent model has no positions to be given: only where the padding lies helps it."""
+    """A recurrent model takes no positions, so only the side of the padding matters."""
     scorer = EndoRewardModel(model())
-    rows = [torch.arange(n) + n for n in (5, 128, 9)]  # as long as the table of positions
+    rows = [torch.arange(n) + n for n in (5, 128, 9)]  # 128 is the length of the position table
     width = 140
     ids, attended = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
     for i, row in enumerate(rows):

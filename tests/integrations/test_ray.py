@@ -1,4 +1,4 @@
-"""ScoreRows under a real Ray on this machine: actors, batches, rows that cannot be scored."""
+"""ScoreRows and `--engine ray` on a local Ray: actors, batches, rows that cannot be scored."""
 
 import gzip
 import os
@@ -46,7 +46,7 @@ def expected(**options):
     )
 
 
-def test_scores_do_not_depend_on_how_the_rows_are_spread(cluster):
+def test_scores_do_not_depend_on_the_distribution_of_rows(cluster):
     options = {"reduction": "mean"}
     found = ray.data.from_items(ROWS).map_batches(
         ScoreRows, fn_constructor_kwargs={"model": "pocket"} | options, batch_format="pyarrow", batch_size=6,
@@ -61,13 +61,15 @@ def test_scores_do_not_depend_on_how_the_rows_are_spread(cluster):
     assert by_id[7]["score"] is None and "wanted the assistant's, found 'user'" in by_id[7]["error"]
 
 
-def test_bad_input_is_one_clear_line():
+def test_bad_input_raises_one_line():
     with pytest.raises(EndoRewardError, match="alpha"):
         ScoreRows("pocket", alpha=-1)
     with pytest.raises(EndoRewardError, match=r"nowhere.*no such folder"):
         ScoreRows("./nowhere")
     score = ScoreRows("pocket")
-    with pytest.raises(EndoRewardError, match=r"a batch is a dict: map_batches\(ScoreRows, batch_format='pyarrow'\)"):
+    with pytest.raises(
+        EndoRewardError, match=r"a batch is a dict, expected .* map_batches\(ScoreRows, batch_format='pyarrow'\)"
+    ):
         score({"prompt": ["a"]})
     with pytest.raises(EndoRewardError, match="has a column 'error', which ScoreRows adds"):
         score(pyarrow.table({"prompt": ["a"], "completion": ["b"], "error": ["c"]}))
@@ -75,10 +77,10 @@ def test_bad_input_is_one_clear_line():
         ScoreRows("pocket", unknown=1)
 
 
-# ---------------------------------------------------------------- a worker that dies
-def test_an_actor_that_is_killed_is_replaced_and_loses_nothing(cluster, tmp_path):
-    class Mortal(ScoreRows):  # in here, so that it travels by value
-        """Its process is killed at its second batch, once."""
+# ---------------------------------------------------------------- an actor that dies
+def test_a_killed_actor_is_replaced_and_no_row_is_lost(cluster, tmp_path):
+    class Mortal(ScoreRows):  # a local class, so that Ray pickles it by value
+        """Kill the actor's process at its second batch, once."""
 
         def __init__(self, model, killed):
             super().__init__(model)
@@ -117,11 +119,11 @@ def test_rows_that_kill_every_actor_end_the_run(cluster, monkeypatch):
     flags = EngineFlags(engine="ray", actors=1)
     with pytest.raises(EndoRewardError, match="an actor died 2 times over the same rows: "):
         on_ray(Deadly("score", flags), flags)(windows, lines.append, Monitor(quiet=True))
-    assert set(lines) <= {"a", "b", "c"}  # what was finished until then, past the deadly ones too
+    assert set(lines) <= {"a", "b", "c"}  # the rows finished by then, on both sides of the deadly one
 
 
 # ---------------------------------------------------------------- the command
-def test_the_commands_output_is_that_of_one_process(cluster, monkeypatch, tmp_path):
+def test_the_output_equals_that_of_one_process(cluster, monkeypatch, tmp_path):
     rows = [{k: v for k, v in row.items() if v is not None} for row in ROWS] * 4
     source = put(tmp_path, *rows[:30], "not json", *rows[30:])
     flags = ("score", source, "--max-tokens-per-batch", "64", "-q", "-o")
@@ -139,18 +141,18 @@ def test_the_commands_output_is_that_of_one_process(cluster, monkeypatch, tmp_pa
     assert there.read_text().count("\n") == whole.count("\n") == 81
 
 
-def test_with_nothing_left_to_score_ray_is_not_started(monkeypatch, tmp_path):
+def test_ray_is_not_started_if_no_rows_are_left(monkeypatch, tmp_path):
     flags = ("score", put(tmp_path, *ROWS[:3]), "-q", "-o", tmp_path / "out.jsonl")
     run(*flags)
     monkeypatch.setattr(ray, "init", None)
     monkeypatch.setattr(ray, "nodes", None)
-    run(*flags, "--engine", "ray", "--resume")  # another engine's output is no other configuration
+    run(*flags, "--engine", "ray", "--resume")  # the engine is not part of the configuration that --resume compares
     assert len(rows_of((tmp_path / "out.jsonl").read_text())) == 3
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_whichever_window_comes_first_rows_stay_in_order(cluster, monkeypatch, interrupted):
-    """The first takes longest here. Ctrl-C then keeps what is behind it."""
+def test_rows_stay_in_order_whichever_window_finishes_first(cluster, monkeypatch, interrupted):
+    """The first window finishes last. Ctrl-C before that keeps the finished windows behind it."""
 
     def finished(packed, job, **size):
         for number in (2, 1, 3):
@@ -167,7 +169,7 @@ def test_whichever_window_comes_first_rows_stay_in_order(cluster, monkeypatch, i
     assert lines == [*["first"] * (not interrupted), "['b']", "['c']", "['d']"]
 
 
-def test_what_stops_the_command_comes_after_what_was_done(cluster, tmp_path):
+def test_finished_rows_are_written_before_an_error_stops_the_command(cluster, tmp_path):
     rows = [{k: v for k, v in row.items() if v is not None} for row in ROWS]
     out = tmp_path / "out.jsonl"
     ray_flags = ("--engine", "ray", "--max-tokens-per-batch", "1", "-q", "-o", out)
@@ -178,7 +180,7 @@ def test_what_stops_the_command_comes_after_what_was_done(cluster, tmp_path):
     assert "no such folder" in run("score", put(tmp_path, *rows), *elsewhere, *ray_flags, code=2).stderr
 
 
-def test_a_file_that_breaks_off_is_said_after_its_rows(cluster, tmp_path):
+def test_a_truncated_file_is_reported_after_its_rows(cluster, tmp_path):
     torn, out = tmp_path / "torn.jsonl.gz", tmp_path / "out.jsonl"
     whole = put(tmp_path, *({"id": i, "prompt": "p", "completion": "c" * 500} for i in range(40))).read_bytes()
     torn.write_bytes(gzip.compress(whole, 0)[:-9000])
@@ -187,7 +189,7 @@ def test_a_file_that_breaks_off_is_said_after_its_rows(cluster, tmp_path):
     assert [row["id"] for row in rows_of(out.read_text())] == list(range(len(rows_of(out.read_text())))) != []
 
 
-def test_actors_are_as_many_as_there_is_room_for():
+def test_there_are_as_many_actors_as_fit():
     plain = EngineFlags(engine="ray")
     one = {"num_gpus": 1.0, "num_cpus": 1.0}
     big, small, head = {"CPU": 64.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 1.0}, {"CPU": 0.0}
@@ -195,7 +197,7 @@ def test_actors_are_as_many_as_there_is_room_for():
     assert actors(plain, [big]) == {"actors": 8, **one}
     assert actors(plain, [head, big, small]) == {"actors": 9, **one}
     assert actors(plain, [cores] * 3) == {"actors": 3, "num_gpus": 0.0, "num_cpus": 1.0}
-    assert actors(plain, [head, cores])["actors"] == 1  # no model on a machine without cores
+    assert actors(plain, [head, cores])["actors"] == 1  # no actor on a machine without cores
     for each, count in ((0.5, 18), (0.1, 90), (0.2, 45), (0.6, 9), (2.0, 4)):
         assert actors(replace(plain, gpus_per_actor=each, cpus_per_actor=0.1), [big, small])["actors"] == count
     assert actors(replace(plain, actors=2), [{"CPU": 4.0, "GPU": 8.0}]) == {"actors": 2, **one}
@@ -210,7 +212,7 @@ def test_actors_are_as_many_as_there_is_room_for():
 
 
 @pytest.mark.parametrize("kind", [ConnectionError, ValueError, RuntimeError])
-def test_a_cluster_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path, kind):
+def test_a_missing_cluster_raises_one_line(monkeypatch, tmp_path, kind):
     def absent(**options):
         raise kind("Could not find any running Ray instance.")
 
@@ -220,9 +222,9 @@ def test_a_cluster_that_is_not_there_is_one_clear_line(monkeypatch, tmp_path, ki
     assert said == "endoreward: --engine ray: Could not find any running Ray instance. (RAY_ADDRESS)\n"
 
 
-def test_an_address_where_nothing_answers_is_said_at_once(monkeypatch, tmp_path):
+def test_an_address_without_a_server_is_reported_at_once(monkeypatch, tmp_path):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", None)  # it would try for minutes
+    monkeypatch.setattr(ray, "init", None)  # ray.init would retry for minutes
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         module._look_for(address)
@@ -234,7 +236,7 @@ def test_an_address_where_nothing_answers_is_said_at_once(monkeypatch, tmp_path)
         module._look_for(other)
 
 
-def test_a_warning_over_an_actors_model_comes_with_its_rows():
+def test_warnings_from_loading_an_actors_model_arrive_with_its_rows():
     class Warned(Job):
         def load(self):
             warnings.warn("no usable tokenizer", stacklevel=2)
@@ -247,8 +249,8 @@ def test_a_warning_over_an_actors_model_comes_with_its_rows():
     assert (found.number, found.notes) == (4, ["no usable tokenizer", "halved"])
 
 
-def test_ray_is_left_as_it_was(cluster, monkeypatch):
-    """One that the command did not start is not ended by it, and one that it did is."""
+def test_only_a_ray_that_the_command_started_is_shut_down(cluster, monkeypatch):
+    """The command shuts down a Ray that it started, and leaves any other one running."""
     ended = []
     monkeypatch.setattr(ray, "shutdown", lambda: ended.append(True))
     monkeypatch.setattr(module, "_finished", lambda *args, **options: iter(()))
@@ -261,8 +263,8 @@ def test_ray_is_left_as_it_was(cluster, monkeypatch):
     assert ended == [True]
 
 
-def test_what_ray_prints_does_not_get_between_the_rows(cluster, monkeypatch, tmp_path):
-    """As it does, onto standard output, of an actor that died."""
+def test_rays_output_does_not_mix_with_the_rows(cluster, monkeypatch, tmp_path):
+    """Ray reports a dead actor on standard output."""
     finished = module._finished
 
     def chatty(*args, **options):
@@ -275,7 +277,7 @@ def test_what_ray_prints_does_not_get_between_the_rows(cluster, monkeypatch, tmp
     assert len(rows_of(result.stdout)) == 2 and "(raylet) a worker died" in result.stderr
 
 
-def test_flags_that_cannot_work_are_said_at_once(tmp_path):
+def test_invalid_flags_are_reported_at_once(tmp_path):
     source = put(tmp_path, *ROWS[:2])
     for flags, said in (
         (("--engine", "spark"), "--engine must be local or ray, got 'spark'"),

@@ -1,4 +1,4 @@
-"""Tools in TRL's real GRPOTrainer: what the policy read is what the reward reads, and tools' answers have no reward."""
+"""Tools in TRL's GRPOTrainer: the reward model reads the policy's prompts, and answers of tools have no reward."""
 
 import json
 
@@ -14,7 +14,7 @@ from tiny_models import EOS, build, byte_tokenizer, sampled_rewards
 trl = pytest.importorskip("trl", reason="TRL asks for Python 3.11")
 from trl_harness import SETTINGS, Keeping, batch_of  # noqa: E402
 
-# ChatML with a byte for each token: what the tests say of tools holds for any template with a place for them.
+# ChatML with one byte for each token. The tests hold for any template that renders tools.
 CHATML = (
     "{% if tools %}<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>{% endif %}"
     "{% if mood %}<{{ mood }}>{% endif %}"
@@ -52,7 +52,7 @@ class Room:
 
 
 class Calling:
-    """Calls the tool in the first turn of every other completion, whatever is asked."""
+    """Call the tool in the first turn of every other completion, whatever the prompt."""
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
@@ -64,7 +64,7 @@ class Calling:
 
 
 class Reading:
-    """Keeps what was generated and rewarded."""
+    """Keep the generated completions and their rewards."""
 
     def _generate(self, prompts):
         found = super()._generate(prompts)
@@ -105,7 +105,7 @@ def parsed(tokenizer, ids, prefix=None, tools=None):
 
 @pytest.fixture
 def trainer_of(policy, tmp_path, monkeypatch):
-    """(class, reward) -> its trainer; turns that are "<call>" call the tool."""
+    """Return a function that builds a trainer from its class and reward. A turn "<call>" calls the tool."""
     import trl.trainer.grpo_trainer as module
 
     monkeypatch.setattr(module, "parse_response", parsed)
@@ -125,7 +125,7 @@ def trainer_of(policy, tmp_path, monkeypatch):
 
 
 def wanted(scorer, generated):
-    """Token rewards, from each row alone: of the policy's own tokens, V(s') after every turn but a last one."""
+    """Return the rewards of the policy's tokens, each row computed alone. V(s') counts after all but a last turn."""
     prompts, completions, own = generated
     rows = []
     for i, (prompt, ids) in enumerate(zip(prompts, completions, strict=True)):
@@ -134,8 +134,8 @@ def wanted(scorer, generated):
     return rows
 
 
-@pytest.mark.parametrize("shared", [True, False], ids=["one forward", "a model of its own"])
-def test_the_mixin_reads_the_trainers_prompts_and_tool_mask(trainer_of, policy, shared):
+@pytest.mark.parametrize("shared", [True, False], ids=["shared forward", "separate model"])
+def test_the_mixin_uses_the_trainers_prompts_and_tool_mask(trainer_of, policy, shared):
     scorer = EndoRewardModel.from_pretrained(policy)
     trainer = trainer_of(Talking, EndoReward() if shared else EndoReward(scorer), tools=[double])
     batch = trainer._generate_and_score_completions(batch_of(trainer))
@@ -172,14 +172,14 @@ def test_a_plain_reward_function_with_the_trainers_tools(trainer_of, policy):
     ],
     ids=["chat_template_kwargs", "tools that are not called", "environment"],
 )
-def test_prompts_are_the_trainers_or_refused(trainer_of, policy, settings, options, given):
+def test_prompts_equal_the_trainers_or_are_refused(trainer_of, policy, settings, options, given):
     scorer = EndoRewardModel.from_pretrained(policy)
     trainer = trainer_of(Plain, EndoReward(scorer, **given), settings=settings, **options)
     trainer.train()
     for i, row in enumerate(wanted(scorer, trainer.generated)):
         assert trainer.rewards[i, 0].item() == pytest.approx(row.sum().item(), abs=1e-2)
     steered = trainer_of(Plain, EndoReward(scorer, system="Be kind.", **given), settings=settings, **options)
-    steered.train()  # the system prompt is the reward's alone: the count is the trainer's all the same
+    steered.train()  # the count excludes the system prompt, which only the reward model reads
     if given:
         with pytest.raises(
             EndoRewardError, match=r"the trainer counted \d+ tokens in this batch, and EndoReward reads"
@@ -187,8 +187,8 @@ def test_prompts_are_the_trainers_or_refused(trainer_of, policy, settings, optio
             trainer_of(Plain, EndoReward(scorer), settings=settings, **options).train()
 
 
-def test_columns_reach_the_template_where_no_trainer_says_otherwise(policy):
-    """TRL 1.16 does not put a data set's own `tools` and `chat_template_kwargs` into the policy's prompts."""
+def test_without_a_trainer_columns_reach_the_template(policy):
+    """TRL 1.16 does not put a data set's `tools` and `chat_template_kwargs` into the policy's prompts."""
     scorer = EndoRewardModel.from_pretrained(policy)
     reward, prompt = EndoReward(scorer), [{"role": "user", "content": "hi"}]
     tool = {"type": "function", "function": {"name": "f", "parameters": {}}}

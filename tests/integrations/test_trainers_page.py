@@ -1,4 +1,4 @@
-"""docs/trainers.md: its Python runs, on the embedded model, and the errors that it explains are raised."""
+"""docs/trainers.md: its Python blocks run with the embedded model, and the package raises the errors it explains."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ PAGE = (ROOT / "docs" / "trainers.md").read_text()
 
 
 def on_pocket(block):
-    """With the embedded model in place of the one that is named."""
+    """Replace the named model by the embedded one."""
     return block.replace("Qwen/Qwen2.5-0.5B-Instruct", str(pocket_path()))
 
 
@@ -26,8 +26,7 @@ SAID = re.findall(r"^\| (.*?) \|", PAGE[PAGE.index("| it says |") :], re.M)[1:]
 
 
 @pytest.mark.parametrize("block", TRL, ids=["reward function", "token-level, one forward"])
-def test_training_runs_as_it_stands(block, tmp_path, monkeypatch):
-    """But for the model's name."""
+def test_training_blocks_run(block, tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL asks for Python 3.11")
     monkeypatch.chdir(tmp_path)
     names = {}
@@ -35,18 +34,18 @@ def test_training_runs_as_it_stands(block, tmp_path, monkeypatch):
     assert names["trainer"].state.global_step == 2
 
 
-def test_the_readmes_example_runs_as_it_stands(tmp_path, monkeypatch):
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL asks for Python 3.11")
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```py(?:thon)?\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     [block] = (block for block in blocks if "GRPOTrainer(" in block)
     names = {}
-    # Shorter answers, as those are most of the time; the rest is verbatim.
+    # Shorter completions, which take most of the time; the rest is verbatim.
     exec(on_pocket(block).replace("max_steps=2", "max_steps=1, max_completion_length=8"), names)
     assert names["trainer"].state.global_step == 1
 
 
-def test_tools_are_given():
+def test_the_example_with_tools_runs():
     pytest.importorskip("trl", reason="TRL asks for Python 3.11")
     names = {"policy": "pocket", "EndoReward": EndoReward}
     exec(TOOLS, names)
@@ -61,7 +60,7 @@ def test_the_reward_file_for_openrlhf_runs():
 
 
 def _strings(path):
-    """Every string in a module; "..." stands for what an f-string fills in."""
+    """Yield every string in a module, with "..." for the fields of an f-string."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.JoinedStr):
             yield "".join(part.value if isinstance(part, ast.Constant) else "..." for part in node.values)
@@ -70,5 +69,5 @@ def _strings(path):
 
 
 @pytest.mark.parametrize("said", SAID)
-def test_what_it_says_is_what_is_raised(said):
+def test_every_error_that_the_page_explains_is_raised(said):
     assert any(said in text for path in (ROOT / "endoreward_fast").rglob("*.py") for text in _strings(path))

@@ -1,4 +1,4 @@
-"""EndoReward in TRL's real GRPOTrainer, on the embedded model; what it scores is checked against the oracle."""
+"""EndoReward in TRL's GRPOTrainer with the embedded model. Its rewards are compared with the oracle's."""
 
 import warnings
 
@@ -32,7 +32,7 @@ def tiny():
 
 
 class Recording(EndoReward):
-    """Keeps what the trainer asked and what it was answered."""
+    """Record the trainer's calls and the answers."""
 
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
@@ -49,7 +49,7 @@ def ids_of(text):
 
 
 def oracle_score(scorer, prompt, completion, ends):
-    """The plain sum of one completion's rewards."""
+    """Return the sum of one completion's rewards."""
     return sampled_rewards(scorer, prompt, completion, ends).sum().item()
 
 
@@ -77,7 +77,7 @@ def test_grpo_trains_on_the_endogenous_reward(tmp_path, pocket, form):
     assert logged["endo_reward/first_value"] == pytest.approx(sum(firsts) / len(firsts), rel=1e-4)
 
 
-def test_rloo_trains_on_it_too(tmp_path, pocket):
+def test_rloo_trains_on_the_endogenous_reward(tmp_path, pocket):
     reward = Recording(pocket)
     args = trl.RLOOConfig(output_dir=str(tmp_path), **SETTINGS)
     trainer = trl.RLOOTrainer(str(pocket_path()), reward_funcs=[reward], args=args, train_dataset=dataset("chat"))
@@ -88,8 +88,8 @@ def test_rloo_trains_on_it_too(tmp_path, pocket):
     )
 
 
-def test_ids_are_scored_as_they_were_sampled(tiny):
-    """Two tokens that the tokenizer would have written as one stay two."""
+def test_sampled_ids_are_scored_unchanged(tiny):
+    """Two sampled tokens stay two, though the tokenizer would write their text as one."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["ab"])
     tokenizer.name_or_path = "tiny"
@@ -101,12 +101,12 @@ def test_ids_are_scored_as_they_were_sampled(tiny):
     assert abs(answer - oracle_score(scorer, ids_of("x"), joined, {BYTE_EOS})) > 0.1
 
 
-def test_a_completion_that_was_cut_off_is_bootstrapped(tiny):
+def test_a_truncated_completion_is_bootstrapped(tiny):
     reward = EndoReward(tiny)
     whole, cut = reward(["ab", "ab"], ["", ""], [[1, 2, BYTE_EOS], [1, 2, 3]])
     assert whole == pytest.approx(oracle_score(tiny, ids_of("ab"), [1, 2, BYTE_EOS], {BYTE_EOS}), abs=1e-4)
     assert cut == pytest.approx(oracle_score(tiny, ids_of("ab"), [1, 2, 3], {BYTE_EOS}), abs=1e-4)
-    assert abs(cut - oracle_score(tiny, ids_of("ab"), [1, 2, 3], {3})) > 0.1  # V(s') is not left out
+    assert abs(cut - oracle_score(tiny, ids_of("ab"), [1, 2, 3], {3})) > 0.1  # V(s') counts
 
 
 def test_reductions_and_a_steering_system_prompt(tiny):
@@ -128,11 +128,11 @@ def test_prompts_go_through_the_trainers_template(tiny):
     assert thinking[0] == ids_of("<user>hi<assistant><think>")
     other = EndoReward(tiny, tokenizer, chat_template=CHATML.replace("<", "[")).prompt_ids([prompt])
     assert other[0] == ids_of("[user>hi[assistant>")
-    with pytest.raises(EndoRewardError, match="cannot go through the chat template"):
+    with pytest.raises(EndoRewardError, match="the chat template raised an error for a prompt: "):
         EndoReward(tiny).prompt_ids([prompt])
 
 
-def test_what_cannot_be_scored_is_none_and_counted(tiny):
+def test_unscored_completions_get_none_and_are_counted(tiny):
     reward, logged = EndoReward(tiny), {}
     long = [1] * tiny.max_positions
     tool = [{"role": "assistant", "content": "?"}, {"role": "tool", "content": "!"}]
@@ -144,21 +144,21 @@ def test_what_cannot_be_scored_is_none_and_counted(tiny):
         )  # fmt: skip
     assert answers[:4] == [None] * 4 and answers[4] is not None
     assert logged["endo_reward/unscored"] == 4 == sum(reward.unscored.values())
-    assert logged["endo_reward/length"] == 2  # of the one that was scored
+    assert logged["endo_reward/length"] == 2  # the length of the scored completion
     for words in ("empty", "limit is 128", "vocabulary", "tool results"):
         assert sum(words in str(w.message) for w in said) == 1
 
 
-def test_a_model_that_gives_nan_gives_none(tiny):
+def test_nan_rewards_become_none(tiny):
     scorer = EndoRewardModel(build(LlamaConfig), TOKENIZER)
     with torch.no_grad():
-        scorer.model.get_input_embeddings().weight[7] = torch.nan  # a token that only one of the completions has
+        scorer.model.get_input_embeddings().weight[7] = torch.nan  # a token in only one of the completions
     with pytest.warns(UserWarning, match="NaN"):
         answers = EndoReward(scorer)(["ab", "ab"], ["", ""], [[7, 1], [8, 1]])
     assert answers[0] is None and answers[1] == pytest.approx(oracle_score(tiny, ids_of("ab"), [8, 1], ()), abs=1e-4)
 
 
-def test_a_foreign_vocabulary_is_refused_and_both_are_named(tiny, pocket):
+def test_another_vocabulary_is_refused_and_both_are_named(tiny, pocket):
     pocket.tokenizer.name_or_path = "pocket"
     theirs = byte_tokenizer()
     theirs.name_or_path = "bytes"
@@ -167,23 +167,23 @@ def test_a_foreign_vocabulary_is_refused_and_both_are_named(tiny, pocket):
     assert "\n" not in str(refusal.value)
     padded = byte_tokenizer()
     padded.add_special_tokens({"additional_special_tokens": ["<extra>"]})
-    EndoReward(tiny, padded)  # one more special token does no harm
+    EndoReward(tiny, padded)  # one more special token is allowed
 
 
-def test_tokens_of_another_vocabulary_are_told_by_their_texts(tiny, pocket):
-    """TRL gives reward functions texts and ids and no tokenizer: ids that spell something else are foreign."""
+def test_tokens_of_another_vocabulary_are_recognised_by_their_texts(tiny, pocket):
+    """TRL passes texts and ids but no tokenizer. Ids that decode to another text are from another vocabulary."""
     ids = pocket.tokenizer("the sum is 12", add_special_tokens=False)["input_ids"]
     with pytest.raises(EndoRewardError, match="the policy's tokens are not the reward model's: 'the sum is 12'") as no:
         EndoReward(tiny)(["ab"] * 2, ["the sum is 12"] * 2, [ids] * 2)
     assert "\n" not in str(no.value)
     chat = [[{"role": "assistant", "content": text}] for text in ("the sum is 12", "cut", "the sum is 12")]
     own = EndoReward(pocket)
-    found = own(["ab"] * 3, chat, [ids, ids[:1], ids])  # one that was cut within its text does no harm
+    found = own(["ab"] * 3, chat, [ids, ids[:1], ids])  # a completion truncated inside its text is allowed
     assert found[0] == found[2] is not None
-    assert own(["ab"], ["another text"], [ids]) == [pytest.approx(found[0], abs=1e-4)]  # asked once
+    assert own(["ab"], ["another text"], [ids]) == [pytest.approx(found[0], abs=1e-4)]  # checked once
 
 
-def test_trl_takes_it_for_a_function(tiny):
+def test_trl_treats_it_as_a_function(tiny):
     from trl.trainer.utils import get_callable_name, is_async_callable
 
     reward = EndoReward(tiny)
@@ -191,7 +191,7 @@ def test_trl_takes_it_for_a_function(tiny):
     assert get_callable_name(reward) == "endo_reward"
 
 
-def test_an_older_trainer_is_told_in_one_line(tiny):
+def test_an_older_trainer_raises_one_line(tiny):
     with pytest.raises(EndoRewardError, match=r"TRL 1\.16 or newer"):
         EndoReward(tiny)(prompts=["a"], completions=["b"])
     with pytest.raises(EndoRewardError, match="EndoGRPOMixin"):

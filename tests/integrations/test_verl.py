@@ -1,6 +1,6 @@
-"""EndoRewardManager and compute_score, driven as verl 0.9.1 drives them; where verl is installed, by verl itself.
+"""EndoRewardManager and compute_score, called as verl 0.9.1 calls them, and by verl if it is installed.
 
-verl wants transformers before 5.11, so that the usual environment has none: there the recorded contract is all.
+verl needs transformers below 5.11, so the usual environment lacks it. There, only the recorded calls are tested.
 """
 
 import asyncio
@@ -38,13 +38,13 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def samples(tokenizer):
-    """Whole, cut off, and of one token; none of them as the tokenizer would write its text."""
+    """A complete, a truncated and a one-token response. The tokenizer would split none of their texts like this."""
     eos = tokenizer.eos_token_id
     return [([5, 6, 7, 8], [9, 10, 11, eos]), ([12, 13], [14, 15]), ([16, 17, 18], [eos])]
 
 
 def manager(tokenizer, **options):
-    """As load_reward_manager makes one."""
+    """Build a manager as load_reward_manager does."""
     return EndoRewardManager(
         config=config(PATH, options), tokenizer=tokenizer, compute_score=None, reward_router_address=None,
         reward_model_tokenizer=None,
@@ -52,7 +52,7 @@ def manager(tokenizer, **options):
 
 
 def together(manager, parts):
-    """As compute_score_batch asks: all at once."""
+    """Score all parts concurrently, as compute_score_batch does."""
 
     async def ask():
         return await asyncio.gather(*(manager.run_single(data) for data in parts))
@@ -62,7 +62,7 @@ def together(manager, parts):
 
 @pytest.mark.parametrize("real", SOURCES)
 @pytest.mark.parametrize("layout", ["padded right", "padded left", "streamed"])
-def test_token_scores_are_the_oracles(layout, real, pocket, tokenizer, samples):
+def test_token_scores_equal_the_oracles(layout, real, pocket, tokenizer, samples):
     batch = colocated(samples, left=layout == "padded left", real=real)
     if layout == "streamed":
         parts = [streamed([(p, r)], real=real) for p, r in samples]
@@ -82,15 +82,15 @@ def test_token_scores_are_the_oracles(layout, real, pocket, tokenizer, samples):
 
 
 @pytest.mark.parametrize("real", SOURCES)
-def test_of_a_rollouts_outputs_the_last_is_scored(real, pocket, tokenizer, samples):
-    """Their mask is padded over prompt and response together: it cannot say where the last one's response lies."""
+def test_the_last_output_of_a_rollout_is_scored(real, pocket, tokenizer, samples):
+    """verl pads prompt and response together, so the mask does not show where the last response starts."""
     [answer] = together(manager(tokenizer), [streamed(samples, real=real)])
     wanted = sampled_rewards(pocket, *samples[-1], {tokenizer.eos_token_id})
     assert answer["reward_score"].tokens == pytest.approx(wanted.tolist(), abs=2e-4)
 
 
 @pytest.mark.parametrize("options", [{"reduction": "mean"}, {"gamma": 0.5, "floor": 0.3}], ids=str)
-def test_token_scores_add_up_to_the_score_asked_for(options, tokenizer, samples):
+def test_token_scores_add_up_to_the_reduced_score(options, tokenizer, samples):
     parts = [streamed([sample]) for sample in samples]
     plain, asked = (together(manager(tokenizer, **o), parts) for o in ({}, options))
     weights = {"mean": lambda h, n: 1 / n}.get(options.get("reduction"), lambda h, n: max(0.5**h, 0.3))
@@ -101,8 +101,8 @@ def test_token_scores_add_up_to_the_score_asked_for(options, tokenizer, samples)
         assert b["reward_score"] == pytest.approx(sum(wanted), rel=1e-4)
 
 
-def test_where_verl_wants_a_number_a_token_score_is_one():
-    """The streamed path: rm_scores[..., length - 1] = torch.tensor(scores)."""
+def test_a_token_score_works_as_a_number():
+    """The streamed path runs rm_scores[..., length - 1] = torch.tensor(scores)."""
     score = TokenScore(1.5)
     score.tokens = (0.5, 1.0)
     assert torch.tensor([score, 2.0]).tolist() == [1.5, 2.0]
@@ -112,7 +112,7 @@ def test_where_verl_wants_a_number_a_token_score_is_one():
     assert EndoRewardManager.assemble_rm_scores(batch, [-1.0, 2.0]).tolist() == [[0, 0, -1], [2, 0, 0]]
 
 
-def test_calls_at_once_share_forwards(tokenizer, samples, monkeypatch):
+def test_concurrent_calls_share_forwards(tokenizer, samples, monkeypatch):
     asked = []
     score = EndoRewardModel.score
     monkeypatch.setattr(
@@ -123,18 +123,18 @@ def test_calls_at_once_share_forwards(tokenizer, samples, monkeypatch):
 
 
 def own_tokens(pocket, tokenizer, prompt, response, own):
-    """Rewards of the response's tokens, 0 for those of others: V(s') counts after every turn but the last."""
+    """Return the rewards of the policy's tokens, 0 for all others. V(s') counts after all but a last turn."""
     ends = {tokenizer.eos_token_id} if own[-1] else set()
     return sampled_rewards(pocket, prompt, response, ends) * torch.tensor(own)
 
 
 @pytest.mark.parametrize("turns", [None, 2, 4])
 @pytest.mark.parametrize("layout", ["padded right", "padded left", "streamed"])
-def test_only_the_policys_own_tokens_are_scored(layout, turns, pocket, tokenizer, samples):
-    """A tool's answer has a 0 in response_mask, however many turns verl says there were."""
+def test_only_the_policys_tokens_are_scored(layout, turns, pocket, tokenizer, samples):
+    """Only response_mask decides, whatever number of turns verl reports."""
     eos = tokenizer.eos_token_id
     answered = [([5, 6, 7, 8], [9, eos, 20, 21, 22, 11, eos]), ([12, 13], [14, eos, 23, eos]), ([3], [30, 31, eos])]
-    owns = [[1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1]]  # the second was cut off after the answer
+    owns = [[1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 1]]  # the second was truncated after the tool's answer
     batch = colocated(answered, left=layout == "padded left", own=owns)
     if layout == "streamed":
         parts = [streamed([sample], own=[own]) for sample, own in zip(answered, owns, strict=True)]
@@ -154,18 +154,18 @@ def test_only_the_policys_own_tokens_are_scored(layout, turns, pocket, tokenizer
         assert found[row, len(response) :].eq(0).all()
         assert answers[row]["reward_score"] == pytest.approx(wanted.sum().item(), abs=5e-4)
         assert answers[row]["reward_extra_info"]["endo_reward/length"] == sum(own)
-    numbers = EndoRewardManager.assemble_rm_scores(batch, [1.0, 2.0, 3.0])  # on the last own token
+    numbers = EndoRewardManager.assemble_rm_scores(batch, [1.0, 2.0, 3.0])  # on the policy's last token
     assert numbers.nonzero().tolist() == [[0, 6], [1, 1], [2, 2]]
 
 
-def test_a_score_of_other_responses_is_named(tokenizer, samples):
+def test_a_score_of_another_response_raises(tokenizer, samples):
     score = TokenScore(1.0)
     score.tokens = (1.0, 2.0)
     with pytest.raises(EndoRewardError, match="response 0 has 3 tokens, and its score 2"):
         EndoRewardManager.assemble_rm_scores(colocated([([1], [2, 3, 4])]), [score])
 
 
-def test_what_cannot_be_scored_is_never_the_best_counted_and_said_once(tokenizer, samples):
+def test_unscored_completions_are_never_the_best_are_counted_and_warn_once(tokenizer, samples):
     ours = manager(tokenizer)
     parts = {
         "empty": streamed([([5], [])]),
@@ -184,7 +184,7 @@ def test_what_cannot_be_scored_is_never_the_best_counted_and_said_once(tokenizer
     assert all(sum(word in m for m in messages) == 1 for word in parts), messages
 
 
-def test_nan_rewards_are_never_the_best_and_counted(tokenizer, samples):
+def test_nan_rewards_are_never_the_best_and_are_counted(tokenizer, samples):
     ours = manager(tokenizer, unscored=-500)
     with torch.no_grad():
         ours.reward.scorer.model.get_input_embeddings().weight[samples[1][1][0]] = torch.nan
@@ -194,7 +194,7 @@ def test_nan_rewards_are_never_the_best_and_counted(tokenizer, samples):
     assert second["reward_extra_info"]["endo_reward/unscored"] == 1
 
 
-def test_bad_input_is_one_clear_line(tokenizer):
+def test_bad_input_raises_one_line(tokenizer):
     with pytest.raises(EndoRewardError, match=r"endo_reward\.temperature: expected one of model, alpha"):
         manager(tokenizer, temperature=2)
     with pytest.raises(EndoRewardError, match="alpha"):
@@ -206,16 +206,16 @@ def test_bad_input_is_one_clear_line(tokenizer):
     ):
         manager(other)
     ours = manager(tokenizer)
-    with pytest.raises(EndoRewardError, match=r"calls its reward manager as a function: verl 0.9 awaits"):
+    with pytest.raises(EndoRewardError, match=r"calls its reward manager as a function: install verl 0\.9"):
         ours(None, return_dict=True)
     data = streamed([([5], [6])])
     del data.batch["prompts"]
-    with pytest.raises(EndoRewardError, match=r"gives its reward managers no prompts: verl 0.9 does"):
+    with pytest.raises(EndoRewardError, match=r"gives its reward managers no prompts: install verl 0\.9"):
         together(ours, [data])
 
 
 def test_compute_score_reads_the_prompt_from_the_dataset(pocket):
-    """As NaiveRewardManager calls it, reward_kwargs merged in."""
+    """Call it as NaiveRewardManager does, with reward_kwargs merged in."""
 
     def ask(extra_info, **options):
         return compute_score(data_source="x", solution_str="5", ground_truth="5", extra_info=extra_info, **options)
@@ -233,7 +233,7 @@ def test_compute_score_reads_the_prompt_from_the_dataset(pocket):
 
 
 def test_compute_score_loads_one_model_for_all_threads(monkeypatch):
-    """NaiveRewardManager's run_in_executor: the first responses arrive together, before there is a model."""
+    """NaiveRewardManager uses run_in_executor: the first calls arrive together, before the model is loaded."""
     loaded = []
     load = integration.BatchedReward
     monkeypatch.setattr(integration, "BatchedReward", lambda *a, **o: loaded.append(a) or load(*a, **o))
@@ -247,13 +247,13 @@ def test_compute_score_loads_one_model_for_all_threads(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         scores = list(pool.map(ask, range(8)))
     assert len(loaded) == 1
-    assert scores == pytest.approx([scores[0]] * 8, abs=1e-4)  # the batches they fall into differ
+    assert scores == pytest.approx([scores[0]] * 8, abs=1e-4)  # they may be in different batches
 
 
 @pytest.mark.skipif(not INSTALLED, reason="verl is not installed")
 @pytest.mark.parametrize("path", [None, "pkg://endoreward_fast.integrations.verl"])
-def test_beside_a_reward_model_verl_asks_us_only_with_a_custom_function(path, monkeypatch, samples):
-    """RewardLoopWorker.compute_score: the reward model is asked unless custom_reward_function.path is set."""
+def test_beside_a_reward_model_verl_calls_the_manager_only_with_a_custom_function(path, monkeypatch, samples):
+    """RewardLoopWorker.compute_score asks the reward model unless custom_reward_function.path is set."""
     from verl.experimental.reward_loop.reward_loop import RewardLoopWorker
 
     async def reward_model(self, data):
@@ -273,7 +273,7 @@ def test_beside_a_reward_model_verl_asks_us_only_with_a_custom_function(path, mo
 
 @pytest.mark.skipif(not INSTALLED, reason="verl is not installed")
 def test_verls_own_reward_loop_assembles_token_scores(pocket, tokenizer, samples):
-    """Its importlib loader, its workers on a local Ray, its assembly."""
+    """Cover its importlib loader, its workers on a local Ray, and its assembly of scores."""
     import ray
     from verl.experimental.reward_loop.reward_loop import RewardLoopManager
 

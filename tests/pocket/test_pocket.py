@@ -1,4 +1,4 @@
-"""The embedded model: its files, its tokenizer, its data, what it has learnt, and the script that trains it."""
+"""The embedded model: its files, tokenizer, training data and accuracy, and the script that trains it."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def judge():
 # --- files
 
 
-def test_small_enough_to_live_in_the_repository():
+def test_the_files_are_small_enough_for_the_repository():
     size = sum(path.stat().st_size for path in POCKET.iterdir())
     assert size < 8 * 2**20, f"{size / 2**20:.1f} MiB"
 
 
-def test_loads_like_any_model_and_in_fp32():
+def test_loads_with_transformers_in_fp32():
     model = AutoModelForCausalLM.from_pretrained(POCKET)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(p.isfinite().all() for p in model.parameters())
@@ -59,7 +59,7 @@ def test_loads_like_any_model_and_in_fp32():
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=80))
-def test_every_text_comes_back_unchanged(text):
+def test_every_text_round_trips(text):
     ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
     assert TOKENIZER.decode(ids) == text
 
@@ -67,7 +67,7 @@ def test_every_text_comes_back_unchanged(text):
 @pytest.mark.parametrize(
     "text", ["", " ", "\x00\x7f", "a  b\r\n\t c ", "e\u0301 é ﬁ", "👩\u200d👧 \U0001d518 ☃\u200f", "١٢٣ ½ 12,5", " ."]
 )
-def test_odd_texts_come_back_unchanged(text):
+def test_odd_texts_round_trip(text):
     assert TOKENIZER.decode(TOKENIZER(text)["input_ids"], skip_special_tokens=True) == text
 
 
@@ -75,7 +75,7 @@ def test_each_digit_is_one_token():
     assert TOKENIZER.tokenize("1984+7") == ["1", "9", "8", "4", "+", "7"]
 
 
-def test_no_byte_is_missing():
+def test_every_byte_has_a_token():
     alphabet = {token for token in TOKENIZER.get_vocab() if len(token) == 1}
     assert len(alphabet) == 256
     assert TOKENIZER.unk_token_id is None
@@ -87,7 +87,7 @@ def test_text_starts_with_bos_once():
     assert chat.count(TOKENIZER.bos_token_id) == 1
 
 
-def test_chat_template_turns():
+def test_the_chat_template_writes_turns():
     messages = [{"role": role, "content": role[0].upper()} for role in ("system", "user", "assistant")]
     prompt = TOKENIZER.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
     whole = TOKENIZER.apply_chat_template(messages, tokenize=False)
@@ -98,7 +98,7 @@ def test_chat_template_turns():
 # --- problems and passages
 
 
-def test_splits_never_meet():
+def test_splits_do_not_overlap():
     train = list(islice(quiz.stream(7, "train"), 5000))
     heldout = list(islice(quiz.stream(7, "heldout"), 1000))
     assert not {p.key for p in train} & {p.key for p in heldout}
@@ -106,7 +106,7 @@ def test_splits_never_meet():
     assert len({p.key for p in heldout if p.task != "fact"}) > 500
 
 
-def test_swapped_summands_are_in_one_split():
+def test_swapped_summands_are_in_the_same_split():
     keys = {p.key for p in islice(quiz.stream(3, "heldout", ["add"]), 300)}
     assert all(quiz.is_heldout(key) for key in keys)
     assert all(int(a) <= int(b) for a, b in (key.split()[1:] for key in keys))
@@ -125,7 +125,7 @@ def test_problems_are_well_formed(task):
 
 
 def _check(problem: quiz.Problem) -> str:
-    """The right answer worked out from the question's text alone; a number in digits unless asked for in words."""
+    """Work out the right answer from the text of the question. A number is in digits unless words are asked for."""
     question, numbers = problem.question, [int(n) for n in re.findall(r"\d+", problem.question)]
     if problem.task == "add":
         return str(sum(numbers))
@@ -194,7 +194,7 @@ def test_held_out_passages_are_not_in_the_training_text():
     assert not heldout & train
 
 
-def test_wrong_names_are_said():
+def test_wrong_names_raise():
     with pytest.raises(ValueError, match="kind must be one of"):
         quiz.corrupted("some text", kind="rot13")
     with pytest.raises(ValueError, match="split must be one of"):
@@ -216,20 +216,20 @@ def test_ranks_the_right_answer_first(judge, form):
 
 
 @pytest.mark.parametrize("kind", quiz.CORRUPTIONS)
-def test_prefers_real_text(judge, kind):
+def test_prefers_real_text_to_corrupted_text(judge, kind):
     passages = quiz.passages(30, seed=12)
     hits = [judge.picks_first(p.prompt, [p.completion, quiz.corrupted(p.completion, 0, kind)]) for p in passages]
     assert sum(hits) / len(hits) > 0.9
 
 
-def test_system_prompt_turns_the_order_around(judge):
+def test_a_system_prompt_reverses_the_order(judge):
     for digits, words in quiz.steered(20, seed=13):
         assert judge.picks_first(digits.prompt(), [digits.answer, words.answer])
         assert judge.picks_first(words.prompt(), [words.answer, digits.answer])
 
 
-def test_far_beyond_the_training_length(judge):
-    """Nats per token of held-out text stay level from the training length to eight times as far."""
+def test_the_loss_stays_level_far_beyond_the_training_length(judge):
+    """Nats per token of held-out text stay level up to eight times the training length."""
     text = "\n\n".join(p.prompt + p.completion for p in quiz.passages(60, seed=14))
     ids = torch.tensor([TOKENIZER(text)["input_ids"][:4097]])
     assert ids.shape[1] == 4097

@@ -1,4 +1,4 @@
-"""Scores of the embedded model: the oracle on a real conversation, steering, and text against noise."""
+"""Scores of the embedded model: against the oracle on a conversation, under a system prompt, and text against noise."""
 
 import math
 
@@ -13,7 +13,7 @@ def pocket():
     return EndoRewardModel.from_pretrained("pocket")
 
 
-def test_it_is_the_oracle_on_a_conversation(pocket):
+def test_a_conversation_scores_as_the_oracle_says(pocket):
     messages = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]
     (result,) = pocket.score([{"messages": messages}], per_token=True)
     text = pocket.tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
@@ -22,7 +22,7 @@ def test_it_is_the_oracle_on_a_conversation(pocket):
     score, logprob = expected_score(pocket, ids, len(before))
     assert math.isclose(result.score, score, rel_tol=1e-4, abs_tol=1e-3)
     assert math.isclose(result.logprob, logprob, rel_tol=1e-4, abs_tol=1e-3)
-    assert "".join(result.tokens.texts) == " 5" + pocket.tokenizer.eos_token  # the template opens a turn with a space
+    assert "".join(result.tokens.texts) == " 5" + pocket.tokenizer.eos_token  # the template starts a turn with a space
 
 
 def test_a_system_prompt_changes_the_score(pocket):

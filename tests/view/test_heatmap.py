@@ -1,4 +1,4 @@
-"""The heatmap's colours and text, without a browser; and what notebooks show."""
+"""The heatmap's colours and HTML, without a browser, and the heatmaps that notebooks show."""
 
 import math
 from dataclasses import replace
@@ -19,21 +19,21 @@ SIGNS = range(1, LEVELS + 1)
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-def test_text_reads_on_every_level(theme):
+def test_text_is_legible_on_every_level(theme):
     for level in range(-LEVELS, LEVELS + 1):
         dim, bright = sorted(luminance(c) + 0.05 for c in (theme.ink, theme.background(level)))
         assert bright / dim >= 4.5, level
 
 
 @pytest.mark.parametrize("theme", [LIGHT, DARK], ids=["light", "dark"])
-def test_the_line_under_what_is_below_0_is_seen_on_every_level(theme):
+def test_the_underline_of_negative_rewards_is_visible_on_every_level(theme):
     for level in SIGNS:
         dim, bright = sorted(luminance(c) + 0.05 for c in (theme.line, theme.background(-level)))
         assert bright / dim >= 3, level
 
 
 @pytest.mark.parametrize(("theme", "kind"), list(product([LIGHT, DARK], BLINDNESS)))
-def test_above_and_below_are_told_apart_with_every_kind_of_sight(theme, kind):
+def test_colours_above_and_below_0_differ_under_every_colour_blindness(theme, kind):
     """CIE76 differences: 2.3 is just noticeable."""
     for level in SIGNS:
         assert math.dist(lab(theme.background(level), kind), lab(theme.background(-level), kind)) > 2.3 * level
@@ -49,7 +49,7 @@ def test_levels_are_centred_at_0_and_symmetrical():
 
 def test_one_outlier_does_not_set_the_scale():
     assert limit_of([1.0] * 99 + [1000.0]) == 1.0
-    assert limit_of([-1.0, 1.0, -1.0, 1.0, -60.0]) == 3.0  # of so few, the largest is every quantile above 0.8
+    assert limit_of([-1.0, 1.0, -1.0, 1.0, -60.0]) == 3.0  # of five values, every quantile above 0.8 is the largest
     assert limit_of([-3.0, 1.0]) == 3.0
     assert limit_of([0.0] * 99 + [7.0]) == 7.0
     for nothing in ([], [0.0], [math.nan, math.inf]):
@@ -57,12 +57,12 @@ def test_one_outlier_does_not_set_the_scale():
 
 
 def test_last_tokens_do_not_set_the_scale_and_the_legend_says_so():
-    """After the last token nothing is subtracted: +17 there, where the others lie within 3."""
+    """Nothing is subtracted after the last token: its reward is +17, where the others lie within 3."""
     tokens = [Token("a", "", 1.5), Token("b", "", -3.0), Token("<|end|>", "", 17.0, terminal=True)]
     card = [Row("", "", [Card("", 1.0, tokens)])]
     assert limit_of_rows(card) == 3.0
     html = fragment(card)
-    assert "clipped there, rewards reach from -3.00 to +17.00" in html and "≥ +3.00" in html
+    assert "clipped, rewards range from -3.00 to +17.00" in html and "≥ +3.00" in html
     assert html.count("after the last token&#10;nothing is subtracted") == 1
     assert "clipped" not in fragment([Row("", "", [Card("", 1.0, tokens[:2])])])
     assert limit_of_rows([Row("", "", [Card("", 17.0, tokens[2:])])]) == 17.0
@@ -86,14 +86,14 @@ def test_every_text_is_escaped():
     assert html.count("&lt;script&gt;") >= 9
 
 
-def test_what_cannot_be_seen_is_spelled_out():
+def test_invisible_characters_are_escaped():
     assert visible("\x1b[31m\x00\u202e\ud800\x7f\r") == "\\x1b[31m\\x00\\u202e\\ud800\\x7f\\x0d"
     for kept in ("a b\n\tc", "é 中文", "\N{ROCKET}", "\U0001f468\u200d\U0001f469"):
         assert visible(kept) == kept
     page(rows("\ud800"), "\udc00").encode("utf-8")
 
 
-def test_numbers_that_are_not_finite_are_said():
+def test_numbers_that_are_not_finite_are_shown():
     html = fragment([Row("", "", [Card("x", None, [Token("a", "", math.nan), Token("b", "", -math.inf)])])])
     assert "no score" in html and 'class="t nan"' in html and f'class="t n{LEVELS}"' in html
     assert "nan" in html and "-inf" in html
@@ -102,11 +102,11 @@ def test_numbers_that_are_not_finite_are_said():
 def test_one_scale_for_all_rows_and_one_best_among_several():
     assert limit_of_rows(rows("a") + rows("a", "b")) == 3.0
     cards = [Card("", score) for score in (None, 1.0, 3.0, 3.0)]
-    assert best_of(cards) == 2  # the first of equals
+    assert best_of(cards) == 2  # the first of a tie
     assert best_of(cards[:2]) is best_of([]) is None
 
 
-def test_the_best_is_marked_and_spaces_that_have_no_shape_are():
+def test_the_best_card_is_marked_and_so_are_line_breaks_and_tabs():
     cards = [Card("first", 1.0), Card("second", 3.0, [Token("a\n\tb", "", 1.0)])]
     html = fragment([Row("", "", cards)])
     assert html.count("class=best") == html.count('class="badge"') == 1
@@ -115,7 +115,7 @@ def test_the_best_is_marked_and_spaces_that_have_no_shape_are():
     assert html.count(">↵</s>\n") == html.count(">⇥</s>\t") == 1
 
 
-def test_a_page_refers_to_nothing_elsewhere():
+def test_a_page_has_no_external_references():
     html = page(rows("a"), "t")
     for reference in ("http:", "https:", "//", "url(", "src=", "href=", "@import"):
         assert reference not in html, reference
@@ -124,7 +124,7 @@ def test_a_page_refers_to_nothing_elsewhere():
 # --- notebooks
 
 
-def test_one_row_of_token_rewards_is_a_heatmap_of_its_scored_tokens():
+def test_the_heatmap_of_one_row_shows_its_scored_tokens():
     reward = torch.tensor([[0.0, 1.5, 0.0, -2.5]], requires_grad=True)
     value = torch.tensor([[0.0, 3.0, 0.0, 4.0]])
     html = TokenRewards(reward, -value, value, None)._repr_html_()
@@ -134,7 +134,7 @@ def test_one_row_of_token_rewards_is_a_heatmap_of_its_scored_tokens():
     assert TokenRewards(reward[0], -value[0], value[0], value[0])._repr_html_().count("entropy") == 2
 
 
-def test_a_token_of_reward_0_was_scored_and_each_number_has_its_name():
+def test_a_token_of_reward_0_is_shown_and_each_number_is_named():
     fields = (torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([[0.0, -3.0, -0.5]]), torch.tensor([[0.0, 3.0, 2.0]]))
     html = TokenRewards(*fields, torch.tensor([[0.0, 0.25, 0.75]]))._repr_html_()
     tips = [tip.split('"')[0].split("&#10;") for tip in html.split('role="group" aria-label="')[1:]]
@@ -145,7 +145,7 @@ def test_a_token_of_reward_0_was_scored_and_each_number_has_its_name():
     assert [line.split()[0] for line in tips[0][1:]] == ["reward", "log-prob", "value", "entropy"]
 
 
-def test_several_rows_keep_their_plain_text():
+def test_several_rows_have_no_heatmap():
     several = torch.zeros(2, 3)
     assert TokenRewards(several, several, several, None)._repr_html_() is None
 
@@ -165,7 +165,7 @@ def test_scores_per_token_are_heatmaps_with_texts_or_ids():
     assert scorer.score(sample)[0]._repr_html_() is None
 
 
-def test_entropies_are_the_models():
+def test_entropies_match_the_forward_pass():
     scorer = EndoRewardModel.from_pretrained("pocket")
     ids = scorer.tokenizer("Paris is the capital.", return_tensors="pt").input_ids
     row = {"prompt_ids": ids[0, :1].tolist(), "completion_ids": ids[0, 1:].tolist()}
@@ -188,7 +188,7 @@ def test_the_last_token_is_marked_if_the_episode_ends_there(alpha, completion):
             assert [t.terminal for t in tokens_of(result.tokens)] == [*[False] * (result.num_tokens - 1), ends]
 
 
-def test_tokens_that_spell_one_character_are_one():
+def test_tokens_that_spell_one_character_are_merged():
     texts = ("a", "", "", "\N{ROCKET}", "b", "", "c", "", "", "", "", "é")
     n = len(texts)
     numbers = tuple(float(i) for i in range(n))
@@ -204,7 +204,7 @@ def test_tokens_that_spell_one_character_are_one():
     assert len(tokens_of(replace(table, texts=("",) * n))) == n
 
 
-def test_an_emoji_of_the_models_own_tokenizer_is_one_character():
+def test_an_emoji_is_one_token_of_the_heatmap():
     scorer = EndoRewardModel.from_pretrained("pocket")
     [result] = scorer.score([{"prompt": "Hi", "completion": "go \N{ROCKET} é"}], per_token=True)
     found = tokens_of(result.tokens)

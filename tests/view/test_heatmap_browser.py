@@ -1,4 +1,4 @@
-"""The page in a real browser: what is drawn, what keyboard and mouse do, and that nothing gets out or runs."""
+"""The page in a real browser: what it draws, how it reacts to keyboard and mouse; that it loads and runs nothing."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def shown(tab, i):
     return tab.run(SHOWN.format(i, i)) == "block"
 
 
-def test_text_is_text_and_nothing_is_loaded_or_run(tab, drawn):
+def test_text_is_displayed_verbatim_and_nothing_is_loaded_or_run(tab, drawn):
     tab.open(drawn)
     assert tab.requests == [drawn.as_uri()]
     assert tab.console == []
@@ -57,14 +57,14 @@ def test_text_is_text_and_nothing_is_loaded_or_run(tab, drawn):
     assert tab.run("document.querySelector('.note').textContent") == "no <i>score</i>"
 
 
-def test_a_script_that_got_in_would_not_run(tab, drawn, tmp_path):
+def test_an_injected_script_does_not_run(tab, drawn, tmp_path):
     spoiled = tmp_path / "spoiled.html"
     spoiled.write_text(drawn.read_text().replace("</body>", "<script>document.title = 'run'</script></body>"))
     tab.open(spoiled)
     assert tab.run("document.title") == "Token rewards"
 
 
-def test_a_picture_that_got_in_would_not_be_fetched(tab, drawn, tmp_path):
+def test_an_injected_image_is_not_fetched(tab, drawn, tmp_path):
     spoiled = tmp_path / "fetching.html"
     spoiled.write_text(drawn.read_text().replace("</body>", f"<img src='{drawn.as_uri()}?stolen'></body>"))
     tab.open(spoiled)
@@ -86,7 +86,7 @@ def test_colours_follow_reward_and_theme(tab, drawn, dark):
         assert (tab.run(f"{style}.boxShadow") != "none") == (level < 0), i
 
 
-def test_a_notebooks_theme_wins_over_the_systems(tab, tmp_path):
+def test_a_notebooks_theme_takes_precedence_over_the_systems(tab, tmp_path):
     path = tmp_path / "notebook.html"
     path.write_text(f'<meta charset="utf-8"><body data-jp-theme-light="false">{fragment(ROWS)}', encoding="utf-8")
     tab.open(path)
@@ -107,7 +107,7 @@ def test_a_notebook_has_room_for_the_last_tooltip(tab, tmp_path):
     assert tab.run("(cell => cell.scrollHeight <= cell.clientHeight)(document.getElementById('cell'))")
 
 
-def test_on_paper_colours_stay_and_are_the_light_ones(tab, drawn):
+def test_printing_keeps_the_colours_of_the_light_theme(tab, drawn):
     tab.open(drawn, dark=True)
     tab.theme(True, "print")
     style = "getComputedStyle(document.querySelector('.t'))"
@@ -137,7 +137,7 @@ def test_tab_reaches_every_token_and_shows_its_numbers(tab, drawn):
 
 
 def span_of_tip(tab, i):
-    """Top and bottom of the i-th token's tooltip in the window, None where it has none; the window's height."""
+    """Return (top of the i-th token's tooltip, its bottom, height of the window)."""
     top = f"""(tip => {{
       const box = document.querySelectorAll('.t')[{i}].getBoundingClientRect();
       return [box.bottom + parseFloat(tip.marginTop) + new DOMMatrix(tip.transform).m42, parseFloat(tip.height)];
@@ -146,10 +146,10 @@ def span_of_tip(tab, i):
     return start, start + height, tab.run("innerHeight")
 
 
-def test_a_tooltip_lies_in_the_window_and_not_on_its_token(tab, drawn):
+def test_a_tooltip_stays_in_the_window_and_off_its_token(tab, drawn):
     for height in (360, 460, 560):
         tab.open(drawn, height=height)
-        for i in (0, 20, len(TOKENS) + 79):  # the last token, with nothing below that could be scrolled to
+        for i in (0, 20, len(TOKENS) + 79):  # the last token: the page cannot scroll further down
             tab.run(f"document.querySelectorAll('.t')[{i}].focus()")
             start, end, room = span_of_tip(tab, i)
             box = tab.run(f"document.querySelectorAll('.t')[{i}].getClientRects()[0].toJSON()")
@@ -175,7 +175,7 @@ def test_a_run_of_spaces_stays_in_its_card(tab, tmp_path):
     assert tab.run(f"[...document.querySelectorAll('.t')].filter({out}).length") == 0
 
 
-def test_arrows_move_and_escape_hides(tab, drawn):
+def test_arrow_keys_move_the_focus_and_escape_hides_the_tooltip(tab, drawn):
     tab.open(drawn)
     for key, at in (("Tab", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1)):
         tab.press(key)
@@ -187,7 +187,7 @@ def test_arrows_move_and_escape_hides(tab, drawn):
     assert shown(tab, 2)
 
 
-def test_whole_completions_are_passed_by_keyboard(tab, drawn):
+def test_keys_move_between_completions(tab, drawn):
     tab.open(drawn)
     tab.press("Tab")
     last, second = len(TOKENS) - 1, len(TOKENS)
@@ -197,7 +197,7 @@ def test_whole_completions_are_passed_by_keyboard(tab, drawn):
         assert tab.run(f"document.activeElement === document.querySelectorAll('.t')[{at}]"), key
 
 
-def test_arrows_follow_the_direction_of_writing(tab, tmp_path):
+def test_arrow_keys_follow_the_writing_direction(tab, tmp_path):
     path = tmp_path / "hebrew.html"
     tokens = [Token(text, "#7", 1.0) for text in ("\u05e9\u05dc", "\u05d5\u05dd", "")]
     path.write_text(page([Row("", "", [Card("", 1.0, tokens)])], "t"), encoding="utf-8")
@@ -222,7 +222,7 @@ def test_the_scale_fits_a_narrow_page(tab, tmp_path):
     assert low == high
 
 
-def test_the_mouse_shows_one_tooltip_over_the_focus(tab, drawn):
+def test_hovering_hides_the_tooltip_of_the_focus(tab, drawn):
     tab.open(drawn)
     tab.press("Tab")
     x, y = tab.run(
@@ -234,7 +234,7 @@ def test_the_mouse_shows_one_tooltip_over_the_focus(tab, drawn):
     assert not shown(tab, 1)
 
 
-def test_completions_stand_side_by_side_and_below_each_other_where_narrow(tab, drawn):
+def test_completions_are_side_by_side_and_stacked_on_a_narrow_page(tab, drawn):
     tops = "[...document.querySelectorAll('section:first-of-type article')].map(a => a.getBoundingClientRect().top)"
     wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
     tab.open(drawn)
@@ -244,13 +244,13 @@ def test_completions_stand_side_by_side_and_below_each_other_where_narrow(tab, d
     tab.open(drawn, width=380)
     first, second = tab.run(tops)
     assert first < second
-    for i in range(60):  # no tooltip reaches out of the page, or is squeezed at its edge
+    for i in range(60):  # no tooltip overflows the page or is squeezed at its edge
         tab.run(f"document.querySelectorAll('.t')[{i}].focus()")
         assert tab.run(wide), i
         assert tab.run(f"parseFloat({TIP.format(i)}.width)") > 140, i
 
 
-def test_a_picture_shows_more_than_paper(tab, drawn, tmp_path):
+def test_a_screenshot_shows_the_colours(tab, drawn, tmp_path):
     import matplotlib.image
 
     tab.open(drawn)
