@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # 1571 is GPT-2's vocabulary of 50257 divided by 32. It is no multiple of any tile, so every step has a ragged last one.
-N, VOCAB, DIM = 20, 1571, 40
+N, VOCAB, DIM = 17, 1571, 40
 MANY, FEW, REAL_VOCAB = 32768, 32, 151936  # rows of a training batch, rows of a small one, the vocabulary of Qwen3
 PROCESSORS = 132  # streaming multiprocessors of an H100 or H200
 CASES = {  # name: (offset of every logit, which words are -inf)

@@ -4,8 +4,8 @@ What was wrong with step 1: exp overflowed. Subtracting the row's maximum leaves
 is 0, so the sum lies between 1 and V.
 
 What is wrong with it: the maximum is known only after the whole row has been read, so every logit is read twice. A row
-of 151936 logits in bfloat16 is 300 KB, more than a program keeps in registers (at most 256 KB a processor) or finds
-again in its first-level cache. And a row that is all -inf gives (-inf) - (-inf) = NaN.
+of 151936 logits in bfloat16 is 300 KB. An H100 has 256 KB of registers and 256 KB of first-level cache for each
+processor, so the row is not there any more. And a row that is all -inf gives (-inf) - (-inf) = NaN.
 """
 
 import sys
