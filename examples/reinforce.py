@@ -1,9 +1,9 @@
 """REINFORCE in plain PyTorch: a policy learns from the rewards that its own first version gives to each token.
 
-    python examples/reinforce.py --model pocket --steps 12
+    python examples/reinforce.py --model pocket --steps 16
 
-The questions are the embedded model's: put yours in their place. The reward rises; right answers become more frequent
-where the model believed in them already. The reward sharpens what it believes, right or wrong.
+The questions are the embedded model's: put yours in their place. The reward rises, and so do right answers, as long as
+the model believes in them: the reward sharpens what it believes, right or wrong. examples/README.md has figures.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from endoreward_fast.pocket.quiz import problems
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pocket", help="a causal language model with a chat template")
-    for name, default in {"steps": 12, "questions": 8, "group": 8, "lr": 5e-5, "kl": 0.01, "seed": 0}.items():
+    for name, default in {"steps": 16, "questions": 8, "group": 8, "lr": 1e-4, "kl": 0.01, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

@@ -55,7 +55,7 @@ def test_the_best_of_n_comes_first(run, reduction):
 def test_reinforce_raises_the_reward(run):
     printed = run("reinforce.py", "--steps", 4)
     reward = [float(found) for found in re.findall(r"mean reward of an answer (\S+),", printed)]
-    assert len(reward) == 4 and sum(reward[2:]) > sum(reward[:2]) + 0.2  # seen: 0.67
+    assert len(reward) == 4 and sum(reward[2:]) > sum(reward[:2]) + 0.2  # seen: 0.42
 
 
 def test_grpo_trains(run, tmp_path):
