@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint bench sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo test families lint docs bench sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,6 +35,10 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(READY) ## the pages of docs/ as a site, into site/; a warning is an error
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/docs docs site
+
 bench: $(READY) ## CPU benchmarks against every alternative, in one run; JSON to bench/results
 	$(BIN)/python -m pytest bench/bench_linear.py bench/bench_logits.py
 	$(BIN)/python -m bench.plot
@@ -59,4 +63,4 @@ kernel-report: $(READY) ## registers, spills, shared memory of every kernel on e
 	$(BIN)/python -m bench.kernel_report
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
