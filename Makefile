@@ -36,7 +36,7 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(READY) ## the pages of docs/ as a site, into site/; a warning is an error
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[docs]'
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/docs docs site
 
 bench: $(READY) ## CPU benchmarks against every alternative, in one run; JSON to bench/results

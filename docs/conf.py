@@ -4,12 +4,13 @@ import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # docstrings.py, outside.py
+sys.path.insert(0, str(Path(__file__).parent))  # docstrings, mathml, outside
 
 project = "endoreward_fast"
 copyright = "the authors of endoreward_fast"
 version = release = version_of("endoreward-fast")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "docstrings", "outside"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "docstrings", "mathml", "outside"]
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "endoreward_fast"
 html_static_path = ["_static"]
