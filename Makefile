@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint docs bench sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo test families lint bench sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,10 +35,6 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(READY) ## the pages of docs/ as a site, into site/; a warning is an error
-	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[docs]'
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/docs docs site
-
 bench: $(READY) ## CPU benchmarks against every alternative, in one run; JSON to bench/results
 	$(BIN)/python -m pytest bench/bench_linear.py bench/bench_logits.py
 	$(BIN)/python -m bench.plot
@@ -61,6 +57,11 @@ gpu-sanitize: ## tests of small shapes on the GPU under compute-sanitizer, memch
 
 kernel-report: $(READY) ## registers, spills, shared memory of every kernel on every architecture
 	$(BIN)/python -m bench.kernel_report
+
+.PHONY: docs
+docs: $(READY) ## the pages of docs/ as a site, into site/; a warning is an error
+	PIP_CONSTRAINT=constraints.txt $(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/docs docs site
 
 clean: ## remove .venv and caches
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
