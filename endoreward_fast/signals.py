@@ -164,7 +164,7 @@ def log_ratio(stats: TokenStats, reference: Tensor, *, beta: float = 1.0) -> Ten
 
 @dataclass(frozen=True)
 class Signal:
-    """One intrinsic reward: what README's table and the command line know of it."""
+    """One intrinsic reward: its name, its formula, its source and how to compute it."""
 
     name: str
     method: str

@@ -1,48 +1,72 @@
-"""README's Python runs as it stands there."""
+"""README is short, and what it prints is true: its Python and its commands run as printed, and print what it shows."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
-(REINFORCE,) = (block for block in BLOCKS if "optimizer.step()" in block)
-BEFORE_AND_AFTER, *EXAMPLES = (block for block in BLOCKS if block != REINFORCE)
+from pages import ROOT, blocks, commands, perform, runs_here
+
+PAGE = ROOT / "README.md"
+PYTHON = blocks(PAGE, "python")
+(BEFORE_AND_AFTER,) = (block for block in PYTHON if "# before" in block.text)
+(TRL,) = (block for block in PYTHON if "GRPOTrainer(" in block.text)
+EXAMPLES = [block for block in PYTHON if block not in (BEFORE_AND_AFTER, TRL)]
+WORDS = 900
+
+
+def test_it_is_short():
+    assert len(PAGE.read_text().split()) <= WORDS
 
 
 def test_before_and_after_compute_the_same():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=90, **size)).eval()
-    input_ids = torch.randint(0, 90, (2, 9))
-    completion_mask = torch.zeros(2, 9, dtype=torch.bool)
-    completion_mask[:, 4:] = True
-    before, after = BEFORE_AND_AFTER.split("# after")
-    names = {"torch": torch, "F": F, "model": model, "input_ids": input_ids, "completion_mask": completion_mask}
-    with torch.no_grad():
-        exec(before, names)
-        by_hand = names["reward"]
-        exec("# after" + after, names)
-    torch.testing.assert_close(names["reward"][:, 1:], by_hand)
+    names: dict = {}
+    exec(BEFORE_AND_AFTER.text, names)
+    assert names["before"].shape == names["after"].shape
+    torch.testing.assert_close(names["before"], names["after"])
 
 
 @pytest.mark.parametrize("block", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_examples_run(block, capsys):
+def test_examples_run_and_print_what_is_shown(block, capsys):
+    exec(block.text, {})
+    if block.prints is not None:
+        assert capsys.readouterr().out == block.prints
+
+
+def test_the_quickstart_shows_its_output():
+    assert [block.prints is not None for block in EXAMPLES] == [True, False]
+
+
+def test_training_runs_as_it_stands(tmp_path, monkeypatch):
+    pytest.importorskip("trl", reason="TRL asks for Python 3.11")
+    monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(block, names)
-    if "out" in names:
-        torch.testing.assert_close(names["same"].reward, names["out"].reward, rtol=1e-4, atol=1e-4)
-    else:
-        assert capsys.readouterr().out.count("\n") == 3
+    exec(TRL.text, names)
+    assert names["trainer"].state.global_step == 2
+    assert TRL.text.count("\n") <= 12
 
 
-def test_reinforce_raises_the_mean_reward(capsys):
-    """It rises by 0.33 to 0.54 (five seeds) from the first four steps to the last four."""
-    exec(REINFORCE, {})
-    rewards = [float(reward) for reward in re.findall(r"reward (\S+),", capsys.readouterr().out)]
-    assert len(rewards) == 16
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.15
+def test_commands_run_as_they_stand(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [found for block in blocks(PAGE, "sh") for found in commands(block.text) if runs_here(*found)]
+    for line, words in lines:
+        perform(line, words)
+    assert len(lines) == 5
+    assert {path.name for path in tmp_path.iterdir()} >= {"scored.jsonl", "ranked.jsonl", "page.html"}
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/install.md"])
+def test_versions_are_those_that_are_asked_for_and_tested(name):
+    """Floors are those of pyproject.toml, tested versions those of constraints.txt."""
+    rows = re.findall(
+        r"^\| (torch|triton|transformers)\b[^|]*\| ([\d.]+)[^|]*\| ([\d.]+) \|$", (ROOT / name).read_text(), re.M
+    )
+    project, pins = (ROOT / "pyproject.toml").read_text(), (ROOT / "constraints.txt").read_text()
+    assert len(rows) == 3
+    for package, floor, tested in rows:
+        assert re.search(rf'"{package}>={re.escape(floor)}\b', project), package
+        assert re.search(rf"^{package}=={re.escape(tested)}\b", pins, re.M), package
+    assert (
+        f'requires-python = ">={re.search(r"^[|] Python [|] ([0-9.]+)", (ROOT / name).read_text(), re.M)[1]}"'
+        in project
+    )
