@@ -364,12 +364,12 @@ def test_names_are_chosen_and_wrong_ones_refused(llama):
     assert select("all", reference=False) == tuple(ONE_MODEL)
     assert select("entropy, logprob,entropy", reference=False) == ("entropy", "logprob")
     assert select((), reference=False) == ()
-    with pytest.raises(EndoRewardError, match=r"no signal 'entropi'.*endogenous, centred.*log-ratio"):
+    with pytest.raises(EndoRewardError, match=r"unknown signal 'entropi'.*endogenous, centred.*log-ratio"):
         select("entropy,entropi", reference=True)
     with pytest.raises(EndoRewardError, match="'log-ratio' compares two models"):
         llama.iter_scores(ROWS, signals="log-ratio")
     hidden, weight, _, tokens, _, _ = case()
-    with pytest.raises(EndoRewardError, match="'log-ratio' needs the second model's"):
+    with pytest.raises(EndoRewardError, match="'log-ratio' needs `reference`, the second model's"):
         SIGNALS["log-ratio"].score(linear_token_stats(hidden, weight, tokens))
 
 
