@@ -127,7 +127,7 @@ def test_a_models_masks_are_of_one_rule(model):
     "given, said",
     [
         ([[1, 2]], "input_ids is a list: expected token ids, a tensor"),
-        ("text", r"is text: .*score\(rows\) takes text"),
+        ("text", r"is text: .*for text call score\(rows\)"),
         (["text"], "is text"), (BatchEncoding({"input_ids": [[1, 2]]}), r"is a BatchEncoding: .*model\(\*\*inputs\)"),
         ({"input_ids": [[1, 2]]}, "is a dict"), (np.array([[1, 2]]), "is a ndarray"), (None, "is a NoneType"),
         (torch.tensor([[1, 2]]).int(), r"\(1, 2\) torch.int32 .*expected token ids, \(B, T\) int64"),

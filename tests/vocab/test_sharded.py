@@ -28,7 +28,7 @@ def found(tmp_path_factory):
     """{world: [each rank's results]}"""
     folder = tmp_path_factory.mktemp("shards")
     script = Path(shard_ranks.__file__)
-    path = os.pathsep.join([str(script.parent), str(script.parents[1])])
+    path = os.pathsep.join([str(script.parent), str(script.parents[2])])
     ran = subprocess.run(
         [sys.executable, script, folder],
         env=os.environ | {"PYTHONPATH": path},
@@ -122,15 +122,15 @@ def test_a_dtensor_knows_its_own_shard(world, found, assert_within_budget):
         torch.testing.assert_close(rank["dtensor"]["few"].double(), few, rtol=1e-6, atol=1e-5)  # 4 ranks: one has none
         assert rank["dtensor"]["agreed"] == "rank 1 sees other logits"  # or one would gather and another not
         said = rank["dtensor"]["said"]
-        assert "split over one mesh dimension by vocabulary, Shard(0), and not by its width" in said["by width"]
+        assert "expected Shard(0), a split by vocabulary, on one mesh dimension" in said["by width"]
         for kind, lse in rank["dtensor"]["bias"].items():
             hidden_, weight_, _, _, _, _, _ = data("plain", world)
             z = hidden_.double() @ weight_.double().T + torch.linspace(-1, 1, PADDED).double()
             if kind == "in parts":
-                assert "bias is a DTensor placed (Partial(sum),) beside a weight placed (Shard(dim=0),)" in lse
+                assert "bias is a DTensor placed (Partial(sum),) with a weight placed (Shard(dim=0),)" in lse
             else:
                 torch.testing.assert_close(lse.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-5)
-        assert "leave `shard` out" in said["both"] and "expected the same on every rank" in said["hidden"]
+        assert "omit `shard`" in said["both"] and "expected Replicate() on every mesh dimension" in said["hidden"]
 
 
 @WORLD
@@ -165,11 +165,9 @@ def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
         pytest.skip("on a device nothing raises: such rows are NaN")
     for rank in found[world]:
         said = rank["refused"]
-        assert (
-            said["outside"]
-            == f"IndexError: target {VOCAB} at row 0 of the mask's is outside the vocabulary's shards, {VOCAB} rows"
-        )
-        assert said["below"].startswith("IndexError: target -1 at row 0 of the mask's is outside")
+        outside = f"at row 0 (of those on the mask) is outside the vocabulary [0, {VOCAB})"
+        assert said["outside"] == f"IndexError: target {VOCAB} {outside}"
+        assert said["below"] == f"IndexError: target -1 {outside}"
         edges = [0, *shard_ranks.CUTS[world], VOCAB]
         for case, starts in {"overlap": [0] * world, "one off": [0, *(x + 1 for x in edges[1:-1])]}.items():
             spans = ", ".join(
@@ -178,13 +176,13 @@ def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
             assert said[case].startswith(f"ValueError: shards of the vocabulary overlap or leave a gap: {spans};")
         assert "cannot read a sharded head: use impl='auto'" in said["reference"]
         fewer = [shard_ranks.ROWS - r for r in range(world)]
-        assert f"gave {fewer} rows (on their masks): expected the same" in said["rows"]
-        assert f"gave {fewer} rows (on their masks): expected the same" in said["masks"]
-        assert "were given different masks: expected the same on every one" in said["other masks"]
-        assert f"gave {[257 - r for r in range(world)]} rows" in said["default dtype"]
-        assert f"were given different targets, {[*range(world)]} at row 0" in said["targets"]
+        assert f"have {fewer} rows (after their masks): give every process the same" in said["rows"]
+        assert f"have {fewer} rows (after their masks): give every process the same" in said["masks"]
+        assert "have different masks: give every process the same mask" in said["other masks"]
+        assert f"have {[257 - r for r in range(world)]} rows" in said["default dtype"]
+        assert f"have different targets: {[*range(world)]} at row 0" in said["targets"]
         assert "shard.start=-1: expected" in said["start"] and "shard.start=1.0: expected" in said["start"]
-    assert all("does not have this process in it" in rank["refused"]["outsider"] for rank in found[world][1:])
+    assert all("does not contain this process" in rank["refused"]["outsider"] for rank in found[world][1:])
 
 
 @WORLD
@@ -396,7 +394,7 @@ def test_a_head_split_over_one_dimension_of_a_mesh(found):
             torch.testing.assert_close(lse.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-5)
             torch.testing.assert_close(grad.double(), h.grad, rtol=2e-5, atol=2e-5)
         assert len(cases) == 4
-        assert "bias is a DTensor placed (Shard(dim=0), Replicate()) beside a weight placed (Replicate(), Shard" in said
+        assert "bias is a DTensor placed (Shard(dim=0), Replicate()) with a weight placed (Replicate(), Shard" in said
 
 
 def test_what_one_rank_finds_wrong_with_a_head_is_every_ranks_verdict(found):
@@ -437,5 +435,5 @@ def test_a_weight_that_zero_3_keeps_elsewhere_is_refused_by_name():
     hidden, _, _, targets, _, _, _ = data("plain", 2)
     empty = torch.nn.Parameter(torch.empty(0))
     empty.ds_id = 7  # what DeepSpeed marks it with
-    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 keeps it elsewhere; gather it with GatheredParameters"):
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 has partitioned it: gather it with GatheredParameters"):
         er.linear_vocab_stats(hidden, empty, targets)
