@@ -52,7 +52,7 @@ def test_a_head_that_runs_twice_a_token_falls_back():
 def test_logits_that_are_edited_afterwards_fall_back():
     """Chameleon rules its image tokens out: two of 320 logits are not the head's."""
     config = FAMILIES.tiny_config(CONFIG_MAPPING["chameleon"])
-    assert_falls_back(ChameleonForConditionalGeneration(config).eval(), "what it does to its head's output is not")
+    assert_falls_back(ChameleonForConditionalGeneration(config).eval(), "it does not apply HeadRecipe(")
 
 
 def test_a_head_that_somebody_hooked_falls_back(llama):
