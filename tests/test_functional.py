@@ -235,7 +235,7 @@ def test_a_target_outside_the_vocabulary(impl, bad, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [333, -1])
-def test_a_target_outside_the_vocabulary_where_nothing_can_raise(impl, bad, device, monkeypatch):
+def test_a_target_outside_the_vocabulary_gives_nan_where_no_check_runs(impl, bad, device, monkeypatch):
     """As on a GPU, and under torch.compile: NaN at that token and nowhere else."""
     lost = reference.outside_vocabulary
 
@@ -302,7 +302,7 @@ def test_a_floor_above_one_weighs_undiscounted_rewards_too():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_leaves_float64_and_devices_it_does_not_know_alone(impl):
+def test_autocast_ignores_float64_and_unknown_devices(impl):
     hidden, weight, targets = torch.randn(3, 8).double(), torch.randn(50, 8).double(), torch.arange(3)
     if impl != "fused":
         with torch.autocast("cpu", torch.bfloat16):
@@ -314,7 +314,7 @@ def test_autocast_leaves_float64_and_devices_it_does_not_know_alone(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_no_target_leaves_the_other_statistics_right(impl, device):
+def test_other_statistics_are_right_without_a_target(impl, device):
     hidden, weight, tokens, _, _ = _case("ragged", torch.float32, device, {})
     with_targets = er.linear_vocab_stats(hidden, weight, tokens, entropy=True, impl=impl)
     without = er.linear_vocab_stats(hidden, weight, torch.full_like(tokens, -100), entropy=True, impl=impl)
@@ -323,7 +323,7 @@ def test_no_target_leaves_the_other_statistics_right(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_nothing_to_do(impl, device):
+def test_empty_inputs_and_masks(impl, device):
     weight = torch.randn(33, 8, device=device, requires_grad=True)
     for shape in ((0,), (0, 4), (2, 0)):
         hidden = torch.randn(*shape, 8, device=device, requires_grad=True)

@@ -99,7 +99,7 @@ def test_rewards_up_to_a_terminal_token_sum_to_the_logprobs_and_the_first_value(
 
 @ON
 @PATHS
-def test_a_constant_on_a_states_logits_moves_its_value_and_nothing_else(impl, path):
+def test_a_constant_added_to_a_states_logits_changes_only_its_value(impl, path):
     """Exactly representable, so that the budget is the same as without the constant. Linear: one for all states."""
 
     @drawn(10)
@@ -165,7 +165,7 @@ BITWISE = pytest.mark.parametrize(("impl", "path"), [("fused", "logits"), ("fuse
 
 
 @BITWISE
-def test_batches_put_together_are_bitwise_the_batches_apart(impl, path):
+def test_a_concatenated_batch_equals_its_parts_bitwise(impl, path):
     @drawn(10)
     @given(st.data())
     def check(data):
@@ -182,7 +182,7 @@ def test_batches_put_together_are_bitwise_the_batches_apart(impl, path):
 
 
 @BITWISE
-def test_packed_sequences_are_bitwise_the_sequences_apart(impl, path):
+def test_packed_sequences_equal_separate_sequences_bitwise(impl, path):
     @drawn(10)
     @given(st.data())
     def check(data):
@@ -205,7 +205,7 @@ def test_packed_sequences_are_bitwise_the_sequences_apart(impl, path):
 
 
 @BITWISE
-def test_fewer_scored_tokens_leave_the_others_as_they_were(impl, path):
+def test_masking_tokens_out_does_not_change_the_others(impl, path):
     @drawn(10)
     @given(st.data())
     def check(data):
@@ -221,7 +221,7 @@ def test_fewer_scored_tokens_leave_the_others_as_they_were(impl, path):
 
 @pytest.mark.parametrize("impl", [*FAST, "reference"])
 @PATHS
-def test_gradients_are_slopes(impl, path):
+def test_gradients_match_finite_differences(impl, path):
     """In a random direction, against central differences of the fp64 oracle: no autograd on the other side."""
 
     @drawn(8)

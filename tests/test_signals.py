@@ -72,7 +72,7 @@ HEADS = {"plain": {}, "softcap, bias, scale": {"softcap": 5.0, "logit_scale": 0.
 @pytest.mark.parametrize("alpha", [1.0, 0.4, 2.5])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("ends", ENDS)
-def test_every_signal_is_its_formula(assert_within_budget, device, impl, alpha, head, ends):
+def test_every_signal_matches_its_formula(assert_within_budget, device, impl, alpha, head, ends):
     hidden, weight, bias, tokens, mask, reference = case()
     options = HEADS[head] | ({"bias": bias} if HEADS[head] else {})
     terminal = ENDS[ends]
@@ -127,7 +127,7 @@ def test_within_a_prompt_three_sums_rank_alike(alpha):
     torch.testing.assert_close(summed["centred"], summed["endogenous"] - first.mean(-1), rtol=1e-5, atol=1e-4)
 
 
-def test_a_constant_on_a_states_logits_is_seen_by_the_endogenous_reward_alone():
+def test_a_constant_on_a_states_logits_changes_the_endogenous_reward_alone():
     logits, tokens = torch.randn(1, 8, V) * 3, torch.randint(0, V, (1, 8))
     open_ended = torch.zeros(1, 8, dtype=torch.bool)
     shifted = logits + torch.randn(1, 8, 1) * 20
@@ -307,7 +307,7 @@ def test_one_forward_and_one_pass_over_the_vocabulary(llama, monkeypatch):
         hook.remove()
 
 
-def test_signals_leave_the_scores_as_they_are(llama):
+def test_signals_do_not_change_scores(llama):
     plain = llama.score(ROWS, per_token=True)
     for one, other in zip(plain, llama.score(ROWS, per_token=True, signals=["entropy", "centred"]), strict=True):
         assert one.signals is None and list(other.signals) == ["entropy", "centred"]
@@ -320,13 +320,13 @@ def test_signals_leave_the_scores_as_they_are(llama):
     assert nothing.score is None and nothing.signals is None and "nothing to score" in nothing.error
 
 
-def test_the_scores_reduction_is_not_the_signals(llama):
+def test_the_reduction_of_scores_does_not_apply_to_signals(llama):
     (mean,) = llama.score(ROWS[:1], signals=("endogenous",), reduction="mean")
     assert math.isclose(mean.signals["endogenous"], mean.score * mean.num_tokens, rel_tol=1e-5)
 
 
 @torch.no_grad()
-def test_stats_are_laid_out_as_forward_is(scorer):
+def test_stats_have_the_layout_of_forward(scorer):
     rows = random_rows(5, 19, 11)
     ids = torch.full((3, 20), EOS)
     attended = torch.zeros_like(ids)
@@ -359,7 +359,7 @@ def test_a_head_that_is_not_linear_is_read_from_its_logits():
 # --- names, and the second model
 
 
-def test_names_are_chosen_and_wrong_ones_refused(llama):
+def test_names_are_selected_and_unknown_names_refused(llama):
     assert select("all", reference=True) == tuple(SIGNALS)
     assert select("all", reference=False) == tuple(ONE_MODEL)
     assert select("entropy, logprob,entropy", reference=False) == ("entropy", "logprob")
@@ -389,7 +389,7 @@ def test_a_second_model_with_other_words_is_refused(llama):
     assert llama.score(ROWS[:1], signals="all", reference=other)[0].error is None  # it knows more words: no harm
 
 
-def test_the_second_models_limits_hold(llama):
+def test_the_second_models_limits_apply(llama):
     short = EndoRewardModel(build(LlamaConfig, max_position_embeddings=20), TOKENIZER)
     results = llama.score(ROWS[:2], signals="all", reference=short)
     assert results[0].error is None and results[0].signals["log-ratio"] == pytest.approx(0, abs=1e-5)
@@ -399,7 +399,7 @@ def test_the_second_models_limits_hold(llama):
     assert odd.error == "token id 310 is not in the model's vocabulary of 300"
 
 
-def test_the_second_models_dropout_is_off_and_its_mode_its_own(llama):
+def test_the_second_model_runs_without_dropout_and_keeps_its_mode(llama):
     config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5)
     second = EndoRewardModel(AutoModelForCausalLM.from_config(config), TOKENIZER).train()
     one, other = (llama.score(ROWS[:1], signals="all", reference=second)[0].signals for _ in range(2))

@@ -55,7 +55,7 @@ def test_logits_that_are_edited_afterwards_fall_back():
     assert_falls_back(ChameleonForConditionalGeneration(config).eval(), "it does not apply HeadRecipe(")
 
 
-def test_a_head_that_somebody_hooked_falls_back(llama):
+def test_a_hooked_head_falls_back(llama):
     llama.lm_head.register_forward_hook(lambda module, args, y: y + 0.05 * module.weight.sum(1))
     assert_falls_back(llama, "its logits are not hidden @ weight.T + bias")
 
@@ -81,7 +81,7 @@ def test_quantised_heads_fall_back(llama):
     assert_linear(llama)
 
 
-def test_other_heads_that_are_not_what_they_seem(llama):
+def test_offloaded_sharded_and_replaced_heads_fall_back(llama):
     assert "offloaded" in why_not_plain(nn.Linear(2, 2, device="meta"))
     gathered = nn.Linear(2, 2)
     gathered.weight = nn.Parameter(torch.empty(0))  # what ZeRO-3 leaves between forward passes
@@ -90,7 +90,7 @@ def test_other_heads_that_are_not_what_they_seem(llama):
     assert_falls_back(llama, "the forward of its output head was replaced")
 
 
-def test_a_head_that_others_gather_falls_back(llama):
+def test_a_head_that_zero_3_gathers_falls_back(llama):
     """ZeRO-3's way: whole while it runs, as the check sees it, and empty when the rewards would be read."""
     head = llama.lm_head
     whole, empty = head.weight.detach().clone(), torch.empty(0)
@@ -105,7 +105,7 @@ def test_a_reparametrised_head_stays_linear(llama):
     assert_linear(llama)
 
 
-def test_sharded_models_are_read_while_their_weights_are_there(llama):
+def test_fsdp_models_are_read_while_their_weights_are_gathered(llama):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 

@@ -142,7 +142,7 @@ def test_bias_of_the_head(model_type):
     assert (formula(hidden, head.weight, None, 1.0, None) - expected).abs().max() > 0.1 * expected.std()
 
 
-def test_a_fresh_default_config_is_caught_without_its_softcap():
+def test_a_missing_softcap_is_noticed_on_tiny_logits():
     """Untouched initialisation: logits of size 0.1, a softcap of 30 changes them by 1e-7."""
     config = FAMILIES.tiny_config(CONFIG_MAPPING["gemma2"], final_logit_softcapping=30.0)
     model = transformers.Gemma2ForCausalLM(config)
@@ -190,7 +190,7 @@ def test_capture_keeps_the_graph(llama):
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
-def test_what_was_read_inside_the_head_is_behind_its_output_and_the_empty_matmul_is_not(llama):
+def test_the_output_depends_on_the_readers_result_but_not_on_the_empty_matmul(llama):
     """The order that FSDP's backward needs; and no (V, D) gradient of zeros."""
     head = quiet_head(llama)
     with head.capture(lambda hidden: (hidden @ head.weight.T).sum()) as seen:

@@ -196,7 +196,7 @@ def test_a_common_offset_leaves_the_entropy_alone():
     assert torch.equal(stats_of(z, targets)[2], stats_of(z + 1e6, targets)[2])
 
 
-def test_gradients_of_hard_rows_are_finite_and_zero_where_nothing_can_happen():
+def test_gradients_of_hard_rows_are_finite_and_zero_for_impossible_actions():
     z, targets = hard_rows()
     targets[0] = -100
     stats = stats_of(z, targets)
@@ -272,7 +272,7 @@ def test_inputs_are_not_written_to_and_runs_repeat_bitwise():
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_the_gradients_asked_for(needs):
+def test_only_requested_gradients_are_returned(needs):
     hidden, weight, bias = torch.randn(4, 8).to(BF16), torch.randn(50, 8).to(BF16), torch.randn(50).to(BF16)
     targets, zero = torch.arange(4), torch.zeros(4)
     stats = linear_stats_of(hidden, weight, targets, bias=bias)
@@ -281,7 +281,7 @@ def test_only_the_gradients_asked_for(needs):
     assert [g is not None for g in gradients] == list(needs)
 
 
-def test_bf16_gradients_by_separate_sweeps_equal_those_of_one(monkeypatch):
+def test_bf16_gradients_by_separate_sweeps_equal_those_of_one_sweep(monkeypatch):
     """More rows than one float32 accumulator holds: dhidden in blocks, dweight in a sweep of its own."""
     hidden, weight = torch.randn(50, 64).to(BF16), torch.randn(300, 64).to(BF16)
     targets, upstream = random_targets(50, 300), [torch.randn(50), torch.randn(50), None, None]

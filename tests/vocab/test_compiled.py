@@ -40,21 +40,21 @@ def test_no_register_spills_in_the_default_configs_of_hopper(compiled):
     assert [r for r in hopper if r["spill_bytes"]] == []
 
 
-def test_no_form_spills_where_a_chip_has_room_for_it(compiled):
+def test_only_unaligned_full_kernels_and_fp32_spill_a_few_bytes(compiled):
     """Elsewhere: the fullest form with unaligned rows, on chips without wgmma, and fp32 on Blackwell; a few bytes."""
     spilling = [r for r in compiled if r["spill_bytes"]]
     assert all(r["spill_bytes"] <= 64 for r in spilling)
     assert all((r["full"] and not r["aligned"]) or r["dtype"] == "fp32" for r in spilling)
 
 
-def test_the_epilogue_takes_one_exponential_a_logit_and_few_other_instructions(compiled):
+def test_the_epilogue_takes_one_exponential_per_logit_and_few_other_instructions(compiled):
     """The plain form's other fp32 work: scale, subtract, maximum, sum, and the target's, which few tiles run."""
     for r in compiled:
         if r["arch"] == "sm_90" and r["kernel"] == "linear" and r["dtype"] != "fp32" and not r["full"]:
             assert r["exp"] <= 1.1 and r["fp32"] <= 6
 
 
-def test_the_logits_kernels_leave_room_for_others_to_hide_their_loads(compiled):
+def test_enough_warps_of_the_logits_kernels_run_at_once_to_hide_loads(compiled):
     logits = [r for r in compiled if r["kernel"] == "logits_forward" and r["arch"] == "sm_90" and not r["full"]]
     assert logits and all(r["programs"] * r["warps"] >= 24 for r in logits)
 

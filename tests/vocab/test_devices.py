@@ -38,7 +38,7 @@ def test_gradients_of_rows_beyond_32_bit_offsets(device):
     torch.testing.assert_close(*gradients)
 
 
-def test_the_bulk_copy_engine_is_offered_only_what_it_can_read(device):
+def test_tma_is_used_only_for_tensors_it_can_read(device):
     """Base and row pitch on 16 bytes, unit stride, rows apart: anything else goes to the kernel with pointers."""
     from endoreward_fast.kernels.linear_vocab_stats import tma_usable
 

@@ -110,7 +110,7 @@ NO_FAILED_ASSERTION = {
 
 
 @pytest.mark.parametrize("name", NO_FAILED_ASSERTION)
-def test_a_copy_that_does_not_even_run_proves_nothing(name, unbroken, outcome_of, tmp_path):
+def test_a_copy_that_does_not_run_is_not_a_failed_assertion(name, unbroken, outcome_of, tmp_path):
     mutation, said = NO_FAILED_ASSERTION[name]
     outcome = outcome_of(broken_copy(unbroken, tmp_path, mutation), mutation.test)
     assert said in objection(outcome, mutation.fails_with)

@@ -77,7 +77,7 @@ def test_every_rank_has_the_whole_vocabularys_statistics(name, world, found, ass
 
 @WORLD
 @pytest.mark.parametrize("name", HEADS)
-def test_gradients_are_the_whole_heads(name, world, found):
+def test_gradients_match_those_of_the_whole_head(name, world, found):
     _, (hidden, weight, bias) = whole(name, world, F64)
     for r, rank in enumerate(found[world]):
         part = rows_of(r, world)
@@ -134,7 +134,7 @@ def test_a_dtensor_knows_its_own_shard(world, found, assert_within_budget):
 
 
 @WORLD
-def test_one_gather_and_one_sum_of_a_few_numbers_a_row(world, found):
+def test_the_ranks_exchange_one_gather_and_one_sum(world, found):
     """In float32, whatever the hidden states are; none of rows off the mask. On the CPU these are counted first."""
     rows = int(data("plain", world)[4].sum())
     for rank in found[world]:
@@ -160,7 +160,7 @@ def test_a_group_of_some_ranks_shares_a_head(world, found, assert_within_budget)
 
 
 @WORLD
-def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
+def test_every_rank_raises_the_same_error(world, found):
     if found[world][0]["refused"] is None:
         pytest.skip("on a device nothing raises: such rows are NaN")
     for rank in found[world]:
@@ -186,7 +186,7 @@ def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
 
 
 @WORLD
-def test_low_precision_is_that_of_one_process(world, found, assert_within_budget):
+def test_low_precision_matches_one_process(world, found, assert_within_budget):
     """Which rounds the logits as its matmul does: on some machines, to bfloat16."""
     hidden, weight, _, targets, mask, upstream, _ = data("plain", world)
     options = {"mask": mask, "entropy": True, "logit_mean": True}
@@ -208,7 +208,7 @@ def test_low_precision_is_that_of_one_process(world, found, assert_within_budget
 
 
 @WORLD
-def test_vocab_size_may_end_anywhere(world, found):
+def test_vocab_size_may_end_in_any_shard(world, found):
     hidden, weight, _, _, _, _, _ = data("plain", world)
     for rank in found[world]:
         for vocab, (lse, mean) in rank["cut_short"].items():
@@ -219,7 +219,7 @@ def test_vocab_size_may_end_anywhere(world, found):
 
 
 @WORLD
-def test_no_rows_and_none_on_the_mask(world, found):
+def test_no_rows_and_empty_masks(world, found):
     for rank in found[world]:
         for x in rank["of_nothing"]:
             assert (x == 0).all()
@@ -228,7 +228,7 @@ def test_no_rows_and_none_on_the_mask(world, found):
 
 
 @WORLD
-def test_what_is_frozen_is_not_sent(world, found):
+def test_frozen_tensors_send_no_gradients(world, found):
     _, (hidden, weight, _) = whole("plain", world, F64)
     first = [] if found[world][0]["refused"] is None else ["all_gather"]
     for r, rank in enumerate(found[world]):
@@ -285,7 +285,7 @@ def test_a_tensor_parallel_model_is_read_shard_by_shard(name, found):
         assert [rank["model"][name]["rows"] for rank in found[2]] == [193, 192]
 
 
-def test_a_head_that_fsdp_shards_once_more(found):
+def test_a_split_head_that_fsdp_shards_again(found):
     """Where it does not run it is split by both; at load the ranks that share it agree while it does."""
     if "meshes" not in found[4][0]:
         pytest.skip("shown on the CPU")
@@ -353,7 +353,7 @@ def test_every_way_to_lay_out_three_shards():
         assert bool(_split(shards_of(spans))) == (held == list(range(len(held)))), spans
 
 
-def test_masks_tell_themselves_apart():
+def test_different_masks_have_different_fingerprints():
     """By one number, which float32 holds exactly."""
     masks = [torch.rand(4096, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(300)]
     masks += [torch.arange(4096) != i for i in range(300)]
@@ -362,7 +362,7 @@ def test_masks_tell_themselves_apart():
 
 
 @WORLD
-def test_where_nothing_can_raise_what_is_lost_is_nan(world, found, assert_within_budget):
+def test_invalid_rows_are_nan_where_no_check_runs(world, found, assert_within_budget):
     """As on a device. The row before a lost one is right; gradients of what is lost are NaN, or a step would be taken
     in a wrong direction without a word."""
     right = [rank["as_on_a_device"]["right"] for rank in found[world]]
@@ -397,7 +397,7 @@ def test_a_head_split_over_one_dimension_of_a_mesh(found):
         assert "bias is a DTensor placed (Shard(dim=0), Replicate()) with a weight placed (Replicate(), Shard" in said
 
 
-def test_what_one_rank_finds_wrong_with_a_head_is_every_ranks_verdict(found):
+def test_all_ranks_adopt_the_reason_that_one_rank_finds(found):
     """Or the others would wait for it, or read the head otherwise."""
     if "of_disagreement" not in found[2][0]:
         pytest.skip("shown on the CPU")
@@ -407,7 +407,7 @@ def test_what_one_rank_finds_wrong_with_a_head_is_every_ranks_verdict(found):
         assert rank["of_little_left"] == {194: None, 193: None, 100: None}
 
 
-def test_entropy_is_at_most_that_of_equal_words():
+def test_the_merged_entropy_is_at_most_ln_v():
     """Where all logits are equal, the shards' shares and entropies round; the whole must not come out above ln V."""
     for vocab in (2, 3, 5, 31, 100, 157, 301):
         sizes = torch.arange(1.0, vocab).unsqueeze(1)
@@ -431,7 +431,7 @@ def test_vocab_size_leaves_padding_out(impl):
         er.linear_vocab_stats(hidden, weight, targets, vocab_size=0, impl=impl)
 
 
-def test_a_weight_that_zero_3_keeps_elsewhere_is_refused_by_name():
+def test_a_weight_that_zero_3_has_partitioned_is_refused_by_name():
     hidden, _, _, targets, _, _, _ = data("plain", 2)
     empty = torch.nn.Parameter(torch.empty(0))
     empty.ds_id = 7  # what DeepSpeed marks it with

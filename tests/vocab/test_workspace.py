@@ -69,7 +69,7 @@ def test_statistics_and_gradients(head, dtype, tiles, device, assert_within_budg
             assert (ours.double() - oracle).abs().max() <= 2 * unit
 
 
-def test_rewards_and_hard_rows_are_those_of_the_other_path(tiles, device):
+def test_rewards_and_hard_rows_match_the_chunked_path(tiles, device):
     hidden, weight, targets, head = _case({"bias": True}, torch.float32, device)
     head["bias"][50:200] = -torch.inf
     targets[targets != -100] = targets[targets != -100] % 50
@@ -101,7 +101,7 @@ def test_float32_hidden_with_a_bf16_weight(tiles, device):
     assert dhidden.dtype == torch.float32 and dweight.dtype == torch.bfloat16
 
 
-def test_one_row_and_none(device):
+def test_one_row_and_no_rows(device):
     hidden, weight, targets, head = _case({}, torch.float32, device)
     want = {"entropy": False, "logit_mean": False}
     whole, _ = workspace.linear_forward(hidden, weight, targets, **want, **head)
