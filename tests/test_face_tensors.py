@@ -1,4 +1,4 @@
-"""Statistics without targets, masks of 0 and 1, and token ids that are none: what the functions on tensors take."""
+"""Arguments of the functions on tensors: no targets, masks of 0 and 1, and wrong token ids."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The public functions, every implementation against the fp64 oracle under the error budget, and their refusals."""
+"""The public functions: every implementation against the fp64 oracle under the error budget, and error messages."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ HEADS = {
     "softcap": {"softcap": 2.0},
     "everything": {"bias": True, "logit_scale": 0.3, "softcap": 3.0},
 }
-# name: (B, T, V, D). Vocabularies that no tile divides, dimensions that no vector does, single rows and tokens.
+# name: (B, T, V, D). Among them are vocabularies and widths that no tile or vector divides, and single rows.
 SHAPES = {"even": (2, 9, 128, 32), "ragged": (3, 7, 333, 70), "one": (1, 2, 65, 3), "wide": (1, 5, 1031, 123)}
 
 
@@ -85,7 +85,8 @@ def test_logits_statistics_are_exact_for_the_logits_given(shape, impl, dtype, de
 def test_low_precision_inputs(impl, dtype, device, assert_within_budget):
     hidden, weight, tokens, mask, _ = _case("ragged", dtype, device, {})
     ours = er.linear_token_rewards(hidden, weight, tokens, mask=mask, entropy=True, impl=impl)
-    eager = reference.token_rewards(hidden @ weight.T, tokens, mask=mask, entropy=True)  # logits rounded, as models do
+    rounded = hidden @ weight.T  # as models return them
+    eager = reference.token_rewards(rounded, tokens, mask=mask, entropy=True)
     oracle = reference.linear_token_rewards(
         hidden.double(), weight.double(), tokens, mask=mask, entropy=True, dtype=F64
     )

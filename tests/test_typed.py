@@ -1,4 +1,4 @@
-"""What type checkers and editors see of the public face: whole signatures, and no Any where a type is known."""
+"""The public signatures as type checkers and editors see them: complete, and without Any where a type is known."""
 
 import dataclasses
 import inspect

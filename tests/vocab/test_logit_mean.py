@@ -1,4 +1,4 @@
-"""The mean of logits some of which are at their dtype's end: the sum overflows, the mean does not."""
+"""The mean of logits of which some are their dtype's lowest number: the sum overflows, the mean does not."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The custom operators: schemas, fakes and autograd by torch's own checker; torch.compile, autocast, laziness."""
+"""The custom operators: opcheck of schemas, fakes and autograd; torch.compile, autocast and lazy imports."""
 
 import subprocess
 import sys
@@ -103,7 +103,7 @@ def test_forward_mode_is_refused_where_it_would_be_silently_zero(case, impl):
 
 
 def test_a_schedule_of_alpha_softcap_and_floor_stays_one_graph(case):
-    """From its second value on, dynamo makes a float symbolic."""
+    """dynamo makes a float symbolic when it changes for the first time."""
     hidden, weight, tokens, mask = case
 
     def score(alpha, softcap, floor):
@@ -133,7 +133,7 @@ def test_many_lengths_compile_a_bounded_number_of_times(impl, device):
     for length in range(3, 23):
         tokens = torch.randint(0, V, (2, length), device=device)
         assert rewards(torch.randn(2, length, D, device=device), weight, tokens).shape == tokens.shape
-    assert counter.frame_count <= 3, "once for the first length, once for all"
+    assert counter.frame_count <= 3, "once for the first length, once for all others"
 
 
 @pytest.mark.parametrize("impl", (*IMPLS, "reference"))

@@ -1,4 +1,4 @@
-"""The oracle itself: against numbers worked out by hand, torch's own functions, and the identities of the theory."""
+"""The oracle against numbers worked out by hand, torch's own functions, and the identities of the theory."""
 
 import math
 

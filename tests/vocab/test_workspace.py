@@ -1,4 +1,4 @@
-"""The workspace path (matmul, then the row kernels): on a GPU through impl="chunked", here called as it is."""
+"""The workspace path: a matmul, then the row kernels. On a GPU impl="chunked" uses it; here it is called directly."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_statistics_and_gradients(head, dtype, tiles, device, assert_within_budg
         assert ours.dtype == dtype
         if dtype == torch.float32:
             assert_within_budget(ours, eager, oracle, scale=10.0)
-        else:  # dy is held in this dtype, so its rounding is summed over: in units of the largest gradient
+        else:  # dy has this dtype, and its roundings add up: in units of the largest gradient
             unit = torch.finfo(dtype).eps * oracle.abs().max()
             assert (ours.double() - oracle).abs().max() <= 2 * unit
 
@@ -116,7 +116,7 @@ def test_one_row_and_no_rows(device):
     assert dhidden.shape == (0, 24) and dweight.eq(0).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="which memory the workspace takes is the GPU's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures GPU memory")
 def test_extra_device_memory_is_under_256_mib(device):
     hidden = torch.randn(16384, 1024, device=device, dtype=torch.bfloat16)
     weight = torch.randn(32000, 1024, device=device, dtype=torch.bfloat16)
