@@ -50,7 +50,7 @@ def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
 
     obstacle = obstacle_to_kernels(device, *dtypes)
     if impl == "fused" and obstacle:
-        raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would take 'chunked'")
+        raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would choose 'chunked'")
     on_gpu = device.type == "cuda"
     return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
 

@@ -193,14 +193,11 @@ class Signal:
         reference  (B, T) log-probability of each token under the second model, for signals that need it
         """
         if self.needs_reference and reference is None:
-            raise EndoRewardError(
-                f"signal {self.name!r} needs `reference`, the second model's log-probability of each token"
-            )
+            raise EndoRewardError(f"signal {self.name!r} needs `reference`, the second model's log-probabilities")
         tokens = self.per_token(stats, reference) if self.needs_reference else self.per_token(stats)
         score = sequence_score(tokens, stats.mask, reduction=self.reduction)
-        return torch.where(
-            (tokens == -torch.inf).any(1), -torch.inf, score
-        )  # also next to a token of +inf, where the sum is NaN
+        # Next to a token of +inf, the sum would be NaN.
+        return torch.where((tokens == -torch.inf).any(1), -torch.inf, score)
 
 
 SIGNALS = MappingProxyType(

@@ -37,7 +37,7 @@ def check_linear(
     widened = hidden.dtype == torch.float32 and weight.dtype in LOW_PRECISION
     if weight.device != hidden.device or not (weight.dtype == hidden.dtype or widened):
         also = " (or bfloat16, float16)" if hidden.dtype == torch.float32 else ""
-        raise _wrong("weight", weight, f"{hidden.dtype}{also} on {hidden.device}, as hidden")
+        raise _wrong("weight", weight, f"{hidden.dtype}{also} on {hidden.device}, like hidden")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
         raise _wrong("bias", bias, f"({weight.shape[0]},), one per row of weight, on {hidden.device}")
     if bias is not None and bias.dtype not in FLOATS:

@@ -49,7 +49,7 @@ class Tiles:
 def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     """Return the tile shape of the logits path. With few rows, more chunks lie side by side to occupy every core."""
     chunk = min(CHUNK, vocab)
-    # At most half of all logits: the system has to clear new memory, which costs more than it saves for little work.
+    # At most half of all logits: the system clears new memory first, which does not pay off for little work.
     tile = min(limits_for(device).tile, num_rows * vocab // 2)
     rows = even_share(num_rows, max(1, tile // chunk))
     return Tiles(rows, chunk * max(1, tile // (rows * chunk)), chunk)

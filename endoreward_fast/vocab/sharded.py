@@ -88,7 +88,7 @@ class _ShardedLinear(torch.autograd.Function):
             whole.lse, whole.target_logit, whole.entropy if wanted["entropy"] else None,
             whole.logit_mean if wanted["logit_mean"] else None, whole.shift, whole.log_total,
         )  # fmt: skip
-        # Rewards come before the statistics are poisoned: the row before a lost row needs the value of its state.
+        # Compute rewards before poisoning the statistics: the row before a lost row needs the lost row's value.
         rewards = successor if successor is None else rewards_of(whole, targets, successor, head["alpha"])
         rewards, whole = rewards and poisoned(rewards, lost), poisoned(whole, lost)
         ctx.shard, ctx.head = shard, head

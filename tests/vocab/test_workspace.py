@@ -27,8 +27,8 @@ def tiles(request, monkeypatch):
 
 
 def _case(head, dtype, device):
-    # In eighths, whose products add up exactly in float32: how the library's matmul rounds depends on the chip and the
-    # tile's shape, and where one token has all the probability, a gradient takes that for its own error.
+    # Multiples of 1/8 have exact float32 products and sums. Otherwise the rounding of the library's matmul would count
+    # as an error of the gradient where one token has all the probability. It depends on the chip and the tile's shape.
     hidden, weight = (torch.randn(n, 24, device=device).mul(8).round().div(8) for n in (20, 333))
     targets = torch.randint(0, 333, (20,), device=device)
     targets[::6] = -100
