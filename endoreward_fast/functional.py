@@ -72,6 +72,8 @@ def vocab_stats(
     targets  (...) int64. -100 marks a row without a target; its target_logit is 0. None: no row has a target
     mask     (...) rows to compute, as bool or as integers 0 and 1. On a GPU any other integer counts as 1, unchecked
     alpha    soft-RL temperature, > 0
+    entropy, logit_mean  whether to compute these fields; otherwise they are None
+    impl     implementation, see `choose_impl`
 
     Without targets this is a logsumexp in one read:
 
@@ -110,14 +112,15 @@ def linear_vocab_stats(
     targets      (...) int64 or None, as in `vocab_stats`
     mask         (...) as in `vocab_stats`. Rows off the mask cost nothing
     bias         (V,) or None
+    logit_scale  factor of the logits
     softcap      None: no cap
     vocab_size   number of vocabulary entries; the rows of weight behind them are padding and are left out
     shard        describes the rows of a split vocabulary that weight and bias of this process hold. hidden, targets and
                  mask must be the same on every rank, and every rank returns the same (see vocab/sharded.py). A DTensor
                  weight placed Shard(0) needs no shard
 
-    Under autocast, hidden, weight and bias are cast first, as in a linear layer.
-    Returns and raises as `vocab_stats`.
+    The other arguments are as in `vocab_stats`. Under autocast, hidden, weight and bias are cast first, as in a linear
+    layer. Returns and raises as `vocab_stats`.
     """
     hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
@@ -150,9 +153,10 @@ def token_rewards(
     tokens      (B, T) int64. A token of -100 (as in labels) is not scored
     mask        (B, T) tokens to score (the completion), as bool or as integers 0 and 1. Default: all tokens but the
                 first of each sequence. The first token was chosen in no known state and never has a reward
-    terminal    (B, T) tokens after which the episode ends, in the form of mask. Default: the last token of each
+    terminal    (B, T) tokens after which the episode ends, of the same types. Default: the last token of each
                 unbroken run of the mask. All False bootstraps every run with V (truncated completions)
     cu_seqlens  (S + 1,) int32 or int64: offsets of S sequences packed into the B * T tokens in row-major order
+    alpha, entropy, impl  as in `vocab_stats`
 
     Returns TokenRewards, float32 (B, T), 0 off the mask. The rewards up to a terminal token sum to
     alpha * (sum of logprob) + V of the first state. A state that is all -inf allows no action: a token that leads to it
