@@ -1,11 +1,11 @@
 """endoreward_fast: the reward inside every language model, in one fused pass over the vocabulary.
 
 Functions on tensors: `token_rewards`, `linear_token_rewards`, `vocab_stats`, `linear_vocab_stats`, `sequence_score`,
-`rewards_to_go`, `terminal_at`. Around a loaded model: `EndoRewardModel`, whose scores are `RowScore`, `TokenTable` and
-`Ranked`, and `RewardModel`, a trained one to compare with. Intrinsic rewards by name: `SIGNALS`.
+`rewards_to_go`, `terminal_at`. Loaded models: `EndoRewardModel`, which returns `RowScore`, `TokenTable` and `Ranked`;
+`RewardModel`, a trained reward model to compare with. Intrinsic rewards by name: `SIGNALS`.
 
-Names are imported when first used: the command's help does not wait for torch, and nothing here waits for triton or
-transformers.
+Each name is imported on first use, so the command's help does not wait for torch. Importing the package imports neither
+triton nor transformers.
 """
 
 from importlib import import_module
@@ -69,7 +69,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     __version__: str
-else:  # which a type checker would take for a leave to any name
+else:  # hidden from type checkers, which would accept any name because of it
 
     def __getattr__(name: str):
         if name == "__version__":
