@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .scoring.results import Ranked, RowScore, TokenTable
     from .signals import SIGNALS
     from .types import TokenRewards, VocabStats
-    from .vocab.shards import VocabShard
+    from .vocab.shard_layout import VocabShard
 
 _MODULE_OF = {
     "EndoRewardError": "errors",
@@ -34,7 +34,7 @@ _MODULE_OF = {
     "ScoreOptions": "scoring.options",
     "TokenRewards": "types",
     "TokenTable": "scoring.results",
-    "VocabShard": "vocab.shards",
+    "VocabShard": "vocab.shard_layout",
     "VocabStats": "types",
     "linear_token_rewards": "functional",
     "linear_vocab_stats": "functional",

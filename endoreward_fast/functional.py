@@ -23,7 +23,7 @@ from .vocab import reference
 from .vocab.checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
 
 if TYPE_CHECKING:
-    from .vocab.shards import VocabShard
+    from .vocab.shard_layout import VocabShard
 
 Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
@@ -226,11 +226,11 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def _localize(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: "VocabShard | None", vocab_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, "VocabShard | None"]:
-    """Call shards.localize unless all tensors are plain: it imports torch.distributed.tensor, half a second."""
+    """Call shard_layout.localize unless all tensors are plain: it imports torch.distributed.tensor, half a second."""
     plain = shard is None and vocab_size is None and type(weight) in (Tensor, torch.nn.Parameter)
     if plain and type(hidden) in (Tensor, torch.nn.Parameter) and weight.numel():
         return hidden, weight, bias, None
-    from .vocab.shards import localize
+    from .vocab.shard_layout import localize
 
     return localize(hidden, weight, bias, shard, vocab_size)
 

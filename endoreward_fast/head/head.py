@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..errors import EndoRewardError
-from .check import logits_of, self_check, without_cache
 from .gathered import behind, weights_come_and_go
-from .kind import describe, find_head, is_dtensor, plain, refuse_bad_weights, why_not_plain
+from .module import describe, find_head, is_dtensor, plain, refuse_bad_weights, why_not_plain
 from .recipes import HeadRecipe, recipe_for
+from .self_check import logits_of, self_check, without_cache
 
 __all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for", "without_cache"]
 Found = TypeVar("Found")

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..types import NO_TARGET
 from .ops import linear_stats, linear_stats_backward, outputs, row_grads
 from .rows import SUM_SCALE, RowGrads, RowStats, poisoned, rewards_of, successor_among
-from .shards import VocabShard
+from .shard_layout import VocabShard
 
 
 class Shards(NamedTuple):

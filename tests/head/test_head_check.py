@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, ChameleonForConditionalGeneration
 
 from endoreward_fast.errors import EndoRewardError
 from endoreward_fast.head.head import Head
-from endoreward_fast.head.kind import refuse_bad_weights, why_not_plain
+from endoreward_fast.head.module import refuse_bad_weights, why_not_plain
 
 transformers.logging.set_verbosity_error()
 FAMILIES = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "tools" / "families.py")))

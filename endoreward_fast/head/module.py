@@ -43,7 +43,7 @@ def refuse_bad_weights(model: nn.Module, head: nn.Module) -> None:
     """
     fault, weight = _bad_weight(model), getattr(head, "weight", None)
     if is_dtensor(weight):
-        from ..vocab.shards import agreed_by_its_shards
+        from ..vocab.shard_layout import agreed_by_its_shards
 
         fault = agreed_by_its_shards(fault, weight)
     if fault is not None:
@@ -82,7 +82,7 @@ def plain(x: Tensor) -> Tensor:
     """Return x as a plain tensor if it is a DTensor that every rank holds whole."""
     if not is_dtensor(x):
         return x
-    from ..vocab.shards import same_everywhere
+    from ..vocab.shard_layout import same_everywhere
 
     return same_everywhere(x)
 
@@ -97,7 +97,7 @@ def why_not_plain(head: nn.Module) -> str | None:
     if "forward" in vars(head) and not hasattr(head, "_hf_hook") and not is_dtensor(weight):
         return "the forward of its output head was replaced"
     if is_dtensor(weight):
-        from ..vocab.shards import why_not_readable
+        from ..vocab.shard_layout import why_not_readable
 
         return why_not_readable(weight, getattr(head, "bias", None))
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from ..errors import EndoRewardError
 from .gathered import weights_come_and_go
-from .kind import describe, find_head, is_compiled, is_dtensor, plain, uncompiled, why_not_plain
+from .module import describe, find_head, is_compiled, is_dtensor, plain, uncompiled, why_not_plain
 from .recipes import HeadRecipe
 
 if TYPE_CHECKING:
-    from ..vocab.shards import VocabShard
+    from ..vocab.shard_layout import VocabShard
 
 REAL, KNOWN = 4, 4  # positions with real head outputs, and after them positions with known values
 SAMPLED_ROWS = 4096  # rows of the head's weight to check: enough to catch a wrong matmul without a full fp32 copy
@@ -61,7 +61,7 @@ def self_check(model: nn.Module, head: Checked) -> str | None:
 def _agreed(reason: str | None, shard: "VocabShard | None") -> str | None:
     if shard is None:
         return reason
-    from ..vocab.shards import agreed
+    from ..vocab.shard_layout import agreed
 
     return agreed(reason, shard.group)
 
@@ -156,7 +156,7 @@ class _Call(NamedTuple):
             return cls(hidden, odd, None, None, None, None)
         weight, bias, shard = head.module.weight, getattr(head.module, "bias", None), None
         if is_dtensor(weight):
-            from ..vocab.shards import head_here
+            from ..vocab.shard_layout import head_here
 
             weight, bias, shard = head_here(weight, bias)
         start = shard.start if shard else 0
