@@ -1,27 +1,37 @@
-# Each target works on a fresh machine: it builds .venv from constraints.txt first, once.
+# Each target works on a fresh machine: it builds .venv first, once. `demo` needs the package alone, the others all extras.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 # Where there is a GPU: a Python that already has torch with CUDA, pytest and this package's dependencies. Nothing is fetched.
 GPU_PYTHON ?= python3
 OUT ?= bench/results/gpu
 VENV := .venv
 BIN := $(VENV)/bin
+CORE := $(VENV)/.core
 READY := $(VENV)/.ready
+# The versions in the environment, not as an option: as an option they would add to those of a pip.conf, whose may differ.
+INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint bench sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo test families lint package bench sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-$(READY): setup.py pyproject.toml constraints.txt
+$(CORE): setup.py pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed")'
+	@echo 'Installing PyTorch, transformers and this package into $(VENV), once. PyTorch with CUDA is up to 2.7 GB to'
+	@echo 'download, its CPU build 0.2 GB: README.md, Install, has the line for that.'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all]'
+	$(BIN)/python -m pip install --upgrade pip
+	$(INSTALL) --editable .
 	@touch $@
 
-demo: $(READY) ## score real and corrupted text, rank right and wrong answers (no network)
+$(READY): $(CORE)
+	@echo 'Installing what tests, lint and benchmarks need into $(VENV), once: up to 0.5 GB to download.'
+	$(INSTALL) --editable '.[all]'
+	@touch $@
+
+demo: $(CORE) ## score real and corrupted text, rank right and wrong answers (no network)
 	$(BIN)/endoreward demo
 
 test: $(READY) ## every test but the families sweep, one process a core
@@ -34,6 +44,9 @@ lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+package: $(READY) ## build sdist and wheel, use both outside of the repository
+	$(BIN)/python tools/check_package.py
 
 bench: $(READY) ## CPU benchmarks against every alternative, in one run; JSON to bench/results
 	$(BIN)/python -m pytest bench/bench_linear.py bench/bench_logits.py
