@@ -18,8 +18,13 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-# Of each kind one, and in seconds: what reads other files of the repository, scores, and runs kernels.
-TESTS = ("tests/test_layers.py", "tests/test_packaging.py", "tests/pocket/test_pocket.py", "tests/vocab/test_ops.py")
+# A handful that is done in seconds, and reads most of the folders.
+TESTS = (
+    "tests/test_layers.py",
+    "tests/test_packaging.py",
+    "tests/vocab/test_reference.py",
+    "tests/scoring/test_batching.py",
+)
 USE = """
 import sys, torch, endoreward_fast
 from endoreward_fast import EndoRewardModel, vocab_stats
@@ -52,7 +57,7 @@ def tracked(*folders: str) -> set[str]:
 def build(dist: Path) -> tuple[Path, Path]:
     """(sdist, wheel), the wheel from the sdist."""
     dist.mkdir()
-    run(sys.executable, "-m", "build", "--outdir", dist, ROOT, cwd=dist)
+    run(sys.executable, "-m", "build", "--quiet", "--outdir", dist, ROOT, cwd=dist)
     (sdist,), (wheel,) = dist.glob("*.tar.gz"), dist.glob("*.whl")
     return sdist, wheel
 
@@ -76,7 +81,7 @@ def main() -> None:
         environment = away / "environment"
         venv.create(environment, with_pip=True)
         python = environment / "bin/python"
-        run(python, "-m", "pip", "install", "--no-deps", "--no-index", wheel, cwd=away)
+        run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", wheel, cwd=away)
         lent = environment.joinpath("lib", f"python{sysconfig.get_python_version()}", "site-packages", "lent.pth")
         lent.write_text(sysconfig.get_path("purelib"))
         run(environment / "bin/endoreward", "--version", cwd=away)
