@@ -1,6 +1,10 @@
 # Each target works on a fresh machine: it builds .venv first, once. `demo` needs the package alone, the others all extras.
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
+# Of `make test`; empty: all.
+TESTS ?=
+# What depends on the versions of PyTorch, Triton and transformers, less what names model types of newer transformers.
+FLOOR_TESTS := tests/vocab/test_ops.py tests/test_face_tensors.py tests/scoring tests/model/test_model.py tests/model/test_loading.py
 # Where there is a GPU: a Python that already has torch with CUDA, pytest and this package's dependencies. Nothing is fetched.
 GPU_PYTHON ?= python3
 OUT ?= bench/results/gpu
@@ -12,7 +16,7 @@ READY := $(VENV)/.ready
 INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint package bench sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo test floors families lint package bench sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -35,7 +39,10 @@ demo: $(CORE) ## score real and corrupted text, rank right and wrong answers (no
 	$(BIN)/endoreward demo
 
 test: $(READY) ## every test but the families sweep, one process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)
+
+floors: ## tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS='$(FLOOR_TESTS)'
 
 families: $(READY) ## every causal model type of transformers (minutes); writes docs/families.md
 	$(BIN)/python -m pytest -m families
@@ -72,4 +79,4 @@ kernel-report: $(READY) ## registers, spills, shared memory of every kernel on e
 	$(BIN)/python -m bench.kernel_report
 
 clean: ## remove .venv and caches
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -59,9 +59,9 @@ def test_floors_are_what_the_oldest_set_installs():
 def test_pythons_promised_are_the_pythons_tested():
     floor = PROJECT["requires-python"].removeprefix(">=")
     assert PYTHONS[0] == floor and len(set(PYTHONS)) == len(PYTHONS)
-    job = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["test"]
-    assert {entry["python"] for entry in job["strategy"]["matrix"]["include"]} == set(PYTHONS)
-    assert {entry["constraints"] for entry in job["strategy"]["matrix"]["include"]} == {NEWEST, OLDEST}
+    jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == PYTHONS
+    assert jobs["floors"]["steps"][1]["with"]["python-version"] == floor
 
 
 def test_ci_runs_what_a_person_can_run():
@@ -69,7 +69,7 @@ def test_ci_runs_what_a_person_can_run():
     targets = set(re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(), re.MULTILINE))
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
     run = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
-    assert all(re.fullmatch(r"make [a-z-]+( [A-Z]+=\S+| CONSTRAINTS=\$\{\{.*\}\})*", line) for line in run)
+    assert all(re.fullmatch(r"make [a-z-]+", line) for line in run)
     made = {line.split()[1] for line in run}
     here = set(re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci/run").read_text(), re.MULTILINE))
     assert here <= made <= targets
