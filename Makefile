@@ -4,7 +4,8 @@ CONSTRAINTS ?= constraints.txt
 # Of `make test`; empty: all.
 TESTS ?=
 # What depends on the versions of PyTorch, Triton and transformers, less what names model types of newer transformers.
-FLOOR_TESTS := tests/vocab/test_ops.py tests/test_face_tensors.py tests/scoring tests/model/test_model.py tests/model/test_loading.py
+FLOOR_TESTS := tests/vocab/test_ops.py tests/test_face_tensors.py tests/scoring tests/model/test_model.py tests/model/test_own_loop.py \
+  tests/model/test_loading.py tests/text/test_chat.py tests/text/test_boundary.py
 # Where there is a GPU: a Python that already has torch with CUDA, pytest and this package's dependencies. Nothing is fetched.
 GPU_PYTHON ?= python3
 OUT ?= bench/results/gpu
