@@ -13,8 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 READY := $(VENV)/.ready
-# The versions in the environment, not as an option: as an option they would add to those of a pip.conf, whose may differ.
-INSTALL := PIP_CONSTRAINT=$(CONSTRAINTS) $(BIN)/python -m pip install
+INSTALL := $(BIN)/python -m pip install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test floors families lint package bench sweep paper scale gpu gpu-sanitize kernel-report clean
