@@ -10,7 +10,14 @@ triton nor transformers.
 
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if not Path(__file__).with_name("kernels").is_dir():
+    raise ImportError(
+        "endoreward_fast/kernels is not a symlink to ../kernels: this checkout was made without symlinks. Run `git "
+        "config core.symlinks true` and `git checkout endoreward_fast/kernels`, or `pip install .` without -e"
+    )
 
 if TYPE_CHECKING:
     from .errors import EndoRewardError

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import workspace
 from .rows import RowGrads, RowRewards, RowStats
 
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace it
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -23,7 +24,7 @@ def interpreted() -> bool:
 
 def obstacle_to_kernels(device: torch.device, *dtypes: torch.dtype) -> str | None:
     """Return why the kernels cannot run on tensors of these dtypes on this device; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not TRITON_IS_INSTALLED:
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"the tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
