@@ -64,7 +64,7 @@ def test_versions_are_those_that_are_asked_for_and_tested(name):
     project, pins = (ROOT / "pyproject.toml").read_text(), (ROOT / "constraints.txt").read_text()
     assert len(rows) == 3
     for package, floor, tested in rows:
-        assert re.search(rf'"{package}>={re.escape(floor)}\b', project), package
+        assert re.search(rf'"{package}>={re.escape(floor)}[";]', project), package
         assert re.search(rf"^{package}=={re.escape(tested)}\b", pins, re.M), package
     assert (
         f'requires-python = ">={re.search(r"^[|] Python [|] ([0-9.]+)", (ROOT / name).read_text(), re.M)[1]}"'
