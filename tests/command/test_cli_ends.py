@@ -224,7 +224,7 @@ def test_a_revision_of_what_is_on_this_machine_is_refused(scorer, tmp_path):
     file.write_bytes(b"GGUF\x03\x00\x00\x00")
     for model in ("pocket", tmp_path, file):
         said = run("score", put(tmp_path, PAIR), "-m", model, "--revision", "main", code=2).stderr
-        assert "--revision: model " in said and "only the Hub has revisions" in said
+        assert "--revision: model " in said and "only models on the Hub have revisions" in said
 
 
 def test_what_a_model_is_compared_with_is_refused_before_any_is_read(scorer, tmp_path):

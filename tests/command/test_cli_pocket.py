@@ -145,7 +145,7 @@ def test_demo_measures_better_than_chance():
     text = run("demo").stdout
     measured = re.findall(r"^  (\S.*?) +([\d.]+)% +\[ *(\d+), *(\d+)\] +chance (\d+)%", text, re.MULTILINE)
     accuracies = {name: (float(low), float(chance)) for name, _, low, _, chance in measured}
-    for name in ("swap words", "shuffle letters", "replace characters", "right one of four on top"):
+    for name in ("swap words", "shuffle letters", "replace characters", "right answer first of four"):
         low, chance = accuracies[name]
         assert low > chance, (name, low)
     assert "demonstration" in text

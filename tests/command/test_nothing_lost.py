@@ -51,7 +51,7 @@ def test_overwrite_replaces_it_and_an_empty_one_needs_no_flag(scorer, tmp_path):
         run("score", source, "-o", out, "-q", *flags)
         assert [row["score"] for row in rows_of(out.read_text())] == [-3.0]
     said = run("score", source, "-o", out, "--overwrite", "--resume", code=2).stderr
-    assert "--resume and --overwrite: name one of them" in said
+    assert "--resume and --overwrite exclude each other: use one of them" in said
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM"])

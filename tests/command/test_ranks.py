@@ -127,13 +127,14 @@ def rank_0_of_2(monkeypatch):
 
 
 def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
-    assert "do not read standard input or a pipe: name a file" in run("score", "-", code=2, input="{}").stderr
+    assert "cannot read standard input or a pipe: name a file" in run("score", "-", code=2, input="{}").stderr
     assert "no such file" in run("score", tmp_path / "absent", code=2).stderr
     os.mkfifo(tmp_path / "pipe")  # each would read some of it
     assert "or a pipe: name a file" in run("score", tmp_path / "pipe", code=2).stderr
     said = run("eval", tmp_path / "absent", code=2).stderr
     assert (
-        said == "endoreward: eval runs in one process: start it without a launcher (score and rank share their rows)\n"
+        said
+        == "endoreward: eval runs in one process: start it without a launcher (only score and rank run in several)\n"
     )
     monkeypatch.setenv("RANK", "1")
     assert run("eval", tmp_path / "absent", code=0).stderr == ""  # or the launcher might end rank 0 before it speaks

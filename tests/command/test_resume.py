@@ -207,7 +207,9 @@ def test_a_model_goes_by_its_weights(scorer, monkeypatch, tmp_path):
 
 def test_bad_input_is_one_clear_line(scorer, tmp_path):
     source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
-    assert "--resume goes on with a file: name it by --output" in run("score", source, "--resume", code=2).stderr
+    assert (
+        "--resume needs the file to continue: name it with --output" in run("score", source, "--resume", code=2).stderr
+    )
     out.write_text("{}\n")
     result = run("score", source, "-o", out, "--resume", "-q", code=2)
     assert "out.jsonl.settings.json does not say how it was made" in result.stderr and out.read_text() == "{}\n"

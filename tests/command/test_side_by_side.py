@@ -81,7 +81,7 @@ def test_tables_have_a_line_for_each_method(pocket, tmp_path):
     lines = shown[shown.index("by method") :].splitlines()[1:]
     assert [line.split("  ")[2] for line in lines[: len(ONE_MODEL) + 1]] == [*ONE_MODEL, "judge, verifier"]
     assert all("%" in line and "2 rows" in line for line in lines[: len(ONE_MODEL) + 1])
-    assert "log-ratio is left out: it compares two models, and there is no --reference-model." in shown
+    assert "log-ratio is left out: it needs a second model (--reference-model)." in shown
 
 
 def test_how_often_a_completion_is_read_is_said(pocket, reward_model, tmp_path):
@@ -125,8 +125,8 @@ def test_a_row_that_one_method_cannot_score_is_kept_by_the_others(pocket, tmp_pa
     ("flags", "said"),
     [
         (["--signals", "entropy,certainty"], "--signals must be all, or some of endogenous, .*, got 'certainty'"),
-        (["--signals", "log-ratio"], "--signals log-ratio compares two models: name the second by --reference-model"),
-        (["--reference-model", "pocket"], "--reference-model is for --signals log-ratio"),
+        (["--signals", "log-ratio"], "--signals log-ratio compares two models: name the second with --reference-model"),
+        (["--reference-model", "pocket"], "--reference-model needs --signals log-ratio"),
         (["--judge", "jury"], "--judge must be all, or some of verifier, pointwise, pairwise, got 'jury'"),
         (["--reward-model", "nowhere/at/all"], "nowhere/at/all"),
         (["--reward-model", "pocket"], "'pocket' is a .*ForCausalLM, which is not a reward model"),
@@ -135,7 +135,6 @@ def test_a_row_that_one_method_cannot_score_is_kept_by_the_others(pocket, tmp_pa
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_bad_input_is_one_clear_line(flags, said, tmp_path):
-
     result = run("eval", put(tmp_path, *PAIRS), *flags, "-q", code=2)
     assert re.search(said, result.stderr) and result.stderr.count("\n") == 1, result.stderr
 

@@ -281,9 +281,9 @@ def test_invalid_flags_are_reported_at_once(tmp_path):
     source = put(tmp_path, *ROWS[:2])
     for flags, said in (
         (("--engine", "spark"), "--engine must be local or ray, got 'spark'"),
-        (("--actors", "2"), "are for --engine ray"),
+        (("--actors", "2"), "need --engine ray"),
         (("--engine", "ray", "--actors", "0"), "--actors must be 1 or more"),
         (("--engine", "ray", "--gpus-per-actor", "-1"), "--gpus-per-actor must be 0 or more, got -1.0"),
-        (("--engine", "ray", "--cpus-per-actor", "1.5"), "--cpus-per-actor must be a whole number where it is above 1"),
+        (("--engine", "ray", "--cpus-per-actor", "1.5"), "--cpus-per-actor must be a whole number if it is above 1"),
     ):
         assert said in run("score", source, *flags, code=2).stderr
