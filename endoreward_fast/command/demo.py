@@ -23,7 +23,7 @@ Sample = dict[str, Any]
 def show(flags: ModelFlags) -> None:
     """Load the model, score the three parts of the demonstration and print the results."""
     form = "plain"
-    print("endoreward demo: the reward that is already inside a language model.")
+    print("endoreward demo: a demonstration of the reward inside a language model.")
     pipeline.before_loading(replace(flags, model_by_default=False))  # the model is printed below
     scorer = pipeline.load_scorer(flags)
     if flags.chat is not False and getattr(getattr(scorer, "tokenizer", None), "chat_template", None):

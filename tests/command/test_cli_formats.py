@@ -42,7 +42,7 @@ def test_a_name_of_another_format_is_refused_before_a_model_is_loaded(args, suff
 
 @pytest.mark.parametrize("name", ["x.png", "x.json", "x.csv"])
 def test_a_page_under_another_name_is_refused(name, folder):
-    assert f"--html {name}: HTML is written there" in run(*ASKED, "--html", name, code=2).stderr
+    assert f"--html {name}: the output is HTML, not " in run(*ASKED, "--html", name, code=2).stderr
 
 
 @pytest.mark.parametrize("name", ["x.html", "x.HTM"])
@@ -63,7 +63,7 @@ def test_json_lines_under_json_are_noted(folder, monkeypatch):
     monkeypatch.setattr(pipeline, "load_scorer", lambda flags: LengthScorer())
     for name in ("out.jsonl", "out.ndjson", "out", "out.txt"):
         assert "JSON Lines" not in run("score", "in.jsonl", "-o", name).stderr
-    assert "out.json gets JSON Lines" in run("score", "in.jsonl", "-o", "out.json").stderr
+    assert "out.json is written as JSON Lines" in run("score", "in.jsonl", "-o", "out.json").stderr
     assert json.loads((folder / "out.json").read_text())["score"] == {"chosen": -1.0, "rejected": -2.0}
     assert "JSON Lines" not in run("score", "in.jsonl", "-q", "-o", "again.json").stderr
 

@@ -117,9 +117,9 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
     path = put(tmp_path, "a.csv", b"prompt,completion\np,c,d\np,\xff\np\np," + long.encode() + b"\n")
     records = read(path)
     assert [r.error for r in records] == [
-        "3 fields where the header has 2",
+        "3 fields, but the header has 2",
         "not UTF-8",
-        "1 fields where the header has 2",
+        "1 fields, but the header has 2",
         None,
     ]
     assert records[0].where == "row 1 (ends on line 2)"
@@ -192,7 +192,7 @@ def test_parquet(tmp_path):
             read(path)
     else:
         path.write_bytes(b"PAR1" + bytes(20))
-        with pytest.raises(EndoRewardError, match="is Parquet: `pip install pyarrow` to read it"):
+        with pytest.raises(EndoRewardError, match="is Parquet: to read it, `pip install pyarrow`"):
             read(path)
 
 

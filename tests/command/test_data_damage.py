@@ -57,17 +57,17 @@ def test_rows_before_the_damage_are_scored_and_the_exit_code_is_2(scorer, tmp_pa
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ('p,"a"b', "text after the end of a quoted field (its quotation mark opened in column 3)"),
-        ('"p" ,"a"', "text after the end of a quoted field (its quotation mark opened in column 1)"),
-        ('p,5" pipe', "a quotation mark inside a field that does not begin with one"),
-        ('p, "a"', "a quotation mark inside a field that does not begin with one"),
-        ('p, "a, b"', "a quotation mark inside a field that does not begin with one"),
-        ("p,a\x00b", "it holds a NUL character"),
+        ('p,"a"b', "text after the end of a quoted field (opened in column 3)"),
+        ('"p" ,"a"', "text after the end of a quoted field (opened in column 1)"),
+        ('p,5" pipe', "a quotation mark inside an unquoted field"),
+        ('p, "a"', "a quotation mark inside an unquoted field"),
+        ('p, "a, b"', "a quotation mark inside an unquoted field"),
+        ("p,a\x00b", "a NUL character"),
         ("\ufeffp,a", "a second header or byte-order mark: files were joined here"),
         ("prompt,completion", "a second header or byte-order mark: files were joined here"),
-        (",a", "prompt: the cell is empty, and a missing value is no prompt"),
-        ("p", "1 fields where the header has 2"),
-        ("p,a,b", "3 fields where the header has 2"),
+        (",a", "prompt: the cell is empty: fill it, or remove the row"),
+        ("p", "1 fields, but the header has 2"),
+        ("p,a,b", "3 fields, but the header has 2"),
     ],
 )
 def test_a_damaged_row_spoils_itself_only(line, error, tmp_path):
@@ -94,7 +94,7 @@ def test_what_is_well_formed_stays_a_row(tmp_path):
         (b"prompt,completion,\xe9t\xe9\np,a,b\n", "is not UTF-8 (its header)"),
         ('"prompt,completion\np,a\n', "the quotation mark opened on line 1 is not closed"),
         ("prompt,completion\rp,a\rq,b\r", "has a carriage return (CR) without a line feed (LF): save it with LF"),
-        ("prompt;answer,question\np;a,b\n", "may be separated by ',' or by ';'"),
+        ("prompt;answer,question\np;a,b\n", "',' and ';' may both separate its header"),
     ],
 )
 def test_a_header_that_cannot_be_relied_on(data, error, tmp_path):
@@ -120,7 +120,7 @@ def test_a_column_without_a_name_is_pandas_index(tmp_path):
 )
 def test_a_list_that_is_damaged_is_not_scored_as_text(column, cell, tmp_path):
     found, ended = read(tmp_path, "a.csv", f'prompt,{column}\np,"{cell.replace(chr(34), chr(34) * 2)}"\n')
-    assert ended is None and found == [f"{column}: looks like a list, and is neither JSON nor a list of Python's"]
+    assert ended is None and found == [f"{column}: looks like a list, but is neither JSON nor a Python literal"]
 
 
 def test_text_in_brackets_is_text(tmp_path):
@@ -174,8 +174,8 @@ ROW = '{"prompt": "p", "completion": "c"}'
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x", "2": "y"}}), "do not both have row '1'"),
-        (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x"}}), "do not both have row '1'"),
+        (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x", "2": "y"}}), "has row '1'"),
+        (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x"}}), "has row '1'"),
         ('{"prompt": {"0": "a", "0": "b"}, "completion": {"0": "x"}}', "the key '0' stands twice"),
         ('{"prompt": ["a"], "completion": ["x"], "prompt": ["b"]}', "the key 'prompt' stands twice"),
         (f'{{"data": [{ROW}], "test": [{ROW}]}}', 'has rows under "data" and under "test"'),
@@ -252,8 +252,8 @@ FOREIGN = {
     "a.npy": (b"\x93NUMPY\x01\x00", "a NumPy array"),
     "a.pkl": (pickle.dumps([{"prompt": "p"}]), "a Python pickle"),
     "a.sqlite": (b"SQLite format 3\x00" + bytes(99), "an SQLite database"),
-    "a.safetensors": ((80).to_bytes(8, "little") + b'{"w": {}}', "a safetensors file (a model's weights), no data"),
-    "a.gguf": (b"GGUF\x03\x00\x00\x00", "a GGUF model, no data"),
+    "a.safetensors": ((80).to_bytes(8, "little") + b'{"w": {}}', "a safetensors file (a model's weights), not data"),
+    "a.gguf": (b"GGUF\x03\x00\x00\x00", "a GGUF model, not data"),
     "a.pdf": (b"%PDF-1.7\n", "a PDF"),
     "a.orc": (b"ORC\x0a\x03\x00\x00", "an ORC file"),
     "a.avro": (b"Obj\x01\x04", "an Avro file"),
