@@ -65,9 +65,9 @@ def test_rank_0_begins_when_all_have_come(board):
 
 def test_a_rank_that_never_comes_is_named(board, monkeypatch):
     monkeypatch.setattr(boards, "PATIENCE", 0.1)
-    with pytest.raises(EndoRewardError, match="rank 1 has not come within 0 minutes"):
+    with pytest.raises(EndoRewardError, match="rank 1 did not join within 0 minutes"):
         call(board, 2, {})
-    with pytest.raises(EndoRewardError, match="rank 0 has not come"):
+    with pytest.raises(EndoRewardError, match="rank 0 did not join"):
         come(Board(torch.distributed.HashStore()), 1)
 
 

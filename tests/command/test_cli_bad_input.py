@@ -87,7 +87,7 @@ def test_many_errors_are_counted_not_all_shown(scorer, tmp_path):
         (["score", "nowhere.jsonl", "--output", "new.jsonl"], "no such file: nowhere.jsonl"),
         (["score", "in.jsonl", "--output", "."], "cannot write .: Is a directory"),
         (["eval", "in.jsonl", "--output", "."], "cannot write .: Is a directory"),
-        (["score", "in.jsonl", "--output", "in.jsonl"], "in.jsonl is the input: writing there would lose it"),
+        (["score", "in.jsonl", "--output", "in.jsonl"], "in.jsonl is the input: name another output"),
         (["score", "in.jsonl", "--reduction", "max"], "--reduction must be sum or mean, got 'max'"),
         (["score", "in.jsonl", "--alpha", "0"], "--alpha must be above 0, got 0.0"),
         (["score", "in.jsonl", "--alpha", "nan"], "--alpha must be above 0, got nan"),

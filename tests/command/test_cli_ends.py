@@ -58,7 +58,7 @@ def test_what_is_written_beside_an_output_is_no_input(side, scorer, tmp_path):
     source = put(tmp_path, PAIR, name=f"out.jsonl{side}")
     before = source.read_text()
     said = run("score", source, "-o", tmp_path / "out.jsonl", code=2).stderr
-    assert f"{source} is the input, and written beside {tmp_path / 'out.jsonl'}" in said
+    assert f"{source} is the input, and would be written beside {tmp_path / 'out.jsonl'}" in said
     assert source.read_text() == before and not (tmp_path / "out.jsonl").exists() and scorer.loaded == 0
 
 
@@ -71,7 +71,7 @@ def test_the_file_of_tools_is_an_input(command, name, scorer, tmp_path):
     os.link(tools, tmp_path / "hard")
     out = tmp_path / name
     said = run(command, put(tmp_path, BOTH), "--tools", tools, "-o", out, "--overwrite", code=2).stderr
-    assert f"{out} is the input: writing there would lose it" in said and tools.read_text() == '[{"name": "f"}]'
+    assert f"{out} is the input: name another output" in said and tools.read_text() == '[{"name": "f"}]'
 
 
 def command_line(*arguments, **streams):
@@ -170,7 +170,7 @@ def test_a_terminal_that_is_closed_says_and_loses_nothing(scorer, tmp_path):
     ending(scorer, signal.SIGHUP)
     source, out = put(tmp_path, *({**PAIR, "n": n} for n in range(9))), tmp_path / "out.jsonl"
     said = run("score", source, "-o", out, code=128 + signal.SIGHUP).stderr
-    assert len(rows_of(out.read_text())) >= 4 and "to go on: endoreward score" in said.splitlines()[-1]
+    assert len(rows_of(out.read_text())) >= 4 and "To continue: endoreward score" in said.splitlines()[-1]
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
         run("score", source, "-o", tmp_path / "all.jsonl")
@@ -182,7 +182,7 @@ def test_the_line_that_goes_on_is_said_when_quiet_too(scorer, tmp_path):
     scorer.stop_after = 2
     source = put(tmp_path, *({**PAIR, "n": n} for n in range(5)))
     said = run("score", source, "-o", tmp_path / "out.jsonl", "-q", code=130).stderr
-    assert "to go on: endoreward score" in said and said.count("\n") == 1
+    assert "To continue: endoreward score" in said and said.count("\n") == 1
 
 
 def test_the_line_that_goes_on_is_the_launchs(monkeypatch):
@@ -270,7 +270,7 @@ def test_what_stands_in_an_output_or_beside_it_may_be_anything(text, settings, s
     if settings:
         Path(f"{out}.settings.json").write_text(settings)
     said = run("score", source, "-o", out, "-q", "--resume", code=2).stderr
-    assert "line 1 is not a row of results" in said if text else "does not say how it was made" in said
+    assert "line 1 is not a row of results" in said if text else "settings.json is missing or damaged" in said
 
 
 def test_old_results_stay_where_their_settings_cannot_be_replaced(scorer, tmp_path):

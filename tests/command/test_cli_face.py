@@ -17,7 +17,7 @@ from endoreward_fast.model.dtypes import ALIASES, DTYPES
 ROOT = Path(__file__).resolve().parents[2]
 PREFERENCE = {"prompt": "p", "chosen": "a", "rejected": "bb"}
 NOTE = (
-    "endoreward: no --model: scored by pocket, the embedded demonstration model of 3 million weights; name yours by "
+    "endoreward: no --model: using pocket, the embedded demonstration model with 3 million weights; name yours with "
     "--model"
 )
 COMMANDS = ("score", "rank", "eval", "show", "plot", "demo")

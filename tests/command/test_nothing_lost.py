@@ -74,7 +74,7 @@ def test_an_interruption_says_the_command_that_goes_on(end, system, scorer, tmp_
     flags = ("score", source, "-o", out, "--system", system)
     result = run(*flags, "--overwrite", code=130 if end == "Ctrl-C" else 143)
     assert len(rows_of(out.read_text())) == 2 and "stopped early: scored 2 of 5 rows" in result.stderr
-    said = result.stderr.splitlines()[-1].split("to go on: ")[1]
+    said = result.stderr.splitlines()[-1].split("To continue: ")[1]
     if "\n" not in system:
         assert shlex.split(said) == ["endoreward", *map(str, flags), "--resume"]
     scorer.iter_scores, scorer.stop_after = score, None

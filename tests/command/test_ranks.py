@@ -139,14 +139,14 @@ def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
     monkeypatch.setenv("RANK", "1")
     assert run("eval", tmp_path / "absent", code=0).stderr == ""  # or the launcher might end rank 0 before it speaks
     monkeypatch.delenv("MASTER_PORT")
-    assert "WORLD_SIZE is 2, and MASTER_PORT is not set" in run("score", "-", code=2).stderr
+    assert "WORLD_SIZE is 2, but MASTER_PORT is not set" in run("score", "-", code=2).stderr
     monkeypatch.setenv("WORLD_SIZE", "many")
     monkeypatch.setenv("MASTER_PORT", "1")
     assert "WORLD_SIZE is 'many': expected a number" in run("score", "-", code=2).stderr
     for port, number, said in (
-        ("1", "2", "RANK is 2 where WORLD_SIZE is 2"),
+        ("1", "2", "RANK is 2, but WORLD_SIZE is 2"),
         ("a", "0", "MASTER_PORT is 'a': expected"),
-        ("65536", "0", "MASTER_PORT is 65536: ports end at 65535"),
+        ("65536", "0", "MASTER_PORT is 65536: use a port from 1 to 65535"),
     ):
         for name, value in (("WORLD_SIZE", "2"), ("RANK", number), ("MASTER_PORT", port)):
             monkeypatch.setenv(name, value)
@@ -319,7 +319,9 @@ def test_a_rank_that_is_not_heard_of_any_more_is_named(board, monkeypatch, tmp_p
     board.count("handed in")  # and another that it died over
     engine, windows = engine_and_windows(tmp_path, 4)
     lines = []
-    with pytest.raises(EndoRewardError, match=r"rank 1 has not been heard of for 0 minutes: .*; --resume goes on"):
+    with pytest.raises(
+        EndoRewardError, match=r"rank 1 has sent no heartbeat for 0 minutes\. .*: continue with --resume"
+    ):
         engine(windows, lines.append, Monitor(quiet=True))
     assert [json.loads(line)["id"] for line in lines] == [1, 2, 3]
 
@@ -449,7 +451,7 @@ def test_other_weights_by_the_same_name_are_refused(monkeypatch):
     monkeypatch.setattr(Board, "of_launch", lambda: board)
     leader = Thread(target=call, args=(board, 2, {"weights": "sha256 0", "idle": False}), daemon=True)
     leader.start()
-    with pytest.raises(EndoRewardError, match="model 'pocket' is not what rank 0 has by that name"):
+    with pytest.raises(EndoRewardError, match="model 'pocket' has other weights here than on rank 0"):
         help_out(Job("score", A_ROW_A_WINDOW), Rank(1, 2, 1))
     leader.join(20)
 
@@ -506,7 +508,7 @@ def test_a_store_that_cannot_be_reached_is_one_clear_line(rank_0_of_2, monkeypat
     with socket.create_server(("localhost", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         said = run("score", put(tmp_path, *lengths(1)), "-o", tmp_path / "out", code=2).stderr
-    assert said.startswith("endoreward: the ranks' common store at localhost:") and said.count("\n") == 1
+    assert said.startswith("endoreward: the store that the ranks share, at localhost:") and said.count("\n") == 1
 
 
 def test_windows_are_written_in_order_whoever_finishes_first():

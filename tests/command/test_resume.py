@@ -108,7 +108,7 @@ def test_rows_that_failed_are_tried_again(scorer, tmp_path):
     run("score", source, "-o", out, "-q", code=2)
     whole = out.read_text()
     result = run("score", source, "-o", out, "--resume", code=2)
-    assert f"{out} holds 4 rows of an earlier run, and 3 without a score, which are tried again" in result.stderr
+    assert f"{out} holds 4 rows of an earlier run, and 3 without a score, which are scored again" in result.stderr
     assert "line 3: not valid JSON" in result.stderr and "3 of 3 rows could not be scored" in result.stderr
     assert out.read_text() == whole
     score = scorer.iter_scores  # memory has room for it now, say
@@ -178,7 +178,7 @@ def test_another_configuration_is_refused(scorer, monkeypatch, name, tmp_path):
     flags = flags.get(name, [flag, value])
     said = run("score", source, "-o", out, "--resume", *flags, "-q", code=2).stderr
     assert f"--resume: {out} was made with {name}=" in said and said.count("\n") == 1
-    assert said.endswith(f"not {value!r}: scores would not compare\n") and out.read_text() == before
+    assert said.endswith(f"not {value!r}: use that value, or name another --output\n") and out.read_text() == before
 
 
 def test_another_command_is_refused_and_flags_that_change_no_score_are_not(scorer, tmp_path):
@@ -202,7 +202,9 @@ def test_a_model_goes_by_its_weights(scorer, monkeypatch, tmp_path):
         run("score", source, "-o", out, "-q", "--model", same, "--resume")
     (tmp_path / "first" / "model.safetensors").write_bytes(bytes(99) + b"1")
     said = run("score", source, "-o", out, "-q", "--model", "./first", "--resume", code=2).stderr
-    assert f"{out} was made with the model './first' (sha256 " in said and "scores would not compare" in said
+    assert (
+        f"{out} was made with the model './first' (sha256 " in said and "name that model, or another --output" in said
+    )
 
 
 def test_bad_input_is_one_clear_line(scorer, tmp_path):
@@ -212,11 +214,11 @@ def test_bad_input_is_one_clear_line(scorer, tmp_path):
     )
     out.write_text("{}\n")
     result = run("score", source, "-o", out, "--resume", "-q", code=2)
-    assert "out.jsonl.settings.json does not say how it was made" in result.stderr and out.read_text() == "{}\n"
+    assert "out.jsonl.settings.json is missing or damaged" in result.stderr and out.read_text() == "{}\n"
     run("score", source, "-o", out, "--overwrite", "-q")
     Path(f"{out}.settings.json").write_text('{"settings": [1]}')
     said = run("score", source, "-o", out, "--resume", "-q", code=2).stderr
-    assert "does not say how it was made" in said
+    assert "settings.json is missing or damaged" in said
     run("score", source, "-o", out, "--overwrite", "-q")
     out.write_text("[1]\n")
     assert "line 1 is not a row of results" in run("score", source, "-o", out, "--resume", "-q", code=2).stderr
@@ -281,7 +283,7 @@ def test_a_run_that_fails_takes_no_other_runs_output_away(scorer, monkeypatch, t
         raise EndoRewardError("first")
     assert free == [False] and not out.exists()
     monkeypatch.setattr("endoreward_fast.command.run.sink._lock", lambda file: os.remove(out) or True)
-    with pytest.raises(EndoRewardError, match="written by another run"):
+    with pytest.raises(EndoRewardError, match="another run is writing"):
         Sink(str(out))
 
 
@@ -357,14 +359,15 @@ def test_a_row_without_the_id_is_an_error(scorer, tmp_path):
     rows_, out = [*rows(2), {"prompt": "p", "completion": "a"}, rows(3)[2] | {"id": None}, "not json"], tmp_path / "o"
     result = run("score", put(tmp_path, *rows_), "-o", out, "--id", "id", code=2)
     assert (
-        "line 3: it has no 'id', the column that --id names" in result.stderr and "line 4: it has no" in result.stderr
+        "line 3: no value in 'id', the column that --id names" in result.stderr
+        and "line 4: no value in" in result.stderr
     )
     whole = out.read_text()
     assert [row["score"] for row in rows_of(whole)] == [-1.0, -2.0, None, None, None]
     run("score", put(tmp_path, *rows_), "-o", out, "--id", "id", "--resume", "-q", code=2)
     assert out.read_text() == whole
     result = run("score", put(tmp_path, *rows(2)), "--id", "di", code=2)  # before a model is loaded
-    assert result.stderr.endswith("line 1: it has no 'di', the column that --id names\n")
+    assert result.stderr.endswith("line 1: no value in 'di', the column that --id names\n")
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "reordered"])
@@ -418,7 +421,7 @@ def test_two_runs_do_not_write_one_output(scorer, flags, tmp_path):
 
     scorer.iter_scores = meanwhile
     run("score", source, "-o", out, "-q")
-    assert "out.jsonl is being written by another run" in told[0]
+    assert f"another run is writing {out}: " in told[0]
     assert [row["id"] for row in rows_of(out.read_text())] == list(range(4))
     run("score", source, "-o", out, "-q", "--resume")  # it has let go
 
@@ -430,7 +433,7 @@ def test_an_output_written_anew_is_kept_from_other_runs_too(tmp_path):
         sink.append(iter([b"kept\n"]))
         assert out.read_text() == "bad\nkept\n"
         sink.write("more\n")
-        with pytest.raises(EndoRewardError, match="is being written by another run"):
+        with pytest.raises(EndoRewardError, match="another run is writing "):
             Sink(str(out))
         sink.write("and more\n")
     assert out.read_text() == "kept\nmore\nand more\n"

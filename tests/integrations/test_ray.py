@@ -219,7 +219,7 @@ def test_a_missing_cluster_raises_one_line(monkeypatch, tmp_path, kind):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", absent)
     said = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q", code=2).stderr
-    assert said == "endoreward: --engine ray: Could not find any running Ray instance. (RAY_ADDRESS)\n"
+    assert said == "endoreward: --engine ray: Could not find any running Ray instance: check RAY_ADDRESS\n"
 
 
 def test_an_address_without_a_server_is_reported_at_once(monkeypatch, tmp_path):
@@ -231,7 +231,7 @@ def test_an_address_without_a_server_is_reported_at_once(monkeypatch, tmp_path):
     for given in (address, f"ray://{address}"):
         monkeypatch.setenv("RAY_ADDRESS", given)
         said = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q", code=2).stderr
-        assert said == f"endoreward: --engine ray: nothing answers at {given} (RAY_ADDRESS): Connection refused\n"
+        assert said == f"endoreward: --engine ray: nothing answers at {given} (Connection refused): check RAY_ADDRESS\n"
     for other in ("", "auto", "local", "somewhere"):
         module._look_for(other)
 
