@@ -51,8 +51,8 @@ def test_right_answers_of_one_score_divide_by_nothing(wrong, margin):
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        ([judged((1,), (0,), id=7)], 'ids must be "ref:N" and "tied:N", found 7'),
-        ([judged((1,), (0,), id="ref:1"), judged((1, 1), (0,), id="tied:2")], "no prompt is there both as ref:N"),
+        ([judged((1,), (0,), id=7)], 'ids must be "ref:N" or "tied:N", found 7'),
+        ([judged((1,), (0,), id="ref:1"), judged((1, 1), (0,), id="tied:2")], "no N has both prompts"),
     ],
 )
 def test_where_it_cannot_be_computed_the_output_says_so(rows, why):
