@@ -37,7 +37,7 @@ TITLE = 90
 
 @dataclass
 class Kind:
-    """Statistics of the completions of one kind. Memory grows with the rows and the longest row, not with all tokens."""
+    """Statistics of the completions of one kind. Memory grows with rows and the longest row, not with all tokens."""
 
     scores: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)

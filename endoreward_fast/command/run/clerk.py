@@ -74,7 +74,7 @@ class Clerk(Thread):
         self._ahead = AHEAD * size
         self._dealt = self._received = 0
         self._all_dealt = False
-        self._signs = {rank: (0, time.monotonic()) for rank in range(1, size)}
+        self._heartbeats = {rank: (0, time.monotonic()) for rank in range(1, size)}
         """by rank: heartbeats counted, and the time of the last change"""
         self._next_look = time.monotonic() + BEAT
         self._leave = Event()
@@ -114,7 +114,7 @@ class Clerk(Thread):
                     )
                 self._leave.wait(PAUSE)
             # The store may end with rank 0, and the other ranks still use it.
-            everybody = [left_key(rank) for rank in self._signs]
+            everybody = [left_key(rank) for rank in self._heartbeats]
             while not self._board.has(*everybody) and self._lost() is None and not self._leave.wait(PAUSE):
                 pass
         finally:
@@ -151,10 +151,10 @@ class Clerk(Thread):
         if now < self._next_look:
             return None
         self._next_look = now + BEAT
-        for rank, (before, since) in self._signs.items():
+        for rank, (before, since) in self._heartbeats.items():
             beats = self._board.count(beats_key(rank), 0)
             if beats != before:
-                self._signs[rank] = (beats, now)
+                self._heartbeats[rank] = (beats, now)
             elif now - since > LOST and not self._board.has(left_key(rank)):
                 return rank
         return None
