@@ -1,16 +1,23 @@
 """endoreward_fast: the reward inside every language model, in one fused pass over the vocabulary.
 
 Functions on tensors: `token_rewards`, `linear_token_rewards`, `vocab_stats`, `linear_vocab_stats`, `sequence_score`,
-`rewards_to_go`, `terminal_at`. Around a loaded model: `EndoRewardModel`, whose scores are `RowScore`, `TokenTable` and
-`Ranked`, and `RewardModel`, a trained one to compare with. Intrinsic rewards by name: `SIGNALS`.
+`rewards_to_go`, `terminal_at`. Loaded models: `EndoRewardModel`, which returns `RowScore`, `TokenTable` and `Ranked`;
+`RewardModel`, a trained reward model to compare with. Intrinsic rewards by name: `SIGNALS`.
 
-Names are imported when first used: the command's help does not wait for torch, and nothing here waits for triton or
-transformers.
+Each name is imported on first use, so the command's help does not wait for torch. Importing the package imports neither
+triton nor transformers.
 """
 
 from importlib import import_module
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+if not Path(__file__).with_name("kernels").is_dir():
+    raise ImportError(
+        "endoreward_fast/kernels is not a symlink to ../kernels: this checkout was made without symlinks. Run `git "
+        "config core.symlinks true` and `git checkout endoreward_fast/kernels`, or `pip install .` without -e"
+    )
 
 if TYPE_CHECKING:
     from .errors import EndoRewardError
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
     from .scoring.results import Ranked, RowScore, TokenTable
     from .signals import SIGNALS
     from .types import TokenRewards, VocabStats
-    from .vocab.shards import VocabShard
+    from .vocab.shard_layout import VocabShard
 
 _MODULE_OF = {
     "EndoRewardError": "errors",
@@ -34,7 +41,7 @@ _MODULE_OF = {
     "ScoreOptions": "scoring.options",
     "TokenRewards": "types",
     "TokenTable": "scoring.results",
-    "VocabShard": "vocab.shards",
+    "VocabShard": "vocab.shard_layout",
     "VocabStats": "types",
     "linear_token_rewards": "functional",
     "linear_vocab_stats": "functional",
@@ -69,7 +76,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     __version__: str
-else:  # which a type checker would take for a leave to any name
+else:  # hidden from type checkers, which would accept any name because of it
 
     def __getattr__(name: str):
         if name == "__version__":

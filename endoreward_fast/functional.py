@@ -1,14 +1,14 @@
-"""The public functions on tensors: check the arguments, choose an implementation, flatten, run, shift back.
+"""The public functions on tensors: check the arguments, choose an implementation, flatten, run, restore the shape.
 
-Formulas are in reference.py's head. Every function returns float32, never writes to its inputs, and differentiates
-through every field. `mask` picks the rows that are computed; the others come back 0 and get no gradient.
+vocab/reference.py has the formulas. Every function returns float32 and never writes to its inputs. Gradients flow
+through every field. `mask` selects the rows to compute; the other rows come back 0 and get no gradient.
 
-impl  "fused"      Triton kernels: a CUDA or ROCm device (or TRITON_INTERPRET=1, for tests)
-      "chunked"    bounded workspace, in torch: any device
-      "compiled"   C++, built once by the machine's compiler when first asked for, then kept: CPU
-      "reference"  eager torch, everything materialised: the oracle
-      "auto"       see `choose_impl`
-A named impl that cannot run raises; it never falls back.
+impl  "fused"      Triton kernels, on a CUDA or ROCm device (or in the interpreter with TRITON_INTERPRET=1, for tests)
+      "chunked"    torch code with a bounded workspace, on any device
+      "compiled"   C++ code, on the CPU; the machine's compiler builds it on first use
+      "reference"  eager torch that materialises everything, on any device; the oracle of the tests
+      "auto"       "fused" or "chunked", see `choose_impl`
+A named impl that cannot run raises ValueError. It never falls back to another one.
 """
 
 from collections.abc import Callable
@@ -23,23 +23,26 @@ from .vocab import reference
 from .vocab.checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
 
 if TYPE_CHECKING:
-    from .vocab.shards import VocabShard
+    from .vocab.shard_layout import VocabShard
 
 Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
 
 def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
-    """The rule behind impl="auto", and the refusal of an impl that cannot run.
+    """Return the implementation to run. Raises ValueError for an impl that cannot run.
 
-    auto: "fused" on CUDA and ROCm devices where Triton is installed and the dtypes are one of bf16, fp16 and fp32;
-    "chunked" otherwise. On the CPU it is chunked even under TRITON_INTERPRET=1: the interpreter is for tests; and never
-    "compiled", even where that has been built before: a default must not depend on what else ran on the machine.
+    "auto" is "fused" on CUDA and ROCm devices if Triton is installed and all tensors have one dtype out of bf16, fp16
+    and fp32; otherwise "chunked". On the CPU "auto" is always "chunked". TRITON_INTERPRET=1 does not change that: the
+    interpreter is for tests. An existing build of "compiled" does not change it either: a default must not depend on
+    earlier runs on the machine.
     """
     if impl not in ("auto", "fused", "chunked", "compiled", "reference"):
         raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked', 'compiled' or 'reference'")
     if impl == "compiled":
         if device.type != "cpu":
-            raise ValueError(f"impl='compiled' cannot run here: it is for the CPU, and its tensors on {device.type!r}")
+            raise ValueError(
+                f"impl='compiled' cannot run here: the tensors are on {device.type!r}, and it runs on the CPU only"
+            )
         return impl
     if impl in ("chunked", "reference"):
         return impl
@@ -47,7 +50,7 @@ def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
 
     obstacle = obstacle_to_kernels(device, *dtypes)
     if impl == "fused" and obstacle:
-        raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would take 'chunked'")
+        raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would choose 'chunked'")
     on_gpu = device.type == "cuda"
     return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
 
@@ -56,25 +59,30 @@ def vocab_stats(
     logits: Tensor, targets: Tensor | None = None, *, mask: Tensor | None = None, alpha: float = 1.0,
     entropy: bool = False, logit_mean: bool = False, impl: Impl = "auto",
 ) -> VocabStats:  # fmt: skip
-    """Statistics of each row of logits over the vocabulary, in one read of it. Row i goes with targets[i]: no shift.
+    """Compute statistics of each row of logits over the vocabulary, reading the logits once.
 
-        lse          = log sum_a exp(z_a / alpha)                target_logit = z[target]
-        entropy      = -sum_a pi_a log pi_a, pi = softmax(z / alpha), nats
+        lse          = log sum_a exp(z_a / alpha)                               nats
+        target_logit = z[target]
+        entropy      = -sum_a pi_a log pi_a, with pi = softmax(z / alpha)       nats
         logit_mean   = sum_a z_a / V
 
-    logits   (..., V) bf16, fp16, fp32 or fp64, any strides
-    targets  (...) int64; -100: no target, and target_logit is 0. None: no row has one
-    mask     (...) rows to compute: bool, or integers 0 and 1 (on a GPU other integers are not noticed: they count as 1)
-    alpha    soft-RL temperature, > 0
+    Row i is paired with targets[i]; nothing is shifted.
 
-    Without targets it is a logsumexp in one read:
+    logits   (..., V) bf16, fp16, fp32 or fp64, any strides
+    targets  (...) int64. -100 marks a row without a target; its target_logit is 0. None: no row has a target
+    mask     (...) rows to compute, as bool or as integers 0 and 1. On a GPU any other integer counts as 1, unchecked
+    alpha    soft-RL temperature, > 0
+    entropy, logit_mean  whether to compute these fields; otherwise they are None
+    impl     implementation, see `choose_impl`
+
+    Without targets this is a logsumexp in one read:
 
         >>> vocab_stats(torch.tensor([[0.0, 0.0], [1.0, -float("inf")]])).lse
         tensor([0.6931, 1.0000])
 
     Returns VocabStats, float32 (...). A row that is all -inf has lse -inf and entropy 0.
-    Raises ValueError for shapes, dtypes and devices; IndexError on the CPU for a target outside [0, V) (on a GPU the
-    row comes back NaN).
+    Raises ValueError for a wrong shape, dtype or device. A target outside [0, V) raises IndexError on the CPU; on a GPU
+    its row comes back NaN.
     """
     check_logits(logits)
     targets, mask = check_rows(targets, mask, logits, "logits", alpha)
@@ -94,22 +102,25 @@ def linear_vocab_stats(
     entropy: bool = False, logit_mean: bool = False, impl: Impl = "auto", shard: "VocabShard | None" = None,
     vocab_size: int | None = None,
 ) -> VocabStats:  # fmt: skip
-    """`vocab_stats` of the logits that hidden states and the head's weight make, which are never written to memory:
+    """Compute `vocab_stats` from hidden states and the head's weight, without writing the logits to memory.
 
         z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
 
-    hidden   (..., D)       weight  (V, D)                   bias     (V,) or None
-    targets  (...) int64    mask    (...) as `vocab_stats`   softcap  None: no cap
+    hidden       (..., D)
+    weight       (V, D), of the dtype of hidden. If hidden is float32, weight may be bf16 or fp16: "chunked" upcasts it
+                 chunk by chunk, which gives exact float32 logits without a float32 copy of the weight
+    targets      (...) int64 or None, as in `vocab_stats`
+    mask         (...) as in `vocab_stats`. Rows off the mask cost nothing
+    bias         (V,) or None
+    logit_scale  factor of the logits
+    softcap      None: no cap
+    vocab_size   number of vocabulary entries; the rows of weight behind them are padding and are left out
+    shard        describes the rows of a split vocabulary that weight and bias of this process hold. hidden, targets and
+                 mask must be the same on every rank, and every rank returns the same (see vocab/sharded.py). A DTensor
+                 weight placed Shard(0) needs no shard
 
-    hidden and weight have one dtype; float32 hidden also goes with a bf16 or fp16 weight, which is then upcast chunk
-    by chunk ("chunked"): exact float32 logits with no float32 copy of the weight.
-    Under autocast, hidden, weight and bias are cast to its dtype first, as a linear layer would.
-    Returns and raises as `vocab_stats`; targets may be left out there too. Rows off the mask cost nothing.
-
-    vocab_size   rows of weight from here on are padding, and are left out
-    shard        weight (and bias) are this process's rows of a vocabulary that is split over a process group; hidden,
-                 targets and mask are those of every rank, and every rank returns the same (see sharded.py). A DTensor
-                 weight placed Shard(0) needs none.
+    The other arguments are as in `vocab_stats`. Under autocast, hidden, weight and bias are cast first, as in a linear
+    layer. Returns and raises as `vocab_stats`.
     """
     hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
@@ -134,22 +145,24 @@ def token_rewards(
     logits: Tensor, tokens: Tensor, *, mask: Tensor | None = None, terminal: Tensor | None = None,
     cu_seqlens: Tensor | None = None, alpha: float = 1.0, entropy: bool = False, impl: Impl = "auto",
 ) -> TokenRewards:  # fmt: skip
-    """The endogenous reward of each token: what a language model's logits, read as a soft Q function, say it earned.
+    """Compute the endogenous reward of each token from a language model's logits, read as a soft Q function.
 
         r_t = z_{t-1}[token_t] - V_t        V_t = alpha * logsumexp(z_t / alpha), 0 after a terminal token
 
-    logits      (B, T, V): logits[:, t] is the state after tokens[:, : t + 1]; the shift is done here
-    tokens      (B, T) int64; -100, as in labels: not scored, as if off the mask
-    mask        (B, T) bool, or 0 and 1 as in `vocab_stats`: tokens to score (the completion). Default: all but the
-                first of each sequence, which was chosen in no known state and never has a reward
-    terminal    (B, T) as mask: tokens after which the episode ends. Default: the last of each unbroken run of the
-                mask; all False bootstraps with V everywhere (truncated completions)
-    cu_seqlens  (S + 1,) int: offsets of S sequences packed into the B * T tokens, row-major
+    logits      (B, T, V). logits[:, t] is the state after tokens[:, : t + 1]; this function does the shift
+    tokens      (B, T) int64. A token of -100 (as in labels) is not scored
+    mask        (B, T) tokens to score (the completion), as bool or as integers 0 and 1. Default: all tokens but the
+                first of each sequence. The first token was chosen in no known state and never has a reward
+    terminal    (B, T) tokens after which the episode ends, of the same types. Default: the last token of each
+                unbroken run of the mask. All False bootstraps every run with V (truncated completions)
+    cu_seqlens  (S + 1,) int32 or int64: offsets of S sequences packed into the B * T tokens in row-major order
+    alpha, entropy, impl  as in `vocab_stats`
 
-    Returns TokenRewards, float32 (B, T), 0 off the mask. Summed to a terminal token, rewards are
-    alpha * (sum of logprob) + V of the first state. A state that is all -inf allows no action: reaching it counts as
-    terminal, and a token chosen in it has reward and logprob -inf.
-    Raises as `vocab_stats`. Source: Li et al., arXiv 2506.23235, inverse soft Bellman operator.
+    Returns TokenRewards, float32 (B, T), 0 off the mask. The rewards up to a terminal token sum to
+    alpha * (sum of logprob) + V of the first state. A state that is all -inf allows no action: a token that leads to it
+    counts as terminal, and a token chosen in it has reward and logprob -inf.
+    Raises as `vocab_stats`.
+    Source: Li et al., arXiv 2506.23235, inverse soft Bellman operator.
     """
     check_logits(logits)
     mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, logits, "logits", alpha)
@@ -173,10 +186,10 @@ def linear_token_rewards(
     softcap: float | None = None, alpha: float = 1.0, entropy: bool = False, impl: Impl = "auto",
     shard: "VocabShard | None" = None, vocab_size: int | None = None,
 ) -> TokenRewards:  # fmt: skip
-    """`token_rewards` from hidden states (B, T, D) and the head's weight (V, D), never writing logits to memory.
+    """Compute `token_rewards` from hidden states (B, T, D) and the head's weight (V, D), without writing the logits.
 
-    The head is that of `linear_vocab_stats`, the rest as in `token_rewards`. States that no scored token touches
-    (prompts, padding) cost nothing. shard and vocab_size as there.
+    bias, logit_scale, softcap, shard and vocab_size are as in `linear_vocab_stats`, the other arguments as in
+    `token_rewards`. States that no scored token needs (prompts, padding) cost nothing.
     """
     hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
@@ -202,9 +215,9 @@ def linear_token_rewards(
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     device = hidden.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises for meta, a device without autocast
         return hidden, weight, bias
-    if hidden.dtype == torch.float64:  # which autocast leaves alone
+    if hidden.dtype == torch.float64:  # autocast leaves float64 alone
         return hidden, weight, bias
     dtype = torch.get_autocast_dtype(device)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -213,17 +226,17 @@ def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 def _localize(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, shard: "VocabShard | None", vocab_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None, "VocabShard | None"]:
-    """shards.localize, which imports torch.distributed.tensor (half a second): for plain tensors there is no need."""
+    """Call shard_layout.localize unless all tensors are plain: it imports torch.distributed.tensor, half a second."""
     plain = shard is None and vocab_size is None and type(weight) in (Tensor, torch.nn.Parameter)
     if plain and type(hidden) in (Tensor, torch.nn.Parameter) and weight.numel():
         return hidden, weight, bias, None
-    from .vocab.shards import localize
+    from .vocab.shard_layout import localize
 
     return localize(hidden, weight, bias, shard, vocab_size)
 
 
 def _linear_stats(shard: "VocabShard | None") -> Callable[..., list[Tensor]]:
-    """The operator on the head as it lies here, or across processes."""
+    """Return the operator on a whole head or, with a shard, on a head that is split over processes."""
     if shard is None:
         from .vocab.ops import linear_stats
 
@@ -235,11 +248,11 @@ def _linear_stats(shard: "VocabShard | None") -> Callable[..., list[Tensor]]:
 
 def _refuse_sharded(shard: "VocabShard | None") -> None:
     if shard is not None:
-        raise ValueError("impl='reference' reads a whole head, and this one is sharded: take impl='auto'")
+        raise ValueError("impl='reference' cannot read a sharded head: use impl='auto'")
 
 
 def _as_3d(logits: Tensor) -> Tensor:
-    """(..., V) as (outer, inner, V) without a copy where strides allow: a slice [:, :-1] has its own outer pitch."""
+    """View (..., V) as (outer, inner, V), without a copy if the strides allow it, as they do for a slice [:, :-1]."""
     if logits.ndim == 3:
         return logits
     return logits[(None,) * (3 - logits.ndim)] if logits.ndim < 3 else logits.flatten(0, -3)
@@ -258,7 +271,7 @@ def _vocab_stats(out: list[Tensor], shape: torch.Size, entropy: bool, logit_mean
 
 
 def _token_rewards(out: list[Tensor], tokens: Tensor, targets: Tensor, entropy: bool) -> TokenRewards:
-    """Rows (state in which the token was chosen) -> tokens: one place to the right; the first has none."""
+    """Shift rows by one place to the right: row t - 1 is the state in which token t was chosen."""
     reward, logprob, value = out[6:9]
 
     def at_token(field: Tensor) -> Tensor:

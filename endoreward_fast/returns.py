@@ -1,4 +1,4 @@
-"""Rewards of tokens -> one number per sequence, or what was earned from each token on; and where an episode ends."""
+"""Sequence scores, rewards-to-go and terminal tokens from the rewards of tokens."""
 
 import math
 from typing import Literal
@@ -13,11 +13,16 @@ from .vocab.checks import as_bool, check_numbers, check_tensors
 def sequence_score(
     reward: Tensor, mask: Tensor, *, reduction: Literal["sum", "mean"] = "sum", gamma: float = 1.0, floor: float = 0.0
 ) -> Tensor:
-    """One number per sequence: sum_h max(gamma^(h - 1), floor) r_h, h counting the scored tokens of the row from 1.
+    """Return the discounted sum or mean of each row's rewards, float32 (B,).
 
-    "mean" divides it by their number. reward (B, T), mask (B, T) bool or 0 and 1 -> float32 (B,); a row with no scored
-    token scores 0.
-    The sum is the paper's own score; it favours short completions, as a summed log-probability does.
+        sum_h max(gamma^(h - 1), floor) r_h        h counts the scored tokens of the row from 1
+
+    reward     (B, T)
+    mask       (B, T) tokens to score, as bool or as integers 0 and 1
+    reduction  "sum", or "mean": the same sum divided by the number of scored tokens
+
+    A row without a scored token scores 0. The paper scores by the sum, which favours short completions, as a summed
+    log-probability does.
     """
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction={reduction!r}: expected 'sum' or 'mean'")
@@ -35,14 +40,19 @@ def sequence_score(
 
 
 def rewards_to_go(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor:
-    """G_h = r_h + gamma G_{h+1} over the scored tokens of each row: what a policy-gradient step weighs token h by.
+    """Return the rewards-to-go of each row, float32 (B, T), 0 off the mask.
 
-    reward (B, T), mask (B, T) bool or 0 and 1 -> float32 (B, T), 0 off the mask; tokens off the mask are passed over,
-    not discounted.
+        G_h = r_h + gamma G_{h+1}        h counts the scored tokens of the row
+
+    A policy-gradient step weighs the log-probability of token h by G_h. Tokens off the mask are skipped: they add no
+    reward and no discount.
+
+    reward  (B, T)
+    mask    (B, T) scored tokens, as bool or as integers 0 and 1
     """
     mask = _checked_mask(reward, mask, gamma)
-    # G_t = r_t + c_t G_{t+1}, c = gamma on the mask and 1 off it: a linear recurrence, by doubling windows in
-    # log2(T) steps. `decay` is the product of c over a token's window.
+    # G_t = r_t + c_t G_{t+1} with c = gamma on the mask and 1 off it. This linear recurrence is solved in log2(T) steps
+    # by windows that double. `decay` is the product of c over a token's window.
     to_go = torch.where(mask, reward.float(), 0.0)
     decay = torch.full_like(to_go, gamma).masked_fill(~mask, 1.0)
     window = 1
@@ -54,14 +64,18 @@ def rewards_to_go(reward: Tensor, mask: Tensor, *, gamma: float = 1.0) -> Tensor
 
 
 def _discounted(discount: Tensor, reward: Tensor) -> Tensor:
-    """discount * reward, and 0 where the discount has underflowed: a reward of -inf is then too far to count."""
+    """Return discount * reward; 0 where the discount has underflowed to 0, also for a reward of -inf."""
     return torch.where(discount == 0, 0.0, discount * reward)
 
 
 def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> Tensor:
-    """Bool (B, T): scored tokens that are a real end of sequence. The others are bootstrapped (cut off by a limit).
+    """Return bool (B, T): the scored tokens that are an end-of-sequence token.
 
-    tokens (B, T) int64, mask (B, T) bool or 0 and 1.
+    Pass it as `terminal` to `token_rewards`. Completions that a length limit cut off then bootstrap with V.
+
+    tokens        (B, T) int64
+    mask          (B, T) scored tokens, as bool or as integers 0 and 1
+    eos_token_id  one id or a list of ids
     """
     check_tensors(tokens=tokens, mask=mask)
     scored = as_bool("mask", mask, tokens.shape, tokens.device)
@@ -74,7 +88,7 @@ def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> 
 
 
 def _checked_mask(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
-    """The mask as bool."""
+    """Check the arguments and return the mask as bool."""
     check_tensors(reward=reward, mask=mask)
     if reward.ndim != 2:
         raise ValueError(f"reward {tuple(reward.shape)}: expected (B, T)")

@@ -1,17 +1,20 @@
-"""Intrinsic rewards of tokens, side by side: everything that one pass over the vocabulary can say about a completion.
+"""Intrinsic rewards of tokens. One pass over the vocabulary gives the statistics for all of them.
 
     stats = linear_token_stats(hidden, weight, tokens, mask=completion)   # or EndoRewardModel.stats(input_ids, ...)
     SIGNALS["self-certainty"].score(stats)                                # (B,)
 
-`SIGNALS` has them by name, each with its formula, its source and the reduction of tokens to a score that the source
-uses; larger is better in all. A token's state s is where it was chosen, s' where it leads. With the definitions of
-reference.py: Q(s, a) = z(s)[a], V(s) = alpha lse(s), pi = softmax(z / alpha), H its entropy, mean = logit_mean.
+`SIGNALS` lists them by name with their formula, their source and the source's reduction of tokens to a score. A larger
+score is better for every signal. s is the state in which a token was chosen, and s' the state that it leads to. As in
+vocab/reference.py, Q(s, a) = z(s)[a], V(s) = alpha lse(s), pi = softmax(z / alpha), H is the entropy of pi, and mean is
+the logit_mean.
 
-A state that is all -inf allows no action, as everywhere here: a token chosen in it has reward and log-probability
--inf, entropy and certainty 0, and reaching it counts as terminal. Words that are ruled out, by -inf or by the
-lowest number of bfloat16 or float32, make certainty what KL(uniform || pi) then is: infinite, or up to 3e38 / alpha, so
-that it may overflow when tokens are summed; their state is not centred. Words at -65504 (float16) count as any others.
-No signal is NaN where the logits are not.
+A state that is all -inf allows no action. A token chosen in it has reward and log-probability -inf, and entropy and
+certainty 0. A token that leads to it counts as terminal.
+
+Logits of -inf, or of the lowest number of bfloat16 or float32, rule words out. The self-certainty of such a state is
+KL(uniform || pi) as defined: infinite, or up to 3e38 / alpha, which can overflow in a sum over tokens. The centred
+reward does not subtract the mean of such a state. Words at -65504 (float16) are treated like any others.
+No signal is NaN unless the logits are.
 """
 
 import math
@@ -32,11 +35,11 @@ from .vocab.reference import shift_left
 from .vocab.rows import RowPlan, plan_rows
 
 IMMENSE = 1e30
-"""A mean of this size has words at the lowest number of bfloat16 or float32 in it: one in 2^24 would make it 2e31."""
+"""Only words at the lowest number of bfloat16 or float32 make a mean this large: one word in 2^24 makes it 2e31."""
 
 
 class TokenStats(NamedTuple):
-    """VocabStats of the states on either side of each scored token. Tensors are float32 (B, T), 0 off the mask."""
+    """Statistics of the states before and after each scored token. Tensors are float32 (B, T), 0 off the mask."""
 
     target_logit: Tensor
     """Q(s, a)"""
@@ -47,17 +50,17 @@ class TokenStats(NamedTuple):
     logit_mean: Tensor
     """of s"""
     next_lse: Tensor
-    """of s', nats; 0 where the episode ends, so that V(s') is"""
+    """of s', nats; 0 where the episode ends, so that V(s') = 0"""
     next_logit_mean: Tensor
     """of s'; 0 where the episode ends"""
     mask: Tensor
-    """bool: tokens that are scored"""
+    """bool: scored tokens"""
     alpha: float
     vocab: int
-    """words in the vocabulary"""
+    """number of words in the vocabulary"""
 
     def rewards(self) -> TokenRewards:
-        """What `linear_token_rewards` gives; the log-probability up to the rounding of lse."""
+        """Return what `linear_token_rewards` returns. The log-probability differs by the rounding of lse."""
         return TokenRewards(endogenous_reward(self), logprob(self), self.alpha * self.lse, self.entropy)
 
 
@@ -65,7 +68,7 @@ def token_stats(
     logits: Tensor, tokens: Tensor, *, mask: Tensor | None = None, terminal: Tensor | None = None, alpha: float = 1.0,
     impl: Impl = "auto",
 ) -> TokenStats:  # fmt: skip
-    """TokenStats from logits (B, T, V), read once. Arguments as in `token_rewards`."""
+    """Compute TokenStats from logits (B, T, V) in one read. The arguments are as in `token_rewards`."""
     check_logits(logits)
     mask, terminal = check_rewards(tokens, mask, terminal, None, logits, "logits", alpha)
     plan = plan_rows(tokens, mask, terminal, None)
@@ -81,8 +84,10 @@ def linear_token_stats(
     bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None, alpha: float = 1.0,
     impl: Impl = "auto", vocab_size: int | None = None,
 ) -> TokenStats:  # fmt: skip
-    """TokenStats from hidden states (B, T, D) and the head's weight (V, D), logits never written to memory. Arguments
-    as in `linear_token_rewards`."""
+    """Compute TokenStats from hidden states (B, T, D) and the head's weight (V, D), without writing the logits.
+
+    The arguments are as in `linear_token_rewards`.
+    """
     check_linear(hidden, weight, bias, logit_scale, softcap)
     mask, terminal = check_rewards(tokens, mask, terminal, None, hidden, "hidden", alpha)
     plan = plan_rows(tokens, mask, terminal, None)
@@ -95,7 +100,7 @@ def linear_token_stats(
 
 
 def _of_tokens(stats: VocabStats, plan: RowPlan, alpha: float, vocab: int) -> TokenStats:
-    """States (row t is the one after token t) -> tokens: one place to the right."""
+    """Shift statistics of states to tokens. Row t is the state after token t, in which token t + 1 was chosen."""
     shape = stats.lse.shape
     chosen = (plan.targets != NO_TARGET).view(shape)
     leads_on = (plan.successor >= 0).view(shape) & (shift_left(stats.lse) != -torch.inf)
@@ -109,49 +114,51 @@ def _of_tokens(stats: VocabStats, plan: RowPlan, alpha: float, vocab: int) -> To
 
 
 def endogenous_reward(stats: TokenStats) -> Tensor:
-    """Q(s, a) - V(s')."""
+    """Return Q(s, a) - V(s')."""
     return stats.target_logit - stats.alpha * stats.next_lse
 
 
 def centred_reward(stats: TokenStats) -> Tensor:
-    """Q(s, a) - mean(s) - (V(s') - mean(s')): endogenous reward of logits whose mean over the vocabulary is 0.
+    """Return Q(s, a) - mean(s) - (V(s') - mean(s')), the endogenous reward of logits with mean 0 over the vocabulary.
 
-    A constant added to a state's logits changes nothing here. Summed to a terminal token it differs from the
-    endogenous reward by mean(s_1), the same for all completions of a prompt: only discounts, token means, token-level
-    credit and bootstrapped ends can tell the two apart. A mean beyond 1e30 in size is left out: some words are ruled
-    out, by -inf or by their dtype's lowest number, and it has no bit left of the others.
+    A constant added to a state's logits does not change it. Its sum up to a terminal token differs from that of the
+    endogenous reward by mean(s_1), which is the same for all completions of a prompt. The two therefore differ only in
+    discounted sums, token means, token-level credit and bootstrapped ends.
+
+    A mean beyond 1e30 in size is not subtracted. Words that are ruled out, by -inf or by their dtype's lowest number,
+    make up all of its bits.
     """
     here, after = (torch.where(m.abs() < IMMENSE, m, 0.0) for m in (stats.logit_mean, stats.next_logit_mean))
     return (stats.target_logit - here) - (stats.alpha * stats.next_lse - after)
 
 
 def logprob(stats: TokenStats) -> Tensor:
-    """log pi(a | s), nats."""
+    """Return log pi(a | s), nats."""
     dead = stats.lse == -torch.inf
     living = (stats.target_logit / stats.alpha - torch.where(dead, 0.0, stats.lse)).clamp(max=0.0)
     return torch.where(dead, -torch.inf, living)
 
 
 def negative_entropy(stats: TokenStats) -> Tensor:
-    """-H(pi(. | s)), nats."""
+    """Return -H(pi(. | s)), nats."""
     return -stats.entropy
 
 
 def self_certainty(stats: TokenStats) -> Tensor:
-    """KL(uniform || pi(. | s)) = lse - mean / alpha - ln V, nats. No probability is formed, so none underflows."""
+    """Return KL(uniform || pi(. | s)) = lse - mean / alpha - ln V, nats. It forms no probability that underflows."""
     certain = (stats.lse - stats.logit_mean / stats.alpha - math.log(stats.vocab)).clamp(min=0.0)
     return torch.where(stats.mask & (stats.lse != -torch.inf), certain, 0.0)
 
 
 def token_probability(stats: TokenStats) -> Tensor:
-    """pi(a | s)."""
+    """Return pi(a | s)."""
     return torch.where(stats.mask, logprob(stats).exp(), 0.0)
 
 
 def log_ratio(stats: TokenStats, reference: Tensor, *, beta: float = 1.0) -> Tensor:
-    """beta (log pi(a | s) - log pi_ref(a | s)); `reference` (B, T) is the second model's log-probability, nats.
+    """Return beta (log pi(a | s) - log pi_ref(a | s)), nats; -inf for a token that pi rules out.
 
-    -inf for a token that pi rules out, whatever the second model says of it.
+    reference  (B, T) log-probability of each token under the second model, nats
     """
     ours = logprob(stats)
     ruled_out = ours == -torch.inf
@@ -164,7 +171,7 @@ def log_ratio(stats: TokenStats, reference: Tensor, *, beta: float = 1.0) -> Ten
 
 @dataclass(frozen=True)
 class Signal:
-    """One intrinsic reward: its name, its formula, its source and how to compute it."""
+    """One intrinsic reward, as the documentation and the command line list it."""
 
     name: str
     method: str
@@ -176,18 +183,21 @@ class Signal:
     reduction: Literal["sum", "mean"]
     """of tokens to a score, as in the source"""
     needs_reference: bool = False
-    """whether it compares two models"""
+    """whether it compares the model with a second one"""
 
     def score(self, stats: TokenStats, reference: Tensor | None = None) -> Tensor:
-        """float32 (B,), larger is better; 0 for a row without a scored token, -inf if one of its tokens is.
+        """Return the score of each row, float32 (B,); larger is better.
 
-        `reference`: the second model's log-probability of each token (B, T), for those signals that need it.
+        A row without a scored token scores 0. A row with a token of -inf scores -inf.
+
+        reference  (B, T) log-probability of each token under the second model, for signals that need it
         """
         if self.needs_reference and reference is None:
-            raise EndoRewardError(f"signal {self.name!r} needs the second model's log-probability of each token")
+            raise EndoRewardError(f"signal {self.name!r} needs `reference`, the second model's log-probabilities")
         tokens = self.per_token(stats, reference) if self.needs_reference else self.per_token(stats)
         score = sequence_score(tokens, stats.mask, reduction=self.reduction)
-        return torch.where((tokens == -torch.inf).any(1), -torch.inf, score)  # beside +inf too
+        # Next to a token of +inf, the sum would be NaN.
+        return torch.where((tokens == -torch.inf).any(1), -torch.inf, score)
 
 
 SIGNALS = MappingProxyType(
@@ -224,10 +234,10 @@ SIGNALS = MappingProxyType(
 
 
 def select(wanted: str | Iterable[str], *, reference: bool) -> tuple[str, ...]:
-    """Names of signals, from a comma-separated text or several names; "all" is every one that can be had, which
-    without a second model (`reference`) leaves out those that compare two.
+    """Return names of signals from a comma-separated string or from several names.
 
-    Raises EndoRewardError, naming the choices.
+    "all" stands for every signal; without a second model (`reference`), for every signal that does not need one.
+    Raises EndoRewardError for an unknown name, and lists the known ones.
     """
     if not isinstance(wanted, Iterable):
         raise EndoRewardError(f"signals={wanted!r}: expected all, or some of {', '.join(SIGNALS)}")
@@ -235,8 +245,8 @@ def select(wanted: str | Iterable[str], *, reference: bool) -> tuple[str, ...]:
     found: list[str] = []
     for name in names:
         if name != "all" and name not in SIGNALS:
-            raise EndoRewardError(f"no signal {name!r}: expected all, or some of {', '.join(SIGNALS)}")
+            raise EndoRewardError(f"unknown signal {name!r}: expected all, or some of {', '.join(SIGNALS)}")
         if name != "all" and SIGNALS[name].needs_reference and not reference:
-            raise EndoRewardError(f"signal {name!r} compares two models: it needs a reference model")
+            raise EndoRewardError(f"signal {name!r} compares two models: give a reference model")
         found += [name] if name != "all" else [n for n, s in SIGNALS.items() if reference or not s.needs_reference]
     return tuple(dict.fromkeys(found))

@@ -1,8 +1,8 @@
-"""Partials of vocabulary splits -> statistics of rows, and -> rewards of tokens, in one launch either way.
+"""Merge the partials of vocabulary splits into row statistics, and optionally into token rewards, in one launch.
 
-Partials are (splits, rows) float32, so that neighbouring rows are neighbours in memory. The splits are merged one
-after the other in their order, whatever the number of rows: the result is bitwise the same from run to run and in any
-batch. Reads 8 bytes (16 with entropy and mean) per row and split: 1/1000 of what the pass before it moved.
+Partials are (splits, rows) float32: neighbouring rows are neighbours in memory. Each program merges the splits of its
+rows in a fixed order, so results are bitwise the same from run to run and in any batch. The kernel reads 8 bytes (16
+with entropy and mean) per row and split, about 1/1000 of the traffic of the pass that wrote them.
 """
 
 import math
@@ -18,7 +18,7 @@ ROWS_PER_PROGRAM = 128
 
 
 class Partials(NamedTuple):
-    """What a pass over the vocabulary leaves behind: primitives.py says what each letter means."""
+    """The output of a pass over the vocabulary. primitives.py defines m, s, t and u."""
 
     m: torch.Tensor  # (splits, N)
     s: torch.Tensor  # (splits, N)
@@ -35,14 +35,14 @@ class Partials(NamedTuple):
         return cls(field(), field(), field() if entropy else None, field() if logit_mean else None, target_logit)
 
     def part(self, splits: slice, rows: slice) -> "Partials":
-        """A view of some splits of some rows."""
+        """Return a view of the given splits and rows."""
         fields = (None if field is None else field[splits, rows] for field in self[:4])
         return Partials(*fields, self.target_logit[rows])
 
 
 @triton.jit
 def merge_splits(p_m, p_s, p_t, o_row, m_row, n_rows, n_splits, c, ENTROPY: tl.constexpr):
-    """(m, s, t) of whole rows. A row off the mask reads as all -inf."""
+    """Return (m, s, t) of whole rows. A row outside m_row counts as all -inf."""
     o = o_row.to(tl.int64)
     m = tl.load(p_m + o, mask=m_row, other=NEG_INF)
     s = tl.load(p_s + o, mask=m_row, other=0.0)
@@ -62,13 +62,13 @@ def merge_splits(p_m, p_s, p_t, o_row, m_row, n_rows, n_splits, c, ENTROPY: tl.c
 
 @triton.jit
 def log_total_of(s):
-    """ln s, and -inf for a row that is all -inf (s = 0)."""
+    """Return ln s; -inf where s = 0 (a row that is all -inf)."""
     return tl.where(s == 0.0, NEG_INF, tl.log2(tl.where(s == 0.0, 1.0, s)) * LN2)
 
 
 @triton.jit
 def store_row(out, row, b_value, m_value, m_out):
-    """A value where there is one, 0 elsewhere in the output."""
+    """Store b_value where m_value is set and 0 in the rest of the output."""
     tl.store(out + row, tl.where(m_value, b_value, 0.0), mask=m_out)
 
 
@@ -93,7 +93,7 @@ def combine_kernel(
 
     target = tl.load(targets + row, mask=m_row, other=NO_TARGET)
     has_target = target != NO_TARGET
-    # Outside the vocabulary no pass has written a logit. Nothing on the device can raise, so the row says NaN.
+    # No pass writes a logit for a target outside the vocabulary. A kernel cannot raise, so the row becomes NaN.
     nan = float("nan")
     lost = has_target & ((target < 0) | (target >= vocab))
     q = tl.load(p_target + row, mask=m_row & has_target & ~lost, other=0.0)
@@ -106,7 +106,7 @@ def combine_kernel(
     store_row(o_log_total, row, log_total, m_row, m_out)
     if ENTROPY:
         h = log_total - t / tl.where(dead, 1.0, s) * LN2
-        # Rounding alone could leave [0, ln V]; min and max would swallow a NaN, so it is put back.
+        # Rounding can push h outside [0, ln V]. min and max drop a NaN, so the next line restores it.
         h = tl.minimum(tl.maximum(h, 0.0), log_vocab)
         h = tl.where((s != s) | lost, nan, tl.where(dead, 0.0, h))
         store_row(o_entropy, row, h, m_row, m_out)
@@ -119,12 +119,12 @@ def combine_kernel(
         store_row(o_mean, row, tl.where(lost, nan, u / vocab / SUM_SCALE), m_row, m_out)
 
     if REWARDS:
-        # The state that the token leads to, or -1 after a terminal token.
+        # Row of the state that the token leads to; -1 after a terminal token.
         after = tl.load(successor + row, mask=m_row, other=-1)
         m_n, s_n, _ = merge_splits(p_m, p_s, p_t, after, m_row & (after >= 0), n_rows, n_splits, c, False)
         value_after = tl.where(s_n == 0.0, 0.0, m_n + alpha * log_total_of(s_n))
         logprob = tl.where(dead, NEG_INF, (q - finite_or_zero(m)) / alpha - log_total)
-        # Rounding alone could lift a certain token above 0; NaN passes.
+        # Rounding can push the logprob of a certain token above 0. The comparison keeps a NaN.
         logprob = tl.where(logprob > 0.0, 0.0, logprob)
         reward = tl.where(dead, NEG_INF, q - value_after)
         m_token = m_row & has_target
@@ -136,14 +136,16 @@ def combine_kernel(
 def combine(
     partials: Partials, targets, *, vocab: int, alpha: float, needed=None, successor=None
 ) -> tuple[tuple, tuple | None]:
-    """(lse, target_logit, entropy, logit_mean, shift, log_total), each (N,) float32, None where not asked for.
+    """Return (statistics, rewards) of N rows.
 
-    lse = shift / alpha + log_total, with shift = max_a z_a and log_total = ln sum_a exp((z_a - shift) / alpha): kept
-    apart as well, because under a large common offset the sum cannot hold the small part, which the backward needs.
-    Rows off `needed` (N,) bool come back 0, and their partials are never read.
+    statistics  (lse, target_logit, entropy, logit_mean, shift, log_total), each (N,) float32; None if not requested
+    rewards     (reward, logprob, value), each (N,) float32, 0 where the row has no target; None without `successor`
 
-    With `successor` (N,) int64, the row of the state that each target leads to (-1: terminal), the second is
-    (reward, logprob, value), each (N,) float32, 0 where the row has no target; else None.
+    needed      (N,) bool. Rows where it is False come back 0, and their partials are not read
+    successor   (N,) int64: row of the state that each target leads to; -1 after a terminal token
+
+    shift = max_a z_a, log_total = ln sum_a exp((z_a - shift) / alpha), and lse = shift / alpha + log_total. Under a
+    large common offset lse rounds away the bits of log_total. The backward needs them, so both parts are returned.
     """
     splits, rows = partials.m.shape
     entropy, logit_mean, rewards = partials.t is not None, partials.u is not None, successor is not None

@@ -1,10 +1,9 @@
-"""hidden (N, D), weight (V, D) -> partials of softmax statistics; the logits never leave the chip.
+"""Partials of softmax statistics from hidden (N, D) and weight (V, D); the logits never leave the chip.
 
-A piece of work is a tile of tokens and one split of the vocabulary. For each vocabulary tile of the split it runs the
-matmul over D into an fp32 accumulator, applies the head's bias, scale and softcap there, and folds the tile into the
-running piece (m, s, t, u) of each token. 2 N V D flops; reads the weight once per group of token tiles.
-
-Pieces are ordered so that `group` token tiles sweep a split together and share the weight in L2.
+A piece of work is one tile of tokens and one split of the vocabulary. For each vocabulary tile of the split, a program
+computes the matmul over D in an fp32 accumulator, applies the head's bias, scale and softcap to it, and merges the tile
+into the running (m, s, t, u) of each token. The cost is 2 N V D flops and one read of the weight per group of token
+tiles: `group` token tiles process a split together and share its weight in L2.
 """
 
 import torch
@@ -29,7 +28,7 @@ from .primitives import (
 
 @triton.jit
 def token_tile_and_split(work, n_rows, splits, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Number of a piece of work -> (token tile, split), the token tiles of a group running fastest."""
+    """Return (token tile, split) of a piece of work. The token tile varies fastest within a group."""
     tiles = tl.cdiv(n_rows, BLOCK_N)
     first = work // (GROUP * splits) * GROUP
     size = tl.minimum(tiles - first, GROUP)
@@ -43,7 +42,7 @@ def logits_tile(
     TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """hidden[o_n:, :] @ weight[o_v:, :].T (BLOCK_N, BLOCK_V) in fp32; 0 outside the arrays."""
+    """Return hidden[o_n:, :] @ weight[o_v:, :].T as (BLOCK_N, BLOCK_V) fp32; 0 outside the arrays."""
     acc = tl.zeros([BLOCK_N, BLOCK_V], dtype=tl.float32)
     row = o_n + tl.arange(0, BLOCK_N)
     col = o_v + tl.arange(0, BLOCK_V)
@@ -57,13 +56,13 @@ def logits_tile(
             p_w = weight + col.to(tl.int64)[:, None] * stride_weight + k[None, :]
             h = tl.load(p_h, mask=(row < n_rows)[:, None] & (k < dim)[None, :], other=0.0)
             w = tl.load(p_w, mask=(col < vocab)[:, None] & (k < dim)[None, :], other=0.0)
-        if UPCAST:  # the interpreter's bf16 dot is wrong
+        if UPCAST:  # the interpreter computes bf16 dots wrongly
             h, w = h.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows", "vocab"])  # one binary whatever V is, and on sm_90 no spill
+@triton.jit(do_not_specialize=["n_rows", "vocab"])  # one binary for every V, and no spill on sm_90
 def linear_partials_kernel(
     hidden, weight, bias, targets, p_m, p_s, p_t, p_u, p_target,
     n_rows, vocab, dim, stride_hidden, stride_weight, logit_scale, softcap, c,
@@ -73,7 +72,7 @@ def linear_partials_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     splits = tl.cdiv(vocab, SPLIT)
-    # Once around with a program for each piece of work; a persistent grid is smaller and goes on.
+    # The loop runs once if each piece of work has its own program, and several times in a persistent grid.
     for work in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N) * splits, tl.num_programs(0)):
         tile, split = token_tile_and_split(work, n_rows, splits, BLOCK_N, GROUP)
         o_n = tile * BLOCK_N
@@ -97,11 +96,11 @@ def linear_partials_kernel(
             z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
             if LOGIT_MEAN:
                 u += tl.sum(tl.where((col < vocab)[None, :], z * SUM_SCALE, 0.0), 1)
-            if o_v + BLOCK_V > vocab:  # only the last tile has columns outside
+            if o_v + BLOCK_V > vocab:  # only the last tile has columns outside the vocabulary
                 z = tl.where((col < vocab)[None, :], z, NEG_INF)
 
             m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
-            if tl.max(m_hit.to(tl.int32), 0) > 0:  # few tiles hold a target: 1 in 5 at 128 tokens and V = 151936
+            if tl.max(m_hit.to(tl.int32), 0) > 0:  # 1 tile in 5 holds one at 128 tokens, V = 151936
                 b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
                 tl.store(p_target + row, b_target, mask=m_hit)
 
@@ -122,7 +121,7 @@ def linear_partials_kernel(
 
 
 def tma_usable(x: torch.Tensor) -> bool:
-    """The bulk copy engine wants unit stride in D, base and row pitch on 16 bytes, and rows that are apart."""
+    """Return whether TMA can read x: unit stride in D, 16-byte aligned base and row pitch, rows that do not overlap."""
     return (
         x.stride(1) == 1
         and x.stride(0) >= x.shape[1]
@@ -135,10 +134,11 @@ def linear_partials(
     hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig,
     head: Head = PLAIN_HEAD, tma: bool = False, interpreted: bool = False, programs: int | None = None,
 ) -> Partials:  # fmt: skip
-    """hidden (N, D), weight (V, D) of one dtype, targets (N,) int64 -> partials (ceil(V / split), N).
+    """Return partials (ceil(V / split), N) of hidden (N, D), weight (V, D) of the same dtype, and targets (N,) int64.
 
-    `tma`, where `tma_usable(weight)`: hidden is copied if it is not usable as it lies, so that which kernel runs, and a
-    row's bits, do not depend on where a batch happens to begin. `programs`: a persistent grid of so many.
+    tma       load through TMA; requires `tma_usable(weight)`. hidden is copied if TMA cannot read it: the alignment of
+              a batch must not decide which kernel runs, or a row's bits would depend on it
+    programs  size of a persistent grid; None: one program per piece of work
     """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     splits = triton.cdiv(vocab, config.split)

@@ -1,11 +1,11 @@
 """The maths that every kernel shares: the head's last step, and log-sum-exp in pieces.
 
-A piece of a row is summarised relative to its own largest logit m (in the unit of z, so that nothing is rounded by a
-scale), with c = log2(e) / alpha turning a difference of logits into a power of two:
+A piece is a part of a row. It is summarised relative to its largest logit m, which keeps the unit of z and so is exact.
+c = log2(e) / alpha turns a difference of logits into an exponent of 2:
 
     m = max z      s = sum 2^((z - m) c)      t = sum 2^((z - m) c) (z - m) c      u = sum 2^-32 z
 
-Two pieces merge into one of the same form, and the whole row gives, in nats,
+Two pieces merge into one of the same form (`merge`). The statistics of the whole row, in nats, are
 
     lse     = m / alpha + ln s
     entropy = ln s - (t / s) ln 2
@@ -22,16 +22,16 @@ import triton.language as tl
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 NO_TARGET = tl.constexpr(-100)
-# 2^-256 is 0 in fp32: differences are cut off here before they multiply a weight, so that 0 * -inf never happens.
+# 2^-256 is 0 in fp32. Exponents are clamped here before they multiply a weight, which avoids 0 * -inf.
 UNDERFLOW = tl.constexpr(-256.0)
-# Logits are summed for their mean at this scale: words masked by their dtype's lowest number would overflow the sum. A
-# power of two, so that no bit of a logit above 1e-28 in size is lost.
+# Scale of the sum behind the logit mean. Without it, words masked with their dtype's lowest number would overflow the
+# sum. A power of two keeps every bit of logits above 1e-28 in size.
 SUM_SCALE = tl.constexpr(2.0**-32)
 NEG_INF = tl.constexpr(float("-inf"))
 
 
 class Head(NamedTuple):
-    """What follows the head's matmul: z = softcap * tanh(logit_scale * (product + bias) / softcap)."""
+    """The steps after the head's matmul: z = softcap * tanh(logit_scale * (product + bias) / softcap)."""
 
     bias: torch.Tensor | None = None
     logit_scale: float = 1.0
@@ -52,7 +52,7 @@ PLAIN_HEAD = Head()
 
 
 def exp2_scale(alpha: float) -> float:
-    """c of the formulas above, rounded once, on the host."""
+    """Return c of the formulas above. It is rounded once, on the host."""
     return math.log2(math.e) / alpha
 
 
@@ -60,21 +60,22 @@ def exp2_scale(alpha: float) -> float:
 def apply_head(
     z, b_bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
 ):
-    """softcap * tanh(logit_scale * (z + bias) / softcap), each step only where it is given."""
+    """Return softcap * tanh(logit_scale * (z + bias) / softcap); each step runs only if its flag is set."""
     if HAS_BIAS:
         z += b_bias
     if HAS_SCALE:
         z *= logit_scale
     if HAS_SOFTCAP:
-        z = softcap * tanh(z * (1.0 / softcap))  # a division per program, not per logit
+        z = softcap * tanh(z * (1.0 / softcap))  # one division per program instead of one per logit
     return z
 
 
 @triton.jit
 def tanh(x):
-    """To 2 units in the last place; libdevice's exists neither in the interpreter nor on every target.
+    """Return tanh(x), accurate to 2 units in the last place.
 
-    1 - 2 / (e^2x + 1) loses digits near 0, where a polynomial takes over: that of tanhf in Cephes (S. Moshier).
+    libdevice's tanh exists neither in the interpreter nor on every target. 1 - 2 / (e^2x + 1) loses digits near 0; the
+    polynomial of Cephes' tanhf (S. Moshier) replaces it there.
     """
     y = x * x
     near = -5.70498872745e-3
@@ -88,20 +89,20 @@ def tanh(x):
 
 @triton.jit
 def finite_or_zero(m):
-    """A shift to subtract: m, or 0 where everything so far is -inf, so that -inf - shift stays -inf."""
+    """Return the shift to subtract: m, or 0 where m is -inf. Then -inf - shift stays -inf."""
     return tl.where(m == NEG_INF, 0.0, m)
 
 
 @triton.jit
 def weight_and_exponent(z, shift, c):
-    """2^((z - shift) c), and the exponent itself, cut off where the weight is 0 anyway. A NaN stays in the weight."""
+    """Return the weight 2^((z - shift) c) and its exponent, clamped where the weight is 0. The weight keeps a NaN."""
     d = (z - shift) * c
     return tl.exp2(d), tl.maximum(d, UNDERFLOW)
 
 
 @triton.jit
 def merge(m_a, s_a, t_a, m_b, s_b, t_b, c, ENTROPY: tl.constexpr):
-    """Two pieces (m, s, t) of the same rows as one."""
+    """Merge two pieces (m, s, t) of the same rows into one."""
     m = tl.maximum(m_a, m_b)
     shift = finite_or_zero(m)
     w_a, d_a = weight_and_exponent(m_a, shift, c)

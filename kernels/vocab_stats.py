@@ -1,11 +1,11 @@
-"""Logits (N, V) -> statistics of each row, reading every logit once; and the gradient, reading and writing it once.
+"""Statistics of logits (N, V) in one read, and their gradient in one read and one write.
 
-forward   one program summarises BLOCK_V logits of one row; combine.py merges a row's pieces. Moves V * itemsize bytes
-          per row (+ 16 bytes per piece).
-backward  dz_a = (g_lse - g_entropy (log p_a + H)) p_a / alpha + g_target [a = target] + g_mean / V,
-          p_a = exp((z_a - shift) / alpha - log_total). Moves 2 V * itemsize bytes per row.
+forward   One program summarises BLOCK_V logits of one row, and combine.py merges the pieces of a row. Traffic per row:
+          V * itemsize bytes, and 16 bytes per piece.
+backward  dz_a = (g_lse - g_entropy (log p_a + H)) p_a / alpha + g_target [a = target] + g_mean / V
+          with p_a = exp((z_a - shift) / alpha - log_total). Traffic per row: 2 V * itemsize bytes.
 
-A row's pieces depend on V alone, so a row's result is bitwise the same in any batch.
+How a row is cut into pieces depends on V alone, so a row's result is bitwise the same in any batch.
 """
 
 import torch
@@ -33,15 +33,14 @@ def load_logits(
     logits, bias, row, col, m_col, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Final logits (BLOCK_V,) of one row in fp32, from those that were stored before the head's last step; -inf off
-    m_col."""
+    """Load stored logits of one row and apply the head's last step: (BLOCK_V,) fp32, -inf outside m_col."""
     o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
     z = tl.load(logits + o_row + col.to(tl.int64) * stride_vocab, mask=m_col, other=NEG_INF).to(tl.float32)
     b_bias = 0.0
     if HAS_BIAS:
         b_bias = tl.load(bias + col, mask=m_col, other=0.0).to(tl.float32)
     z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
-    if HAS_SCALE or HAS_SOFTCAP:  # which make something else of -inf
+    if HAS_SCALE or HAS_SOFTCAP:  # these change -inf into another number
         z = tl.where(m_col, z, NEG_INF)
     return z
 
@@ -102,7 +101,7 @@ def logits_backward_kernel(
     )  # fmt: skip
     b_log_total = tl.load(log_total + row)
     e, d = weight_and_exponent(z, finite_or_zero(tl.load(shift + row)), c)
-    # The row's total goes into a factor: taken from every exponent it would round the largest p the most.
+    # log_total is applied as a factor. Subtracting it from every exponent would round the largest p the most.
     share = tl.exp2(-b_log_total * LOG2E) / alpha
     g = tl.load(g_lse + row)
     if ENTROPY:
@@ -115,7 +114,7 @@ def logits_backward_kernel(
     dz += tl.where(col == tl.load(targets + row) - first, tl.load(g_target + row), 0.0)
     if LOGIT_MEAN:
         dz += tl.load(g_mean + row) / total_vocab
-    if HAS_SOFTCAP:  # back through the head: what was stored is the product, before bias, scale and softcap
+    if HAS_SOFTCAP:  # the stored logits are matmul products, before bias, scale and softcap
         y = z * (1.0 / softcap)
         dz *= 1.0 - y * y
     if HAS_SCALE:
@@ -127,11 +126,12 @@ def logits_partials(
     logits, targets, *, alpha: float, entropy: bool, logit_mean: bool, needed=None, config: LogitsConfig | None = None,
     head: Head = PLAIN_HEAD, first: int = 0, out: Partials | None = None,
 ) -> Partials:  # fmt: skip
-    """logits (B, T, V) of any strides, targets (N = B T,) int64, needed (N,) bool or None
-    -> partials (ceil(V / BLOCK_V), N).
+    """Return partials (ceil(V / BLOCK_V), N) of logits (B, T, V), any strides, and targets (N = B T,) int64.
 
-    A part of a larger vocabulary: `first` is its first entry, `head` what makes final logits of those stored (its bias
-    is the part's), and the partials go to `out`, whose rows may be a slice of more.
+    needed  (N,) bool: rows to compute; None: all
+    head    turns the stored logits into final logits; its bias covers the V columns given
+    first   index of the first column, if the columns are a part of a larger vocabulary
+    out     partials to write to; its rows may be a slice of a larger tensor
     """
     outer, inner, vocab = logits.shape
     rows = outer * inner
@@ -154,11 +154,13 @@ def logits_backward(
     config: LogitsConfig | None = None, head: Head = PLAIN_HEAD, first: int = 0, vocab: int | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Gradient (B, T, V) in the logits' dtype, from what the forward's `combine` returned and the upstream gradients
-    g_* (N,) float32; g_entropy (which needs entropy) and g_mean are None where nothing flows.
+    """Return the gradient (B, T, V) of the stored logits, before bias, scale and softcap, in the logits' dtype.
 
-    A part of a larger vocabulary, of size `vocab`: as in `logits_partials`. The gradient is that of the stored logits,
-    before bias, scale and softcap, and goes to `out`, contiguous, of any dtype.
+    shift, log_total and entropy come from the forward's `combine`. The upstream gradients g_* are (N,) float32.
+    g_entropy and g_mean are None if they are zero; g_entropy requires entropy.
+
+    head, first  as in `logits_partials`; `vocab` is the size of the whole vocabulary
+    out          contiguous output of any dtype
     """
     outer, inner, columns = logits.shape
     rows = outer * inner

@@ -1,6 +1,6 @@
-"""What every test stands on: where kernels run, the fp64 oracle, and the error budget.
+"""Fixtures for every test: the device and the error budget against the fp64 oracle.
 
-Without a GPU, Triton's kernels run in its interpreter on CPU tensors; with one, the same tests run on it unchanged.
+Without a GPU, Triton's kernels run in its interpreter on CPU tensors. With a GPU, the same tests run on it unchanged.
 """
 
 import os
@@ -10,10 +10,10 @@ import torch
 from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, which no test module does earlier
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it on import, and nothing has imported Triton yet
 
-# "fixed" draws the same examples every time and shows the first that fails; `HYPOTHESIS_PROFILE=long python -m pytest
-# tests/vocab/test_properties.py tests/test_identities.py` draws 1000 new ones a test, and makes those that fail small.
+# "fixed" draws the same examples every time and shows the first failure. `HYPOTHESIS_PROFILE=long python -m pytest
+# tests/vocab/test_properties.py tests/test_identities.py` draws 1000 new examples per test and shrinks failures.
 settings.register_profile(
     "fixed", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
 )
@@ -36,10 +36,11 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session")
 def assert_within_budget():
-    """The error budget, said once: no row may be further from the fp64 oracle than eager torch in the same dtypes is,
-    beyond 16 units in the last place of float32 at the row's magnitude (`scale`: of the logits it was summed from).
+    """Return the check of the error budget, which only this fixture defines.
 
-    Infinities and NaNs must be the oracle's.
+    The error against the fp64 oracle may exceed that of eager torch in the same dtypes by at most 16 units in the last
+    place of float32, at the magnitude of the row or of the logits that it was summed from (`scale`). Infinities and
+    NaNs must be those of the oracle.
     """
 
     def check(ours, torch_same_dtype, oracle, *, scale=1.0, name=""):
@@ -61,11 +62,11 @@ def assert_within_budget():
 
 
 def pytest_terminal_summary(terminalreporter) -> None:
-    """Say what ran where, so that nothing is skipped silently."""
+    """Print where the kernels ran, so that nothing is skipped silently."""
     if torch.cuda.is_available():
         where = f"on {torch.cuda.get_device_name()} (compiled), bf16 and fp16 included"
     else:
-        where = "in Triton's interpreter on the CPU (bf16 upcast inside the dot); no GPU here, so nothing ran on one"
+        where = "in Triton's interpreter on the CPU (bf16 upcast inside the dot); without a GPU, nothing ran on one"
     terminalreporter.write_line(
         f"kernels: {where}; machine code for sm_80, sm_90, sm_100, sm_120, gfx942: test_compiled.py"
     )

@@ -1,4 +1,4 @@
-"""Statistics without targets, masks of 0 and 1, and token ids that are none: what the functions on tensors take."""
+"""Arguments of the functions on tensors: no targets, masks of 0 and 1, and wrong token ids."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def same(one, other):
         assert (a is None and b is None) or torch.equal(a, b)
 
 
-def test_statistics_without_targets_are_those_of_minus_100(impl, tensors):
+def test_statistics_without_targets_equal_those_of_targets_of_minus_100(impl, tensors):
     hidden, weight, tokens = tensors
     none, wanted = torch.full_like(tokens, -100), {"entropy": True, "logit_mean": True, "impl": impl}
     for mask in (None, tokens > 100):
@@ -45,7 +45,7 @@ def test_statistics_without_targets_are_those_of_minus_100(impl, tensors):
     assert er.vocab_stats(hidden[:, :0], impl=impl).lse.shape == (2, 0)
 
 
-def test_they_differentiate_as_logsumexp_does(impl, tensors):
+def test_statistics_without_targets_have_the_gradient_of_logsumexp(impl, tensors):
     hidden, weight, _ = (x.requires_grad_() if x.is_floating_point() else x for x in tensors)
     for ours, eager in (
         (er.vocab_stats(hidden, impl=impl).lse, hidden.logsumexp(-1)),
@@ -60,7 +60,7 @@ def test_they_differentiate_as_logsumexp_does(impl, tensors):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_they_compile_whole(tensors):
+def test_statistics_without_targets_compile_with_fullgraph(tensors):
     hidden, weight, tokens = tensors
 
     @torch.compile(fullgraph=True, backend="aot_eager")
@@ -72,7 +72,7 @@ def test_they_compile_whole(tensors):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
-def test_masks_of_0_and_1_are_masks(dtype, tensors):
+def test_masks_may_be_integers_0_and_1(dtype, tensors):
     hidden, weight, tokens = tensors
     mask, ends = tokens % 3 > 0, tokens % 2 > 0
     reward = hidden[..., 0]
@@ -104,7 +104,7 @@ def model():
     return er.EndoRewardModel(MODELS["llama"](), TOKENIZER)
 
 
-def test_a_models_masks_are_of_one_rule(model):
+def test_the_model_takes_the_same_masks(model):
     ids = torch.randint(5, 90, (2, 6))
     on = torch.tensor([[1, 1, 1, 1, 1, 0]] * 2)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_a_models_masks_are_of_one_rule(model):
     "given, said",
     [
         ([[1, 2]], "input_ids is a list: expected token ids, a tensor"),
-        ("text", r"is text: .*score\(rows\) takes text"),
+        ("text", r"is text: .*for text call score\(rows\)"),
         (["text"], "is text"), (BatchEncoding({"input_ids": [[1, 2]]}), r"is a BatchEncoding: .*model\(\*\*inputs\)"),
         ({"input_ids": [[1, 2]]}, "is a dict"), (np.array([[1, 2]]), "is a ndarray"), (None, "is a NoneType"),
         (torch.tensor([[1, 2]]).int(), r"\(1, 2\) torch.int32 .*expected token ids, \(B, T\) int64"),
@@ -135,7 +135,7 @@ def test_a_models_masks_are_of_one_rule(model):
     ],
     ids=lambda x: str(x)[:30],
 )  # fmt: skip
-def test_what_is_no_token_ids_is_named(model, given, said):
+def test_wrong_input_ids_are_named(model, given, said):
     for call in (model, model.stats):
         with pytest.raises(ValueError, match=said) as error:
             call(given)

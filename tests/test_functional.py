@@ -1,4 +1,4 @@
-"""The public functions, every implementation against the fp64 oracle under the error budget, and their refusals."""
+"""The public functions: every implementation against the fp64 oracle under the error budget, and error messages."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ HEADS = {
     "softcap": {"softcap": 2.0},
     "everything": {"bias": True, "logit_scale": 0.3, "softcap": 3.0},
 }
-# name: (B, T, V, D). Vocabularies that no tile divides, dimensions that no vector does, single rows and tokens.
+# name: (B, T, V, D). Among them are vocabularies and widths that no tile or vector divides, and single rows.
 SHAPES = {"even": (2, 9, 128, 32), "ragged": (3, 7, 333, 70), "one": (1, 2, 65, 3), "wide": (1, 5, 1031, 123)}
 
 
@@ -85,7 +85,8 @@ def test_logits_statistics_are_exact_for_the_logits_given(shape, impl, dtype, de
 def test_low_precision_inputs(impl, dtype, device, assert_within_budget):
     hidden, weight, tokens, mask, _ = _case("ragged", dtype, device, {})
     ours = er.linear_token_rewards(hidden, weight, tokens, mask=mask, entropy=True, impl=impl)
-    eager = reference.token_rewards(hidden @ weight.T, tokens, mask=mask, entropy=True)  # logits rounded, as models do
+    rounded = hidden @ weight.T  # as models return them
+    eager = reference.token_rewards(rounded, tokens, mask=mask, entropy=True)
     oracle = reference.linear_token_rewards(
         hidden.double(), weight.double(), tokens, mask=mask, entropy=True, dtype=F64
     )
@@ -235,7 +236,7 @@ def test_a_target_outside_the_vocabulary(impl, bad, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("bad", [333, -1])
-def test_a_target_outside_the_vocabulary_where_nothing_can_raise(impl, bad, device, monkeypatch):
+def test_a_target_outside_the_vocabulary_gives_nan_where_no_check_runs(impl, bad, device, monkeypatch):
     """As on a GPU, and under torch.compile: NaN at that token and nowhere else."""
     lost = reference.outside_vocabulary
 
@@ -302,7 +303,7 @@ def test_a_floor_above_one_weighs_undiscounted_rewards_too():
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_autocast_leaves_float64_and_devices_it_does_not_know_alone(impl):
+def test_autocast_ignores_float64_and_unknown_devices(impl):
     hidden, weight, targets = torch.randn(3, 8).double(), torch.randn(50, 8).double(), torch.arange(3)
     if impl != "fused":
         with torch.autocast("cpu", torch.bfloat16):
@@ -314,7 +315,7 @@ def test_autocast_leaves_float64_and_devices_it_does_not_know_alone(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_no_target_leaves_the_other_statistics_right(impl, device):
+def test_other_statistics_are_right_without_a_target(impl, device):
     hidden, weight, tokens, _, _ = _case("ragged", torch.float32, device, {})
     with_targets = er.linear_vocab_stats(hidden, weight, tokens, entropy=True, impl=impl)
     without = er.linear_vocab_stats(hidden, weight, torch.full_like(tokens, -100), entropy=True, impl=impl)
@@ -323,7 +324,7 @@ def test_no_target_leaves_the_other_statistics_right(impl, device):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_nothing_to_do(impl, device):
+def test_empty_inputs_and_masks(impl, device):
     weight = torch.randn(33, 8, device=device, requires_grad=True)
     for shape in ((0,), (0, 4), (2, 0)):
         hidden = torch.randn(*shape, 8, device=device, requires_grad=True)

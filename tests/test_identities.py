@@ -1,6 +1,6 @@
-"""What must hold whatever the numbers are: the identities of the theory, and of batching, masking and packing.
+"""Identities that hold for any numbers: those of the theory, and those of batching, masking and packing.
 
-Drawn by hypothesis as test_properties.py says; on which broken copies these fail is in test_mutations.py.
+Hypothesis draws the inputs, as in test_properties.py. test_mutations.py lists the broken copies on which these fail.
 """
 
 import itertools
@@ -31,7 +31,7 @@ HEADS = st.sampled_from([{}, {"bias": True}, {"logit_scale": 0.5, "softcap": 4.0
 
 
 class Batch:
-    """Finite fp32 inputs. `grid`: small multiples of 1/4, whose sums and products float32 holds exactly."""
+    """Finite fp32 inputs. With `grid`, small multiples of 1/4, so that float32 holds sums and products exactly."""
 
     def __init__(self, data, grid=False, min_t=2):
         self.generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
@@ -59,7 +59,7 @@ class Batch:
         return reference.final_logits(self.hidden, self.weight, bias=self.bias, **self.head)
 
     def rewards(self, path, impl, *, hidden=None, weight=None, bias=None, tokens=None, **want):
-        """Rewards of this batch, or of one with other inputs, by either path. The logits are the same numbers."""
+        """Return the rewards of this batch, or of a variant of it, by either path. Both paths have the same logits."""
         hidden, tokens = self.hidden if hidden is None else hidden, self.tokens if tokens is None else tokens
         weight, bias = self.weight if weight is None else weight, self.bias if bias is None else bias
         want = {"alpha": self.alpha, "entropy": True, "impl": impl, **want}
@@ -70,7 +70,7 @@ class Batch:
 
 
 def assert_equal(a, b, where=None):
-    """Bitwise, on the tokens `where`."""
+    """Assert bitwise equality, on the tokens `where` if given."""
     for name, x, y in zip(a._fields, a, b, strict=True):
         assert torch.equal(x, y) if where is None else torch.equal(x[where], y[where]), name
 
@@ -99,8 +99,8 @@ def test_rewards_up_to_a_terminal_token_sum_to_the_logprobs_and_the_first_value(
 
 @ON
 @PATHS
-def test_a_constant_on_a_states_logits_moves_its_value_and_nothing_else(impl, path):
-    """Exactly representable, so that the budget is the same as without the constant. Linear: one for all states."""
+def test_a_constant_added_to_a_states_logits_changes_only_its_value(impl, path):
+    """The constants are exactly representable, so the budget does not grow. The linear path has one for all states."""
 
     @drawn(10)
     @given(st.data())
@@ -165,7 +165,7 @@ BITWISE = pytest.mark.parametrize(("impl", "path"), [("fused", "logits"), ("fuse
 
 
 @BITWISE
-def test_batches_put_together_are_bitwise_the_batches_apart(impl, path):
+def test_a_concatenated_batch_equals_its_parts_bitwise(impl, path):
     @drawn(10)
     @given(st.data())
     def check(data):
@@ -182,7 +182,7 @@ def test_batches_put_together_are_bitwise_the_batches_apart(impl, path):
 
 
 @BITWISE
-def test_packed_sequences_are_bitwise_the_sequences_apart(impl, path):
+def test_packed_sequences_equal_separate_sequences_bitwise(impl, path):
     @drawn(10)
     @given(st.data())
     def check(data):
@@ -205,7 +205,7 @@ def test_packed_sequences_are_bitwise_the_sequences_apart(impl, path):
 
 
 @BITWISE
-def test_fewer_scored_tokens_leave_the_others_as_they_were(impl, path):
+def test_masking_tokens_out_does_not_change_the_others(impl, path):
     @drawn(10)
     @given(st.data())
     def check(data):
@@ -221,8 +221,8 @@ def test_fewer_scored_tokens_leave_the_others_as_they_were(impl, path):
 
 @pytest.mark.parametrize("impl", [*FAST, "reference"])
 @PATHS
-def test_gradients_are_slopes(impl, path):
-    """In a random direction, against central differences of the fp64 oracle: no autograd on the other side."""
+def test_gradients_match_finite_differences(impl, path):
+    """In a random direction, against central differences of the fp64 oracle, which need no autograd."""
 
     @drawn(8)
     @given(st.data())

@@ -1,4 +1,4 @@
-"""Every signal against its formula, written out in float64 from the full softmax; and all of them from one pass."""
+"""Every signal against its formula in float64 from the full softmax, and all signals from one pass."""
 
 import math
 
@@ -17,7 +17,7 @@ B, T, D, V = 3, 9, 16, 70
 
 
 def by_hand(z, tokens, mask, ends, alpha, reference):
-    """{signal: (B, T)} in z's dtype, token by token as the papers write them."""
+    """Return {signal: (B, T)} in z's dtype, token by token as in the papers."""
     found = {name: torch.zeros(tokens.shape, dtype=z.dtype) for name in SIGNALS}
     for b, t in mask.nonzero().tolist():
         here, after, a = z[b, t - 1], z[b, t], tokens[b, t]
@@ -72,7 +72,7 @@ HEADS = {"plain": {}, "softcap, bias, scale": {"softcap": 5.0, "logit_scale": 0.
 @pytest.mark.parametrize("alpha", [1.0, 0.4, 2.5])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("ends", ENDS)
-def test_every_signal_is_its_formula(assert_within_budget, device, impl, alpha, head, ends):
+def test_every_signal_matches_its_formula(assert_within_budget, device, impl, alpha, head, ends):
     hidden, weight, bias, tokens, mask, reference = case()
     options = HEADS[head] | ({"bias": bias} if HEADS[head] else {})
     terminal = ENDS[ends]
@@ -116,7 +116,7 @@ def test_log_ratio_takes_beta():
 
 @pytest.mark.parametrize("alpha", [1.0, 0.3])
 def test_within_a_prompt_three_sums_rank_alike(alpha):
-    """sum r = alpha sum log pi + V(s_1); the centred sum lacks mean(s_1): the same for every completion of a prompt."""
+    """sum r = alpha sum log pi + V(s_1). The centred sum is less by mean(s_1). Both are constant within a prompt."""
     logits, tokens = torch.randn(2, 12, V, dtype=torch.float64) * 5, torch.randint(0, V, (2, 12))
     mask = torch.arange(12).expand(2, -1) >= 4
     stats = token_stats(logits, tokens, mask=mask, alpha=alpha)
@@ -127,7 +127,7 @@ def test_within_a_prompt_three_sums_rank_alike(alpha):
     torch.testing.assert_close(summed["centred"], summed["endogenous"] - first.mean(-1), rtol=1e-5, atol=1e-4)
 
 
-def test_a_constant_on_a_states_logits_is_seen_by_the_endogenous_reward_alone():
+def test_a_constant_on_a_states_logits_changes_the_endogenous_reward_alone():
     logits, tokens = torch.randn(1, 8, V) * 3, torch.randint(0, V, (1, 8))
     open_ended = torch.zeros(1, 8, dtype=torch.bool)
     shifted = logits + torch.randn(1, 8, 1) * 20
@@ -137,7 +137,7 @@ def test_a_constant_on_a_states_logits_is_seen_by_the_endogenous_reward_alone():
         assert torch.allclose(a, b, atol=1e-4) == (name != "endogenous"), name
 
 
-# --- the edges of what floats can say
+# --- underflow, infinities and rounding
 
 
 def test_certainty_where_every_probability_but_one_underflows(assert_within_budget):
@@ -145,7 +145,7 @@ def test_certainty_where_every_probability_but_one_underflows(assert_within_budg
     tokens = logits.argmin(-1).roll(1, 1)
     stats = token_stats(logits, tokens)
     pi = torch.softmax(logits, -1)
-    assert (V * pi == 0).sum() > 2 * V and (-(V * pi).log().mean(-1)).isinf().all()  # the plain formula is lost
+    assert (V * pi == 0).sum() > 2 * V and (-(V * pi).log().mean(-1)).isinf().all()  # the plain formula fails
     exact, eager = (
         by_hand(logits.to(dtype), tokens, stats.mask, last_of_runs(stats.mask), 1.0, torch.zeros(1, 3))
         for dtype in (torch.float64, torch.float32)
@@ -154,7 +154,7 @@ def test_certainty_where_every_probability_but_one_underflows(assert_within_budg
         ours = SIGNALS[name].per_token(stats)
         assert_within_budget(ours, eager[name], exact[name], scale=float(logits.abs().max()), name=name)
     assert exact["probability"].max() < 1e-100 and not signals.token_probability(stats).any()
-    assert SIGNALS["logprob"].score(stats) < -500  # which its exp, 0, would not tell from any other
+    assert SIGNALS["logprob"].score(stats) < -500  # its exp underflows to 0
 
 
 def test_no_signal_is_nan_where_logits_are_minus_infinity():
@@ -162,7 +162,7 @@ def test_no_signal_is_nan_where_logits_are_minus_infinity():
     tokens = torch.randint(1, V, (5, 4))
     logits[0, 1, tokens[0, 2]] = -torch.inf  # the token chosen is ruled out
     logits[1, 1] = -torch.inf  # nothing can be chosen
-    logits[2, :, 0] = -torch.inf  # a word that no state allows
+    logits[2, :, 0] = -torch.inf  # no state allows this word
     logits[3, 3] = -torch.inf  # nothing can follow
     open_ended = torch.zeros(5, 4, dtype=torch.bool)
     for terminal in (None, open_ended):
@@ -179,8 +179,8 @@ def test_no_signal_is_nan_where_logits_are_minus_infinity():
                 assert found[name][0, 2] == found[name][1, 2] == -torch.inf, name
             assert found["probability"][0, 2] == found["probability"][1, 2] == 0
             assert found["self-certainty"][1, 2] == 0 and found["entropy"][1, 2] == 0
-            assert found["self-certainty"][2, 1] == torch.inf  # KL(uniform || pi) where pi leaves a word out
-            assert torch.equal(found["centred"][2], found["endogenous"][2])  # no mean to take away
+            assert found["self-certainty"][2, 1] == torch.inf  # KL(uniform || pi) where pi is 0 for a word
+            assert torch.equal(found["centred"][2], found["endogenous"][2])  # the mean is -inf and not subtracted
             assert found["endogenous"][3, 3] == logits[3, 2, tokens[3, 3]]  # a dead end is terminal
             assert found["log-ratio"][2, 2] == torch.inf
             scored = {name: SIGNALS[name].score(stats) for name in ONE_MODEL}
@@ -201,7 +201,7 @@ def test_bounds_hold_whatever_rounding_does():
     tokens = torch.full((1, 400), 5)
     flat = token_stats(torch.rand(1, 400, 1).mul(50).repeat(1, 1, V), tokens, alpha=0.7)
     rounded = flat.lse - flat.logit_mean / 0.7 - math.log(V)
-    assert (rounded[flat.mask] < 0).sum() > 50  # a unit in the last place of lse
+    assert (rounded[flat.mask] < 0).sum() > 50  # by a unit in the last place of lse
     certainty = signals.self_certainty(flat)
     assert (certainty >= 0).all() and certainty.max() < 1e-4
     assert torch.allclose(signals.negative_entropy(flat)[0, 1:], torch.tensor(-math.log(V)))
@@ -236,7 +236,7 @@ def test_shapes_are_checked():
     assert linear_token_stats(hidden[:, :0], weight, tokens[:, :0]).lse.shape == (B, 0)
 
 
-# --- of a model
+# --- signals of a model
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -251,7 +251,7 @@ def llama():
 
 @torch.no_grad()
 def expected(scorer, ids, start, ends, alpha, reference=None):
-    """{signal: score} of one row from the full logits of the model, and of a second one."""
+    """Return {signal: score} of one row from the full logits of the model and of a second model."""
 
     def logits_of(model):
         return model(input_ids=ids[None], **without_cache(model)).logits.double()
@@ -267,7 +267,7 @@ def expected(scorer, ids, start, ends, alpha, reference=None):
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_scores_of_rows(scorer, alpha):
-    """Padded, in batches, through a softcap; whole and cut off."""
+    """Padded batches, a softcap, and completions that end or are cut off."""
     second = EndoRewardModel(MODELS["gpt2"](), TOKENIZER)
     lengths = ((4, 9, True), (3, 30, False), (11, 2, True))
     rows = [(torch.cat(random_rows(a, b)), a, whole) for a, b, whole in lengths]
@@ -307,7 +307,7 @@ def test_one_forward_and_one_pass_over_the_vocabulary(llama, monkeypatch):
         hook.remove()
 
 
-def test_signals_leave_the_scores_as_they_are(llama):
+def test_signals_do_not_change_scores(llama):
     plain = llama.score(ROWS, per_token=True)
     for one, other in zip(plain, llama.score(ROWS, per_token=True, signals=["entropy", "centred"]), strict=True):
         assert one.signals is None and list(other.signals) == ["entropy", "centred"]
@@ -320,13 +320,13 @@ def test_signals_leave_the_scores_as_they_are(llama):
     assert nothing.score is None and nothing.signals is None and "nothing to score" in nothing.error
 
 
-def test_the_scores_reduction_is_not_the_signals(llama):
+def test_the_reduction_of_scores_does_not_apply_to_signals(llama):
     (mean,) = llama.score(ROWS[:1], signals=("endogenous",), reduction="mean")
     assert math.isclose(mean.signals["endogenous"], mean.score * mean.num_tokens, rel_tol=1e-5)
 
 
 @torch.no_grad()
-def test_stats_are_laid_out_as_forward_is(scorer):
+def test_stats_have_the_layout_of_forward(scorer):
     rows = random_rows(5, 19, 11)
     ids = torch.full((3, 20), EOS)
     attended = torch.zeros_like(ids)
@@ -359,17 +359,17 @@ def test_a_head_that_is_not_linear_is_read_from_its_logits():
 # --- names, and the second model
 
 
-def test_names_are_chosen_and_wrong_ones_refused(llama):
+def test_names_are_selected_and_unknown_names_refused(llama):
     assert select("all", reference=True) == tuple(SIGNALS)
     assert select("all", reference=False) == tuple(ONE_MODEL)
     assert select("entropy, logprob,entropy", reference=False) == ("entropy", "logprob")
     assert select((), reference=False) == ()
-    with pytest.raises(EndoRewardError, match=r"no signal 'entropi'.*endogenous, centred.*log-ratio"):
+    with pytest.raises(EndoRewardError, match=r"unknown signal 'entropi'.*endogenous, centred.*log-ratio"):
         select("entropy,entropi", reference=True)
     with pytest.raises(EndoRewardError, match="'log-ratio' compares two models"):
         llama.iter_scores(ROWS, signals="log-ratio")
     hidden, weight, _, tokens, _, _ = case()
-    with pytest.raises(EndoRewardError, match="'log-ratio' needs the second model's"):
+    with pytest.raises(EndoRewardError, match="'log-ratio' needs `reference`, the second model's"):
         SIGNALS["log-ratio"].score(linear_token_stats(hidden, weight, tokens))
 
 
@@ -386,10 +386,10 @@ def test_a_second_model_with_other_words_is_refused(llama):
     other = EndoRewardModel(MODELS["llama"](), tokenizer)
     with pytest.raises(EndoRewardError, match=r"the model's vocabulary .* is not the reference model's .*'word'"):
         EndoRewardModel(MODELS["llama"](), tokenizer).iter_scores(ROWS, signals="all", reference=llama)
-    assert llama.score(ROWS[:1], signals="all", reference=other)[0].error is None  # it knows more words: no harm
+    assert llama.score(ROWS[:1], signals="all", reference=other)[0].error is None  # the reference may know more words
 
 
-def test_the_second_models_limits_hold(llama):
+def test_the_second_models_limits_apply(llama):
     short = EndoRewardModel(build(LlamaConfig, max_position_embeddings=20), TOKENIZER)
     results = llama.score(ROWS[:2], signals="all", reference=short)
     assert results[0].error is None and results[0].signals["log-ratio"] == pytest.approx(0, abs=1e-5)
@@ -399,7 +399,7 @@ def test_the_second_models_limits_hold(llama):
     assert odd.error == "token id 310 is not in the model's vocabulary of 300"
 
 
-def test_the_second_models_dropout_is_off_and_its_mode_its_own(llama):
+def test_the_second_model_runs_without_dropout_and_keeps_its_mode(llama):
     config = GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.5, embd_pdrop=0.5)
     second = EndoRewardModel(AutoModelForCausalLM.from_config(config), TOKENIZER).train()
     one, other = (llama.score(ROWS[:1], signals="all", reference=second)[0].signals for _ in range(2))

@@ -1,4 +1,4 @@
-"""What type checkers and editors see of the public face: whole signatures, and no Any where a type is known."""
+"""The public signatures as type checkers and editors see them: complete, and without Any where a type is known."""
 
 import dataclasses
 import inspect
@@ -28,7 +28,7 @@ def test_score_kwargs_are_the_fields_of_score_options():
 
 
 @pytest.mark.parametrize("owner", [model.EndoRewardModel, reward_model.RewardModel, *judges.JUDGES.values()])
-def test_no_public_method_takes_just_any_option(owner):
+def test_no_public_method_takes_untyped_options(owner):
     for name, method in inspect.getmembers(owner, callable):
         if name.startswith("_") or method.__module__.partition(".")[0] != "endoreward_fast":
             continue

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from endoreward_fast.pocket.quiz import CORRUPTIONS, FORMS, TASKS, corrupted, passages, problems, steered
 
 CARD = """---
+license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 language: en
@@ -34,6 +35,7 @@ documentation sounds like. Its scores on anything else say nothing about the tex
 - Byte-level BPE, {vocabulary} tokens, no normalisation: every text has a lossless encoding. A digit is one token.
 - Chat template: `<|begin|><|system|> ...<|end|><|user|> ...<|end|><|assistant|> ...<|end|>`.
 - {size} MB in bf16; `config.json` asks for fp32 at load, the faster one on most processors.
+- The weights, the tokenizer and the chat template are under the Apache License 2.0, as the package is.
 
 ## Training
 

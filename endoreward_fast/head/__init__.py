@@ -1,1 +1,1 @@
-"""How a model turns hidden states into final logits: its head, the family's recipe, and the check that it is right."""
+"""How a model turns hidden states into final logits: its head, its family's recipe, and the check of the recipe."""

@@ -1,13 +1,13 @@
-"""Heads whose weights are there only while they run: FSDP, of both kinds.
+"""Support for FSDP1 and FSDP2, where a head has its weights only while it runs.
 
-It gathers a module's weights before its forward and drops them after it. The gradient of the module's output tells it
-to gather them again, and the end of the backward to reduce their gradients. So the vocabulary is read inside the
-head's own forward, where its weights are whole, and autograd is given a path that keeps the order:
+FSDP gathers a module's weights before its forward and frees them afterwards. When the gradient of the module's output
+arrives, FSDP gathers the weights again; at the end of the backward it reduces their gradients. The vocabulary is
+therefore read inside the head's forward, where the weights are whole, and an autograd path keeps the order:
 
-    what was read -> the head's output -> the model's output -> what is returned
+    result of the reader -> the head's output -> the model's output -> returned value
 
-The backward of the reading waits for both of its uses, and by then every module on the path has its weights back. The
-output on the path is empty, (B, 0, V), and the gradients along it are zeros.
+The backward of the reader waits for the gradients of both uses of its result. By then every module on the path has its
+weights again. The output on the path is empty, (B, 0, V), and the gradients along the path are zeros.
 """
 
 from collections.abc import Iterator
@@ -19,22 +19,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 class Modules(Protocol):
-    """A model, or what is around one."""
+    """A model, or a wrapper around one."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 
 
 def weights_come_and_go(model: Modules) -> bool:
-    """Whether `fully_shard` or `FullyShardedDataParallel` holds weights of this model, or of a part of it."""
-    # By name: importing torch.distributed.fsdp for its classes takes half a second, and a sharded model has done so.
+    """Return whether `fully_shard` or `FullyShardedDataParallel` shards this model or a part of it."""
+    # Compare names: importing torch.distributed.fsdp for the classes takes half a second.
     kinds = {kind.__name__ for found in {type(module) for module in model.modules()} for kind in found.__mro__}
     return not kinds.isdisjoint({"FSDPModule", "FullyShardedDataParallel"})
 
 
 def behind(x: Any, others: Any) -> Any:
-    """x, made to depend on others: in the backward, nothing of theirs runs before all gradients of x are known.
+    """Make x depend on others: the backward of others starts only after all gradients of x are known.
 
-    x is a tensor or a tuple of some, others too; what is no floating-point tensor stays as it is.
+    x and others are tensors or nested tuples of tensors. Tensors of x that are not floating-point stay unchanged.
     """
     awaited = [leaf for leaf in tree_leaves(others) if isinstance(leaf, Tensor) and leaf.requires_grad]
 

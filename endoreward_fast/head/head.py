@@ -1,11 +1,11 @@
-"""How a causal language model turns hidden states into final logits, and how to get at those hidden states.
+"""The head of a causal language model: its weight, its recipe, and access to the hidden states that it reads.
 
-    z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)    each step where a family has it
+    z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)    with the steps that the family has
 
-hidden (B, T, D) is what the output embedding is fed, so whatever a family does before it (MiniCPM3 divides,
-BERT-like heads transform) is in it already. What comes after it is the family's `HeadRecipe`, from the table
-in `head_recipes.py`, which the model itself has to confirm (`head_check.py`). A model that disagrees is still
-scored, from its own full logits, and a warning says so.
+hidden (B, T, D) is the input of the output embedding. It contains everything that a family does before that: MiniCPM3
+divides, BERT-like heads transform. The steps after it are the family's `HeadRecipe`, from the table in recipes.py. The
+check in check.py compares the recipe with the model's own logits. A model that disagrees is still scored from its own
+full logits, and a warning says so.
 """
 
 import warnings
@@ -16,28 +16,28 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from ..errors import EndoRewardError
-from .check import logits_of, self_check, without_cache
 from .gathered import behind, weights_come_and_go
-from .kind import describe, find_head, is_dtensor, plain, refuse_bad_weights, why_not_plain
+from .module import describe, find_head, is_dtensor, plain, refuse_bad_weights, why_not_plain
 from .recipes import HeadRecipe, recipe_for
+from .self_check import logits_of, self_check, without_cache
 
 __all__ = ["Head", "HeadRecipe", "Seen", "logits_of", "recipe_for", "without_cache"]
 Found = TypeVar("Found")
 
 
 class Seen:
-    """What one forward pass fed the head while it was being captured, or what was found in that."""
+    """The inputs of the head in one captured forward pass, or the reader's results for them."""
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.fed = 0
-        """how many tokens of each row the head itself was given"""
+        """number of tokens of each row that the head itself processed"""
 
     @property
     def once(self) -> Any:
-        """What was found in the one call of the head; EndoRewardError unless it ran exactly once."""
+        """The result of the one call of the head. Raises EndoRewardError unless the head ran exactly once."""
         if len(self.calls) != 1:
-            raise EndoRewardError(f"the output head ran {len(self.calls)} times in one forward pass, not once")
+            raise EndoRewardError(f"the output head ran {len(self.calls)} times in one forward pass: expected once")
         return self.calls[0]
 
     @property
@@ -49,14 +49,13 @@ class Seen:
 class Head:
     """The output embedding of a loaded causal language model.
 
-    After construction `linear` says whether hidden states and `weight`, `bias`, `logit_scale`, `softcap`
-    give the model's final logits; if not, `reason` says why, and the model's own logits must be used
-    (`logits_of`). `recipe` replaces the table's; it is checked in the same way. The model is left as it
-    was: mode, hooks, random state.
+    `linear` says whether hidden states and `weight`, `bias`, `logit_scale`, `softcap` give the model's final logits. If
+    they do not, `reason` says why, and callers must use the model's own logits (`logits_of`). The argument `recipe`
+    replaces the table's recipe and is checked in the same way. Construction changes neither the model's mode and hooks
+    nor the random state.
 
-    Raises EndoRewardError, naming the model: no output embedding, an encoder or encoder-decoder, weights
-    that were never loaded or are NaN or infinite, a model that does not run on token ids, or that looks at
-    later tokens.
+    Raises EndoRewardError with the model's name if it has no output embedding, is an encoder or encoder-decoder, has
+    weights that were never loaded or are NaN or infinite, does not run on token ids alone, or looks at later tokens.
     """
 
     def __init__(self, model: nn.Module, *, recipe: HeadRecipe | None = None) -> None:
@@ -66,7 +65,7 @@ class Head:
         self.reason = self_check(model, self)
         if self.reason is not None:
             warnings.warn(
-                f"{describe(model)}: {self.reason}; using its own full logits, which take more memory", stacklevel=2
+                f"{describe(model)}: {self.reason}; using its full logits, which takes more memory", stacklevel=2
             )
 
     @property
@@ -76,16 +75,16 @@ class Head:
 
     @property
     def weight(self) -> Tensor:
-        """(V, D), live: it follows the model when it is trained, moved or re-tied.
+        """The model's current weight (V, D). It follows training, moves and tying.
 
-        A DTensor keeps its padding, since cutting one gathers it: what reads it is told `vocab_size`.
+        A DTensor keeps its padding, because slicing one gathers it. Pass `vocab_size` to the function that reads it.
         """
         weight: Tensor = self.module.weight  # type: ignore[assignment]
         return self._words(weight)
 
     @property
     def bias(self) -> Tensor | None:
-        """(V,) or None."""
+        """The model's current bias (V,), or None."""
         bias = getattr(self.module, "bias", None)
         return None if bias is None else self._words(bias)
 
@@ -94,7 +93,7 @@ class Head:
 
     @property
     def vocab_size(self) -> int | None:
-        """Rows of the weight from here on are padding; None: none is."""
+        """Number of rows of the weight that are vocabulary; the rest is padding. None: all rows."""
         return self.recipe.vocab_size
 
     @property
@@ -106,9 +105,9 @@ class Head:
         return self.recipe.softcap
 
     def read(self, model: nn.Module, arguments: dict[str, Any], reader: Callable[[Tensor], Found]) -> Found:
-        """reader(hidden) of one forward pass of the model that makes no logits; `weight` and `bias` are whole in it.
+        """Run the model without making logits and return reader(hidden). The reader sees whole `weight` and `bias`.
 
-        EndoRewardError if the head was sharded, offloaded or quantised after it was checked; FSDP may come at any time.
+        Raises EndoRewardError if the head was offloaded, quantised or split after the check. FSDP may be applied later.
         """
         if weights_come_and_go(model):
             with self.capture(reader) as seen:
@@ -116,29 +115,29 @@ class Head:
             return behind(seen.once, logits_of(output))
         changed = why_not_plain(self.module)
         if changed is not None:
-            raise EndoRewardError(f"{describe(model)} has changed ({changed}): make a new EndoRewardModel of it")
+            raise EndoRewardError(f"{describe(model)} has changed ({changed}): create a new EndoRewardModel from it")
         with self.capture() as seen:
             model(**arguments)
         return reader(seen.hidden)
 
     @contextmanager
     def capture(self, reader: Callable[[Tensor], Any] | None = None) -> Iterator[Seen]:
-        """While open, a forward pass of the model records the head's input and makes no logits.
+        """Within this context, forward passes of the model record the head's input and make no logits.
 
-        The head is fed an empty slice, (B, 0, D), so that it and everything after it (scale, softcap,
-        slices) runs on (B, 0, V): right in shape and dtype, no memory, no matmul. Restored on the way out,
-        whatever happens. One capture per model at a time: the hook sees every forward pass, those of other
-        threads too.
+        The head gets an empty slice (B, 0, D), so it and all later steps (scale, softcap, slices) run on (B, 0, V).
+        Shape and dtype are right, and there is neither a matmul nor memory for logits. The hooks are removed on exit,
+        also after an exception. Open one capture per model at a time: the hooks see every forward pass, also those of
+        other threads.
 
-        With a `reader` its result is recorded instead. It is called inside the head's forward, and the head's
-        output is tied `behind` the result.
+        With a `reader`, its result is recorded instead. It runs inside the head's forward, and the head's output is
+        tied `behind` its result.
         """
         seen = Seen()
 
         def keep(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = plain(args[0]).to(self.module.weight.device)
             seen.calls.append(hidden if reader is None else reader(hidden))
-            seen.fed = int(is_dtensor(self.module.weight))  # whose matmul wants a row at least
+            seen.fed = int(is_dtensor(self.module.weight))  # a DTensor matmul needs at least one row
             return (args[0][..., : seen.fed, :], *args[1:])
 
         def tie(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -146,7 +145,8 @@ class Head:
 
         handles = [self.module.register_forward_pre_hook(keep)]
         if reader is not None:
-            handles.append(self.module.register_forward_hook(tie, prepend=True))  # FSDP2's looks at the output, too
+            # Before FSDP2's hook, which also reads the output.
+            handles.append(self.module.register_forward_hook(tie, prepend=True))
         try:
             yield seen
         finally:

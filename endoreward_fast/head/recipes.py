@@ -1,7 +1,6 @@
-"""What each model family does between its output head and its final logits: the table of `heads.py`.
+"""The table of what each model family does between its output head and its final logits.
 
-Read from the modeling files of transformers 5.23. Nobody has to believe it: `head_check.py` has the model
-confirm it.
+The table was read from the modeling files of transformers 5.23. check.py compares it with each loaded model.
 """
 
 from dataclasses import dataclass
@@ -14,22 +13,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    """What happens to the head's raw output y = hidden @ weight.T + bias on its way to the final logits."""
+    """The steps from the head's raw output y = hidden @ weight.T + bias to the final logits."""
 
     logit_scale: float = 1.0
     softcap: float | None = None
     vocab_size: int | None = None
-    """how many of the head's rows are words; the rest is padding that the model cuts off. None: all"""
+    """number of the head's rows that are words; the model cuts off the rest as padding. None: all rows"""
 
     def finish(self, y: Tensor) -> Tensor:
-        """Final logits of raw head outputs y (..., V)."""
+        """Return the final logits of raw head outputs y (..., V)."""
         z = y[..., : self.vocab_size] * self.logit_scale
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Names of the config's fields that make a family's recipe."""
+    """Names of the config fields that a family's recipe is made from."""
 
     multiply: str | None = None
     divide: str | None = None
@@ -38,7 +37,7 @@ class Rule:
 
     def read(self, config: Any) -> HeadRecipe:
         def number(name: str | None) -> float | None:
-            value = None if name is None else getattr(config, name, None)  # paligemma on gemma 1 has no cap
+            value = None if name is None else getattr(config, name, None)  # paligemma with gemma 1 has no such field
             return None if value is None else float(value)
 
         multiply, divide, rows = number(self.multiply), number(self.divide), number(self.vocab_size)
@@ -46,7 +45,7 @@ class Rule:
         return HeadRecipe(scale, number(self.softcap), None if rows is None else int(rows))
 
     def formula(self, y: str) -> str:
-        """What `read` computes, in the config's own names, for people: "logit_scale * (y)"."""
+        """Return what `read` computes in terms of the config's fields, for the docs: "logit_scale * (y)"."""
         z = y if self.multiply is None else f"{self.multiply} * ({y})"
         z = z if self.divide is None else f"({z}) / {self.divide}"
         z = z if self.softcap is None else f"softcap({z}, {self.softcap})"
@@ -54,7 +53,7 @@ class Rule:
 
 
 def _rules() -> dict[str, Rule]:
-    """Model type -> rule, as transformers 5.23 has it in its modeling files; other types are plain."""
+    """Return {model type: rule} as in the modeling files of transformers 5.23. Other types are plain."""
     families = (
         (
             Rule(softcap="final_logit_softcapping"),
@@ -82,10 +81,10 @@ RULES = MappingProxyType(_rules())
 
 
 def recipe_for(model: nn.Module) -> HeadRecipe:
-    """The recipe of a model's family. Fields are read from its text config, so composite models work as well.
+    """Return the recipe of a model's family. The fields come from the text config, so composite models work as well.
 
-    Deliberately plain, although the config has a field that suggests otherwise: mpt (`logit_scale`), gemma3
-    with its image tower (`final_logit_softcapping`), minicpm3 (`logits_scaling` acts before the head).
+    Some families are plain although their config suggests a recipe: mpt (`logit_scale` is never read), gemma3 with its
+    image tower (`final_logit_softcapping`) and minicpm3 (`logits_scaling` acts before the head).
     """
     config = getattr(model, "config", None)
     rule = RULES.get(getattr(config, "model_type", ""))

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import EndoRewardError
-from ..head.check import check_tokens, left_as_it_was
-from ..head.kind import describe, uncompiled
+from ..head.module import describe, uncompiled
+from ..head.self_check import check_tokens, left_as_it_was
 
 States = Callable[[dict[str, Tensor]], Tensor]
 

@@ -1,6 +1,6 @@
-"""The pass over the vocabulary, one file for each way to make it.
+"""The pass over the vocabulary, with one file per implementation.
 
-`reference` is the oracle. `chunked`, `compiled`, `fused` and `workspace` are the fast ways. They share `rows` (which
-rows are computed). `checks` refuses bad arguments, `shards` describes a vocabulary that is split over ranks, `sharded`
-runs a pass on a shard, and `ops` registers the passes with torch.
+`reference` is the oracle. `chunked`, `compiled`, `fused` and `workspace` are the fast implementations; `rows` holds the
+types and the row plan that they share. `checks` refuses bad arguments. `shard_layout` describes a vocabulary that is
+split over ranks, and `sharded` runs a pass on one shard. `ops` registers the passes with torch.
 """

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions. Each names the argument, what it was, and what was expected."""
+"""Argument checks of the public functions. Each error names the argument, its value and what was expected."""
 
 import math
 from collections.abc import Mapping
@@ -14,14 +14,14 @@ INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (*LOW_PRECISION, torch.float32, torch.float64)
 
 
-def _say(name: str, x: Tensor, expected: str) -> ValueError:
+def _wrong(name: str, x: Tensor, expected: str) -> ValueError:
     return ValueError(f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}: expected {expected}")
 
 
 def check_logits(logits: Tensor) -> None:
     check_tensors(logits=logits)
     if logits.ndim < 1 or logits.dtype not in FLOATS or logits.shape[-1] == 0:
-        raise _say("logits", logits, "a floating-point tensor (..., V) with V >= 1")
+        raise _wrong("logits", logits, "a floating-point tensor (..., V) with V >= 1")
 
 
 def check_linear(
@@ -30,18 +30,18 @@ def check_linear(
 ) -> None:  # fmt: skip
     check_tensors(hidden=hidden, weight=weight, bias=bias)
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
-        raise _say("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
+        raise _wrong("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
     dim = hidden.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != dim or (weight.shape[0] == 0 and not sharded):
-        raise _say("weight", weight, f"(V, {dim}), D as in hidden {tuple(hidden.shape)}")
+        raise _wrong("weight", weight, f"(V, {dim}), D as in hidden {tuple(hidden.shape)}")
     widened = hidden.dtype == torch.float32 and weight.dtype in LOW_PRECISION
     if weight.device != hidden.device or not (weight.dtype == hidden.dtype or widened):
         also = " (or bfloat16, float16)" if hidden.dtype == torch.float32 else ""
-        raise _say("weight", weight, f"{hidden.dtype}{also} on {hidden.device}, as hidden")
+        raise _wrong("weight", weight, f"{hidden.dtype}{also} on {hidden.device}, like hidden")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
-        raise _say("bias", bias, f"({weight.shape[0]},), one per row of weight, on {hidden.device}")
+        raise _wrong("bias", bias, f"({weight.shape[0]},), one per row of weight, on {hidden.device}")
     if bias is not None and bias.dtype not in FLOATS:
-        raise _say("bias", bias, "a floating-point tensor")
+        raise _wrong("bias", bias, "a floating-point tensor")
     check_numbers(logit_scale=logit_scale, softcap=softcap)
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap}: expected a finite number > 0, or None")
@@ -52,14 +52,14 @@ def check_linear(
 def check_rows(
     targets: Tensor | None, mask: Tensor | None, like: Tensor, name: str, alpha: float
 ) -> tuple[Tensor, Tensor | None]:
-    """targets and mask (bool) of `vocab_stats`: the shape of `like` (logits or hidden) without its last axis."""
+    """Check targets and mask of `vocab_stats` against `like` (logits or hidden). Return targets, and mask as bool."""
     check_tensors(targets=targets, mask=mask)
     _check_alpha(alpha)
     shape = like.shape[:-1]
     if targets is None:
         targets = torch.full(shape, NO_TARGET, device=like.device)
     if targets.shape != shape or targets.dtype != torch.int64 or targets.device != like.device:
-        raise _say("targets", targets, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
+        raise _wrong("targets", targets, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     return targets, _as_bool("mask", mask, shape, like.device)
 
 
@@ -67,21 +67,21 @@ def check_rewards(
     tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None, like: Tensor,
     name: str, alpha: float,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """tokens, mask, terminal and cu_seqlens of `token_rewards`. Returns mask and terminal as bool."""
+    """Check tokens, mask, terminal and cu_seqlens of `token_rewards`. Return mask and terminal as bool."""
     check_tensors(tokens=tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens)
     _check_alpha(alpha)
     if like.ndim != 3:
-        raise _say(name, like, "(B, T, V)" if name == "logits" else "(B, T, D)")
+        raise _wrong(name, like, "(B, T, V)" if name == "logits" else "(B, T, D)")
     shape = like.shape[:2]
     if tokens.shape != shape or tokens.dtype != torch.int64 or tokens.device != like.device:
-        raise _say("tokens", tokens, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
+        raise _wrong("tokens", tokens, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     flags = _as_bool("mask", mask, shape, like.device), _as_bool("terminal", terminal, shape, like.device)
     if cu_seqlens is None:
         return flags
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     if cu_seqlens.ndim != 1 or not integer or cu_seqlens.device != like.device:
-        raise _say("cu_seqlens", cu_seqlens, f"(S + 1,) int32 or int64 on {like.device}")
-    # Reading offsets on a GPU would stall the stream; there they are trusted.
+        raise _wrong("cu_seqlens", cu_seqlens, f"(S + 1,) int32 or int64 on {like.device}")
+    # Offsets on a GPU are not checked: reading them would stall the stream.
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         total = tokens.numel()
         rising = bool((cu_seqlens.diff() >= 0).all())
@@ -93,17 +93,17 @@ def check_rewards(
 
 
 def check_input_ids(input_ids: Tensor, words: int | None) -> None:
-    """input_ids of EndoRewardModel, a model that reads `words` token ids."""
+    """Check input_ids of EndoRewardModel, whose model knows the token ids [0, words)."""
     wanted = "expected token ids, a tensor (B, T) int64"
     if isinstance(input_ids, str) or (isinstance(input_ids, list) and input_ids and isinstance(input_ids[0], str)):
-        raise ValueError(f"input_ids is text: {wanted}; score(rows) takes text")
+        raise ValueError(f"input_ids is text: {wanted}; for text call score(rows)")
     if isinstance(input_ids, Mapping):  # a tokenizer's output
-        raise ValueError(f"input_ids is a {type(input_ids).__name__}: {wanted}; model(**inputs) hands on what is in it")
+        raise ValueError(f"input_ids is a {type(input_ids).__name__}: {wanted}; unpack it: model(**inputs)")
     if not isinstance(input_ids, Tensor):
         raise ValueError(f"input_ids is a {type(input_ids).__name__}: {wanted}")
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
-        raise _say("input_ids", input_ids, "token ids, (B, T) int64, at least one")
-    # Reading ids on a GPU would stall the stream; there the embedding's own assertion stops them.
+        raise _wrong("input_ids", input_ids, "token ids, (B, T) int64, at least one")
+    # Ids on a GPU are left to the embedding's own assertion: reading them here would stall the stream.
     if words is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return
     low, high = (int(x) for x in input_ids.aminmax())
@@ -113,13 +113,13 @@ def check_input_ids(input_ids: Tensor, words: int | None) -> None:
 
 
 def check_reverse_mode(impl: str, *inputs: Tensor | None) -> None:
-    """A custom operator drops a forward-mode tangent without a word: its derivative would come out as 0."""
+    """Refuse forward-mode tangents. A custom operator drops them silently, and its derivative would come out as 0."""
     if any(x is not None and unpack_dual(x).tangent is not None for x in inputs):
-        raise ValueError(f"impl={impl!r} has no forward-mode derivative (jvp, jacfwd): take impl='reference'")
+        raise ValueError(f"impl={impl!r} has no forward-mode derivative (jvp, jacfwd): use impl='reference'")
 
 
 def check_numbers(**arguments: float | None) -> None:
-    """ValueError for what is no number, a text that spells one included. None passes."""
+    """Raise ValueError for anything but a number, also for text that spells one. None passes."""
     for name, x in arguments.items():
         if not (x is None or isinstance(x, int | float) or (hasattr(x, "__float__") and not isinstance(x, Tensor))):
             raise ValueError(f"{name} is a {type(x).__name__}: expected a number")
@@ -131,7 +131,7 @@ def _check_alpha(alpha: float) -> None:
     if alpha is None:
         raise ValueError("alpha is None: expected a finite temperature > 0")
     check_numbers(alpha=alpha)
-    if not 0 < alpha < math.inf:  # not math.isfinite: dynamo cannot trace it once alpha has had two values
+    if not 0 < alpha < math.inf:  # dynamo cannot trace math.isfinite once alpha has had two values
         raise ValueError(f"alpha={alpha}: expected a finite temperature > 0")
 
 
@@ -149,15 +149,15 @@ def _as_bool(name: str, x: Tensor | None, shape: torch.Size, device: torch.devic
 
 
 def as_bool(name: str, x: Tensor, shape: torch.Size, device: torch.device | None = None) -> Tensor:
-    """A mask of that shape (on that device) as bool, from bool or from integers that are 0 or 1.
+    """Return the mask x as bool, from bool or from the integers 0 and 1. Raises ValueError for a wrong shape or device.
 
-    Other integers raise on the CPU. On a GPU, where reading them would stall the stream, they count as 1.
+    Other integers raise on the CPU. On a GPU they count as 1, because reading them would stall the stream.
     """
     check_tensors(**{name: x})
     wrong_place = device is not None and x.device != device
     if x.shape != shape or wrong_place or x.dtype not in (torch.bool, *INTEGERS):
         where = "" if device is None else f" on {device}"
-        raise _say(name, x, f"{tuple(shape)} bool, or integers 0 and 1,{where}".rstrip(","))
+        raise _wrong(name, x, f"{tuple(shape)} bool, or integers 0 and 1,{where}".rstrip(","))
     if x.dtype == torch.bool:
         return x
     on = x != 0

@@ -1,17 +1,17 @@
-"""Vocabulary statistics in a bounded workspace: logits, stored or recomputed, pass through cache-sized tiles.
+"""Vocabulary statistics in a bounded workspace. Logits, stored or computed, pass through cache-sized tiles.
 
-Each chunk c of a row of x = z / alpha leaves three numbers:
+Each chunk c of a row is reduced to three numbers, with x = z / alpha:
 
     m_c = max z          l_c = log sum exp((z - m_c) / alpha)          H_c = entropy of softmax(x) within the chunk
 
-and a row's chunks combine, in a fixed order, without a cancelling subtraction (M = max_c m_c):
+The chunks of a row combine in a fixed order and without cancellation, with M = max_c m_c:
 
     a_c = (m_c - M) / alpha + l_c        L = log sum_c exp(a_c)        lse = M / alpha + L
     P_c = exp(a_c - L)                   entropy = sum_c P_c (H_c - log P_c)
 
-so an offset common to a row's logits never meets the sums. All of it is float32. The same torch code serves the
-CPU (extra memory under 64 MiB whatever N is) and GPUs (under 256 MiB). In the linear path the last bits of a row
-may depend on the batch around it, as far as the library's matmul does; from run to run they are the same.
+An offset common to a row's logits therefore never enters the sums. All arithmetic is float32. The same torch code runs
+on the CPU (extra memory under 64 MiB for any N) and on GPUs (under 256 MiB). Results repeat bitwise from run to run. In
+the linear path the last bits of a row may depend on the batch around it, because those of the library's matmul may.
 """
 
 import math
@@ -42,7 +42,7 @@ def logits_forward(
     logits: Tensor, targets: Tensor, *, mask: Tensor | None, alpha: float, entropy: bool, logit_mean: bool,
     successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """Statistics, and with `successor` rewards, of stored logits (B, T, V) of any strides; 0 off the mask (N,)."""
+    """Return statistics, and rewards if `successor` is given, of logits (B, T, V), any strides; 0 off the mask (N,)."""
     vocab, device = logits.shape[-1], logits.device
     source = LogitRows(logits, mask)
     stats = _empty_stats(len(source), device, entropy, logit_mean)
@@ -70,9 +70,10 @@ def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, logit_scale: float,
     softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """Statistics, and with `successor` rewards, of the head hidden (N, D), weight (V, D).
+    """Return statistics, and rewards if `successor` is given, from hidden (N, D) and weight (V, D).
 
-    The logits are made tile by tile and never stored. For bfloat16 inputs see: chunked_tiles.uses_native_matmul.
+    The logits are computed tile by tile and never stored. chunked_tiles.uses_native_matmul says how bfloat16 inputs are
+    multiplied.
     """
     num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
     tiles = linear_tiles(hidden, weight)
@@ -97,7 +98,7 @@ def linear_forward(
 
 
 class _Partials:
-    """What the chunks of some rows leave, one (chunks, rows) tensor per statistic, and how they combine."""
+    """Partial results of the chunks of some rows, one (chunks, rows) tensor per statistic."""
 
     def __init__(self, chunks: int, rows: int, device: torch.device, alpha: float, entropy: bool, logit_mean: bool):
         self._alpha = alpha
@@ -107,11 +108,10 @@ class _Partials:
         self._sum = torch.empty_like(self._peak) if logit_mean else None
 
     def reduce(self, z: Tensor, scratch: Buffer, chunks: slice, rows: slice) -> None:
-        """Take in `chunks` of z (rows, chunks * width), contiguous. z is overwritten; `scratch`: for entropy, mean.
+        """Reduce the given chunks of z (rows, chunks * width), contiguous. Overwrites z and `scratch`.
 
-        Not by log_softmax, which adds up a row one lane at a time: where one token stands out among many equal ones,
-        its sum is off by up to 300 units in the last place. A chunk that is all -inf comes out as NaN here; `combine`
-        puts it right.
+        log_softmax would sum a row one lane at a time. With one large logit among many equal ones its sum is off by up
+        to 300 units in the last place. A chunk that is all -inf becomes NaN here; `combine` corrects it.
         """
         shape = (length(rows), length(chunks))
         z = z.view(shape[0] * shape[1], -1)
@@ -120,14 +120,14 @@ class _Partials:
         if self._sum is not None:
             scaled = torch.mul(z, SUM_SCALE, out=scratch.view(*z.shape))
             self._sum[chunks, rows] = scaled.sum(-1).view(shape).T
-        # Shifted before it is scaled: the other way round rounds a common offset into the differences.
+        # Subtract before dividing. Dividing first would round a common offset into the differences.
         y = z.sub_(peak.unsqueeze(1))
         if self._alpha != 1.0:
             y.div_(self._alpha)
         if self._entropy is None:
             total = y.exp_().sum(-1)
         else:
-            y.clamp_(min=EXP_IS_ZERO)  # so that 0 * -inf is 0
+            y.clamp_(min=EXP_IS_ZERO)  # 0 * -inf would be NaN
             weight = torch.exp(y, out=scratch.view(*y.shape))
             total = weight.sum(-1)
             entropy = total.log() - weight.mul_(y).sum(-1) / total  # y <= 0: nothing cancels
@@ -135,7 +135,7 @@ class _Partials:
         self._log_sum[chunks, rows] = total.log_().view(shape).T
 
     def combine(self, vocab: int, rows: slice, stats: RowStats) -> None:
-        """Write these rows' statistics, but for lse and target_logit, into `rows` of stats."""
+        """Write the statistics of these rows, except lse and target_logit, into `rows` of stats."""
         dead = self._peak == -torch.inf
         peak = self._peak.amax(0)
         offset = ((self._peak - peak) / self._alpha + self._log_sum).masked_fill_(dead, -torch.inf)
@@ -161,9 +161,10 @@ def _with_lse(stats: RowStats, alpha: float) -> RowStats:
 def with_rewards(
     stats: RowStats, targets: Tensor, vocab: int, successor: Tensor | None, alpha: float
 ) -> tuple[RowStats, RowRewards | None]:
-    """And NaN in rows whose target is no vocabulary entry. Not in the row before: its successor's value is right.
+    """Return the statistics and, if `successor` is given, the rewards; NaN in rows with a target outside [0, V).
 
-    On the CPU such a target has been refused before any work.
+    The row before such a row stays valid, because its successor's value is right. On the CPU the operator has already
+    refused such targets.
     """
     rewards = None if successor is None else rewards_of(stats, targets, successor, alpha)
     lost = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
@@ -173,7 +174,7 @@ def with_rewards(
 
 
 def _pick_targets(z: Tensor, targets: Tensor, columns: slice, out: Tensor) -> None:
-    """out <- z[i, targets[i]] for targets that lie in `columns`; others are left alone (-100 lies in none)."""
+    """Write z[i, targets[i]] to out for targets in `columns`. Leave other rows alone (-100 is in no column)."""
     index = targets - columns.start
     here = (index >= 0) & (index < length(columns))
     picked = z.gather(1, torch.where(here, index, 0).unsqueeze(1)).squeeze(1)

@@ -1,9 +1,9 @@
-"""Gradients of the vocabulary statistics, from logits recomputed tile by tile in a bounded workspace.
+"""Gradients of the vocabulary statistics. Logits are recomputed tile by tile in a bounded workspace.
 
-With p = exp((z - shift) / alpha - log_total), H the entropy, and one upstream gradient per row and statistic:
+With p = exp((z - shift) / alpha - log_total), H the entropy, and one upstream gradient g per row and statistic:
 
     dz_j = p_j (g_lse - g_entropy (log p_j + H)) / alpha + g_target [j = target] + g_mean / V
-    dy   = logit_scale dz (1 - (z / softcap)^2)                      the last factor only with a softcap
+    dy   = logit_scale dz (1 - (z / softcap)^2)                      without a softcap the last factor is 1
     dhidden = dy @ weight    dweight = dy^T @ hidden    dbias = sum_rows dy
 
 A row that is all -inf has p = 0. Sums over the vocabulary and over rows accumulate in float32.
@@ -34,7 +34,7 @@ from .rows import RowGrads, RowStats
 def logits_backward(
     logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None, alpha: float
 ) -> Tensor:
-    """dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
+    """Return dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
     vocab = logits.shape[-1]
     source = LogitRows(logits, mask)
     tiles = logits_tiles(len(source), vocab, logits.device)
@@ -56,26 +56,26 @@ def linear_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, bias: Tensor | None,
     logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False."""
+    """Return (dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False."""
     upstream = upstream_factors(targets, stats, grads, weight.shape[0], alpha, logit_scale)
     source = _TileGradients(hidden, weight, bias, logit_scale, softcap, upstream)
-    return sweep_gradients(source, hidden, weight, bias, needs, most_rows=limits_for(hidden.device).copy)
+    return sweep_gradients(source, hidden, weight, bias, needs, most_elements=limits_for(hidden.device).copy)
 
 
 def sweep_gradients(
-    source, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], most_rows: int
+    source, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool], most_elements: int
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Add up (dhidden, dweight, dbias) from the tiles of dy that `source` makes (see _TileGradients).
+    """Sum (dhidden, dweight, dbias) over the tiles of dy that `source` makes (see _TileGradients).
 
-    dweight is finished chunk by chunk of the vocabulary, dhidden row by row, so one sweep does both only if
-    dhidden's float32 accumulator is the output itself or fits the workspace (`most_rows` elements of float32). Else
-    dhidden takes sweeps of its own, over blocks of rows that do fit: four matmuls instead of three.
+    A sweep over the vocabulary finishes dweight chunk by chunk, but dhidden only at its end. One sweep computes both if
+    the float32 accumulator of dhidden is the output itself, or fits the workspace (`most_elements` float32 numbers).
+    Otherwise dhidden is computed in separate sweeps over blocks of rows that fit: four matmuls instead of three.
     """
     dhidden, dweight, dbias = (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need else None
         for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
-    rows_that_fit = max(1, most_rows // hidden.shape[1])
+    rows_that_fit = max(1, most_elements // hidden.shape[1])
     everything = slice(0, hidden.shape[0])
     if dhidden is None or hidden.dtype == torch.float32 or hidden.shape[0] <= rows_that_fit:
         _sweep(source, everything, weight.shape[0], dhidden, dweight, dbias)
@@ -88,7 +88,7 @@ def sweep_gradients(
 
 
 def _sweep(source, rows: slice, vocab: int, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None):
-    """One pass over the vocabulary: rows `rows` of dhidden, and the whole of dweight and dbias as far as they go."""
+    """Compute the given rows of dhidden, and dweight and dbias of these rows, in one pass over the vocabulary."""
     into_hidden = None if dhidden is None else _accumulator(dhidden[rows])
     for columns in spans(0, vocab, source.tiles.vocab):
         source.load_weight(columns)
@@ -111,11 +111,12 @@ def _sweep(source, rows: slice, vocab: int, dhidden: Tensor | None, dweight: Ten
 
 @dataclass(frozen=True)
 class _Upstream:
-    """Factors of dz, each (N, 1): with y = (z - shift) / alpha, the logits from the top of their row,
+    """Factors of dz, each (N, 1). With y = (z - shift) / alpha:
 
-    dz = exp(y) (constant + slope y) + each_column + at_target [j = target].
+        dz = exp(y) (constant + slope y) + each_column + at_target [j = target]
 
-    The row's total is in the factors: taking its logarithm from every y would round the largest p the most.
+    constant and slope contain the factor exp(-log_total). Subtracting log_total from every y would round the largest p
+    the most.
     """
 
     shift: Tensor
@@ -127,19 +128,19 @@ class _Upstream:
     alpha: float
 
     def kept(self, select: Callable[[Tensor], Tensor]) -> "_Upstream":
-        """These factors for the rows that `select` picks of a field."""
+        """Return the factors of the rows that `select` picks from a field."""
         per_row = (getattr(self, f.name) for f in fields(self) if f.name != "alpha")
         return _Upstream(*(None if t is None else select(t) for t in per_row), self.alpha)
 
     def dz(self, z: Tensor, columns: slice, scratch: Tensor) -> Tensor:
-        """The gradient of z (rows, columns), in one of the two buffers; both are overwritten."""
+        """Return the gradient of z (rows, columns) in one of the two buffers. Overwrites both."""
         y = z.sub_(self.shift)
         if self.alpha != 1.0:
             y.div_(self.alpha)
         if self.slope is None:
             dz = y.exp_().mul_(self.constant)
         else:
-            y.clamp_(min=EXP_IS_ZERO)  # so that 0 * (slope * -inf) is 0
+            y.clamp_(min=EXP_IS_ZERO)  # 0 * (slope * -inf) would be NaN
             weight = torch.exp(y, out=scratch)
             dz = torch.addcmul(self.constant, y, self.slope, out=y).mul_(weight)
         if self.each_column is not None:
@@ -153,7 +154,7 @@ class _Upstream:
 def upstream_factors(
     targets: Tensor, stats: RowStats, grads: RowGrads, vocab: int, alpha: float, scale: float = 1.0
 ) -> _Upstream:
-    """The factors of dz, from what the forward kept and the gradients of what it gave; `scale` multiplies every dz."""
+    """Return the factors of dz from the statistics and their upstream gradients. `scale` multiplies every dz."""
     dead = stats.log_total == -torch.inf  # all -inf: p is 0
     shift, log_total = stats.shift.masked_fill(dead, 0.0), stats.log_total.masked_fill(dead, 0.0)
     share = torch.exp(-log_total).masked_fill(dead, 0.0) * (scale / alpha)
@@ -167,9 +168,9 @@ def upstream_factors(
 
 
 class _TileGradients:
-    """Tiles of dy, float32, in torch: the logits made again, then their gradient, back through the softcap.
+    """Makes tiles of dy in float32 with torch: recomputes logits, takes their gradient, goes back through the softcap.
 
-    `tiles` says how large they are; `load_weight` and `load_hidden` choose one, whose sides `weight` and `hidden` are.
+    `tiles` is the tile shape. `load_weight` and `load_hidden` select a tile and set its operands `weight` and `hidden`.
     """
 
     def __init__(self, hidden, weight, bias, logit_scale: float, softcap: float | None, upstream: _Upstream):
@@ -189,7 +190,7 @@ class _TileGradients:
         return self._tile.hidden
 
     def dy(self, rows: slice, columns: slice) -> Tensor:
-        """(rows, columns) for the loaded sides; valid until the next call."""
+        """Return dy (rows, columns) for the loaded operands. The tile is valid until the next call."""
         z, scratch, *slopes = (buffer.view(length(rows), length(columns)) for buffer in self._buffers)
         self._tile.logits(z)
         if self._softcap is not None:
@@ -199,7 +200,7 @@ class _TileGradients:
 
 
 def _accumulator(out: Tensor) -> Tensor:
-    """Float32 zeros of out's shape: `out` itself where it is float32."""
+    """Return float32 zeros of out's shape: `out` itself if it is float32."""
     return out.zero_() if out.dtype == torch.float32 else torch.zeros_like(out, dtype=torch.float32)
 
 
@@ -209,10 +210,10 @@ def _store(accumulated: Tensor | None, out: Tensor | None, where: slice) -> None
 
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """into += left @ right, in float32. Each is float32 or low precision."""
+    """Add left @ right to `into` in float32. Each operand is float32 or low precision."""
     if left.dtype == right.dtype == torch.float32:
         into.addmm_(left, right)
     elif right.device.type == "cpu":
         into.addmm_(left.float(), right.float())
-    else:  # addmm's own out_dtype has been seen to misbehave together with out= (pytorch issue 154086)
+    else:  # addmm with both out_dtype and out= can go wrong (pytorch issue 154086)
         into.add_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))

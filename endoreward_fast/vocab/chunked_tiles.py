@@ -1,7 +1,7 @@
-"""What the chunked forward and backward share: tile shapes, reused buffers, and one tile of final logits.
+"""Tile shapes, reused buffers and tiles of logits, shared by the chunked forward and backward.
 
-A tile is (rows, vocab) float32. Its buffers fit the cores' caches, so that only the reads of `weight` (or of stored
-logits) go to main memory. Sizes were chosen by measurement: bench/NOTES.md has the figures.
+A tile is (rows, vocab) float32. Its buffers fit the cores' caches, so that only `weight` (or stored logits) is read
+from main memory. The sizes were chosen by measurement; bench/NOTES.md has the figures.
 """
 
 from collections.abc import Iterator
@@ -11,28 +11,28 @@ import torch
 from torch import Tensor
 
 MIB = 1 << 20
-EXP_IS_ZERO = -200.0  # exp of it is 0 in float32
+EXP_IS_ZERO = -200.0  # exp(-200) is 0 in float32
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much one device may hold at a time, in elements of float32 (4 bytes)."""
+    """Limits on the buffers of one device, in rows or in float32 elements (4 bytes)."""
 
     tile: int  # one (rows, vocab) buffer; the forward holds two, the backward three
-    native_tile: int  # the same for the forward of a native low-precision matmul, which likes wider ones
+    native_tile: int  # the same for a forward with a native low-precision matmul, which runs faster on wider tiles
     rows: int  # rows of a linear tile
-    copy: int  # one upcast copy: a chunk of weight, a tile of hidden, an accumulator of a gradient
-    rows_per_sweep: int  # rows that share one sweep over the vocabulary: bounds the per-chunk partials
+    copy: int  # one upcast copy: a chunk of weight, a tile of hidden or the accumulator of a gradient
+    rows_per_sweep: int  # rows that share one sweep over the vocabulary; bounds the partials of the chunks
 
 
-# On the CPU all of it together stays under 64 MiB whatever N is, on a GPU under 256 MiB.
+# For any N, all buffers together stay under 64 MiB on the CPU and under 256 MiB on a GPU.
 CPU_LIMITS = Limits(tile=MIB // 2, native_tile=4 * MIB, rows=512, copy=2 * MIB, rows_per_sweep=2048)
 GPU_LIMITS = Limits(tile=16 * MIB, native_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
-# Columns that are reduced together, at most. From 32K on torch shares the sum of a single row among its threads: that
-# row's bits would then depend on whether it is alone.
+# Most columns that are reduced together. From 32K columns on, torch shares the sum of a single row among its threads,
+# and the row's bits would depend on whether it is alone in the batch.
 CHUNK = 8192
-FEW_ROWS = 16  # up to here a native bfloat16 matmul wins on any CPU: reading `weight` is what takes the time
+FEW_ROWS = 16  # up to this many rows a native bfloat16 matmul wins on any CPU: reading `weight` dominates
 
 
 def limits_for(device: torch.device) -> Limits:
@@ -43,27 +43,27 @@ def limits_for(device: torch.device) -> Limits:
 class Tiles:
     rows: int
     vocab: int  # columns of a tile
-    chunk: int  # columns that are reduced together; a tile holds a whole number of chunks side by side
+    chunk: int  # columns that are reduced together; a tile holds whole chunks side by side
 
 
 def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
-    """Tile shape of the logits path. Few rows: more chunks side by side, so that every core has work."""
+    """Return the tile shape of the logits path. With few rows, more chunks lie side by side to occupy every core."""
     chunk = min(CHUNK, vocab)
-    # At most half of it all: large buffers for little work are memory that the system has to clear first.
+    # At most half of all logits: the system clears new memory first, which does not pay off for little work.
     tile = min(limits_for(device).tile, num_rows * vocab // 2)
     rows = even_share(num_rows, max(1, tile // chunk))
     return Tiles(rows, chunk * max(1, tile // (rows * chunk)), chunk)
 
 
 def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False) -> Tiles:
-    """Tile shape of the linear path: as wide as the tile's budget, and that of its operands' float32 copies, allow."""
+    """Return the tile shape of the linear path: as wide as the limits on tiles and on upcast copies allow."""
     limits = limits_for(hidden.device)
     num_rows, dim = hidden.shape
     most_rows, most_vocab, tile = limits.rows, min(CHUNK, weight.shape[0]), limits.tile
     in_float32 = hidden.dtype == weight.dtype == torch.float32
     if uses_native_matmul(hidden, weight) and not backward:
         tile = limits.native_tile
-    elif not in_float32:  # upcast, or in the backward accumulated
+    elif not in_float32:  # operands are upcast, or accumulated in the backward
         most_rows = min(most_rows, max(1, limits.copy // dim))
         most_vocab = min(most_vocab, max(1, limits.copy // dim))
     rows = even_share(num_rows, most_rows)
@@ -72,13 +72,13 @@ def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False) -> T
 
 
 def even_share(total: int, most: int) -> int:
-    """The largest piece when `total` is cut into the fewest even pieces of at most `most`."""
+    """Cut `total` into the fewest even pieces of at most `most` and return the largest piece."""
     pieces = max(1, -(-total // most))
     return max(1, -(-total // pieces))
 
 
 def spans(start: int, stop: int, step: int) -> Iterator[slice]:
-    """Consecutive slices of at most `step` that cover [start, stop)."""
+    """Yield consecutive slices of at most `step` that cover [start, stop)."""
     for first in range(start, stop, step):
         yield slice(first, min(first + step, stop))
 
@@ -88,7 +88,7 @@ def length(span: slice) -> int:
 
 
 class Buffer:
-    """Memory that is taken once and handed out again as a contiguous (rows, columns) view."""
+    """Memory that is allocated once and reused as contiguous (rows, columns) views."""
 
     def __init__(self, size: int, device: torch.device, dtype: torch.dtype = torch.float32):
         self._flat = torch.empty(size, device=device, dtype=dtype)
@@ -98,7 +98,7 @@ class Buffer:
 
 
 class LogitRows:
-    """The rows of stored logits (B, T, V), any strides, that a mask (B T,) keeps: read by tiles, never copied whole."""
+    """The rows of logits (B, T, V), any strides, that a mask (B T,) keeps. Tiles of them are read; no full copy."""
 
     def __init__(self, logits: Tensor, mask: Tensor | None):
         self._logits, self._count = logits, logits.shape[0] * logits.shape[1]
@@ -113,7 +113,7 @@ class LogitRows:
         return self._count if self._index is None else len(self._index)
 
     def load(self, rows: slice, columns: slice) -> Tensor:
-        """(rows, columns) in the logits' dtype: a view, or a copy of the tile's size."""
+        """Return the tile (rows, columns) in the logits' dtype, as a view or a copy."""
         if self._index is None:
             return self._flat[rows, columns]
         index = self._index[rows]
@@ -123,7 +123,7 @@ class LogitRows:
         return self._logits[index // length, index % length, columns]
 
     def pick(self, targets: Tensor) -> Tensor:
-        """z[i, targets[i]] of each kept row, 0 where that is no column."""
+        """Return z[i, targets[i]] of each kept row; 0 if the target is no column."""
         column = targets.clamp(0, self._logits.shape[2] - 1)
         if self._index is None:
             picked = self._flat.gather(1, column.unsqueeze(1)).squeeze(1)
@@ -135,29 +135,29 @@ class LogitRows:
         return torch.where(column == targets, picked.float(), 0.0)
 
     def keep(self, field: Tensor) -> Tensor:
-        """The kept rows of a field (B T,)."""
+        """Return the kept rows of a field (B T,)."""
         return field if self._index is None else field[self._index]
 
     def spread(self, field: Tensor) -> Tensor:
-        """A field of the kept rows as (B T,), 0 elsewhere."""
+        """Return a field of the kept rows as (B T,), with 0 for the other rows."""
         return field if self._index is None else field.new_zeros(self._count).index_copy_(0, self._index, field)
 
     def store(self, out: Tensor, rows: slice, columns: slice, tile: Tensor) -> None:
-        """out (B T, V), of this class's row numbers <- tile."""
+        """Write the tile to the kept rows `rows` of out (B T, V)."""
         out[rows if self._index is None else self._index[rows], columns] = tile.to(out.dtype)
 
 
 def uses_native_matmul(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether low-precision inputs go to the device's own matmul, rather than being upcast to float32 first.
+    """Return whether low-precision inputs use the device's own matmul. Otherwise they are upcast to float32 first.
 
-    GPU: always (tensor cores accumulate, and return, float32). CPU: bfloat16 where the chip has units for it (AMX or
-    AVX512-BF16), and anywhere for FEW_ROWS; else upcasting is 2 to 4 times as fast. The CPU's
-    native product is rounded to bfloat16 (+-0.125 at |z| >= 32), which upcasting avoids. float16 is upcast.
+    On a GPU they always do: tensor cores accumulate and return float32. On a CPU float16 is always upcast. bfloat16
+    uses the native matmul if the chip has units for it (AMX or AVX512-BF16) or if there are at most FEW_ROWS rows;
+    otherwise upcasting is 2 to 4 times as fast. The CPU's native product is rounded to bfloat16 (+-0.125 at |z| >= 32).
     """
     if hidden.dtype != weight.dtype or hidden.dtype not in LOW_PRECISION:
         return False
     if hidden.device.type != "cpu":
-        return hidden.device.type in ("cuda", "xpu")  # elsewhere mm has no out_dtype
+        return hidden.device.type in ("cuda", "xpu")  # on other devices mm has no out_dtype
     if hidden.dtype != torch.bfloat16:
         return False
     return has_bf16_units() or hidden.shape[0] <= FEW_ROWS
@@ -168,10 +168,10 @@ def has_bf16_units() -> bool:
 
 
 class LinearTile:
-    """Makes tiles of z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap), float32.
+    """Makes float32 tiles of z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap).
 
-    `load_weight` then `load_hidden` choose the tile's sides; `logits` fills a (rows, vocab) buffer.
-    Both sides are views where the inputs are float32, else copies in reused buffers.
+    `load_weight` and then `load_hidden` select the operands; `logits` fills a (rows, vocab) buffer. Float32 operands
+    are views of the inputs, others are copies in reused buffers.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias, logit_scale: float, softcap, tiles: Tiles):
@@ -198,14 +198,14 @@ class LinearTile:
         self.hidden = _loaded(self._inputs[0][rows], self._hidden_copy)
 
     def native_logits(self) -> Tensor | None:
-        """`logits` in the inputs' own low precision, where the CPU's native product is all there is to them."""
+        """Return the tile in the inputs' low precision if it is just the CPU's native product; otherwise None."""
         if self._rounded is None or self._bias is not None or self._softcap is not None or self._scale != 1.0:
             return None
         out = self._rounded.view(self.hidden.shape[0], self.weight.shape[0])
         return torch.mm(self.hidden, self.weight.T, out=out)
 
     def logits(self, out: Tensor) -> Tensor:
-        """out (rows, vocab) <- the final logits of the loaded rows and columns."""
+        """Write the final logits of the loaded operands to out (rows, vocab) and return it."""
         scale = self._scale if self._softcap is None else self._scale / self._softcap
         if self._native:
             self._native_product(out)
@@ -221,7 +221,7 @@ class LinearTile:
         return out if self._softcap is None else out.tanh_().mul_(self._softcap)
 
     def _native_product(self, out: Tensor) -> None:
-        if self._on_cpu:  # no float32 output from a bfloat16 matmul there
+        if self._on_cpu:  # the CPU's bfloat16 matmul has no float32 output
             out.copy_(torch.mm(self.hidden, self.weight.T, out=self._rounded.view(*out.shape)))
         else:
             torch.mm(self.hidden, self.weight.T, out_dtype=torch.float32, out=out)

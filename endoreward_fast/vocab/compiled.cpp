@@ -1,12 +1,12 @@
-// One read of logits on the CPU: running (max, sum exp, sum x exp, sum z) of each row, and its gradient.
+// Row statistics of logits on the CPU in one read: (max, sum exp, sum x exp, sum z). Also the gradient of the logits.
 //
-// Plain C++17 with the vector extensions of GCC and Clang, and OpenMP; no header of torch's, so it compiles in 3 s.
-// compiled.py builds it and says what the numbers mean. x = (z - shift) / alpha, shift the maximum so far.
+// Plain C++17 with the vector extensions of GCC and Clang, and OpenMP. Without torch headers it compiles in 3 s.
+// compiled.py builds and calls it. x = (z - shift) / alpha, where shift is the maximum so far.
 //
-// A row is cut into spans of SPAN columns, a span into blocks that stay in the first-level cache while they are read
-// twice (maximum, then exp). Spans are the unit of work and merge in order, so that a row's bits depend on neither the
-// rows around it nor the number of threads. Sums are float32 within a block, strip by strip so that no lane adds up more
-// than 16 numbers at a time, and float64 beyond it.
+// A row is cut into spans of SPAN columns, and a span into blocks. A block stays in the first-level cache while it is
+// read twice (maximum, then exp). Spans are the unit of work and merge in order, so a row's bits depend neither on the
+// other rows nor on the number of threads. Sums within a block are float32, in strips: a lane adds at most 16 numbers.
+// Sums over blocks are float64.
 
 #include <algorithm>
 #include <cmath>
@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr float SUM_SCALE = 0x1p-32f;  // as rows.py has it: a sum of the lowest numbers overflows
+constexpr float SUM_SCALE = 0x1p-32f;  // see SUM_SCALE in rows.py
 constexpr int64_t LANES = 16, STRIP = 256, BLOCK = 2048, SPAN = 16384, ROWS_AT_A_TIME = 256;
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -56,7 +56,7 @@ inline Floats splat(float f) { return Floats{} + f; }
 inline Floats read(const float* p) { Floats v; std::memcpy(&v, p, sizeof v); return v; }
 inline double sum_of(Floats v) { double s = 0; for (int i = 0; i < LANES; ++i) s += v[i]; return s; }
 
-// exp(x) for -88 <= x <= 0 to about a unit in the last place; exactly 0 from -87.7 down. NaN stays NaN.
+// exp(x) for -88 <= x <= 0, to about one unit in the last place. Exactly 0 below -87.7. NaN stays NaN.
 inline Floats exp_below(Floats x) {
   const Floats shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts
@@ -75,8 +75,8 @@ inline Floats exp_below(Floats x) {
   return p * scale;
 }
 
-// (z - shift) / alpha, not below -88, where exp_below is 0: no infinity is left. By two products: as exact as the
-// division, and several times as fast.
+// (z - shift) / alpha, clamped at -88, where exp_below is 0. This removes infinities. Two products are as exact as the
+// division and several times as fast.
 struct Scale {
   float high, low, least;
   explicit Scale(double alpha)
@@ -84,8 +84,8 @@ struct Scale {
         least(static_cast<float>(-88 * alpha)) {}
   Floats operator()(Floats z, float shift) const {
     Floats d = z - shift;
-    d = d < splat(least) ? splat(least) : d;  // a comparison with NaN is false: it stays
-    return low == 0 ? d * high : d * high + d * low;  // alpha = 1: one product, 5 to 13% of the whole less
+    d = d < splat(least) ? splat(least) : d;  // false for NaN, so NaN stays
+    return low == 0 ? d * high : d * high + d * low;  // one product at alpha = 1: 5 to 13% less time
   }
 };
 
@@ -98,7 +98,7 @@ struct State {
       const double step = (peak - peak_now) / alpha, shrink = std::exp(step);
       weighted = shrink * (weighted + step * total);
       total *= shrink;
-    }  // else nothing is in the sums but perhaps NaN, which stays
+    }  // else the sums are 0 or NaN, and NaN stays
     peak = peak_now;
   }
 
@@ -111,12 +111,12 @@ struct State {
 
 constexpr State NOTHING{-INFINITY, 0, 0, 0};
 
-struct Layout {  // rows i = outer * inner_count + inner of a strided (outer, inner, columns)
+struct Layout {  // row i = outer * inner_count + inner of a strided (outer, inner, columns)
   int64_t inner_count, outer_stride, inner_stride, column_stride;
   int64_t row(int64_t i) const { return (i / inner_count) * outer_stride + (i % inner_count) * inner_stride; }
 };
 
-// `count` values as float32, then `fill` up to a whole vector: the values themselves where they are that already.
+// `count` values as float32, padded with `fill` to a whole vector. Returns z itself if it already has that form.
 template <typename T>
 const float* block_of(const T* z, int64_t stride, int64_t count, float* buffer, float fill) {
   if (std::is_same<T, float>::value && stride == 1 && count % LANES == 0) return reinterpret_cast<const float*>(z);
@@ -219,7 +219,7 @@ void gradient(const T* z, Layout layout, int64_t rows, int64_t columns, const ui
 
 }  // namespace
 
-// dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. Anything else is refused in Python.
+// dtype: 0 float32, 1 float64, 2 bfloat16, 3 float16. Python refuses other dtypes.
 #define BY_DTYPE(CALL) \
   switch (dtype) { \
     case 0: { using T = float; CALL; break; } \
@@ -230,7 +230,7 @@ void gradient(const T* z, Layout layout, int64_t rows, int64_t columns, const ui
 
 extern "C" {
 
-// Take columns [first, first + columns) of each row into state (rows, 4) float64, and its target's logit into picked.
+// Add columns [first, first + columns) of each row to state (rows, 4) float64. Store the target's logit in picked.
 void er_update(const void* z, int dtype, int64_t inner_count, int64_t outer_stride, int64_t inner_stride,
                int64_t column_stride, int64_t rows, int64_t columns, int64_t first, const uint8_t* mask,
                const int64_t* targets, double alpha, int entropy, int mean, int threads, double* state, float* picked) {
@@ -241,7 +241,7 @@ void er_update(const void* z, int dtype, int64_t inner_count, int64_t outer_stri
 
 void er_start(int64_t rows, double* state) { std::fill_n(reinterpret_cast<State*>(state), rows, NOTHING); }
 
-// The statistics of rows that have been read whole; entropy and mean may be null. Rows off the mask are left alone.
+// Write the statistics of rows that have been read completely. entropy and mean may be null. Skips rows off the mask.
 void er_finish(const double* state, int64_t rows, int64_t vocab, const uint8_t* mask, double alpha, float* lse,
                float* entropy, float* mean, float* shift, float* log_total) {
   const double most = std::log(static_cast<double>(vocab));

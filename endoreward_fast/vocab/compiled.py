@@ -1,11 +1,13 @@
-"""The compiled CPU backend: compiled.cpp, built once by the machine's own C++ compiler. The same names as `chunked`.
+"""The compiled CPU backend. It builds compiled.cpp with the machine's C++ compiler and has the functions of `chunked`.
 
-Only impl="compiled" comes here, so nothing is compiled that nobody asked for. The library is kept in the user's cache
-folder, under a name made of the source, the compiler, its flags and the processor's features: two or three seconds,
-once per machine, for every shape and dtype. It is C++ rather than torch.compile because a row's bits then depend on
-neither the batch, nor the number of threads, nor which shape came first, and no new length compiles anything.
+Only impl="compiled" imports this module, so nothing is compiled unless a caller asks for it. The build takes two or
+three seconds once per machine and serves every shape and dtype. The library stays in the user's cache folder; its name
+is a hash of the source, the compiler, its flags and the processor's features.
 
-From hidden states, the matmul is chunked's and this reduces its tiles; the backward of that path is chunked's.
+C++ has two advantages over torch.compile. A row's bits depend neither on the batch, nor on the number of threads, nor
+on the first shape seen. A new length compiles nothing.
+
+From hidden states, `chunked` computes the tiles of logits and the gradients; this module reduces the tiles.
 """
 
 import ctypes
@@ -38,7 +40,7 @@ def logits_forward(
     logits: Tensor, targets: Tensor, *, mask: Tensor | None, alpha: float, entropy: bool, logit_mean: bool,
     successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """Statistics, and with `successor` rewards, of stored logits (B, T, V) of any strides; 0 off the mask (N,)."""
+    """Return statistics, and rewards if `successor` is given, of logits (B, T, V), any strides; 0 off the mask (N,)."""
     pass_ = _Pass(logits.shape[0] * logits.shape[1], mask, alpha, entropy, logit_mean)
     pass_.take(logits, targets.contiguous(), 0, slice(None))
     stats = pass_.finish(logits.shape[-1])
@@ -49,7 +51,7 @@ def logits_forward(
 def logits_backward(
     logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None, alpha: float
 ) -> Tensor:
-    """dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
+    """Return dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
     vocab = logits.shape[-1]
     factors = upstream_factors(targets, stats, grads, vocab, alpha)
     per_row = (factors.shift, factors.constant, factors.slope, factors.each_column, factors.at_target)
@@ -68,7 +70,7 @@ def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, logit_scale: float,
     softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """As `chunked.linear_forward`: its matmul and its tiles, each reduced in one call."""
+    """Do the same as `chunked.linear_forward`, with one call of the library to reduce each tile."""
     tiles, targets = linear_tiles(hidden, weight), targets.contiguous()
     tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
     buffer = Buffer(tiles.rows * tiles.vocab, hidden.device)
@@ -86,7 +88,7 @@ def linear_forward(
 
 
 class _Pass:
-    """The running state of N rows, and the statistics it ends in."""
+    """The running state of N rows, and their final statistics."""
 
     def __init__(self, num_rows: int, mask: Tensor | None, alpha: float, entropy: bool, logit_mean: bool):
         self._mask, self._alpha, self._want = _dense(mask), alpha, (entropy, logit_mean)
@@ -96,7 +98,7 @@ class _Pass:
         library().er_start(num_rows, _at(self._state))
 
     def take(self, z: Tensor, targets: Tensor, first: int, rows: slice) -> None:
-        """z (B, T, columns): these rows' logits from column `first` on. targets: of all rows."""
+        """Add z (B, T, columns), the logits of the given rows from column `first` on. targets are those of all rows."""
         state, picked, targets = self._state[rows], self._stats.target_logit[rows], targets[rows]
         library().er_update(
             *_layout(z), len(targets), z.shape[-1], first, _at(self._mask), _at(targets), self._alpha, *self._want,
@@ -119,7 +121,7 @@ def _at(x: Tensor | None) -> int | None:
 
 
 def _layout(z: Tensor) -> tuple[int, ...]:
-    """Address, dtype, rows per outer index, strides of z (B, T, V)."""
+    """Return the address, dtype code, rows per outer index and strides of z (B, T, V)."""
     return z.data_ptr(), DTYPES[z.dtype], max(1, z.shape[1]), *z.stride()
 
 
@@ -128,12 +130,12 @@ def _layout(z: Tensor) -> tuple[int, ...]:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """compiled.cpp as a library: from the cache folder, or built into it. ValueError where no compiler can."""
+    """Return compiled.cpp as a library, from the cache folder or newly built. Raises ValueError without a compiler."""
     compiler = find_compiler()
     if compiler is None:
         raise ValueError(
-            "impl='compiled' needs a C++ compiler, and there is none: neither $CXX nor c++, g++ or clang++ was found; "
-            "impl='auto' needs none"
+            "impl='compiled' needs a C++ compiler, and none of $CXX, c++, g++ and clang++ was found: install one, or "
+            "use impl='auto'"
         )
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = (SOURCE.read_text(), compiler, version, *FLAGS, _cpu_features())
@@ -143,7 +145,7 @@ def library() -> ctypes.CDLL:
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             build(compiler, folder / name)
-        except OSError:  # a home that cannot be written: build for this process alone
+        except OSError:  # the cache folder is not writable: build for this process only
             folder = Path(tempfile.mkdtemp(prefix="endoreward_fast-"))
             build(compiler, folder / name)
     return _typed(ctypes.CDLL(str(folder / name)))
@@ -155,7 +157,7 @@ def find_compiler() -> str | None:
 
 
 def build(compiler: str, path: Path) -> None:
-    """Compile to `path`, which appears whole or not at all: several processes may be at it."""
+    """Compile to `path` atomically, because several processes may build at the same time."""
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         made = Path(scratch) / path.name
         command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
@@ -169,7 +171,7 @@ def build(compiler: str, path: Path) -> None:
 
 
 def _cpu_features() -> str:
-    """What -march=native depends on: a home folder may be shared by machines that differ."""
+    """Return what -march=native depends on, because different machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,7 @@
-"""The Triton backend: picks a kernel's config for the device and hands over. The same four names as `chunked`.
+"""The Triton backend. It chooses a kernel config for the device and launches. It has the same functions as `chunked`.
 
-Rows off the mask cost nothing: the logits kernels leave them at once, the linear path takes the others out first.
+Rows off the mask cost nothing. The logits kernels return at once for them, and ops.py removes them from the linear
+path.
 """
 
 import importlib.util
@@ -12,20 +13,21 @@ from torch import Tensor
 from . import workspace
 from .rows import RowGrads, RowRewards, RowStats
 
+TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace it
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def interpreted() -> bool:
-    """Whether Triton kernels run on the CPU, in its interpreter (read once, when Triton is imported)."""
+    """Return whether Triton kernels run in its interpreter on the CPU. Triton reads the variable once, on import."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def obstacle_to_kernels(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Why the kernels cannot take tensors of these dtypes on this device; None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    """Return why the kernels cannot run on tensors of these dtypes on this device; None if they can."""
+    if not TRITON_IS_INSTALLED:
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
-        return f"its tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
+        return f"the tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     if dtypes[0] not in KERNEL_DTYPES or len(set(dtypes)) > 1:
@@ -64,7 +66,7 @@ def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias, logit_scale: float, softcap, alpha: float,
     entropy: bool, logit_mean: bool, successor=None, config=None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """`config`: a LinearConfig in place of the table's, for measurements."""
+    """Run the linear kernel. `config`, a LinearConfig, replaces the table's for measurements."""
     from ..kernels.combine import combine
     from ..kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays
     from ..kernels.linear_vocab_stats import linear_partials, tma_usable
@@ -85,17 +87,17 @@ def linear_forward(
     return RowStats(*stats), rewards and RowRewards(*rewards)
 
 
-# The logits are gone, so the backward makes them again: through the workspace, whatever made them the first time.
+# The forward keeps no logits. The backward recomputes them through the workspace.
 linear_backward = workspace.linear_backward
 
 
 def _dense(*rows: Tensor | None) -> list[Tensor | None]:
-    """Per-row tensors at stride 1, as the kernels read them; the gradient of a sum, say, arrives at stride 0."""
+    """Make per-row tensors contiguous for the kernels. The gradient of a sum, for example, has stride 0."""
     return [None if x is None else x.contiguous() for x in rows]
 
 
 def _arch(device: torch.device) -> int | str | None:
-    """Compute capability's major number, "hip", or None in the interpreter."""
+    """Return the major compute capability, "hip" on ROCm, or None in the interpreter."""
     if interpreted():
         return None
     return "hip" if torch.version.hip else torch.cuda.get_device_capability(device)[0]

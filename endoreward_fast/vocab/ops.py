@@ -1,10 +1,10 @@
-"""The custom operators `torch.ops.endoreward_fast.*`: schemas, fakes, autograd. What torch.compile and opcheck see.
+"""The custom operators `torch.ops.endoreward_fast.*`: schemas, fakes and autograd, for torch.compile and opcheck.
 
-One operator per pass over the vocabulary and one per gradient, for the backends "fused", "chunked" and "compiled"
-alike (`impl`); a backend is imported when it is first executed. The reference needs no operator: eager torch
-differentiates it.
+Each pass over the vocabulary is one operator, and so is its gradient. `impl` selects the backend "fused", "chunked" or
+"compiled", which is imported on first execution. The reference needs no operator, because eager torch differentiates
+it.
 
-Rows are flattened as rows.py says. Outputs that were not asked for are empty: an operator cannot return None.
+rows.py describes how rows are flattened. An output that was not requested is empty: an operator cannot return None.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ from .reference import outside_vocabulary
 from .rows import RowGrads, RowRewards, RowStats, stats_grads, successor_among
 
 _op = torch.library.custom_op
-# Which rows a mask picks is read back to the host, which stalls the stream and cannot be captured.
+# The linear operators read the rows of a mask back to the host, which a CUDA graph cannot capture.
 NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 STATS = ("lse", "target_logit", "entropy", "logit_mean", "shift", "log_total")
 
 
 def _backend(impl: str, x: Tensor, linear: bool = False):
-    """The module that runs `impl` for x, logits or hidden. Chunked reads its workspace with kernels where it can."""
+    """Return the module that runs `impl` for x, logits or hidden: linear "chunked" is `workspace` if kernels run."""
     if impl == "fused":
         from . import fused as backend
     elif impl == "compiled":
@@ -36,7 +36,7 @@ def _backend(impl: str, x: Tensor, linear: bool = False):
 
 
 def _on_device_of(x: Tensor):
-    """Triton launches on the current device; make it the tensor's."""
+    """Make the tensor's device the current one, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -48,7 +48,10 @@ def logits_stats(
     logits: Tensor, targets: Tensor, mask: Tensor | None, successor: Tensor | None,
     alpha: float, entropy: bool, logit_mean: bool, impl: str,
 ) -> list[Tensor]:  # fmt: skip
-    """logits (B, T, V), targets, mask and successor (B T,) -> the six of RowStats, then the three of RowRewards."""
+    """Return the six fields of RowStats and, if `successor` is given, the three of RowRewards.
+
+    logits is (B, T, V); targets, mask and successor are (B T,).
+    """
     outside_vocabulary(targets, mask, logits.shape[-1])
     with _on_device_of(logits):
         stats, rewards = _backend(impl, logits).logits_forward(
@@ -101,7 +104,7 @@ def linear_stats(
     successor: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, entropy: bool,
     logit_mean: bool, impl: str,
 ) -> list[Tensor]:  # fmt: skip
-    """As `logits_stats`, from hidden (N, D) and weight (V, D). Rows off the mask are taken out before the matmul."""
+    """Do the same as `logits_stats` from hidden (N, D) and weight (V, D). Rows off the mask skip the matmul."""
     outside_vocabulary(targets, mask, weight.shape[0])
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     want = {"alpha": alpha, "entropy": entropy, "logit_mean": logit_mean}
@@ -129,7 +132,7 @@ def linear_stats_backward(
     g_lse: Tensor, g_target: Tensor, g_entropy: Tensor | None, g_mean: Tensor | None,
     logit_scale: float, softcap: float | None, alpha: float, needs: list[bool], impl: str,
 ) -> list[Tensor]:  # fmt: skip
-    """(dhidden, dweight, dbias) in the inputs' dtypes; empty where `needs` says no."""
+    """Return (dhidden, dweight, dbias) in the inputs' dtypes; empty where `needs` is False."""
     grads = RowGrads(g_lse, g_target, g_entropy, g_mean)
     rows = None if mask is None else mask.nonzero().squeeze(1)
     h = hidden
@@ -191,7 +194,7 @@ def _fake_outputs(targets: Tensor, entropy: bool, logit_mean: bool, rewards: boo
 
 
 def _spread(fields, rows: Tensor, count: int):
-    """A RowStats or RowRewards of `rows` alone, as one of all `count` rows with zeros elsewhere."""
+    """Expand a RowStats or RowRewards of the given rows to all `count` rows, with 0 in the other rows."""
     spread = (f if f is None else f.new_zeros(count).index_copy_(0, rows, f) for f in fields)
     return type(fields)(*spread)
 
@@ -209,7 +212,7 @@ def _saved(ctx, count: int) -> tuple[tuple, RowStats]:
 def row_grads(
     grads: list[Tensor | None], targets: Tensor, successor: Tensor | None, stats: RowStats, alpha: float
 ) -> RowGrads:
-    """Upstream gradients of an operator's outputs, as gradients of the row statistics."""
+    """Turn upstream gradients of an operator's outputs into gradients of the row statistics."""
 
     def or_zero(g):
         return torch.zeros_like(stats.lse) if g is None else g

@@ -1,6 +1,7 @@
-r"""The oracle: what every faster path must agree with. Eager torch, no tricks, readable top to bottom.
+r"""The oracle, in plain eager torch. Every faster implementation must agree with it.
 
-Nats throughout; alpha is the soft-RL temperature, z the model's final logits, x = z / alpha, pi = softmax(x).
+All logarithms are natural (nats). alpha is the soft-RL temperature, z the model's final logits, x = z / alpha and
+pi = softmax(x).
 
     z        = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap)
     lse      = log sum_a exp(x_a)                    entropy = lse - sum_a pi_a x_a
@@ -8,10 +9,10 @@ Nats throughout; alpha is the soft-RL temperature, z the model's final logits, x
     V(s)     = alpha * lse(s)                        logprob = x_target - lse
     r(s, a)  = z(s)[a] - V(s')                       V(s') = 0 after a terminal token
 
-A state whose logits are all -inf allows no action, so nothing can follow it: its lse is -inf, its entropy 0, neither
-has a gradient, a token chosen there has logprob and reward -inf, and reaching it counts as terminal (V(s') = 0).
+A state whose logits are all -inf allows no action. Its lse is -inf and its entropy is 0; neither has a gradient. A
+token chosen in it has logprob and reward -inf. A token that leads to it counts as terminal (V(s') = 0).
 
-`dtype` is the dtype computed and returned in: float32 for impl="reference", float64 when the tests need an oracle.
+`dtype` is the dtype of the computation and of the results: float32 for impl="reference", float64 for the tests' oracle.
 Source of the reward: Li et al., "Generalist Reward Models: Found Inside Large Language Models", arXiv 2506.23235.
 """
 
@@ -22,8 +23,8 @@ from ..types import NO_TARGET, TokenRewards, VocabStats
 
 
 def final_logits(hidden, weight, *, bias=None, logit_scale=1.0, softcap=None, dtype=torch.float32) -> Tensor:
-    """z (..., V) in `dtype`: the head's matmul, then bias, scale and softcap, each only where it is given."""
-    with torch.autocast(hidden.device.type, enabled=False):  # it would take the matmul back to low precision
+    """Return z (..., V) in `dtype`: the head's matmul, then those of bias, scale and softcap that are given."""
+    with torch.autocast(hidden.device.type, enabled=False):  # autocast would lower the precision of the matmul
         z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
@@ -37,7 +38,7 @@ def final_logits(hidden, weight, *, bias=None, logit_scale=1.0, softcap=None, dt
 def vocab_stats(
     logits, targets, *, mask=None, alpha=1.0, entropy=False, logit_mean=False, dtype=torch.float32
 ) -> VocabStats:
-    """Statistics of logits (..., V) over the vocabulary for targets (...): see the module's formulas."""
+    """Compute the statistics of logits (..., V) for targets (...) by the formulas at the top of this file."""
     z = _only(mask, logits.to(dtype))
     x = z / alpha
     top = x.detach().amax(-1, keepdim=True)
@@ -45,23 +46,23 @@ def vocab_stats(
     shifted = x - top
     weights = torch.exp(shifted)
     total = weights.sum(-1)
-    alive = total != 0  # not all -inf; NaN stays alive, and spreads
+    alive = total != 0  # not all -inf; a row with NaN counts as alive and gives NaN
     safe_total = torch.where(alive, total, 1.0)
     lse = torch.where(alive, torch.log(safe_total) + top.squeeze(-1), -torch.inf)
 
     has_target = targets != NO_TARGET
     lost = outside_vocabulary(targets, mask, z.shape[-1])
-    index = targets.clamp(0, z.shape[-1] - 1)  # a lost row, or one off the mask, may read anything
+    index = targets.clamp(0, z.shape[-1] - 1)  # any index will do for a lost row or a row off the mask
     target_logit = torch.where(has_target, z.gather(-1, index.unsqueeze(-1)).squeeze(-1), 0.0)
 
     h = mean = None
     if entropy:
-        # sum pi (lse - x), with 0 * -inf = 0: an action that is ruled out carries no uncertainty.
+        # sum pi (lse - x), with 0 * -inf = 0: an action with probability 0 adds no entropy.
         finite = torch.where(weights == 0, 0.0, shifted)
         h = torch.log(safe_total) - (weights * finite).sum(-1) / safe_total
         h = torch.where(alive, h, 0.0)
     if logit_mean:
-        mean = (z / z.shape[-1]).sum(-1)  # the sum alone overflows where words are masked by the lowest number
+        mean = (z / z.shape[-1]).sum(-1)  # words masked with the lowest number overflow the plain sum
     stats = VocabStats(*(None if f is None else torch.where(lost, torch.nan, f) for f in (lse, target_logit, h, mean)))
     return _masked(stats, mask)
 
@@ -70,7 +71,7 @@ def linear_vocab_stats(
     hidden, weight, targets, *, mask=None, bias=None, logit_scale=1.0, softcap=None,
     alpha=1.0, entropy=False, logit_mean=False, dtype=torch.float32,
 ) -> VocabStats:  # fmt: skip
-    """`vocab_stats` of the logits that hidden (..., D) and weight (V, D) make."""
+    """Compute `vocab_stats` of the logits of hidden (..., D) and weight (V, D)."""
     z = final_logits(_only(mask, hidden), weight, bias=bias, logit_scale=logit_scale, softcap=softcap, dtype=dtype)
     return vocab_stats(z, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, dtype=dtype)
 
@@ -78,17 +79,17 @@ def linear_vocab_stats(
 def token_rewards(
     logits, tokens, *, mask=None, terminal=None, cu_seqlens=None, alpha=1.0, entropy=False, dtype=torch.float32
 ) -> TokenRewards:
-    """Rewards of tokens (B, T) under logits (B, T, V), written as the definition reads: one token after the other."""
+    """Compute the rewards of tokens (B, T) under logits (B, T, V), term by term as in the definition."""
     scored, ends, needed = scored_terminal_needed(tokens, mask, terminal, cu_seqlens)
 
-    # state[:, t] is the state after tokens[:, :t + 1]; token t was chosen in state t - 1 and leads to state t.
+    # State t is the state after tokens[:, : t + 1]. Token t was chosen in state t - 1 and leads to state t.
     chosen_next = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], NO_TARGET)], 1)
     targets = torch.where(shift_left(scored), chosen_next, NO_TARGET)
     lost = outside_vocabulary(targets, needed, logits.shape[-1])
     targets = torch.where(lost, NO_TARGET, targets)
     states = vocab_stats(logits, targets, mask=needed, alpha=alpha, entropy=entropy, dtype=dtype)
 
-    def before(field):  # the value of a field in the state in which the token was chosen
+    def before(field):  # the field's value in the state in which the token was chosen
         return torch.cat([torch.zeros_like(field[:, :1]), field[:, :-1]], 1)
 
     value_here = alpha * states.lse
@@ -108,7 +109,7 @@ def linear_token_rewards(
     hidden, weight, tokens, *, mask=None, terminal=None, cu_seqlens=None, bias=None, logit_scale=1.0,
     softcap=None, alpha=1.0, entropy=False, dtype=torch.float32,
 ) -> TokenRewards:  # fmt: skip
-    """`token_rewards` of the logits that hidden (B, T, D) and weight (V, D) make."""
+    """Compute `token_rewards` of the logits of hidden (B, T, D) and weight (V, D)."""
     _, _, needed = scored_terminal_needed(tokens, mask, terminal, cu_seqlens)
     z = final_logits(_only(needed, hidden), weight, bias=bias, logit_scale=logit_scale, softcap=softcap, dtype=dtype)
     return token_rewards(
@@ -117,9 +118,9 @@ def linear_token_rewards(
 
 
 def scored_terminal_needed(tokens, mask, terminal, cu_seqlens) -> tuple[Tensor, Tensor, Tensor]:
-    """Bool (B, T) each: tokens that get a reward; tokens that end their episode; states whose statistics that takes.
+    """Return three bool (B, T): scored tokens, tokens that end their episode, states whose statistics are needed.
 
-    A token of -100 (labels, where nothing is to be learnt) gets none, whatever the mask says.
+    A token of -100 (the ignore label) is never scored, whatever the mask says.
     """
     starts = sequence_starts(tokens, cu_seqlens)
     scored = ~starts & (tokens != NO_TARGET)
@@ -130,8 +131,10 @@ def scored_terminal_needed(tokens, mask, terminal, cu_seqlens) -> tuple[Tensor, 
 
 
 def outside_vocabulary(targets: Tensor, mask: Tensor | None, vocab: int) -> Tensor:
-    """Bool (...): rows whose target is no vocabulary entry; their statistics are NaN. On the CPU an IndexError says so
-    at once; on a device a check would stall the stream."""
+    """Return bool (...): rows whose target is outside the vocabulary. Their statistics become NaN.
+
+    On the CPU such a row raises IndexError. On a GPU a check would stall the stream.
+    """
     lost = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
     if mask is not None:
         lost = lost & mask
@@ -142,26 +145,26 @@ def outside_vocabulary(targets: Tensor, mask: Tensor | None, vocab: int) -> Tens
 
 
 def sequence_starts(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Bool (B, T): the first token of each sequence. It was chosen in no state we know, so it has no reward.
+    """Return bool (B, T): the first token of each sequence. It was chosen in no known state and has no reward.
 
-    cu_seqlens (S + 1,) holds the offsets of S sequences packed into the B * T tokens, in row-major order.
+    cu_seqlens (S + 1,) holds the offsets of S sequences packed into the B * T tokens in row-major order.
     """
     starts = torch.zeros_like(tokens, dtype=torch.bool)
     starts[:, :1] = True
     if cu_seqlens is None:
         return starts
     offsets = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
-    offsets[cu_seqlens.long()] = True  # the last offset is one past the last token, hence the extra place
+    offsets[cu_seqlens.long()] = True  # the last offset is one past the last token
     return starts | offsets[:-1].view_as(starts)
 
 
 def shift_left(flags: Tensor) -> Tensor:
-    """flags[:, t + 1] at place t; False at the end."""
+    """Shift flags (B, T) left by one: place t gets flags[:, t + 1], and the last place 0 or False."""
     return torch.cat([flags[:, 1:], torch.zeros_like(flags[:, :1])], 1)
 
 
 def _only(mask: Tensor | None, rows: Tensor) -> Tensor:
-    """Rows (..., K) with those off the mask (...) zeroed, so that a NaN there reaches neither results nor gradients."""
+    """Set rows (..., K) off the mask (...) to 0, so that a NaN there reaches neither results nor gradients."""
     return rows if mask is None else torch.where(mask.unsqueeze(-1), rows, 0.0)
 
 

@@ -1,7 +1,7 @@
-"""What passes between the public functions and the backends: statistics and rewards of states, flattened to N rows.
+"""Types and formulas shared by the public functions and the backends. States are flattened to N rows.
 
-Row i = b T + t is the state after token t of sequence b; its target is the token chosen there (t + 1), its successor
-the row of the state that this token leads to.
+Row i = b T + t is the state after token t of sequence b. Its target is the token chosen in that state (token t + 1).
+Its successor is the row of the state that this token leads to.
 """
 
 from typing import NamedTuple
@@ -13,13 +13,16 @@ from ..types import NO_TARGET
 from .reference import scored_terminal_needed, shift_left
 
 SUM_SCALE = 2.0**-32
-"""Logits are summed for their mean at this scale: words masked by their dtype's lowest number would overflow the sum. A
-power of two, so that no bit of a logit above 1e-28 in size is lost."""
+"""Scale of the sum behind the logit mean. Without it, words masked with their dtype's lowest number would overflow the
+sum. A power of two keeps every bit of logits above 1e-28 in size."""
 
 
 class RowStats(NamedTuple):
-    """All (N,) float32. lse = shift / alpha + log_total: kept apart as well, because under a large common offset the
-    sum has lost the bits that the backward and the log-probability need."""
+    """Statistics of N rows, each (N,) float32. lse = shift / alpha + log_total.
+
+    Under a large common offset lse rounds away bits of log_total that the backward and the log-probability need. Both
+    parts are therefore kept.
+    """
 
     lse: Tensor
     target_logit: Tensor
@@ -32,7 +35,7 @@ class RowStats(NamedTuple):
 
 
 class RowRewards(NamedTuple):
-    """All (N,) float32, 0 where the row has no target."""
+    """Rewards of N rows, each (N,) float32; 0 where the row has no target."""
 
     reward: Tensor
     logprob: Tensor
@@ -40,7 +43,7 @@ class RowRewards(NamedTuple):
 
 
 class RowGrads(NamedTuple):
-    """Upstream gradients of the first four fields of RowStats, (N,) float32; None where nothing flows."""
+    """Upstream gradients of the first four fields of RowStats, (N,) float32. None stands for zero."""
 
     lse: Tensor
     target_logit: Tensor
@@ -49,14 +52,14 @@ class RowGrads(NamedTuple):
 
 
 class RowPlan(NamedTuple):
-    """How tokens (B, T) become rows; each (B T,)."""
+    """Maps tokens (B, T) to rows. Each field is (B T,)."""
 
     targets: Tensor
-    """int64: the token chosen in the state, -100 where it is not scored"""
+    """int64: the token chosen in the state; -100 if it is not scored"""
     successor: Tensor
-    """int64: row of the state after that token, -1 where it is terminal or not scored"""
+    """int64: row of the state after that token; -1 if the token is terminal or not scored"""
     needed: Tensor
-    """bool: rows whose statistics the rewards take; the others are never computed"""
+    """bool: rows whose statistics the rewards need; the others are not computed"""
 
 
 def plan_rows(tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None) -> RowPlan:
@@ -72,7 +75,7 @@ def plan_rows(tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_s
 
 
 def successor_among(successor: Tensor | None, mask: Tensor, rows: Tensor) -> Tensor | None:
-    """`successor` of the rows that a mask keeps, numbered without the others, of which it never is one."""
+    """Return `successor` of the rows that the mask keeps, renumbered among them. Every successor is a kept row."""
     if successor is None:
         return None
     place = mask.cumsum(0) - 1
@@ -81,13 +84,13 @@ def successor_among(successor: Tensor | None, mask: Tensor, rows: Tensor) -> Ten
 
 
 def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float) -> RowRewards:
-    """The reward formulas on statistics of rows: what the combine kernel does, in torch."""
+    """Compute rewards from the statistics of rows, as the combine kernel does."""
     chosen = targets != NO_TARGET
     dead = stats.log_total == -torch.inf
     value = alpha * stats.lse
     after = successor.clamp(min=0)
     value_after = torch.where((successor < 0) | dead[after], 0.0, value[after])
-    # From the shifted parts: exact where lse itself has been rounded. Rounding alone could lift it above 0.
+    # lse itself may have been rounded; its parts are exact. Rounding can push a logprob above 0.
     logprob = ((stats.target_logit - stats.shift) / alpha - stats.log_total).clamp(max=0.0)
     fields = (
         torch.where(dead, -torch.inf, stats.target_logit - value_after),
@@ -98,18 +101,18 @@ def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float
 
 
 def poisoned(fields, lost: Tensor):
-    """A RowStats or RowRewards with NaN in the rows that are `lost`."""
+    """Return a RowStats or RowRewards with NaN in the `lost` rows."""
     return type(fields)(*(None if f is None else torch.where(lost, torch.nan, f) for f in fields))
 
 
 def stats_grads(
     targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float, grads: RowRewards, g_entropy: Tensor | None
 ) -> RowGrads:
-    """Gradients of rewards, log-probabilities and values -> gradients of the statistics they were made of."""
+    """Turn gradients of rewards, log-probabilities and values into gradients of the row statistics."""
     chosen = (targets != NO_TARGET) & (log_total != -torch.inf)
     g_reward, g_logprob, g_value = (torch.where(chosen, g, 0.0) for g in grads)
     leads_on = successor >= 0
-    # Each state follows one token at most; the zeros added at row 0 change nothing.
+    # A state follows at most one token, so each row gets one addend. The zeros added at row 0 change nothing.
     g_lse = (alpha * g_value - g_logprob).index_add(
         0, successor.clamp(min=0), torch.where(leads_on, -alpha * g_reward, 0.0)
     )

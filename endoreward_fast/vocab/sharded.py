@@ -1,14 +1,18 @@
-"""A head whose vocabulary is split over processes: each reads its own rows, and O(N) numbers cross the wire.
+"""Vocabulary statistics of a head that is split over processes by vocabulary. The processes exchange O(N) numbers.
 
-    shard r has  shift_r = max z,  log_total_r = ln sum exp((z - shift_r) / alpha),  H_r of its own softmax,  sum z
+Shard r reads its own rows of the weight and computes, for each row of hidden states,
 
-    share_r   = exp(lse_r - lse)                               lse = logsumexp_r lse_r
-    entropy   = sum_r share_r (H_r - ln share_r)               logit_mean = sum_r (sum z) / V
+    shift_r = max z    log_total_r = ln sum exp((z - shift_r) / alpha)    H_r = entropy of its softmax    sum z
 
-Rows off the mask are taken out first. One all_gather of six float32 a row in the forward (on the CPU one of a single
-number before it, see `_refuse_unequal`); in the backward every shard takes its share of the upstream gradients, and one
-all_reduce adds up what the shards say of `hidden`. As in every tensor-parallel layer, all ranks hold the same hidden
-states and ask for the same gradients, and have to be given the same upstream gradients.
+The whole vocabulary follows from these:
+
+    lse       = logsumexp_r lse_r                   share_r    = exp(lse_r - lse)
+    entropy   = sum_r share_r (H_r - ln share_r)    logit_mean = sum_r (sum z) / V
+
+Rows off the mask are removed first. The forward makes one all_gather of six float32 per row; on the CPU, an all_gather
+of one number precedes it (see `_refuse_unequal`). In the backward, each shard computes its share of the gradients, and
+one all_reduce adds up the gradients of `hidden`. As in any tensor-parallel layer, all ranks must have the same hidden
+states, request the same gradients and receive the same upstream gradients.
 """
 
 from typing import Any, NamedTuple
@@ -20,26 +24,26 @@ from torch import Tensor
 from ..types import NO_TARGET
 from .ops import linear_stats, linear_stats_backward, outputs, row_grads
 from .rows import SUM_SCALE, RowGrads, RowStats, poisoned, rewards_of, successor_among
-from .shards import VocabShard
+from .shard_layout import VocabShard
 
 
 class Shards(NamedTuple):
-    """What each shard says, float32: of each row (shards, N), and of itself (shards,)."""
+    """The gathered numbers of all shards, float32: (shards, N) for each row, and (shards,) for the shard itself."""
 
     shift: Tensor
     log_total: Tensor
     target_logit: Tensor
-    """0 where another shard has the target"""
+    """0 if another shard holds the target"""
     entropy: Tensor
     total: Tensor
     """sum of z"""
     target: Tensor
-    """which token was asked for: float32 counts to 2^24"""
+    """the target token; float32 is exact up to 2^24"""
     start: Tensor
     size: Tensor
     """vocabulary entries"""
     mask: Tensor
-    """a number that tells which rows of the batch these are"""
+    """fingerprint of the rows that the mask keeps"""
 
 
 def sharded_linear_stats(
@@ -47,11 +51,13 @@ def sharded_linear_stats(
     successor: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, entropy: bool,
     logit_mean: bool, impl: str, shard: VocabShard,
 ) -> list[Tensor]:  # fmt: skip
-    """`ops.linear_stats` of the whole vocabulary from this process's rows of it; `targets` are of the whole one.
+    """Compute `ops.linear_stats` of the whole vocabulary. weight and bias are this process's rows of it.
 
-    Every rank returns the same. On the CPU, on every rank alike, IndexError for a target outside the vocabulary, and
-    ValueError for shards that overlap or leave a gap and for ranks that were given different targets, masks or numbers
-    of rows. On a device such rows come back NaN; the number of rows is not compared there.
+    `targets` index the whole vocabulary. Every rank returns the same.
+
+    On the CPU every rank raises the same error: IndexError for a target outside the vocabulary; ValueError for shards
+    that overlap or leave a gap, and for ranks with different targets, masks or numbers of rows. On a GPU such rows come
+    back NaN, and the numbers of rows are not compared.
     """
     head = {"logit_scale": logit_scale, "softcap": softcap, "alpha": alpha, "impl": impl}
     wanted = {"entropy": entropy, "logit_mean": logit_mean}
@@ -82,7 +88,7 @@ class _ShardedLinear(torch.autograd.Function):
             whole.lse, whole.target_logit, whole.entropy if wanted["entropy"] else None,
             whole.logit_mean if wanted["logit_mean"] else None, whole.shift, whole.log_total,
         )  # fmt: skip
-        # Before the statistics are: the value of a lost row's state is right, in the row before.
+        # Compute rewards before poisoning the statistics: the row before a lost row needs the lost row's value.
         rewards = successor if successor is None else rewards_of(whole, targets, successor, head["alpha"])
         rewards, whole = rewards and poisoned(rewards, lost), poisoned(whole, lost)
         ctx.shard, ctx.head = shard, head
@@ -109,7 +115,7 @@ class _ShardedLinear(torch.autograd.Function):
             )  # fmt: skip
             found = [g if need else None for g, need in zip(out, needs, strict=True)]
         if needs[0]:
-            # In low precision each addition would round once more; and what is added is memory, whatever its strides.
+            # Sum in float32, because each low-precision addition would round. all_reduce needs contiguous memory.
             whole_gradient = found[0].float().contiguous()
             dist.all_reduce(whole_gradient, group=ctx.shard.group)
             found[0] = whole_gradient.to(hidden.dtype)
@@ -117,7 +123,7 @@ class _ShardedLinear(torch.autograd.Function):
 
 
 def _local_stats(hidden, weight, bias, own, head, wanted) -> RowStats:
-    """This shard's statistics; one that has no rows says what a row of -inf would."""
+    """Return this shard's statistics. An empty shard counts as logits of -inf."""
     if not len(weight):
         zero = hidden.new_zeros(len(own), dtype=torch.float32)
         dead = torch.full_like(zero, -torch.inf)
@@ -130,9 +136,9 @@ def _local_stats(hidden, weight, bias, own, head, wanted) -> RowStats:
 
 
 def _refuse_unequal(rows: int, device: torch.device, group: Any) -> None:
-    """ValueError, on every rank, unless all have as many rows: gloo would end the process in the middle of a gather.
+    """Raise ValueError on every rank if the numbers of rows differ. gloo would abort the process during the gather.
 
-    On a device, reading what was gathered would stall the stream.
+    Not on a GPU, where reading the result would stall the stream.
     """
     if device.type != "cpu":
         return
@@ -141,19 +147,19 @@ def _refuse_unequal(rows: int, device: torch.device, group: Any) -> None:
     numbers = torch.cat(counts)
     if (numbers != rows).any():
         raise ValueError(
-            f"the processes that share a head gave {numbers.tolist()} rows (on their masks): expected the same rows on "
-            "every one"
+            f"the processes that share a head have {numbers.tolist()} rows (after their masks): give every process the "
+            "same rows"
         )
 
 
 def _fingerprint(rows: Tensor) -> Tensor:
-    """A whole number below 2^24, exact in float32, that two unlike sets of row numbers hardly share."""
+    """Hash a set of row numbers into an integer below 2^24, which float32 holds exactly."""
     prime = 16777213
     return ((rows + 1).square() % prime).sum() % prime
 
 
 def _gather(local: RowStats, targets: Tensor, about: tuple[Any, ...], group: Any) -> Shards:
-    """Every shard's numbers, and `about` it start, size and mask: the collective that grows with the rows."""
+    """Gather the row statistics of every shard, and `about`: its start, its size and the fingerprint of its mask."""
     total = local.logit_mean * SUM_SCALE * about[1]
     rows = torch.stack([local.shift, local.log_total, local.target_logit, local.entropy, total, targets.float()])
     mine = torch.cat([rows.flatten(), *(rows.new_ones(1) * x for x in about)])
@@ -164,10 +170,10 @@ def _gather(local: RowStats, targets: Tensor, about: tuple[Any, ...], group: Any
 
 
 def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
-    """Statistics of the whole vocabulary, and ln of each shard's share of the probability (shards, N)."""
+    """Return statistics of the whole vocabulary, and ln of each shard's share of the probability (shards, N)."""
     shift = shards.shift.amax(0)
     finite = _finite(shift)
-    offset = (shards.shift - finite) / alpha + shards.log_total  # -inf for a shard of nothing, or of nothing but -inf
+    offset = (shards.shift - finite) / alpha + shards.log_total  # -inf for a shard that is empty or all -inf
     log_total = torch.logsumexp(offset, 0)
     log_share = offset - _finite(log_total)
     vocab = shards.size.sum()
@@ -180,8 +186,10 @@ def _merge(shards: Shards, alpha: float) -> tuple[RowStats, Tensor]:
 
 
 def _share_of(upstream: RowGrads, local: RowStats, whole: RowStats, log_share: Tensor, fraction: float) -> RowGrads:
-    """Gradients of the whole vocabulary's statistics -> of this shard's. The target's reaches the one that has it: in
-    the others that row has no target."""
+    """Turn gradients of the whole vocabulary's statistics into gradients of this shard's statistics.
+
+    The gradient of target_logit takes effect only in the shard that holds the target: other shards see no target.
+    """
     share = log_share.exp()
     lse, entropy, mean = upstream.lse * share, upstream.entropy, upstream.logit_mean
     if entropy is not None:
@@ -191,19 +199,23 @@ def _share_of(upstream: RowGrads, local: RowStats, whole: RowStats, log_share: T
 
 
 def _finite(x: Tensor) -> Tensor:
-    """x, with 0 for -inf, where that stands next to a probability of 0."""
+    """Replace -inf by 0. The result is multiplied by a probability of 0."""
     return torch.where(x == -torch.inf, 0.0, x)
 
 
 def _lost(targets: Tensor, shards: Shards) -> Tensor:
-    """Rows (N,) whose statistics mean nothing, the same on every rank."""
+    """Return bool (N,): rows whose statistics are invalid, the same on every rank."""
     vocab = shards.size.sum()
     outside = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
     return outside | ~_split(shards) | _unlike(shards) | (shards.mask != shards.mask[0]).any()
 
 
 def _split(shards: Shards) -> Tensor:
-    """Whether each row of the vocabulary is in just one shard: what begins before a shard's end fills all up to it."""
+    """Return whether each vocabulary row is in exactly one shard.
+
+    This holds if, for every shard with rows, the shards that start before it hold `start` rows together and no other
+    shard with rows starts at the same row.
+    """
     start, size = shards.start, shards.size
     before = (size * (start < start.unsqueeze(1))).sum(1)
     with_it = (size * (start <= start.unsqueeze(1))).sum(1)
@@ -211,27 +223,29 @@ def _split(shards: Shards) -> Tensor:
 
 
 def _unlike(shards: Shards) -> Tensor:
-    """Rows (N,) for which the ranks were given different targets."""
+    """Return bool (N,): rows for which ranks were given different targets."""
     return (shards.target != shards.target[:1]).any(0)
 
 
 def _refuse_lost(targets: Tensor, shards: Shards) -> None:
-    """ValueError or IndexError, the same on every rank, if a row is lost. A device would have to be waited for."""
+    """Raise ValueError or IndexError, the same on every rank, if a row is lost. CPU only: it would stall a GPU."""
     if not _split(shards):
         ends = zip(shards.start, shards.size, strict=True)
         spans = ", ".join(f"[{int(start)}, {int(start + size)})" for start, size in ends)
-        raise ValueError(f"shards of the vocabulary overlap or leave a gap: {spans}; expected each row in one")
+        raise ValueError(
+            f"shards of the vocabulary overlap or leave a gap: {spans}; expected each row in exactly one shard"
+        )
     if (shards.mask != shards.mask[0]).any():
-        raise ValueError("the processes that share a head were given different masks: expected the same on every one")
+        raise ValueError("the processes that share a head have different masks: give every process the same mask")
     if (unlike := _unlike(shards)).any():
         row = int(unlike.nonzero()[0])
         given = [int(target) for target in shards.target[:, row]]
         raise ValueError(
-            f"the processes that share a head were given different targets, {given} at row {row} of the mask's (-100: "
-            "none): expected the same rows on every one"
+            f"the processes that share a head have different targets: {given} at row {row} (of those on the mask), "
+            "where -100 is no target: give every process the same rows"
         )
     if (lost := _lost(targets, shards)).any():
         row, vocab = int(lost.nonzero()[0]), int(shards.size.sum())
         raise IndexError(
-            f"target {int(targets[row])} at row {row} of the mask's is outside the vocabulary's shards, {vocab} rows"
+            f"target {int(targets[row])} at row {row} (of those on the mask) is outside the vocabulary [0, {vocab})"
         )

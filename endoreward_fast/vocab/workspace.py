@@ -1,13 +1,15 @@
-"""Vocabulary statistics from hidden states where there are kernels: the library's matmul fills a bounded workspace with
-float32 logits, and the row kernels read it, once. `chunked` on a GPU, and the backward of `fused`.
+"""Vocabulary statistics from hidden states with a library matmul and the row kernels.
 
-Beside the matmul this moves 4 bytes per logit out and back (forward), or 4 out, 4 back and 2 more out (backward, 16-bit
-inputs). The forward's workspace is small enough to stay in the L2 cache of an A100 or H100. How a row is cut into
-pieces does not depend on N, but the bits of its logits may, as far as the library's matmul does.
+The matmul fills a bounded workspace with float32 logits, and the row kernels read it once. This is `chunked` on a GPU
+and the backward of `fused`.
 
-The matmul obeys torch's settings: where TF32 is allowed, float32 inputs get it here, also in the backward of `fused`,
-whose forward is exact float32. A float16 backward holds the gradient of the logits in float16, which flushes what is
-under 6e-8: scale the loss, as for the model's own float16 backward.
+Apart from the matmul's own traffic, the forward writes and reads 4 bytes per logit. The backward writes and reads 4
+bytes and writes 2 more (16-bit inputs). The forward's workspace fits the L2 cache of an A100 or H100. How a row is cut
+into pieces does not depend on N. The bits of its logits may, because those of the library's matmul may.
+
+The matmul follows torch's settings. If TF32 is allowed, float32 inputs use it, also in the backward of `fused`, whose
+forward is exact float32. A float16 backward holds the gradient of the logits in float16, where numbers under 6e-8
+become 0. Scale the loss, as for the model's own float16 backward.
 """
 
 import torch
@@ -17,7 +19,7 @@ from .chunked_backward import sweep_gradients
 from .chunked_tiles import LOW_PRECISION, MIB, Buffer, Tiles, even_share, length, spans
 from .rows import RowGrads, RowRewards, RowStats
 
-PIECE = 2048  # vocabulary entries that one program of the row kernel reduces
+PIECE = 2048  # vocabulary entries per program of the row kernel
 FORWARD_TILE = 8 * MIB  # float32 logits in the workspace at a time: 32 MiB
 FORWARD_ROWS = 4096
 # Backward: logits 64 MiB, their gradient 64 MiB in 16 bits (float32: 128), an accumulator 128 MiB (float32: none).
@@ -59,13 +61,13 @@ def linear_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, bias: Tensor | None,
     logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """(dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False. Recomputes the logits."""
+    """Return (dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False. Recomputes the logits."""
     source = _KernelGradients(hidden, weight, bias, logit_scale, softcap, targets, stats, grads, alpha)
-    return sweep_gradients(source, hidden, weight, bias, needs, most_rows=ACCUMULATOR)
+    return sweep_gradients(source, hidden, weight, bias, needs, most_elements=ACCUMULATOR)
 
 
 class _KernelGradients:
-    """Tiles of dy (see chunked_backward.sweep_gradients) in hidden's dtype: matmul, then one launch."""
+    """Makes tiles of dy (see chunked_backward.sweep_gradients) in hidden's dtype by a matmul and one kernel launch."""
 
     def __init__(self, hidden, weight, bias, logit_scale, softcap, targets, stats: RowStats, grads: RowGrads, alpha):
         rows = even_share(hidden.shape[0], BACKWARD_ROWS)
@@ -106,21 +108,21 @@ class _KernelGradients:
 
 
 def _tiles(num_rows: int, vocab: int, most_rows: int, size: int) -> Tiles:
-    """As many whole pieces side by side as the workspace holds."""
+    """Return tiles that hold as many whole pieces side by side as fit the workspace."""
     rows = even_share(num_rows, most_rows)
     columns = PIECE * max(1, size // (rows * PIECE))
     return Tiles(rows, min(columns, PIECE * -(-vocab // PIECE)), PIECE)
 
 
 def _operand(weight: Tensor, hidden: Tensor) -> Tensor:
-    """A chunk of weight in hidden's dtype: itself, but for float32 hidden with a low-precision weight."""
+    """Return a chunk of weight in hidden's dtype. It is a copy only for a low-precision weight with float32 hidden."""
     return weight.to(hidden.dtype)
 
 
 def _product(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """out <- hidden @ weight.T in float32."""
+    """Write hidden @ weight.T to out in float32."""
     if hidden.dtype not in LOW_PRECISION:
         return torch.mm(hidden, weight.T, out=out)
-    if hidden.device.type == "cpu":  # under Triton's interpreter: no float32 output from a 16-bit matmul there
+    if hidden.device.type == "cpu":  # in Triton's interpreter; the CPU's 16-bit matmul has no float32 output
         return torch.mm(hidden.float(), weight.T.float(), out=out)
     return torch.mm(hidden, weight.T, out_dtype=torch.float32, out=out)

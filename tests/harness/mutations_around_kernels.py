@@ -31,7 +31,7 @@ CHUNKED = {
         "vocab/chunked_tiles.py",
         "pieces = max(1, -(-total // most))",
         "pieces = -(-total // most)",
-        f"{MAIN}::test_nothing_to_do[chunked]",
+        f"{MAIN}::test_empty_inputs_and_masks[chunked]",
         "ZeroDivisionError",
     ),
     "the scale forgotten behind a bias": Mutation(
@@ -119,7 +119,7 @@ REWARDS = {
         "vocab/rows.py",
         "g_reward + g_logprob / alpha",
         "g_reward + g_logprob",
-        f"{IDENTITIES}::test_gradients_are_slopes[logits-fused]",
+        f"{IDENTITIES}::test_gradients_match_finite_differences[logits-fused]",
     ),
     "the mean of no tokens": Mutation(
         "returns.py", "mask.sum(-1).clamp(min=1)", "mask.sum(-1)", f"{MAIN}::test_sequence_score"
@@ -137,13 +137,13 @@ OPERATORS = {
         "vocab/fused.py",
         "config=_logits_config(vocab),",
         "config=_logits_config(vocab if logits.shape[0] > 1 else 4096),",
-        f"{IDENTITIES}::test_batches_put_together_are_bitwise_the_batches_apart[fused-logits]",
+        f"{IDENTITIES}::test_a_concatenated_batch_equals_its_parts_bitwise[fused-logits]",
     ),
     "row numbers of before the others went": Mutation(
         "vocab/rows.py",
         "place[successor.clamp(min=0)]",
         "successor.clamp(max=len(rows) - 1)",
-        f"{IDENTITIES}::test_fewer_scored_tokens_leave_the_others_as_they_were[fused-linear]",
+        f"{IDENTITIES}::test_masking_tokens_out_does_not_change_the_others[fused-linear]",
     ),
     "one compilation a length": Mutation(
         "vocab/ops.py",
@@ -156,7 +156,7 @@ OPERATORS = {
         "vocab/ops.py",
         'linear_stats_backward", mutates_args=(), tags=NO_CUDA_GRAPH)',
         'linear_stats_backward", mutates_args=())',
-        f"{OPS}::test_operators_that_read_a_mask_back_say_that_no_cuda_graph_holds_them",
+        f"{OPS}::test_operators_that_read_a_mask_back_are_tagged_unsafe_for_cuda_graphs",
     ),
 }
 
@@ -171,7 +171,7 @@ ORACLE = {
         "vocab/reference.py",
         "offsets[cu_seqlens.long()] = True",
         "offsets[cu_seqlens.long() - 1] = True",
-        f"{IDENTITIES}::test_packed_sequences_are_bitwise_the_sequences_apart[fused-logits]",
+        f"{IDENTITIES}::test_packed_sequences_equal_separate_sequences_bitwise[fused-logits]",
     ),
     "the oracle's softcap without its factor": Mutation(
         "vocab/reference.py",

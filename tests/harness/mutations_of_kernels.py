@@ -67,7 +67,7 @@ LINEAR = {
         "kernels/linear_vocab_stats.py",
         "m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)",
         "m = tl.zeros([BLOCK_N], dtype=tl.float32)",
-        f"{IDENTITIES}::test_a_constant_on_a_states_logits_moves_its_value_and_nothing_else[linear-fused]",
+        f"{IDENTITIES}::test_a_constant_added_to_a_states_logits_changes_only_its_value[linear-fused]",
     ),
     "a persistent grid that goes around once": Mutation(
         "kernels/linear_vocab_stats.py",
@@ -93,7 +93,7 @@ LINEAR = {
         "kernels/linear_vocab_stats.py",
         "and x.data_ptr() % 16 == 0",
         "",
-        f"{DEVICES}::test_the_bulk_copy_engine_is_offered_only_what_it_can_read",
+        f"{DEVICES}::test_tma_is_used_only_for_tensors_it_can_read",
     ),
 }
 
@@ -198,7 +198,7 @@ COMBINE = {
         "kernels/combine.py",
         "(q - finite_or_zero(m)) / alpha - log_total)",
         "q / alpha - lse)",
-        f"{IDENTITIES}::test_a_constant_on_a_states_logits_moves_its_value_and_nothing_else[logits-fused]",
+        f"{IDENTITIES}::test_a_constant_added_to_a_states_logits_changes_only_its_value[logits-fused]",
     ),
     "entropy not held to its bounds": Mutation(
         "kernels/combine.py",
@@ -210,16 +210,19 @@ COMBINE = {
         "kernels/combine.py",
         "has_target = target != NO_TARGET",
         "has_target = target == target",
-        f"{MAIN}::test_no_target_leaves_the_other_statistics_right[fused]",
+        f"{MAIN}::test_other_statistics_are_right_without_a_target[fused]",
     ),
     "a target in the padding": Mutation(
         "kernels/combine.py",
         "(target >= vocab)",
         "(target > vocab)",
-        f"{MAIN}::test_a_target_outside_the_vocabulary_where_nothing_can_raise[333-fused]",
+        f"{MAIN}::test_a_target_outside_the_vocabulary_gives_nan_where_no_check_runs[333-fused]",
     ),
     "rows off the mask hold what was there": Mutation(
-        "kernels/combine.py", "tl.where(m_value, b_value, 0.0)", "b_value", f"{MAIN}::test_nothing_to_do[fused]"
+        "kernels/combine.py",
+        "tl.where(m_value, b_value, 0.0)",
+        "b_value",
+        f"{MAIN}::test_empty_inputs_and_masks[fused]",
     ),
     "a batch-dependent order of sums": Mutation(
         "kernels/combine.py",

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, LlamaF
 from transformers.distributed import DistributedConfig
 
 import endoreward_fast as er
-from endoreward_fast.head import check
+from endoreward_fast.head import self_check
 from endoreward_fast.head.head import Head, HeadRecipe
 from tiny_models import ROWS, TOKENIZER, build, random_rows
 
@@ -117,12 +117,12 @@ def of_disagreement(rank, world):
     """What is found of a head that one rank would not read, for what it sees at each of two points."""
     found = {}
     for place in ("_recipe_mismatch", "_capture_mismatch"):
-        seen = getattr(check, place)
+        seen = getattr(self_check, place)
 
         def other(*args, seen=seen):
             return seen(*args) or ("rank 1 sees noise" if rank == 1 else None)
 
-        with patch.object(check, place, other), warnings.catch_warnings(record=True):
+        with patch.object(self_check, place, other), warnings.catch_warnings(record=True):
             found[place] = Head(whole_logits(uneven(), world)).reason
     return found
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import endoreward_fast as er
 from endoreward_fast.vocab import sharded
-from endoreward_fast.vocab.shards import VocabShard, agreed
+from endoreward_fast.vocab.shard_layout import VocabShard, agreed
 from shard_models import (
     MODELS_SPLIT,
     of_a_bad_shard,

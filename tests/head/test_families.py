@@ -1,4 +1,4 @@
-"""Every causal model type transformers knows: `pytest -m families`. It also writes docs/families.md."""
+"""Check every causal model type of transformers and write docs/families.md. Run it with `pytest -m families`."""
 
 import runpy
 from pathlib import Path
@@ -12,10 +12,10 @@ from endoreward_fast import EndoRewardModel
 
 pytestmark = pytest.mark.families
 
-# Everything else is scored from hidden states. The words are those a user gets to see.
+# All other types are scored from hidden states. The strings are a part of the message that the user sees.
 EXCEPTIONS = {
-    "cpmant": ("refused", "is not causal"),  # its forward lets every token attend to every other
-    "xlnet": ("refused", "is not causal"),  # so does this one, without a perm_mask
+    "cpmant": ("refused", "is not causal"),  # every token attends to every other
+    "xlnet": ("refused", "is not causal"),  # the same, without a perm_mask
     "musicgen": ("refused", "has 4 output heads"),
     "musicgen_melody": ("refused", "has 4 output heads"),
     "prophetnet": ("own logits", "its output head is fed (2, 2, 8, 32)"),

@@ -1,4 +1,4 @@
-"""The check at load: which heads fall back to full logits, which models are refused, and by what name."""
+"""The check at load: which heads fall back to full logits, which models are refused, and the messages."""
 
 import math
 import runpy
@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING, ChameleonForConditionalGeneration
 
 from endoreward_fast.errors import EndoRewardError
 from endoreward_fast.head.head import Head
-from endoreward_fast.head.kind import refuse_bad_weights, why_not_plain
+from endoreward_fast.head.module import refuse_bad_weights, why_not_plain
 
 transformers.logging.set_verbosity_error()
 FAMILIES = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "tools" / "families.py")))
@@ -23,7 +23,7 @@ TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250 + 5
 
 @torch.no_grad()
 def assert_linear(model, tokens=TOKENS):
-    """No warning at load, and hidden @ weight.T is what the model says."""
+    """Assert that the head loads without a warning and hidden @ weight.T gives the model's logits."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         head = Head(model)
@@ -50,18 +50,18 @@ def test_a_head_that_runs_twice_a_token_falls_back():
 
 
 def test_logits_that_are_edited_afterwards_fall_back():
-    """Chameleon rules its image tokens out: two of 320 logits are not the head's."""
+    """Chameleon masks its image tokens: two of 320 logits differ from the head's output."""
     config = FAMILIES.tiny_config(CONFIG_MAPPING["chameleon"])
-    assert_falls_back(ChameleonForConditionalGeneration(config).eval(), "what it does to its head's output is not")
+    assert_falls_back(ChameleonForConditionalGeneration(config).eval(), "it does not apply HeadRecipe(")
 
 
-def test_a_head_that_somebody_hooked_falls_back(llama):
+def test_a_hooked_head_falls_back(llama):
     llama.lm_head.register_forward_hook(lambda module, args, y: y + 0.05 * module.weight.sum(1))
     assert_falls_back(llama, "its logits are not hidden @ weight.T + bias")
 
 
 class Int8Linear(nn.Linear):
-    """A quantised head as most libraries make them: a Linear by type, its weight not what is multiplied."""
+    """A quantised head as in most libraries: a subclass of Linear that multiplies by a rescaled weight."""
 
     def forward(self, x):
         return x @ (self.weight.float() * self.scale).T
@@ -81,17 +81,17 @@ def test_quantised_heads_fall_back(llama):
     assert_linear(llama)
 
 
-def test_other_heads_that_are_not_what_they_seem(llama):
+def test_offloaded_sharded_and_replaced_heads_fall_back(llama):
     assert "offloaded" in why_not_plain(nn.Linear(2, 2, device="meta"))
     gathered = nn.Linear(2, 2)
-    gathered.weight = nn.Parameter(torch.empty(0))  # what ZeRO-3 leaves between forward passes
+    gathered.weight = nn.Parameter(torch.empty(0))  # as ZeRO-3 leaves it between forward passes
     assert "sharded away, shape (0,)" in why_not_plain(gathered)
     llama.lm_head.forward = lambda x: nn.functional.linear(x, llama.lm_head.weight)
     assert_falls_back(llama, "the forward of its output head was replaced")
 
 
-def test_a_head_that_others_gather_falls_back(llama):
-    """ZeRO-3's way: whole while it runs, as the check sees it, and empty when the rewards would be read."""
+def test_a_head_that_zero_3_gathers_falls_back(llama):
+    """As with ZeRO-3, the weight is whole while the head runs and empty when the rewards would be computed."""
     head = llama.lm_head
     whole, empty = head.weight.detach().clone(), torch.empty(0)
     head.weight = nn.Parameter(empty, requires_grad=False)
@@ -105,7 +105,7 @@ def test_a_reparametrised_head_stays_linear(llama):
     assert_linear(llama)
 
 
-def test_sharded_models_are_read_while_their_weights_are_there(llama):
+def test_fsdp_models_are_read_while_their_weights_are_gathered(llama):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -115,7 +115,7 @@ def test_sharded_models_are_read_while_their_weights_are_there(llama):
         fully_shard(llama, mesh=dist.init_device_mesh("cpu", (1,)))
         assert_linear(llama)
         torch.testing.assert_close(llama(input_ids=TOKENS).logits, expected)
-        assert_linear(llama)  # gathered by the pass before
+        assert_linear(llama)  # the pass before has gathered the weights
         llama.reshard()
         with torch.no_grad():
             llama.model.norm.weight.to_local()[3] = math.nan
@@ -139,7 +139,7 @@ def test_a_compiled_model_stays_linear_and_the_check_compiles_nothing(llama, war
         return graph.forward
 
     with torch.no_grad():
-        tokens = TOKENS[:, :8]  # the check's own shape
+        tokens = TOKENS[:, :8]  # the shape that the check uses
         expected = llama(input_ids=tokens, use_cache=False).logits
         llama.compile(backend=backend)
         if warm:
@@ -165,7 +165,7 @@ def test_bad_weights_are_named(llama, name, value):
 
 def test_large_weights_are_not_bad_weights(llama):
     with torch.no_grad():
-        llama.lm_head.weight.fill_(3e38)  # finite, though no sum of two of them is
+        llama.lm_head.weight.fill_(3e38)  # finite, but the sum of two of them is not
     refuse_bad_weights(llama, llama.lm_head)
 
 

@@ -1,4 +1,4 @@
-"""Heads: every rule of the table on a tiny random model, capture without logits, and what is refused by name."""
+"""Heads: every rule of the table on a tiny random model, and capture without logits."""
 
 import copy
 import runpy
@@ -19,8 +19,8 @@ FAMILIES = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[2] / "too
 TOKENS = torch.arange(24).reshape(2, 12) * 7 % 250 + 5
 PLAIN = HeadRecipe()
 
-# model type -> (its recipe, a recipe that someone might take for it). The configs hold logit_scale 0.3,
-# logits_scaling 3, multipliers 0.3, every softcap 5, 300 of 320 words: see tools/families.py.
+# {model type: (its recipe, a plausible wrong recipe)}. The configs set logit_scale to 0.3, logits_scaling to 3, every
+# multiplier to 0.3, every softcap to 5 and 300 of 320 words: see tools/families.py.
 RULES = {
     "llama": (PLAIN, HeadRecipe(softcap=30.0)),
     "beam": (HeadRecipe(softcap=5.0), PLAIN),
@@ -52,18 +52,18 @@ RULES = {
     "inkling_text": (HeadRecipe(vocab_size=300), PLAIN),
     "inkling2": (HeadRecipe(softcap=5.0, vocab_size=300), HeadRecipe(vocab_size=300)),
     "inkling2_text": (HeadRecipe(softcap=5.0, vocab_size=300), HeadRecipe(softcap=5.0)),
-    # a field that looks like a rule, and is not one
+    # the config has a field that suggests a rule, but the model is plain
     "minicpm3": (PLAIN, HeadRecipe(1 / 3)),  # divides before the head
-    "mpt": (PLAIN, HeadRecipe(0.3)),  # logit_scale: never read
-    "gemma3": (PLAIN, HeadRecipe(softcap=5.0)),  # final_logit_softcapping: read by gemma3_text only
-    "cohere2_vision": (PLAIN, HeadRecipe(0.3)),  # its text model would scale
-    "granite_speech": (PLAIN, HeadRecipe(1 / 3)),  # so would this one's
+    "mpt": (PLAIN, HeadRecipe(0.3)),  # never reads logit_scale
+    "gemma3": (PLAIN, HeadRecipe(softcap=5.0)),  # only gemma3_text reads final_logit_softcapping
+    "cohere2_vision": (PLAIN, HeadRecipe(0.3)),  # only its text model scales
+    "granite_speech": (PLAIN, HeadRecipe(1 / 3)),  # the same
 }
 BIASED = ["bert", "codegen", "ctrl", "gptj", "phi", "roberta", "xlm"]
 
 
 def build(model_type):
-    """A tiny model in evaluation mode with fields that show; composite models that are no causal class included."""
+    """Build a tiny model in evaluation mode, also for composite models outside the causal classes."""
     if model_type in FAMILIES.CLASSES:
         return FAMILIES.tiny_model(model_type)
     torch.manual_seed(0)
@@ -87,7 +87,7 @@ def captured(model, head, tokens=TOKENS):
 
 
 def formula(hidden, weight, bias, scale, softcap):
-    """Section 2's z, in float64 and on its own."""
+    """Compute z = softcap * tanh(scale * (hidden @ weight.T + bias) / softcap) in float64."""
     z = hidden.double() @ weight.double().T
     z = z if bias is None else z + bias.double()
     z = scale * z
@@ -122,7 +122,7 @@ def test_rule(model_type):
     wrong = formula(hidden, rows, head.bias, mistaken.logit_scale, mistaken.softcap)
     assert wrong.shape != expected.shape or (wrong - expected).abs().max() > 0.01 * spread
 
-    # The check at load notices the mistake, also on logits too small for any softcap to show.
+    # The check at load notices the wrong recipe, even on logits too small for a softcap to matter.
     for shrink in (1.0, 1e-4):
         with torch.no_grad():
             model.get_output_embeddings().weight.mul_(shrink)
@@ -142,8 +142,8 @@ def test_bias_of_the_head(model_type):
     assert (formula(hidden, head.weight, None, 1.0, None) - expected).abs().max() > 0.1 * expected.std()
 
 
-def test_a_fresh_default_config_is_caught_without_its_softcap():
-    """Untouched initialisation: logits of size 0.1, a softcap of 30 changes them by 1e-7."""
+def test_a_missing_softcap_is_noticed_on_tiny_logits():
+    """A new model has logits of size 0.1, which a softcap of 30 changes by 1e-7."""
     config = FAMILIES.tiny_config(CONFIG_MAPPING["gemma2"], final_logit_softcapping=30.0)
     model = transformers.Gemma2ForCausalLM(config)
     assert quiet_head(model).softcap == 30.0
@@ -190,8 +190,8 @@ def test_capture_keeps_the_graph(llama):
         torch.testing.assert_close(parameter.grad, expected[name])
 
 
-def test_what_was_read_inside_the_head_is_behind_its_output_and_the_empty_matmul_is_not(llama):
-    """The order that FSDP's backward needs; and no (V, D) gradient of zeros."""
+def test_the_output_depends_on_the_readers_result_but_not_on_the_empty_matmul(llama):
+    """FSDP's backward needs this order. The empty matmul must not make a (V, D) gradient of zeros."""
     head = quiet_head(llama)
     with head.capture(lambda hidden: (hidden @ head.weight.T).sum()) as seen:
         waiting = [llama(input_ids=TOKENS).logits.grad_fn]
@@ -220,11 +220,11 @@ def test_hidden_needs_exactly_one_call_of_the_head(llama):
 
 
 def test_the_check_leaves_mode_and_random_state():
-    model = FAMILIES.tiny_model("reformer").train()  # dropout, and random hashes in evaluation mode too
+    model = FAMILIES.tiny_model("reformer").train()  # it has dropout, and random hashes also in evaluation mode
     model.lm_head.eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert quiet_head(model).linear  # so both of its passes drew the same hashes
+    assert quiet_head(model).linear  # both passes drew the same hashes
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in model.modules()] == modes and any(modes) and not all(modes)
     assert not torch.is_inference(next(model.parameters())) and torch.is_grad_enabled()

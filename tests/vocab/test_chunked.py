@@ -1,4 +1,4 @@
-"""The chunked path, forward and backward, against the fp64 oracle under the error budget; hard cases; memory."""
+"""The chunked path, forward and backward, against the fp64 oracle under the error budget, and its hard cases."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def random_targets(rows, vocab):
 
 
 def autograd(function, leaves, upstream):
-    """Gradients of sum_f (upstream_f . function(leaves)_f), in the leaves' dtype."""
+    """Return the gradients of sum_f (upstream_f . function(leaves)_f) in the leaves' dtype."""
     leaves = [None if leaf is None else leaf.detach().requires_grad_() for leaf in leaves]
     out = function(*leaves)
     total = sum((field * g.to(field.dtype)).sum() for field, g in zip(out, upstream, strict=True) if g is not None)
@@ -47,10 +47,11 @@ def autograd(function, leaves, upstream):
 
 
 def assert_rows_within_budget(ours, eager, oracle):
-    """The error budget for gradients, whose last rounding is a matter of luck element by element: row by row,
+    """Assert the error budget of gradients. It holds for rows, because the last rounding of an element is arbitrary:
 
-    max |ours - oracle| <= max |eager - oracle| + a unit in the last place of ours (float32: 16) at the tensor's
-    largest, or at 0.25 (the summands are of order 1).
+        max |ours - oracle| <= max |eager - oracle| + a unit in the last place of ours (float32: 16 units)
+
+    The unit is that of the tensor's largest number, but at least that of 0.25, because the summands are of order 1.
     """
     units = (16 if ours.dtype in (torch.float32, torch.float64) else 1) * torch.finfo(
         torch.float32 if ours.dtype == torch.float64 else ours.dtype
@@ -64,7 +65,7 @@ def assert_rows_within_budget(ours, eager, oracle):
 
 
 def eager_budget(z, targets, alpha):
-    """Eager torch in float32, and the oracle in float64, of the same logits."""
+    """Return the statistics of eager torch in float32 and of the oracle in float64 for the same logits."""
     kwargs = {"alpha": alpha, "entropy": True, "logit_mean": True}
     return (
         reference.vocab_stats(z, targets, dtype=torch.float32, **kwargs),
@@ -115,7 +116,7 @@ def test_linear(assert_within_budget, case, dtype):
     targets, upstream = random_targets(rows, vocab), [torch.randn(rows) for _ in FIELDS]
 
     def eager(h, w, b, kind):
-        z = (h @ w.T).to(kind)  # for eager in bfloat16: rounded logits, as torch has them there
+        z = (h @ w.T).to(kind)  # in bfloat16, eager torch has rounded logits
         z = z if b is None else z + b
         z = z * parts["logit_scale"]
         if parts["softcap"] is not None:
@@ -142,7 +143,7 @@ def test_linear(assert_within_budget, case, dtype):
 
 @pytest.mark.parametrize("native", [True, False])
 def test_bf16_rule_is_only_about_speed(monkeypatch, native):
-    """Both answers of `uses_native_matmul` are right; upcasting is right to float32, whatever this chip's units."""
+    """Both branches of `uses_native_matmul` give right results. Upcasting is accurate to float32 on any chip."""
     monkeypatch.setattr(chunked_tiles, "has_bf16_units", lambda: native)
     hidden, weight = torch.randn(40, 96).to(BF16), torch.randn(5000, 96).to(BF16)
     assert chunked_tiles.uses_native_matmul(hidden, weight) is native
@@ -170,7 +171,7 @@ def hard_rows():
     z[4] -= 2e4
     z[5] = torch.finfo(torch.float32).min
     z[6] = -torch.inf
-    z[6, -1] = 4.0  # one action only
+    z[6, -1] = 4.0  # only one action is possible
     z[7, 12345] = 300.0  # peaked
     return z, torch.tensor([5, 10000, 1, 7, 20000, 3, 20000, 12345])
 
@@ -190,13 +191,13 @@ def test_hard_rows(assert_within_budget):
 
 
 def test_a_common_offset_leaves_the_entropy_alone():
-    """Exactly: the shifted logits are the same numbers, multiples of 1/16."""
+    """Bitwise, because the logits are multiples of 1/16 and stay exact when shifted."""
     z = (torch.randn(4, 20001) * 16).round() / 16
     targets = torch.zeros(4, dtype=torch.long)
     assert torch.equal(stats_of(z, targets)[2], stats_of(z + 1e6, targets)[2])
 
 
-def test_gradients_of_hard_rows_are_finite_and_zero_where_nothing_can_happen():
+def test_gradients_of_hard_rows_are_finite_and_zero_for_impossible_actions():
     z, targets = hard_rows()
     targets[0] = -100
     stats = stats_of(z, targets)
@@ -272,7 +273,7 @@ def test_inputs_are_not_written_to_and_runs_repeat_bitwise():
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)])
-def test_only_the_gradients_asked_for(needs):
+def test_only_requested_gradients_are_returned(needs):
     hidden, weight, bias = torch.randn(4, 8).to(BF16), torch.randn(50, 8).to(BF16), torch.randn(50).to(BF16)
     targets, zero = torch.arange(4), torch.zeros(4)
     stats = linear_stats_of(hidden, weight, targets, bias=bias)
@@ -281,8 +282,8 @@ def test_only_the_gradients_asked_for(needs):
     assert [g is not None for g in gradients] == list(needs)
 
 
-def test_bf16_gradients_by_separate_sweeps_equal_those_of_one(monkeypatch):
-    """More rows than one float32 accumulator holds: dhidden in blocks, dweight in a sweep of its own."""
+def test_bf16_gradients_by_separate_sweeps_equal_those_of_one_sweep(monkeypatch):
+    """With more rows than a float32 accumulator holds, dhidden is computed in blocks and dweight in another sweep."""
     hidden, weight = torch.randn(50, 64).to(BF16), torch.randn(300, 64).to(BF16)
     targets, upstream = random_targets(50, 300), [torch.randn(50), torch.randn(50), None, None]
 
@@ -306,7 +307,7 @@ def test_no_rows():
 
 
 def test_rows_off_the_mask_are_zero_and_get_no_gradient():
-    """Also where the sequences of a batch are not evenly spaced in memory, as in logits[:, :-1]."""
+    """Also if there are gaps between the sequences in memory, as in logits[:, :-1]."""
     padded, targets = torch.randn(2, 6, 9001), random_targets(10, 9001)
     mask = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 1, 0], dtype=torch.bool)
     upstream = RowGrads(*[torch.randn(10) for _ in FIELDS])

@@ -1,6 +1,6 @@
-"""Every kernel compiled ahead of time for every architecture, and what its machine code must look like.
+"""Every kernel compiled ahead of time for every architecture, and requirements on its machine code.
 
-In a process of its own: in this one Triton may be the interpreter, which compiles nothing.
+A subprocess compiles them, because in this process Triton may be the interpreter.
 """
 
 import json
@@ -40,21 +40,21 @@ def test_no_register_spills_in_the_default_configs_of_hopper(compiled):
     assert [r for r in hopper if r["spill_bytes"]] == []
 
 
-def test_no_form_spills_where_a_chip_has_room_for_it(compiled):
-    """Elsewhere: the fullest form with unaligned rows, on chips without wgmma, and fp32 on Blackwell; a few bytes."""
+def test_only_unaligned_full_kernels_and_fp32_spill_a_few_bytes(compiled):
+    """The full variant spills with unaligned rows on GPUs without wgmma, and fp32 spills on Blackwell."""
     spilling = [r for r in compiled if r["spill_bytes"]]
     assert all(r["spill_bytes"] <= 64 for r in spilling)
     assert all((r["full"] and not r["aligned"]) or r["dtype"] == "fp32" for r in spilling)
 
 
-def test_the_epilogue_takes_one_exponential_a_logit_and_few_other_instructions(compiled):
-    """The plain form's other fp32 work: scale, subtract, maximum, sum, and the target's, which few tiles run."""
+def test_the_epilogue_takes_one_exponential_per_logit_and_few_other_instructions(compiled):
+    """The other fp32 instructions of the plain variant scale, subtract, take maxima, sum, and pick targets."""
     for r in compiled:
         if r["arch"] == "sm_90" and r["kernel"] == "linear" and r["dtype"] != "fp32" and not r["full"]:
             assert r["exp"] <= 1.1 and r["fp32"] <= 6
 
 
-def test_the_logits_kernels_leave_room_for_others_to_hide_their_loads(compiled):
+def test_enough_warps_of_the_logits_kernels_run_at_once_to_hide_loads(compiled):
     logits = [r for r in compiled if r["kernel"] == "logits_forward" and r["arch"] == "sm_90" and not r["full"]]
     assert logits and all(r["programs"] * r["warps"] >= 24 for r in logits)
 
@@ -70,7 +70,7 @@ def test_low_precision_matmuls_run_on_the_tensor_cores(compiled, arch):
 
 
 def test_the_report_in_the_repository_is_current(compiled):
-    """Registers differ between compiler releases; the kernels, forms and configs that the report lists must not."""
+    """Registers may differ between compiler releases. The listed kernels, variants and configs must be the same."""
     from bench.kernel_report import RESULTS
 
     stored = json.loads((RESULTS / "kernel-report.json").read_text())["kernels"]

@@ -1,4 +1,4 @@
-"""impl="compiled", beyond what the tests of every impl hold it to: when it compiles, its bits, its conversions."""
+"""impl="compiled", beyond the tests of every impl: when it compiles, its reproducibility, its conversions."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @pytest.fixture
 def fresh_library(monkeypatch, tmp_path):
-    """No library loaded, and an empty cache folder."""
+    """Unload the library and use an empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled.library.cache_clear()
     yield tmp_path / "endoreward_fast"
@@ -25,7 +25,7 @@ def some_call(impl):
     return er.vocab_stats(logits, targets, impl=impl)
 
 
-def test_without_a_compiler_it_says_so_and_auto_does_not_care(fresh_library, monkeypatch):
+def test_without_a_compiler_it_raises_and_auto_still_works(fresh_library, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ValueError, match=r"impl='compiled' needs a C\+\+ compiler"):
         some_call("compiled")
@@ -47,7 +47,7 @@ def test_it_is_built_once_and_only_when_asked_for(fresh_library, monkeypatch):
     assert choose_impl("auto", torch.device("cpu"), torch.float32) == "chunked"
     some_call("compiled")
     (built,) = fresh_library.iterdir()
-    compiled.library.cache_clear()  # as a new process would
+    compiled.library.cache_clear()  # as in a new process
     monkeypatch.setattr(compiled, "build", lambda *_: pytest.fail("built again"))
     for rows in range(1, 21):
         for dtype in DTYPES:
@@ -57,13 +57,13 @@ def test_it_is_built_once_and_only_when_asked_for(fresh_library, monkeypatch):
 
 
 @needs_compiler
-def test_a_home_that_cannot_be_written_is_no_obstacle(fresh_library):
+def test_it_builds_without_a_writable_cache_folder(fresh_library):
     fresh_library.write_text("a file where the folder should be")
     assert some_call("compiled").lse.isfinite().all()
 
 
-def test_it_is_for_the_cpu():
-    with pytest.raises(ValueError, match="impl='compiled' cannot run here: it is for the CPU"):
+def test_it_refuses_other_devices():
+    with pytest.raises(ValueError, match=r"impl='compiled' cannot run here: .* it runs on the CPU only"):
         choose_impl("compiled", torch.device("cuda"), torch.float32)
 
 
@@ -100,7 +100,7 @@ def test_every_low_precision_number_is_read_as_torch_reads_it(dtype):
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_gradients_are_rounded_as_torch_rounds_them(dtype):
-    """The upstream gradient of the target's logit, in a column whose own share is 0, comes back as it is stored."""
+    """In a column with probability 0, the gradient is the upstream gradient of the target's logit, rounded once."""
     exponents = torch.arange(-30, 18).double()
     values = (2**exponents).unsqueeze(1) * torch.tensor(
         [1.0, 1.5, 1 + 2**-8, 1 + 3 * 2**-9, 1 + 2**-11, 1 + 3 * 2**-12]
@@ -118,8 +118,8 @@ def test_gradients_are_rounded_as_torch_rounds_them(dtype):
 
 
 @needs_compiler
-def test_the_exponential_is_sharp_over_its_range():
-    """One logit at 0 and one at x: entropy and lse, as float64 has them, to a few units in the last place."""
+def test_the_exponential_is_accurate_over_its_range():
+    """With one logit at 0 and one at x, the gradient matches float64 to a few units in the last place."""
     x = -torch.linspace(0, 100, 20001)
     logits = torch.stack([torch.zeros_like(x), x], 1)
     z = logits.clone().requires_grad_()

@@ -1,4 +1,4 @@
-"""Where tensors lie: beyond 2^31 elements, on another device, under another stream, in a CUDA graph."""
+"""Tensors beyond 2^31 elements, on another device, on another stream, and in a CUDA graph."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="another de
 
 
 def far_apart(rows, width, device):
-    """(rows, width) bf16 whose last row starts beyond 2^31 elements. On the CPU only touched pages exist."""
+    """Return (rows, width) bf16 whose last row starts beyond 2^31 elements. On the CPU only touched pages exist."""
     pitch = 2**31 // (rows - 1) + 64
     storage = torch.empty(pitch * (rows - 1) + width, dtype=torch.bfloat16, device=device)
     return storage.as_strided((rows, width), (pitch, 1)).copy_(torch.randn(rows, width, device=device))
@@ -38,8 +38,8 @@ def test_gradients_of_rows_beyond_32_bit_offsets(device):
     torch.testing.assert_close(*gradients)
 
 
-def test_the_bulk_copy_engine_is_offered_only_what_it_can_read(device):
-    """Base and row pitch on 16 bytes, unit stride, rows apart: anything else goes to the kernel with pointers."""
+def test_tma_is_used_only_for_tensors_it_can_read(device):
+    """TMA needs 16-byte aligned base and row pitch, unit stride, and rows that do not overlap."""
     from endoreward_fast.kernels.linear_vocab_stats import tma_usable
 
     storage = torch.empty(1024, dtype=torch.bfloat16, device=device)

@@ -1,4 +1,4 @@
-"""What fused vocabulary kernels have been seen to get wrong, one named test each."""
+"""Cases that fused vocabulary kernels are known to get wrong, one named test each."""
 
 import math
 from dataclasses import replace
@@ -39,7 +39,7 @@ def _check(ours, logits, targets, budget, alpha=1.0, scale=1.0):
 @pytest.mark.parametrize("kind", ["peaked", "all negative"])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_odd_vocabularies(vocab, kind, impl, device, assert_within_budget):
-    """Columns past the last tile's end counted as exp(0) show where every real logit is far below 0."""
+    """A kernel that counts columns past the vocabulary as exp(0) fails where every real logit is far below 0."""
     logits = torch.randn(2, vocab, device=device)
     logits = logits - 60 if kind == "all negative" else logits.index_fill(1, torch.tensor([7], device=device), 80.0)
     targets = torch.tensor([vocab - 1, 7], device=device)
@@ -50,7 +50,7 @@ def test_odd_vocabularies(vocab, kind, impl, device, assert_within_budget):
 @pytest.mark.parametrize("softcap", [1.0, 30.0])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_softcap_with_a_ragged_vocabulary(vocab, softcap, impl, device, assert_within_budget):
-    """tanh turns the -inf of a column outside into -softcap, and 0 stays 0: both would be counted."""
+    """In a column outside the vocabulary, tanh turns -inf into -softcap and keeps 0. Neither may be counted."""
     hidden, weight = torch.randn(5, 16, device=device), torch.randn(vocab, 16, device=device) * 4
     targets = torch.randint(0, vocab, (5,), device=device)
     ours = er.linear_vocab_stats(hidden, weight, targets, softcap=softcap, entropy=True, impl=impl)
@@ -65,7 +65,7 @@ def test_softcap_with_a_ragged_vocabulary(vocab, softcap, impl, device, assert_w
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("softcap", [30.0, 1e3, 1e6])
 def test_a_softcap_far_above_the_logits_costs_no_digits(softcap, impl, device, assert_within_budget):
-    """2 sigmoid(2 x) - 1 for tanh(x) loses them all at x = 1e-7: 0.08 off a logit under a cap of 1e6."""
+    """2 sigmoid(2 x) - 1 loses all digits of tanh(x) at x = 1e-7. Under a cap of 1e6 a logit is off by 0.08."""
     hidden, weight = torch.randn(64, 32, device=device), torch.randn(70, 32, device=device) / 2
     targets = torch.arange(64, device=device)
     args, want = (hidden, weight, targets), {"softcap": softcap}
@@ -85,7 +85,7 @@ def test_entropy_of_equal_logits_is_at_most_ln_v(vocab, impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_one_token_that_stands_out_among_equal_ones(impl, device, assert_within_budget):
-    """Next to it every addition of an equal one rounds the same way: a plain sum drifts with the length of the row."""
+    """Each addition of an equal number to the large one rounds the same way, so a plain sum drifts along the row."""
     logits = torch.zeros(4, 50257, device=device)
     logits[:, 0] = torch.tensor([2.0, 9.0, 12.0, 13.0])
     targets = torch.tensor([0, 1, 0, -100], device=device)
@@ -112,7 +112,7 @@ def test_a_common_offset_leaves_probabilities_alone(offset, impl, device, assert
     targets = torch.randint(0, 777, (4,), device=device)
     ours = _stats(logits, targets, impl)
     _check(ours, logits, targets, assert_within_budget, scale=abs(offset))
-    # The parts that do not contain the offset are as sharp as without it: the fp32 logits are what they are.
+    # The entropy does not contain the offset and must be as accurate as without it.
     near = reference.vocab_stats(logits.double() - offset, targets, entropy=True, dtype=F64)
     assert (ours.entropy - near.entropy).abs().max() < 1e-5
 
@@ -120,7 +120,7 @@ def test_a_common_offset_leaves_probabilities_alone(offset, impl, device, assert
 @pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_gradients_under_a_common_offset(offset, impl, device, assert_within_budget):
-    """exp(z - lse) from a rounded lse is off by 6% at an offset of 1e6."""
+    """exp(z - lse) with a rounded lse is off by 6% at an offset of 1e6."""
     logits = torch.randn(4, 777, device=device) + offset
     targets = torch.randint(0, 777, (4,), device=device)
 
@@ -173,7 +173,7 @@ def test_a_row_that_is_all_minus_infinity_has_one_defined_answer(impl, device):
     assert stats.lse[0, [0, 2, 3]].isfinite().all()
     z = logits.clone().requires_grad_()
     out = er.token_rewards(z, tokens, entropy=True, impl=impl)
-    # Token 1 reaches the dead state, which counts as terminal; token 2 is chosen in it.
+    # Token 1 leads to the dead state and counts as terminal. Token 2 is chosen in the dead state.
     torch.testing.assert_close(out.reward[0, 1], logits[0, 0, tokens[0, 1]])
     assert out.reward[0, 2] == -torch.inf and out.logprob[0, 2] == -torch.inf and out.entropy[0, 2] == 0
     assert not any(f.isnan().any() for f in out)
@@ -183,7 +183,7 @@ def test_a_row_that_is_all_minus_infinity_has_one_defined_answer(impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_logits_are_not_swallowed(impl, device):
-    """max() drops a NaN; the sum must carry it."""
+    """max() drops a NaN; the sum must keep it."""
     logits = torch.randn(3, 500, device=device)
     logits[1, 400] = torch.nan
     out = er.vocab_stats(logits, torch.zeros(3, dtype=torch.long, device=device), entropy=True, impl=impl)
@@ -193,7 +193,7 @@ def test_nan_logits_are_not_swallowed(impl, device):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("peak", [0.0, 20.0, 500.0])
 def test_bounds_hold_always(impl, peak, device):
-    """logprob <= 0 and 0 <= entropy <= ln V: uniform rows and certain tokens sit on the bounds."""
+    """logprob <= 0 and 0 <= entropy <= ln V. Uniform rows and certain tokens reach the bounds."""
     vocab = 1000
     logits = torch.full((1, 9, vocab), 3.7, device=device)
     logits[..., 5] += peak
@@ -227,7 +227,7 @@ def test_strides_are_honoured_and_inputs_left_alone(impl, layout, device):
         results.append([*out[:3], z.grad])
     for a, c in zip(*results, strict=True):
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-6)
-    # The gradient of a sum arrives at stride 0: read as dense it is wrong both times.
+    # The gradient of a sum has stride 0. A kernel that reads it as dense is wrong in both layouts.
     torch.testing.assert_close(strided.grad, torch.softmax(logits, -1), rtol=1e-5, atol=1e-6)
     assert torch.equal(view, before)
 
@@ -263,7 +263,7 @@ def test_a_row_alone_is_bitwise_the_same_row_in_a_batch_and_from_run_to_run(path
 
 @pytest.mark.parametrize("impl", FAST)
 def test_a_bias_is_counted_once_whatever_the_vocabulary_is_split_into(impl, device):
-    """With a zero weight the logits are the bias."""
+    """With a weight of zeros, the logits are the bias."""
     bias = torch.randn(3000, device=device)
     targets = torch.randint(0, 3000, (4,), device=device)
     hidden, weight = torch.randn(4, 16, device=device), torch.zeros(3000, 16, device=device)
@@ -274,7 +274,7 @@ def test_a_bias_is_counted_once_whatever_the_vocabulary_is_split_into(impl, devi
 
 @pytest.mark.parametrize("impl", FAST)
 def test_weight_gradient_in_bf16_accumulates_in_fp32(impl, device, monkeypatch):
-    """17 tiles of 16 rows. The first row brings 256, where bf16 is spaced by 2; each later tile brings 0.25."""
+    """17 tiles of 16 rows. The first row adds 256, where bf16 has steps of 2; each later tile adds 0.25."""
     monkeypatch.setattr(chunked_tiles, "CPU_LIMITS", replace(chunked_tiles.CPU_LIMITS, rows=16))
     monkeypatch.setattr(workspace, "BACKWARD_ROWS", 16)
     rows, vocab, dim = 17 * 16, 64, 16

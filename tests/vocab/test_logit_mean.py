@@ -1,4 +1,4 @@
-"""The mean of logits some of which are at their dtype's end: the sum overflows, the mean does not."""
+"""The mean of logits of which some are their dtype's lowest number: the sum overflows, the mean does not."""
 
 import math
 
@@ -37,7 +37,7 @@ def check(ours, logits, budget, alpha=1.0):
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_words_at_the_dtypes_end_have_a_finite_mean(impl, dtype, device, assert_within_budget):
+def test_logits_at_the_dtypes_lowest_number_have_a_finite_mean(impl, dtype, device, assert_within_budget):
     logits = torch.randn(6, V, device=device).to(dtype)
     logits[0, : 2 * V // 3] = LOW[dtype]
     logits[1, ::2] = LOW[dtype]
@@ -49,7 +49,7 @@ def test_words_at_the_dtypes_end_have_a_finite_mean(impl, dtype, device, assert_
     check(ours, logits, assert_within_budget)
 
 
-def test_words_that_are_ruled_out_by_infinity_have_none(impl, device, assert_within_budget):
+def test_logits_of_minus_infinity_have_a_mean_of_minus_infinity(impl, device, assert_within_budget):
     logits = torch.randn(3, V, device=device)
     logits[0, 5] = -math.inf
     logits[1, ::2], logits[1, 1::4] = -math.inf, LOW[torch.float32]
@@ -67,7 +67,7 @@ def test_from_hidden_states(impl, device):
     assert ((ours - wanted).abs() <= 1e-6 * wanted.abs()).all() and ours.isfinite().all()
 
 
-def test_ordinary_logits_lose_nothing_by_it(impl, device, assert_within_budget):
+def test_the_mean_of_ordinary_logits_loses_no_precision(impl, device, assert_within_budget):
     for size in (1e-20, 1e-3, 1.0, 1e4):
         logits = torch.randn(3, V, device=device) * size
         ours = er.vocab_stats(logits, logit_mean=True, impl=impl).logit_mean
@@ -79,7 +79,7 @@ def test_ordinary_logits_lose_nothing_by_it(impl, device, assert_within_budget):
 
 @pytest.mark.parametrize("low", [*LOW.values(), -math.inf], ids=str)
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
-def test_no_signal_is_nan_and_the_centred_reward_leaves_such_a_mean_out(impl, low, alpha, device):
+def test_no_signal_is_nan_and_the_centred_reward_skips_such_a_mean(impl, low, alpha, device):
     tokens, logits = torch.randint(0, 50, (2, 5), device=device), torch.randn(2, 5, 300, device=device)
     logits[0, :, 100:], logits[1, ::2, 100:] = low, low
     stats = token_stats(logits, tokens, alpha=alpha, impl=impl)

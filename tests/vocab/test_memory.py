@@ -1,4 +1,4 @@
-"""Extra memory of the chunked path, as the system counts it."""
+"""Extra memory of the chunked path, as measured by the operating system."""
 
 import os
 import subprocess
@@ -48,9 +48,9 @@ print(run(*map(int, sys.argv[3:6])))
     ],
 )
 def test_extra_memory_is_under_64_mib(dtype, direction, rows, dim, vocab):
-    """All of the process's memory, the matmul library's included, but the gradients that are returned."""
+    """Counts all memory of the process, with that of the matmul library but without the returned gradients."""
     command = [sys.executable, "-c", MEASURE, dtype, direction, *map(str, (rows, dim, vocab))]
-    threshold = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed means given back
+    threshold = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}  # freed means returned
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | threshold)
     assert run.returncode == 0, run.stderr
     assert 0 < float(run.stdout) < 64

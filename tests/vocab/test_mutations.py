@@ -1,6 +1,6 @@
-"""A deliberately broken copy must fail: each mutation is applied to one, where one named test must notice.
+"""Each mutation is applied to a copy of the package, and one named test must fail on that copy.
 
-Always in Triton's interpreter, whatever the machine has. Nothing is written to the checkout.
+The copies always run in Triton's interpreter, also on a machine with a GPU. Nothing is written to the checkout.
 """
 
 import json
@@ -30,7 +30,7 @@ ENVIRONMENT = {
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
-    """A copy of the package and of its tests. Byte code stays here, so the copies of this one start with it."""
+    """Copy the package and its tests. The byte code that this copy gains is copied along to the broken copies."""
     copy = tmp_path_factory.mktemp("unbroken")
     ignore = shutil.ignore_patterns("__pycache__", "*.safetensors", "kernels")
     shutil.copytree(ROOT / "endoreward_fast", copy / "endoreward_fast", ignore=ignore)
@@ -42,7 +42,7 @@ def unbroken(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def outcome_of(tmp_path_factory):
-    """(folder, test) -> what mutation_runner.py says of that test there."""
+    """Return a function (folder, test) -> the outcome that mutation_runner.py reports."""
     command = [sys.executable, ROOT / "tests/harness/mutation_runner.py"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     folder = tmp_path_factory.mktemp("runner")
@@ -68,7 +68,7 @@ def broken_copy(unbroken: Path, copy: Path, mutation: Mutation) -> Path:
 
 
 def objection(outcome: dict, fails_with: str) -> str | None:
-    """Why this is not the failure of an assertion that was wanted; None if it is."""
+    """Return why this outcome is not the expected failure; None if it is."""
     if outcome["status"] == 0:
         return "the test passed"
     if outcome["phase"] != "call":
@@ -95,7 +95,7 @@ def test_a_broken_copy_fails(name, unbroken, outcome_of, tmp_path):
 
 
 NO_FAILED_ASSERTION = {
-    # name: (mutation, what is said of it)
+    # name: (mutation, the objection)
     "nothing changed": (Mutation("vocab/rows.py", "row + 1, -1)", "row + 1, -1)", TEST), "the test passed"),
     "cannot be imported": (
         Mutation("vocab/reference.py", "import torch\n", "import torch as\n", TEST),
@@ -110,7 +110,7 @@ NO_FAILED_ASSERTION = {
 
 
 @pytest.mark.parametrize("name", NO_FAILED_ASSERTION)
-def test_a_copy_that_does_not_even_run_proves_nothing(name, unbroken, outcome_of, tmp_path):
+def test_a_copy_that_does_not_run_is_not_a_failed_assertion(name, unbroken, outcome_of, tmp_path):
     mutation, said = NO_FAILED_ASSERTION[name]
     outcome = outcome_of(broken_copy(unbroken, tmp_path, mutation), mutation.test)
     assert said in objection(outcome, mutation.fails_with)

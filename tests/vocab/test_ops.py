@@ -1,4 +1,4 @@
-"""The custom operators: schemas, fakes and autograd by torch's own checker; torch.compile, autocast, laziness."""
+"""The custom operators: opcheck of schemas, fakes and autograd; torch.compile, autocast and lazy imports."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def test_backward_operators_have_right_fakes(case, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_compiles_whole_and_agrees_with_eager(case, impl):
+def test_fullgraph_compilation_agrees_with_eager(case, impl):
     hidden, weight, tokens, mask = case
 
     def loss(hidden, weight):
@@ -103,7 +103,7 @@ def test_forward_mode_is_refused_where_it_would_be_silently_zero(case, impl):
 
 
 def test_a_schedule_of_alpha_softcap_and_floor_stays_one_graph(case):
-    """From its second value on, dynamo makes a float symbolic."""
+    """dynamo makes a float symbolic when it changes for the first time."""
     hidden, weight, tokens, mask = case
 
     def score(alpha, softcap, floor):
@@ -116,7 +116,7 @@ def test_a_schedule_of_alpha_softcap_and_floor_stays_one_graph(case):
         torch.testing.assert_close(compiled(*numbers), score(*numbers))
 
 
-def test_operators_that_read_a_mask_back_say_that_no_cuda_graph_holds_them():
+def test_operators_that_read_a_mask_back_are_tagged_unsafe_for_cuda_graphs():
     for op in ("linear_stats", "linear_stats_backward"):
         assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.endoreward_fast, op).default.tags
 
@@ -133,11 +133,11 @@ def test_many_lengths_compile_a_bounded_number_of_times(impl, device):
     for length in range(3, 23):
         tokens = torch.randint(0, V, (2, length), device=device)
         assert rewards(torch.randn(2, length, D, device=device), weight, tokens).shape == tokens.shape
-    assert counter.frame_count <= 3, "once for the first length, once for all"
+    assert counter.frame_count <= 3, "once for the first length, once for all others"
 
 
 @pytest.mark.parametrize("impl", (*IMPLS, "reference"))
-def test_autocast_casts_the_linear_path_as_a_linear_layer_would(case, impl):
+def test_autocast_casts_the_linear_path_like_a_linear_layer(case, impl):
     hidden, weight, tokens, mask = case
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         auto = er.linear_token_rewards(hidden, weight, tokens, mask=mask, impl=impl)
@@ -167,7 +167,7 @@ def test_importing_the_package_imports_neither_triton_nor_transformers_nor_trl()
     assert done.returncode == 0, done.stderr
 
 
-def test_usable_where_triton_is_missing():
+def test_works_without_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
         "import torch, endoreward_fast as er\n"

@@ -1,9 +1,9 @@
-"""Every implementation, on inputs that hypothesis draws, against the fp64 oracle under the error budget; and the oracle
-against the definitions, written once more in Python floats.
+"""Every implementation against the fp64 oracle under the error budget, on inputs that hypothesis draws.
 
-Shapes, memory layouts, dtypes, temperatures, heads, masks, packings and rows of -inf are all drawn (property_cases.py).
-The examples are the same in every run; HYPOTHESIS_PROFILE=long draws 1000 new ones per test. On which deliberately
-broken copy each of these fails is in test_mutations.py.
+The oracle itself is compared with the definitions, written again in Python floats. Shapes, memory layouts, dtypes,
+temperatures, heads, masks, packings and rows of -inf are all drawn (property_cases.py). The examples are the same in
+every run; HYPOTHESIS_PROFILE=long draws 1000 new ones per test. test_mutations.py lists the broken copies on which each
+test fails.
 """
 
 from unittest import mock
@@ -41,7 +41,7 @@ CASES = {"logits": logit_cases(), "linear": linear_cases()}
 
 
 def call(module, case, kind, leaves=None, **extra):
-    """`kind` ("stats" or "rewards") of a case from `leaves` (its own inputs unless given)."""
+    """Compute `kind` ("stats" or "rewards") of a case from `leaves`. Default: the case's own inputs."""
     leaves = case.tensors if leaves is None else leaves
     name = {"stats": "vocab_stats", "rewards": "token_rewards"}[kind]
     want = case.stats_want if kind == "stats" else case.rewards_want
@@ -52,20 +52,22 @@ def call(module, case, kind, leaves=None, **extra):
 
 
 def exact_logits():
-    """bfloat16 upcast on any CPU. With native units the chunked path (which is every backward) rounds the logits it
-    makes: test_chunked.py has that."""
+    """Upcast bfloat16 on any CPU. With native units the chunked path, and with it every backward, rounds its logits.
+
+    test_chunked.py tests that case.
+    """
     return mock.patch.object(chunked_tiles, "uses_native_matmul", lambda hidden, weight: False)
 
 
 def scale_of(case, field):
-    """The magnitude that a field was summed from. An offset common to the logits is in no entropy or logprob."""
+    """Return the magnitude of a field's summands. Entropy and logprob contain no common offset of the logits."""
     if field in ("entropy", "logprob"):
         return max(1.0, case.spread)
     return max(1.0, case.scale, case.scale / case.alpha)
 
 
 def bits(x):
-    """A tensor's numbers, comparable where some are NaN."""
+    """Return a tensor that torch.equal can compare although some numbers are NaN."""
     return x.detach().clone().nan_to_num(nan=7.25)
 
 
@@ -107,7 +109,7 @@ def test_low_precision_logits_equal_the_same_numbers_in_float32(impl):
 
 
 def gradients(module, case, kind, leaf_dtype=None, **extra):
-    """Gradients of every input, with a different upstream gradient for every row and field."""
+    """Return the gradients of every input, with a different upstream gradient for every row and field."""
     leaves = {k: x.detach().requires_grad_() for k, x in case.leaves(leaf_dtype).items()}
     out = call(module, case, kind, leaves, **extra)
     upstream = [g.to(field.dtype) for g, field in zip(case.upstream, out, strict=True)]

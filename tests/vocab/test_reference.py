@@ -1,4 +1,4 @@
-"""The oracle itself: against numbers worked out by hand, torch's own functions, and the identities of the theory."""
+"""The oracle against numbers worked out by hand, torch's own functions, and the identities of the theory."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_rewards_of_two_tokens_by_hand():
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0, 2.5])
-def test_statistics_are_torchs_own(alpha):
+def test_statistics_match_torch(alpha):
     logits, targets = torch.randn(5, 40, **F64) * 3, torch.randint(0, 40, (5,))
     out = reference.vocab_stats(logits, targets, alpha=alpha, entropy=True, logit_mean=True, **F64)
     torch.testing.assert_close(out.lse, torch.logsumexp(logits / alpha, -1))

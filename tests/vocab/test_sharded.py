@@ -1,4 +1,4 @@
-"""A vocabulary split over 2, 3 and 4 real processes (shard_ranks.py) against the whole one, to the error budget."""
+"""A vocabulary split over 2, 3 and 4 processes (shard_ranks.py) against the whole one, under the error budget."""
 
 import itertools
 import math
@@ -28,7 +28,7 @@ def found(tmp_path_factory):
     """{world: [each rank's results]}"""
     folder = tmp_path_factory.mktemp("shards")
     script = Path(shard_ranks.__file__)
-    path = os.pathsep.join([str(script.parent), str(script.parents[1])])
+    path = os.pathsep.join([str(script.parent), str(script.parents[2])])
     ran = subprocess.run(
         [sys.executable, script, folder],
         env=os.environ | {"PYTHONPATH": path},
@@ -44,7 +44,7 @@ def found(tmp_path_factory):
 
 
 def whole(name, world, dtype):
-    """Statistics and gradients of the whole head by the oracle's formulas."""
+    """Return statistics and gradients of the whole head by the oracle."""
     hidden, weight, bias, targets, mask, upstream, options = data(name, world)
     h, w, b = (None if x is None else x.to(dtype).requires_grad_() for x in (hidden, weight, bias))
     out = reference.linear_vocab_stats(
@@ -62,29 +62,29 @@ def whole(name, world, dtype):
 @pytest.mark.parametrize("name", HEADS)
 def test_every_rank_has_the_whole_vocabularys_statistics(name, world, found, assert_within_budget):
     oracle, eager = whole(name, world, F64)[0], whole(name, world, torch.float32)[0]
-    # A mean over the vocabulary is a sum of logits: it rounds at their size, not at its own.
+    # The mean over the vocabulary is summed from logits, so it rounds at their magnitude.
     scale = {"logit_mean": 3e4 if "offset" in name else 20.0, "entropy": 5.0}
     for rank in found[world]:
         for field, ours in zip(oracle._fields, rank[name]["out"], strict=True):
             finite = getattr(oracle, field)
             if field == "logit_mean" and "inf" in name:
-                assert (ours == finite.float()).all()  # -inf: a vocabulary with an entry that is ruled out has no mean
+                assert (ours == finite.float()).all()  # a word at -inf makes the mean -inf
                 continue
             assert_within_budget(ours, getattr(eager, field), finite, scale=scale.get(field, 1.0), name=field)
         for first, other in zip(found[world][0][name]["out"], rank[name]["out"], strict=True):
-            assert torch.equal(first, other)  # bitwise, so that ranks cannot drift apart
+            assert torch.equal(first, other)  # bitwise, or ranks could drift apart
 
 
 @WORLD
 @pytest.mark.parametrize("name", HEADS)
-def test_gradients_are_the_whole_heads(name, world, found):
+def test_gradients_match_those_of_the_whole_head(name, world, found):
     _, (hidden, weight, bias) = whole(name, world, F64)
     for r, rank in enumerate(found[world]):
         part = rows_of(r, world)
         wanted = (hidden, weight[part], None if bias is None else bias[part])
         for ours, oracle in zip(rank[name]["grads"], wanted, strict=True):
             if oracle is not None:
-                size = 3e-2 if "offset" in name else 2e-5  # an offset of 3e4 leaves 3 digits of a softmax in float32
+                size = 3e-2 if "offset" in name else 2e-5  # logits near 3e4 leave 3 digits in float32
                 torch.testing.assert_close(ours.double(), oracle, rtol=size, atol=size)
 
 
@@ -119,23 +119,23 @@ def test_a_dtensor_knows_its_own_shard(world, found, assert_within_budget):
         torch.testing.assert_close(gradient.double(), weight, rtol=2e-5, atol=2e-5)
         assert gradient.shape == (PADDED, shard_ranks.DIM) and (gradient[VOCAB:] == 0).all()
         few = (data("plain", world)[0].double() @ data("plain", world)[1][:5].double().T).logsumexp(-1)
-        torch.testing.assert_close(rank["dtensor"]["few"].double(), few, rtol=1e-6, atol=1e-5)  # 4 ranks: one has none
-        assert rank["dtensor"]["agreed"] == "rank 1 sees other logits"  # or one would gather and another not
+        torch.testing.assert_close(rank["dtensor"]["few"].double(), few, rtol=1e-6, atol=1e-5)  # 1 of 4 has no rows
+        assert rank["dtensor"]["agreed"] == "rank 1 sees other logits"  # or only some ranks would gather
         said = rank["dtensor"]["said"]
-        assert "split over one mesh dimension by vocabulary, Shard(0), and not by its width" in said["by width"]
+        assert "expected Shard(0), a split by vocabulary, on one mesh dimension" in said["by width"]
         for kind, lse in rank["dtensor"]["bias"].items():
             hidden_, weight_, _, _, _, _, _ = data("plain", world)
             z = hidden_.double() @ weight_.double().T + torch.linspace(-1, 1, PADDED).double()
             if kind == "in parts":
-                assert "bias is a DTensor placed (Partial(sum),) beside a weight placed (Shard(dim=0),)" in lse
+                assert "bias is a DTensor placed (Partial(sum),) with a weight placed (Shard(dim=0),)" in lse
             else:
                 torch.testing.assert_close(lse.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-5)
-        assert "leave `shard` out" in said["both"] and "expected the same on every rank" in said["hidden"]
+        assert "omit `shard`" in said["both"] and "expected Replicate() on every mesh dimension" in said["hidden"]
 
 
 @WORLD
-def test_one_gather_and_one_sum_of_a_few_numbers_a_row(world, found):
-    """In float32, whatever the hidden states are; none of rows off the mask. On the CPU these are counted first."""
+def test_the_ranks_exchange_one_gather_and_one_sum(world, found):
+    """In float32 for any dtype, without rows off the mask. On the CPU the ranks first compare their numbers of rows."""
     rows = int(data("plain", world)[4].sum())
     for rank in found[world]:
         for sent in rank["traffic"].values():
@@ -160,36 +160,34 @@ def test_a_group_of_some_ranks_shares_a_head(world, found, assert_within_budget)
 
 
 @WORLD
-def test_what_is_wrong_is_said_on_every_rank_alike(world, found):
+def test_every_rank_raises_the_same_error(world, found):
     if found[world][0]["refused"] is None:
-        pytest.skip("on a device nothing raises: such rows are NaN")
+        pytest.skip("on a GPU nothing raises: such rows are NaN")
     for rank in found[world]:
         said = rank["refused"]
-        assert (
-            said["outside"]
-            == f"IndexError: target {VOCAB} at row 0 of the mask's is outside the vocabulary's shards, {VOCAB} rows"
-        )
-        assert said["below"].startswith("IndexError: target -1 at row 0 of the mask's is outside")
+        outside = f"at row 0 (of those on the mask) is outside the vocabulary [0, {VOCAB})"
+        assert said["outside"] == f"IndexError: target {VOCAB} {outside}"
+        assert said["below"] == f"IndexError: target -1 {outside}"
         edges = [0, *shard_ranks.CUTS[world], VOCAB]
         for case, starts in {"overlap": [0] * world, "one off": [0, *(x + 1 for x in edges[1:-1])]}.items():
             spans = ", ".join(
                 f"[{a}, {a + n})" for a, n in zip(starts, torch.tensor(edges).diff().tolist(), strict=True)
             )
             assert said[case].startswith(f"ValueError: shards of the vocabulary overlap or leave a gap: {spans};")
-        assert "reads a whole head, and this one is sharded" in said["reference"]
+        assert "cannot read a sharded head: use impl='auto'" in said["reference"]
         fewer = [shard_ranks.ROWS - r for r in range(world)]
-        assert f"gave {fewer} rows (on their masks): expected the same" in said["rows"]
-        assert f"gave {fewer} rows (on their masks): expected the same" in said["masks"]
-        assert "were given different masks: expected the same on every one" in said["other masks"]
-        assert f"gave {[257 - r for r in range(world)]} rows" in said["default dtype"]
-        assert f"were given different targets, {[*range(world)]} at row 0" in said["targets"]
+        assert f"have {fewer} rows (after their masks): give every process the same" in said["rows"]
+        assert f"have {fewer} rows (after their masks): give every process the same" in said["masks"]
+        assert "have different masks: give every process the same mask" in said["other masks"]
+        assert f"have {[257 - r for r in range(world)]} rows" in said["default dtype"]
+        assert f"have different targets: {[*range(world)]} at row 0" in said["targets"]
         assert "shard.start=-1: expected" in said["start"] and "shard.start=1.0: expected" in said["start"]
-    assert all("does not have this process in it" in rank["refused"]["outsider"] for rank in found[world][1:])
+    assert all("does not contain this process" in rank["refused"]["outsider"] for rank in found[world][1:])
 
 
 @WORLD
-def test_low_precision_is_that_of_one_process(world, found, assert_within_budget):
-    """Which rounds the logits as its matmul does: on some machines, to bfloat16."""
+def test_low_precision_matches_one_process(world, found, assert_within_budget):
+    """One process rounds the logits as its matmul does, on some machines to bfloat16."""
     hidden, weight, _, targets, mask, upstream, _ = data("plain", world)
     options = {"mask": mask, "entropy": True, "logit_mean": True}
     for h_dtype, w_dtype in found[world][0]["in_low_precision"]:
@@ -203,14 +201,14 @@ def test_low_precision_is_that_of_one_process(world, found, assert_within_budget
                 assert_within_budget(one, getattr(alone, field), getattr(oracle, field), scale=20.0, name=field)
             of_hidden, of_weight, _ = ours["grads"]
             for one, other, parts in ((of_hidden, h.grad, world), (of_weight, w.grad[rows_of(r, world)], 1)):
-                # Each part is rounded by half an eps, and both sums are.
+                # Each part is rounded by half an eps, and so are both sums.
                 room = 2e-5 + (parts / 2 + 1) * torch.finfo(one.dtype).eps * float(h.grad.abs().max())
                 assert one.dtype == other.dtype
                 torch.testing.assert_close(one.float(), other.float(), rtol=0, atol=room)
 
 
 @WORLD
-def test_vocab_size_may_end_anywhere(world, found):
+def test_vocab_size_may_end_in_any_shard(world, found):
     hidden, weight, _, _, _, _, _ = data("plain", world)
     for rank in found[world]:
         for vocab, (lse, mean) in rank["cut_short"].items():
@@ -221,7 +219,7 @@ def test_vocab_size_may_end_anywhere(world, found):
 
 
 @WORLD
-def test_no_rows_and_none_on_the_mask(world, found):
+def test_no_rows_and_empty_masks(world, found):
     for rank in found[world]:
         for x in rank["of_nothing"]:
             assert (x == 0).all()
@@ -230,7 +228,7 @@ def test_no_rows_and_none_on_the_mask(world, found):
 
 
 @WORLD
-def test_what_is_frozen_is_not_sent(world, found):
+def test_frozen_tensors_send_no_gradients(world, found):
     _, (hidden, weight, _) = whole("plain", world, F64)
     first = [] if found[world][0]["refused"] is None else ["all_gather"]
     for r, rank in enumerate(found[world]):
@@ -243,7 +241,7 @@ def test_what_is_frozen_is_not_sent(world, found):
             for grads in (rank["frozen"][which]["grads"], rank["frozen"][which]["again"]):
                 for ours, exact in zip(grads, oracle, strict=True):
                     torch.testing.assert_close(ours.double(), exact, rtol=2e-5, atol=2e-5)
-            sums = ["all_reduce"] * (0 if which == "hidden" else 2)  # two backwards
+            sums = ["all_reduce"] * (0 if which == "hidden" else 2)  # there are two backwards
             assert rank["frozen"][which]["sent"] == [*first, "all_gather", *sums]
 
 
@@ -260,7 +258,9 @@ def test_without_gradients_and_under_autocast(world, found):
             assert lse.dtype == torch.float32
             torch.testing.assert_close(lse, alone.detach(), rtol=1e-6, atol=1e-5)
             for ours, theirs in zip(grads, (h.grad, w.grad[rows_of(r, world)]), strict=bool(grads)):
-                room = 2**-7 * world if kind == "autocast" else 2e-5  # bfloat16 at 1 to 4, each shard's part
+                room = (
+                    2**-7 * world if kind == "autocast" else 2e-5
+                )  # bfloat16 numbers of 1 to 4, rounded in each shard
                 torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=room)
         assert set(modes) == {"no_grad", "inference", "autocast"}
 
@@ -278,7 +278,7 @@ def assert_like_one_process(ours, model, atol=2e-5):
 
 @pytest.mark.parametrize("name", shard_models.MODELS_SPLIT)
 def test_a_tensor_parallel_model_is_read_shard_by_shard(name, found):
-    """transformers' tp_plan="auto"; at load every rank checks its own rows against the model's own logits."""
+    """With tp_plan="auto" of transformers. At load every rank checks its own rows against the model's logits."""
     if "model" not in found[2][0]:
         pytest.skip("shown on the CPU")
     for rank in found[2]:
@@ -287,8 +287,8 @@ def test_a_tensor_parallel_model_is_read_shard_by_shard(name, found):
         assert [rank["model"][name]["rows"] for rank in found[2]] == [193, 192]
 
 
-def test_a_head_that_fsdp_shards_once_more(found):
-    """Where it does not run it is split by both; at load the ranks that share it agree while it does."""
+def test_a_split_head_that_fsdp_shards_again(found):
+    """Between its runs the head is split by both. While it runs at load, the ranks that share it agree."""
     if "meshes" not in found[4][0]:
         pytest.skip("shown on the CPU")
     for rank in found[4]:
@@ -321,7 +321,7 @@ def test_a_model_whose_logits_stay_split_is_refused_by_name(found):
         assert "part of the logits, DTensor (2, 8, 385)" in global_ and "output_layouts=Replicate()" in global_
 
 
-# --- without processes
+# --- tests in this process
 
 
 @pytest.mark.parametrize(
@@ -332,7 +332,7 @@ def test_a_model_whose_logits_stay_split_is_refused_by_name(found):
     ],
 )  # fmt: skip
 def test_shards_that_do_not_make_up_a_vocabulary(spans):
-    """Even where an overlap and a gap cancel in the number of rows."""
+    """Also if an overlap and a gap cancel in the number of rows."""
     shards = shards_of(spans)
     assert _lost(shards.target[0].long(), shards).all()
     with pytest.raises(ValueError, match="overlap or leave a gap"):
@@ -355,8 +355,8 @@ def test_every_way_to_lay_out_three_shards():
         assert bool(_split(shards_of(spans))) == (held == list(range(len(held)))), spans
 
 
-def test_masks_tell_themselves_apart():
-    """By one number, which float32 holds exactly."""
+def test_different_masks_have_different_fingerprints():
+    """The fingerprint is one number that float32 holds exactly."""
     masks = [torch.rand(4096, generator=torch.Generator().manual_seed(i)) < 0.5 for i in range(300)]
     masks += [torch.arange(4096) != i for i in range(300)]
     found = [_fingerprint(mask.nonzero().squeeze(1)) for mask in masks]
@@ -364,9 +364,11 @@ def test_masks_tell_themselves_apart():
 
 
 @WORLD
-def test_where_nothing_can_raise_what_is_lost_is_nan(world, found, assert_within_budget):
-    """As on a device. The row before a lost one is right; gradients of what is lost are NaN, or a step would be taken
-    in a wrong direction without a word."""
+def test_invalid_rows_are_nan_where_no_check_runs(world, found, assert_within_budget):
+    """As on a GPU. The row before an invalid row is right.
+
+    Gradients of invalid rows are NaN. Otherwise a training step would silently go in a wrong direction.
+    """
     right = [rank["as_on_a_device"]["right"] for rank in found[world]]
     for r, rank in enumerate(found[world]):
         for kind, places in (("outside", [(0, 3)]), ("unlike", [(1, 2)])):
@@ -376,7 +378,7 @@ def test_where_nothing_can_raise_what_is_lost_is_nan(world, found, assert_within
             for field, same in zip(ours["out"], right[r]["out"], strict=True):
                 assert field[lost].isnan().all() and torch.equal(field[~lost], same[~lost]), kind
             of_hidden, of_weight = ours["grads"]
-            chosen_in = lost.roll(-1, 1)  # the state is the one before
+            chosen_in = lost.roll(-1, 1)  # the token was chosen in the state before it
             assert of_hidden[chosen_in].isnan().all() and not of_hidden[~chosen_in].isnan().any()
             assert of_weight.isnan().any() or not len(of_weight)
         for kind in ("start", "mask"):
@@ -396,11 +398,11 @@ def test_a_head_split_over_one_dimension_of_a_mesh(found):
             torch.testing.assert_close(lse.double(), z.logsumexp(-1), rtol=1e-6, atol=1e-5)
             torch.testing.assert_close(grad.double(), h.grad, rtol=2e-5, atol=2e-5)
         assert len(cases) == 4
-        assert "bias is a DTensor placed (Shard(dim=0), Replicate()) beside a weight placed (Replicate(), Shard" in said
+        assert "bias is a DTensor placed (Shard(dim=0), Replicate()) with a weight placed (Replicate(), Shard" in said
 
 
-def test_what_one_rank_finds_wrong_with_a_head_is_every_ranks_verdict(found):
-    """Or the others would wait for it, or read the head otherwise."""
+def test_all_ranks_adopt_the_reason_that_one_rank_finds(found):
+    """Otherwise the other ranks would wait for it, or read the head in another way."""
     if "of_disagreement" not in found[2][0]:
         pytest.skip("shown on the CPU")
     for rank in found[2]:
@@ -409,11 +411,11 @@ def test_what_one_rank_finds_wrong_with_a_head_is_every_ranks_verdict(found):
         assert rank["of_little_left"] == {194: None, 193: None, 100: None}
 
 
-def test_entropy_is_at_most_that_of_equal_words():
-    """Where all logits are equal, the shards' shares and entropies round; the whole must not come out above ln V."""
+def test_the_merged_entropy_is_at_most_ln_v():
+    """With equal logits, the shards' shares and entropies round. The merged entropy must not exceed ln V."""
     for vocab in (2, 3, 5, 31, 100, 157, 301):
         sizes = torch.arange(1.0, vocab).unsqueeze(1)
-        sizes = torch.stack([sizes, vocab - sizes])  # (2, V - 1, 1): every way to cut it in two
+        sizes = torch.stack([sizes, vocab - sizes])  # (2, V - 1, 1): every way to cut V in two
         for pair in sizes.unbind(1):
             zero = torch.zeros_like(pair)
             shards = Shards(zero, pair.log(), zero, pair.log(), zero, zero, zero[:, 0], pair[:, 0], zero[:, 0])
@@ -433,9 +435,9 @@ def test_vocab_size_leaves_padding_out(impl):
         er.linear_vocab_stats(hidden, weight, targets, vocab_size=0, impl=impl)
 
 
-def test_a_weight_that_zero_3_keeps_elsewhere_is_refused_by_name():
+def test_a_weight_that_zero_3_has_partitioned_is_refused_by_name():
     hidden, _, _, targets, _, _, _ = data("plain", 2)
     empty = torch.nn.Parameter(torch.empty(0))
-    empty.ds_id = 7  # what DeepSpeed marks it with
-    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 keeps it elsewhere; gather it with GatheredParameters"):
+    empty.ds_id = 7  # DeepSpeed's mark
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 has partitioned it: gather it with GatheredParameters"):
         er.linear_vocab_stats(hidden, empty, targets)

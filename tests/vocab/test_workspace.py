@@ -1,4 +1,4 @@
-"""The workspace path (matmul, then the row kernels): on a GPU through impl="chunked", here called as it is."""
+"""The workspace path: a matmul, then the row kernels. On a GPU impl="chunked" uses it; here it is called directly."""
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ def tiles(request, monkeypatch):
 
 
 def _case(head, dtype, device):
-    # In eighths, whose products add up exactly in float32: how the library's matmul rounds depends on the chip and the
-    # tile's shape, and where one token has all the probability, a gradient takes that for its own error.
+    # Multiples of 1/8 have exact float32 products and sums. Otherwise the rounding of the library's matmul would count
+    # as an error of the gradient where one token has all the probability. It depends on the chip and the tile's shape.
     hidden, weight = (torch.randn(n, 24, device=device).mul(8).round().div(8) for n in (20, 333))
     targets = torch.randint(0, 333, (20,), device=device)
     targets[::6] = -100
@@ -64,12 +64,12 @@ def test_statistics_and_gradients(head, dtype, tiles, device, assert_within_budg
         assert ours.dtype == dtype
         if dtype == torch.float32:
             assert_within_budget(ours, eager, oracle, scale=10.0)
-        else:  # dy is held in this dtype, so its rounding is summed over: in units of the largest gradient
+        else:  # dy has this dtype, and its roundings add up: in units of the largest gradient
             unit = torch.finfo(dtype).eps * oracle.abs().max()
             assert (ours.double() - oracle).abs().max() <= 2 * unit
 
 
-def test_rewards_and_hard_rows_are_those_of_the_other_path(tiles, device):
+def test_rewards_and_hard_rows_match_the_chunked_path(tiles, device):
     hidden, weight, targets, head = _case({"bias": True}, torch.float32, device)
     head["bias"][50:200] = -torch.inf
     targets[targets != -100] = targets[targets != -100] % 50
@@ -101,7 +101,7 @@ def test_float32_hidden_with_a_bf16_weight(tiles, device):
     assert dhidden.dtype == torch.float32 and dweight.dtype == torch.bfloat16
 
 
-def test_one_row_and_none(device):
+def test_one_row_and_no_rows(device):
     hidden, weight, targets, head = _case({}, torch.float32, device)
     want = {"entropy": False, "logit_mean": False}
     whole, _ = workspace.linear_forward(hidden, weight, targets, **want, **head)
@@ -116,7 +116,7 @@ def test_one_row_and_none(device):
     assert dhidden.shape == (0, 24) and dweight.eq(0).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="which memory the workspace takes is the GPU's")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="measures GPU memory")
 def test_extra_device_memory_is_under_256_mib(device):
     hidden = torch.randn(16384, 1024, device=device, dtype=torch.bfloat16)
     weight = torch.randn(32000, 1024, device=device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What a model's head is, as far as it shows without running: which module, of what kind, where its weights are."""
+"""Finds a model's head and inspects it without running it: its module, its kind and its weights."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ PLAIN_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def describe(model: nn.Module) -> str:
-    """'llama' (LlamaForCausalLM)."""
+    """Return the model's name for messages: model type 'llama' (LlamaForCausalLM)."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     name = type(uncompiled(model)).__name__
     return name if not model_type else f"model type {model_type!r} ({name})"
 
 
 def find_head(model: nn.Module) -> nn.Module:
-    """The model's one output embedding, or EndoRewardError saying why it is not a causal language model."""
+    """Return the model's output embedding. Raises EndoRewardError if it is not a causal language model."""
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise EndoRewardError(
@@ -31,17 +31,19 @@ def find_head(model: nn.Module) -> nn.Module:
     if not isinstance(head, nn.Module):
         raise EndoRewardError(
             f"{describe(model)} has no output embedding, so it is not a causal language model: "
-            "load it with AutoModelForCausalLM, and hand over the model itself rather than a wrapper"
+            "load it with AutoModelForCausalLM, and pass the model itself rather than a wrapper"
         )
     return head
 
 
 def refuse_bad_weights(model: nn.Module, head: nn.Module) -> None:
-    """EndoRewardError naming a parameter that was never loaded, or holds NaN or infinity: on all ranks that share the
-    head alike."""
+    """Raise EndoRewardError if a parameter was never loaded or holds NaN or infinity. Names the parameter.
+
+    All ranks that share a head raise if one does.
+    """
     fault, weight = _bad_weight(model), getattr(head, "weight", None)
     if is_dtensor(weight):
-        from ..vocab.shards import agreed_by_its_shards
+        from ..vocab.shard_layout import agreed_by_its_shards
 
         fault = agreed_by_its_shards(fault, weight)
     if fault is not None:
@@ -49,12 +51,12 @@ def refuse_bad_weights(model: nn.Module, head: nn.Module) -> None:
 
 
 def _bad_weight(model: nn.Module) -> str | None:
-    """The first such parameter here.
+    """Describe the first parameter of this process that was never loaded or holds NaN or infinity.
 
-    Reads each weight once (15 GB/s on two CPU cores, any dtype; a sum in bfloat16 runs at 0.4) and waits for a
-    device once. aminmax passes NaN on.
+    Reads each weight once and waits for each device once. aminmax keeps NaN and reads 15 GB/s on two CPU cores in any
+    dtype; a sum in bfloat16 reads 0.4 GB/s.
     """
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate brings the weights in
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())  # accelerate loads the weights on demand
     finite: dict[torch.device, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.is_meta and not offloaded:
@@ -72,30 +74,30 @@ def _bad_weight(model: nn.Module) -> str | None:
 
 
 def is_dtensor(x: Any) -> bool:
-    """By name: importing torch.distributed.tensor takes half a second, and whoever has a DTensor has done so."""
+    """Return whether x is a DTensor. Compares names: importing torch.distributed.tensor takes half a second."""
     return "DTensor" in {kind.__name__ for kind in type(x).__mro__}
 
 
 def plain(x: Tensor) -> Tensor:
-    """A tensor that every rank holds whole, as itself and not as a DTensor."""
+    """Return x as a plain tensor if it is a DTensor that every rank holds whole."""
     if not is_dtensor(x):
         return x
-    from ..vocab.shards import same_everywhere
+    from ..vocab.shard_layout import same_everywhere
 
     return same_everywhere(x)
 
 
 def why_not_plain(head: nn.Module) -> str | None:
-    """Why hidden @ weight.T + bias may not be what this head computes, by its kind; None if it is plain."""
+    """Return why this head may compute something else than hidden @ weight.T + bias; None if it is a plain Linear."""
     weight = getattr(head, "weight", None)
     kind = type(head)
     if kind.forward is not nn.Linear.forward:
         return f"its output head is a {kind.__module__}.{kind.__qualname__}, not a plain torch.nn.Linear"
-    # transformers' tensor parallelism has a forward of its own around the layer's; self_check compares what comes out.
+    # The tensor parallelism of transformers wraps the layer's forward. self_check compares the output.
     if "forward" in vars(head) and not hasattr(head, "_hf_hook") and not is_dtensor(weight):
         return "the forward of its output head was replaced"
     if is_dtensor(weight):
-        from ..vocab.shards import why_not_readable
+        from ..vocab.shard_layout import why_not_readable
 
         return why_not_readable(weight, getattr(head, "bias", None))
     if not isinstance(weight, Tensor) or type(weight) not in (Tensor, nn.Parameter):
@@ -110,10 +112,10 @@ def why_not_plain(head: nn.Module) -> str | None:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile(model)'s wrapper, which takes any arguments and has a name of its own."""
+    """Return the model inside the wrapper of torch.compile(model), which hides its name and arguments."""
     return model._modules.get("_orig_mod", model)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether calling this module runs code that torch.compile made: module.compile() or torch.compile(module)."""
+    """Return whether module.compile() or torch.compile(module) was applied to this module."""
     return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules

@@ -1,11 +1,11 @@
-"""What a model shows before its head is trusted: that it can be scored, and that its recipe is right.
+"""The check of a model's head: can the model be scored, and is its family's recipe right?
 
-Two forward passes over 2 rows of 8 tokens. In the first, the head's output is kept at the first four
-positions and replaced by known values, +-2^-4 to 2^9, at the last four. Real positions test the matmul and
-the bias; the known values test everything after it however small the model's own logits are (a softcap of
-30 does nothing to the logits of a randomly initialised model, but turns 512 into 30). The rows share their
-first four tokens and differ afterwards, so in a causal model the real positions are equal. The second pass
-is a capture, and has to give the same hidden states.
+The check runs two forward passes over 2 rows of 8 tokens. In the first pass, hooks keep the head's output at the first
+four positions and replace it by known values, +-2^-4 to 2^9, at the last four. The real positions test the matmul and
+the bias. The known values test everything after them, even if the model's own logits are small: a softcap of 30 does
+not change the logits of a randomly initialised model, but turns 512 into 30. The rows share their first four tokens and
+differ afterwards, so in a causal model the logits at the real positions are equal. The second pass is a capture and
+must give the same hidden states.
 """
 
 import inspect
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from ..errors import EndoRewardError
 from .gathered import weights_come_and_go
-from .kind import describe, find_head, is_compiled, is_dtensor, plain, uncompiled, why_not_plain
+from .module import describe, find_head, is_compiled, is_dtensor, plain, uncompiled, why_not_plain
 from .recipes import HeadRecipe
 
 if TYPE_CHECKING:
-    from ..vocab.shards import VocabShard
+    from ..vocab.shard_layout import VocabShard
 
-REAL, KNOWN = 4, 4  # positions of the check's rows: real head outputs, then known ones
-SAMPLED_ROWS = 4096  # of the head's weight: enough to catch a wrong matmul, no fp32 copy of a 256k vocabulary
-TF32_EPS = 2.0**-10  # a float32 matmul on tensor cores keeps 10 bits
+REAL, KNOWN = 4, 4  # positions with real head outputs, and after them positions with known values
+SAMPLED_ROWS = 4096  # rows of the head's weight to check: enough to catch a wrong matmul without a full fp32 copy
+TF32_EPS = 2.0**-10  # a TF32 matmul keeps 10 bits
 
 
 class Checked(Protocol):
-    """What of a `Head` is checked."""
+    """The parts of a `Head` that the check uses."""
 
     module: nn.Module
     recipe: HeadRecipe
@@ -42,7 +42,7 @@ class Checked(Protocol):
 
 @torch.no_grad()
 def self_check(model: nn.Module, head: Checked) -> str | None:
-    """Why head's recipe cannot be used, or None. EndoRewardError if the model cannot be scored at all."""
+    """Return why the head's recipe cannot be used, or None. Raises EndoRewardError if the model cannot be scored."""
     tokens = check_tokens(model)
     with left_as_it_was(model):
         calls, logits, known = _run_with_known_values(model, head, tokens)
@@ -54,31 +54,31 @@ def self_check(model: nn.Module, head: Checked) -> str | None:
             shapes = ", ".join(str(tuple(call.hidden.shape)) for call in calls) or "nothing"
             return f"its output head is fed {shapes}, not one (batch, tokens, size)"
         wrong = _agreed(_recipe_mismatch(head, calls[0], logits, known), calls[0].shard)
-        # Only then: a forward pass of a split model is one that all ranks take part in.
+        # The ranks agree before the second pass, because all ranks must take part in the forward of a split model.
         return wrong or _agreed(_capture_mismatch(model, head, calls[0].hidden, tokens), calls[0].shard)
 
 
 def _agreed(reason: str | None, shard: "VocabShard | None") -> str | None:
     if shard is None:
         return reason
-    from ..vocab.shards import agreed
+    from ..vocab.shard_layout import agreed
 
     return agreed(reason, shard.group)
 
 
 def logits_of(output: Any) -> Tensor:
-    """Final logits (B, T, V) in what a causal model's forward returned: a ModelOutput or a tuple."""
+    """Return the final logits (B, T, V) from a causal model's output, a ModelOutput or a tuple."""
     logits = getattr(output, "logits", None)
     return output[0] if logits is None else logits
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """Arguments that keep a forward pass from building a cache of keys: nothing reads it, and Bamba's own fails."""
+    """Return the argument that turns the model's key cache off. Nothing reads the cache, and Bamba's fails."""
     return {"use_cache": False} if "use_cache" in inspect.signature(uncompiled(model).forward).parameters else {}
 
 
 def check_tokens(model: nn.Module) -> Tensor:
-    """Token ids (2, 8): the first half shared, the second not; none of them special (padding, image, ...)."""
+    """Return token ids (2, 8) without special ids (padding, image, ...). The rows share their first half only."""
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     size = int(getattr(text, "vocab_size", 0) or getattr(find_head(model), "out_features", 256))
@@ -93,7 +93,7 @@ def check_tokens(model: nn.Module) -> Tensor:
 
 
 def _special_ids(config: dict[str, Any]) -> set[int]:
-    """Every id that a config gives a meaning: bos_token_id, image_token_index, ..., nested ones included."""
+    """Return every special id in a config and its nested configs: bos_token_id, image_token_index, ..."""
     found: set[int] = set()
     for key, value in config.items():
         if isinstance(value, dict):
@@ -105,9 +105,9 @@ def _special_ids(config: dict[str, Any]) -> set[int]:
 
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Inside: evaluation mode, and compiled modules run eagerly; afterwards each module has its own mode again.
+    """Put the model into evaluation mode and run compiled modules eagerly; restore each module's mode on exit.
 
-    Compiling for the check's hooks and its 8 tokens would take seconds, and serve nothing else.
+    Compiling for the hooks and the 8 tokens of the check would take seconds and would not be reused.
     """
     modes = {module: module.training for module in model.modules()}
     eager = torch.compiler.set_stance("force_eager") if any(map(is_compiled, modes)) else nullcontext()
@@ -121,33 +121,33 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _forward(model: nn.Module, tokens: Tensor) -> Any:
-    # Reformer draws its hash buckets at random: both passes draw the same, and the caller's state stays.
+    # Reformer draws random hash buckets. Both passes must draw the same, and the caller's random state must not change.
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         return model(input_ids=tokens, **without_cache(model))
 
 
 def _known_values(shape: torch.Size, like: Tensor) -> Tensor:
-    """Head outputs of all sizes, exact in any dtype: +-2^-4, ..., +-2^9, varying along each axis."""
+    """Return head outputs +-2^-4, ..., +-2^9, exact in any dtype, that vary along each axis."""
     place = torch.arange(shape.numel(), device=like.device).reshape(shape) % 28
     sign = 1 - 2 * (place % 2)
     return (sign * torch.exp2(place // 2 - 4.0)).to(like.dtype)
 
 
 class _Call(NamedTuple):
-    """One call of the head, looked at while it runs: FSDP2 has its weight whole only then."""
+    """What one call of the head shows while it runs. FSDP2 gathers the weight only then."""
 
     hidden: Tensor
     odd: str | None
-    """why it may not compute hidden @ weight.T + bias"""
+    """why the head may not compute hidden @ weight.T + bias"""
     rows: Tensor | None
-    """(K,) which rows of the weight are kept here; None for an odd head"""
+    """(K,) indices of the sampled rows of the weight; None for an odd head"""
     weight: Tensor | None
     """(K, D) fp32"""
     bias: Tensor | None
     """(K,) fp32"""
     shard: "VocabShard | None"
-    """whose the rows are, if they are not all here"""
+    """the shard that the rows belong to, if the head is split"""
 
     @classmethod
     def of(cls, head: Checked, hidden: Tensor) -> "_Call":
@@ -156,7 +156,7 @@ class _Call(NamedTuple):
             return cls(hidden, odd, None, None, None, None)
         weight, bias, shard = head.module.weight, getattr(head.module, "bias", None), None
         if is_dtensor(weight):
-            from ..vocab.shards import head_here
+            from ..vocab.shard_layout import head_here
 
             weight, bias, shard = head_here(weight, bias)
         start = shard.start if shard else 0
@@ -169,7 +169,7 @@ class _Call(NamedTuple):
 def _run_with_known_values(
     model: nn.Module, head: Checked, tokens: Tensor
 ) -> tuple[list[_Call], Tensor, Tensor | None]:  # fmt: skip
-    """The head's calls; final logits (2, 8, V); the values planted at the end (2, 4, rows)."""
+    """Return the head's calls, the final logits (2, 8, V) and the planted values (2, 4, rows)."""
     calls: list[_Call] = []
     planted: list[Tensor] = []
 
@@ -197,13 +197,13 @@ def _run_with_known_values(
 
 
 def _refuse_parts_of_logits(model: nn.Module, head: Checked, y: Any) -> None:
-    """Neither the head's recipe nor the model's own logits can be read where each process has some columns of them."""
+    """Refuse a head whose output is split by columns: neither its recipe nor the model's logits can then be read."""
     weight = getattr(head.module, "weight", None)  # a head of several modules has none
     if is_dtensor(y) or (is_dtensor(weight) and isinstance(y, Tensor) and y.shape[-1] != weight.shape[0]):
         raise EndoRewardError(
             f"{describe(model)}: its output head gives each process a part of the logits, {type(y).__name__} "
-            f"{tuple(y.shape)}, not a plain tensor of all {weight.shape[0]}: lay them out whole, as ColwiseParallel("
-            "output_layouts=Replicate()) does"
+            f"{tuple(y.shape)}, instead of a plain tensor of all {weight.shape[0]}: replicate them, for example with "
+            "ColwiseParallel(output_layouts=Replicate())"
         )
 
 
@@ -211,17 +211,17 @@ def _refuse_unless_causal(model: nn.Module, logits: Tensor, tokens: Tensor) -> N
     if logits.dim() != 3 or logits.shape[:2] != tokens.shape:
         raise EndoRewardError(
             f"{describe(model)} gives logits of shape {tuple(logits.shape)} for {tuple(tokens.shape)} "
-            "tokens; a causal language model gives (batch, tokens, vocabulary)"
+            "tokens: expected (batch, tokens, vocabulary), as a causal language model gives"
         )
     one, other = logits[:, :REAL]
     if one.isnan().any():
-        raise EndoRewardError(f"{describe(model)} gives NaN logits although its weights are finite")
+        raise EndoRewardError(f"{describe(model)} gives NaN logits, although its weights are finite: try another dtype")
     change = torch.where(one == other, 0.0, one.float() - other.float()).abs().amax(-1)
-    # Seen in float32: mixture-of-experts noise 1e-6 of the spread, an untrained BERT 1e-2.
+    # Measured in float32, relative to the spread: 1e-6 for mixture-of-experts noise, 1e-2 for an untrained BERT.
     if (change > _noise(one)).float().median() == 1:
         raise EndoRewardError(
             f"{describe(model)} is not causal: its logits at a token change with later tokens "
-            "(an encoder, or a decoder whose config does not say is_decoder or causal?)"
+            "(load a causal language model, or set is_decoder or causal in a decoder's config)"
         )
 
 
@@ -232,10 +232,10 @@ def _recipe_mismatch(head: Checked, call: _Call, logits: Tensor, known: Tensor) 
     eps = max(torch.finfo(t.dtype).eps for t in (call.hidden, head.module.weight, logits))
     got = logits[:, REAL:].to(expected.device).float()
     if not ((got - expected).abs() <= 4 * eps * expected.abs() + 1e-6).all():
-        return f"what it does to its head's output is not {head.recipe}"
+        return f"it does not apply {head.recipe} to its head's output"
 
     if not len(call.rows):
-        return None  # what this process holds is all padding
+        return None  # this process holds only padding
     y = call.hidden[:, :REAL].to(call.rows.device).float() @ call.weight.T
     if call.bias is not None:
         y = y + call.bias
@@ -254,7 +254,7 @@ def _capture_mismatch(model: nn.Module, head: Checked, hidden: Tensor, tokens: T
     except Exception as error:
         return f"it does not run without logits ({_one_line(error)})"
     if logits.shape[1] != seen.fed:
-        return f"it makes logits {tuple(logits.shape)} from an empty head input"
+        return f"it returns logits {tuple(logits.shape)} although its head got an empty input"
     again = seen.hidden.to(hidden.device)
     if again.shape != hidden.shape or ((again - hidden).float().abs().mean(-1) > _noise(hidden)).any():
         return "its hidden states differ when no logits are made"
@@ -262,8 +262,10 @@ def _capture_mismatch(model: nn.Module, head: Checked, hidden: Tensor, tokens: T
 
 
 def _noise(x: Tensor) -> Tensor:
-    """How far rows x (..., K) may lie from their like (...): mixture-of-experts layers round differently with other
-    companions, and on a GPU from run to run, more so the deeper the model is."""
+    """Return the tolerance (...) between equal rows x (..., K).
+
+    Mixture-of-experts layers round differently in another batch and, on a GPU, from run to run. Depth adds to this.
+    """
     return max(4 * TF32_EPS, 32 * torch.finfo(x.dtype).eps) * x.float().std(-1)
 
 
