@@ -27,8 +27,6 @@ FEWEST = 5
 """minimum number of completions for the mean at a position, and for a correlation"""
 POINTS = 60
 """maximum number of means on a line; the means of a thousand single positions would be noise"""
-
-
 FEW_POINTS = 12
 """lines of at most this many points get markers, because a single point would be invisible"""
 TITLE = 90

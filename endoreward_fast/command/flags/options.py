@@ -16,39 +16,20 @@ from .parameters import of_cluster, of_comparison, of_input, of_model, of_output
 from .values import ALL, at_least_one, day, device_name, dtype_name, names, one_of, template_kwargs, tools_in
 
 REDUCTIONS = ("sum", "mean")
-
-
 TRUNCATE = ("prompt", "completion")
-
 
 # These names repeat signals.SIGNALS and judges.JUDGES, because importing those would make --help wait for torch.
 LOG_RATIO = "log-ratio"
-
-
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
-
-
 PAIRWISE = "pairwise"
-
-
 JUDGES = ("verifier", "pointwise", PAIRWISE)
 
-
 SOURCE = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-
-
 ENGINES = LOCAL, RAY = ("local", "ray")
 
-
 Text = Optional[str]  # noqa: UP045  typer evaluates these at run time, also on Python 3.10
-
-
 Count = Optional[int]  # noqa: UP045
-
-
 Switch = Optional[bool]  # noqa: UP045
-
-
 Share = Optional[float]  # noqa: UP045
 
 

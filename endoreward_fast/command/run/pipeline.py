@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 WINDOW = 32
 """Characters of a window per token of a batch. At four characters per token, a window fills eight batches: enough to
 sort rows by length, and few enough to write results early"""
-
-
 NO_MODEL = (
     f"no --model: using {POCKET}, the embedded demonstration model with 3 million weights; name yours with --model"
 )

@@ -20,8 +20,6 @@ UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 STDIN_OPEN, STDOUT, STDERR = 0, 1, 2  # file descriptors
-
-
 PART = ".part"
 """suffix of a file that is not complete"""
 
