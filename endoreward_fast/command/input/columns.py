@@ -164,7 +164,7 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         while shared and not (chosen + " ")[shared].isspace():
             shared -= 1
     if not shared:
-        raise EndoRewardError("no prompt: chosen and rejected have no common start: add a column prompt")
+        raise EndoRewardError("no prompt: chosen and rejected have no common start: add a prompt column")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
