@@ -1,4 +1,4 @@
-"""The `endoreward` command. Nothing here imports torch before a model is needed: --help answers at once."""
+"""The `endoreward` command. Torch is imported only when a model is needed, so that --help answers at once."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ BAD_INPUT = 2  # exit code
 
 
 class _Group(TyperGroup):
-    """Says an EndoRewardError in one line, exit code 2; anything else is a defect and keeps its traceback."""
+    """Print an EndoRewardError in one line and exit with code 2. Other exceptions are bugs: they keep a traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """`help COMMAND` is `COMMAND --help`."""
+        """Treat `help COMMAND` as `COMMAND --help`."""
         return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """The context keeps the command line, as it was given, in `obj`."""
+        """Keep the arguments as given in the context's `obj`."""
         given = tuple(args)
         ctx = super().make_context(info_name, args, parent, **extra)
         ctx.obj = given
@@ -68,23 +68,23 @@ class _Group(TyperGroup):
             return super().invoke(ctx)
         except EndoRewardError as error:
             rank = os.environ.get("RANK", "0")
-            who = "" if rank == "0" else f"rank {rank}: "
-            print(f"endoreward: {who}{one_line(str(error))}", file=sys.stderr)
+            speaker = "" if rank == "0" else f"rank {rank}: "
+            print(f"endoreward: {speaker}{one_line(str(error))}", file=sys.stderr)
             raise typer.Exit(BAD_INPUT) from None
 
 
 class _OneProcess(TyperCommand):
-    """A command that ranks cannot share."""
+    """A command that runs in one process."""
 
     def invoke(self, ctx: Any) -> Any:
         rank = Rank.from_environment()
         if rank.alone:
             return super().invoke(ctx)
         if not rank.first:
-            raise typer.Exit  # with another code the launcher might end rank 0 before it has said why
+            raise typer.Exit  # after another exit code, the launcher might end rank 0 before it has printed why
         raise EndoRewardError(
-            f"{ctx.info_name} runs in one process: start it without a launcher ({' and '.join(ANSWERS)} share their "
-            "rows)"
+            f"{ctx.info_name} runs in one process: start it without a launcher (only {' and '.join(ANSWERS)} run in "
+            "several)"
         )
 
 
@@ -93,14 +93,15 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
-    help="The reward inside every causal language model: r = Q(s, a) - V(s'), read from its own logits.",
+    help="Score text with the reward inside every causal language model: r = Q(s, a) - V(s'), from its logits.",
     epilog=guide.ROOT,
 )
 File = Annotated[
-    str, typer.Argument(metavar="FILE", help="JSON Lines, JSON, CSV, TSV, Parquet, or gzipped; - is standard input.")
+    str,
+    typer.Argument(metavar="FILE", help="JSON Lines, JSON, CSV, TSV or Parquet, also gzipped; standard input is -."),
 ]
-Resume = Annotated[bool, of_output("--resume", help="Go on with --output where an earlier run was cut off.")]
-PerToken = Annotated[bool, of_output("--per-token", help="Add token_rewards: one number for every scored token.")]
+Resume = Annotated[bool, of_output("--resume", help="Continue an interrupted run that wrote --output.")]
+PerToken = Annotated[bool, of_output("--per-token", help="Add token_rewards: one number per scored token.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -115,7 +116,7 @@ def _common(
         bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Flags of the command itself."""
+    """Take the flags of `endoreward` without a command."""
 
 
 @app.command(epilog=guide.SCORE)
@@ -123,7 +124,7 @@ def _common(
 def score(
     context: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
 ) -> None:
-    """Score every completion of FILE: JSON Lines out, every column kept, `score` added."""
+    """Score every completion of FILE. Writes JSON Lines: the columns of FILE, and `score`."""
     _rows_to_rows(Job("score", flags, per_token), flags, file, resume, context.find_root().obj)
 
 
@@ -132,23 +133,23 @@ def score(
 def rank(
     context: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
 ) -> None:
-    """Rank the completions of every row of FILE: adds `scores`, `ranking` (best first) and `best`."""
+    """Rank the completions of every row of FILE. Adds `scores`, `ranking` (best first) and `best`."""
     _rows_to_rows(Job("rank", flags, per_token), flags, file, resume, context.find_root().obj)
 
 
 def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, arguments: tuple[str, ...]) -> None:
     if resume and flags.overwrite:
-        raise EndoRewardError("--resume and --overwrite: name one of them")
+        raise EndoRewardError("--resume and --overwrite exclude each other: use one of them")
     rank = Rank.from_environment()
     if flags.engine != LOCAL and not rank.alone:
-        raise EndoRewardError("--engine ray starts processes of its own: start it without a launcher")
+        raise EndoRewardError("--engine ray starts its own processes: start it without a launcher")
     if flags.engine != LOCAL and importlib.util.find_spec("ray") is None:
         raise EndoRewardError("--engine ray needs Ray Data: pip install 'ray[data]<2.64'")
     if not rank.first:
         return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
-        # Rank 0 reads in a thread, which nothing could end while it waits for more.
-        raise EndoRewardError("several processes do not read standard input or a pipe: name a file")
+        # Rank 0 reads in a thread. Nothing could end that thread while it waits for input.
+        raise EndoRewardError("several processes cannot read standard input or a pipe: name a file")
     output = str(flags.output)
     flags = replace(flags, date=flags.date or day_of(flags.output, resume=resume))
     job = replace(job, flags=flags)
@@ -164,9 +165,9 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
     with Sink(flags.output, (file, *flags.inputs), **ways, emptying=lambda: recorded(output, settings())) as sink:
         note = refuse_other_format(flags.output, JSON_LINES)
         if resume and sink.is_stdout:
-            raise EndoRewardError("--resume goes on with a file: name it by --output")
+            raise EndoRewardError("--resume needs the file to continue: name it with --output")
         source = open_source(file, flags.limit)
-        # What the model's name stands for may be a question to the hub: it comes last.
+        # Resolving the model's name may ask the Hub, so it comes after the other checks.
         go_on = resume and holds_rows(output, by_flags)
         done = rows_done(output, settings(), flags.id) if go_on else Done()
         if done.failed:
@@ -178,7 +179,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
         first, windows = pipeline.peek(pipeline.windows(source, job.command, flags))
         if not first and not done.rows:
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
-        if first and done == Done():  # what is left of a run may well be just what cannot be scored
+        if first and done == Done():  # the rest of a resumed run may consist of rows that cannot be scored
             pipeline.check_usable(first, source.name)
         run = _engine(job, flags, rank, settings, idle=not first)
         monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model)
@@ -189,7 +190,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
                 monitor.note(f"{output} holds {done.described}")
             run(windows, sink.write, monitor)
             if done.failed:
-                sink.write("")  # those without a score go, also where this input has none of them to try again
+                sink.write("")  # drops the lines without a score, even if this input has none of those rows
             if done.rows and (lines := in_order(output, job.command, order, flags.id)) is not None:
                 sink.rewrite(lines)
     if monitor.failed:
@@ -197,7 +198,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
 
 
 def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dict[str, Any]], *, idle: bool) -> Engine:
-    """Where the rows are scored; what must be there for it is there, or an EndoRewardError. `idle`: there are none."""
+    """Return the engine that scores the rows. Raises EndoRewardError if it cannot run. `idle`: no rows are left."""
     if not rank.alone:
         return lead(job, rank, settings()["weights"], idle=idle)
     if idle:
@@ -214,12 +215,14 @@ def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dic
 @takes(EvalFlags)
 def evaluate(
     files: Annotated[
-        list[str], typer.Argument(metavar="FILE", help="Preference files: RM-Bench, RewardBench, or your own.")
+        list[str], typer.Argument(metavar="FILE", help="Preference files: RM-Bench, RewardBench or your own.")
     ],
     flags: EvalFlags,
-    as_json: Annotated[bool, of_output("--json", help="Print JSON instead of tables.")] = False,
+    as_json: Annotated[
+        bool, of_output("--json", help="Print JSON instead of tables. --output is always JSON.")
+    ] = False,
 ) -> None:
-    """Accuracy on preference FILES, by subset; RM-Bench's matrix, RewardBench's sections. --output: JSON."""
+    """Compute accuracy on preference FILES, by subset, and the scores of RM-Bench, RewardBench and RewardBench 2."""
     as_json = as_json or flags.output == STDIN
     flags = replace(flags, date=flags.date or date.today().isoformat())
     with Sink(flags.output, (*files, *flags.inputs), overwrite=flags.overwrite) as sink:
@@ -262,12 +265,12 @@ def evaluate(
 @takes(RowFlags)
 def show(
     flags: RowFlags,
-    file: Annotated[Optional[str], typer.Argument(metavar="FILE", help="As for `score`; or --prompt.")] = None,  # noqa: UP045
-    prompt: Annotated[Optional[str], of_input(help="Instead of FILE.")] = None,  # noqa: UP045
-    completion: Annotated[Optional[list[str]], of_input(help="Of --prompt; may be given again.")] = None,  # noqa: UP045
-    html: Annotated[Optional[str], of_output(help="Write one self-contained page here.")] = None,  # noqa: UP045
+    file: Annotated[Optional[str], typer.Argument(metavar="FILE", help="The same files as `score` takes.")] = None,  # noqa: UP045
+    prompt: Annotated[Optional[str], of_input(help="One prompt, instead of FILE.")] = None,  # noqa: UP045
+    completion: Annotated[Optional[list[str]], of_input(help="Completion of --prompt. Repeatable.")] = None,  # noqa: UP045
+    html: Annotated[Optional[str], of_output(help="Write a self-contained HTML page to this file.")] = None,  # noqa: UP045
 ) -> None:
-    """Colour every token by its reward: on the terminal, or in a page (--html, or -o *.html) with tooltips."""
+    """Colour every token by its reward, on the terminal or in a page (--html, or -o *.html)."""
     if not show_file(file, prompt, completion or (), html, flags):
         raise typer.Exit(BAD_INPUT)
 
@@ -275,7 +278,7 @@ def show(
 @app.command(cls=_OneProcess, epilog=guide.PLOT)
 @takes(RowFlags)
 def plot(file: File, flags: RowFlags) -> None:
-    """Draw FILE's scores, their dependence on length, and reward by position, into --output (rewards.png)."""
+    """Plot the scores of FILE, scores against length, and rewards by position. Default --output: rewards.png."""
     if not plots.plot(file, flags):
         raise typer.Exit(BAD_INPUT)
 
@@ -283,12 +286,12 @@ def plot(file: File, flags: RowFlags) -> None:
 @app.command(cls=_OneProcess, epilog=guide.DEMO)
 @takes(ModelFlags)
 def demo(flags: ModelFlags) -> None:
-    """A demonstration without a network: real text against corrupted, right answers against wrong."""
+    """Show the reward at work: real text against corrupted text, right answers against wrong ones."""
     from .demo import show
 
     show(flags)
 
 
 def main() -> None:
-    """Entry point."""
+    """Run the command line."""
     app(prog_name="endoreward")

@@ -1,4 +1,4 @@
-"""`endoreward demo`: the reward at work on text whose better half is known, with accuracies measured."""
+"""`endoreward demo`: score texts whose better version is known, and measure how often it scores higher."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .run import pipeline
 from .run.monitor import Monitor
 
 PASSAGES, PROBLEMS, STEERED = 40, 220, 60
-SHOWN = 3  # examples printed of each kind
+SHOWN = 3  # printed examples of each kind
 REAL_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
 
 Sample = dict[str, Any]
 
 
 def show(flags: ModelFlags) -> None:
-    """Load the model, score the demonstration's three parts and print what was measured."""
+    """Load the model, score the three parts of the demonstration and print the results."""
     form = "plain"
-    print("endoreward demo: a demonstration of the reward that is already inside a language model.")
-    pipeline.before_loading(replace(flags, model_by_default=False))  # it is named below
+    print("endoreward demo: a demonstration of the reward inside a language model.")
+    pipeline.before_loading(replace(flags, model_by_default=False))  # the model is printed below
     scorer = pipeline.load_scorer(flags)
     if flags.chat is not False and getattr(getattr(scorer, "tokenizer", None), "chat_template", None):
         form = "chat"
@@ -45,15 +45,15 @@ def show(flags: ModelFlags) -> None:
     _show_steered(pairs, _rows(scores[ends[1] :], 4))
     print(f"\nMeasured on {len(scores)} completions, held out from the built-in model's training.")
     if flags.model == "pocket":
-        print("`pocket` is a toy of a few MB: this shows how the method behaves, not how good it can be.")
-        print(f"The same with a real model:\n\n  endoreward demo --model {REAL_MODEL}")
+        print("`pocket` is a toy of a few MB. It shows how the method behaves, not how good it can be.")
+        print(f"To use a real model:\n\n  endoreward demo --model {REAL_MODEL}")
 
 
 def _scores(scorer: pipeline.Scorer, samples: list[Sample], flags: ModelFlags, monitor: Monitor) -> list[float]:
     scores = [0.0] * len(samples)
     for i, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **flags.scoring()):
         if result.score is None:
-            raise EndoRewardError(f"the demonstration's text {i + 1} could not be scored: {result.error}")
+            raise EndoRewardError(f"text {i + 1} of the demonstration could not be scored: {result.error}")
         scores[i] = result.score
         monitor.advance(1)
         monitor.on_row(str(i), None)
@@ -76,7 +76,7 @@ def _problem_samples(problem: Problem, form: str) -> list[Sample]:
 
 
 def _steered_samples(pair: tuple[Problem, Problem], form: str) -> list[Sample]:
-    """Either instruction with either answer: (a's, a's), (a's, b's), (b's, a's), (b's, b's)."""
+    """Return each instruction with each answer: (a, a), (a, b), (b, a), (b, b)."""
     answers = [problem.completions(form)[0] for problem in pair]
     return [
         {"prompt": problem.prompt(form), "completion": answer, "chat": form == "chat"}
@@ -97,14 +97,14 @@ def _show_passages(texts: Sequence[Passage], scores: Sequence[Sequence[float]]) 
 
 
 def _show_problems(quiz: Sequence[Problem], scores: Sequence[Sequence[float]]) -> None:
-    _title("Right answers against wrong ones of like length")
+    _title("Right answers against wrong ones of similar length")
     for problem, row in zip(quiz[:SHOWN], scores, strict=False):
         print(f"\n  {' '.join(filter(None, (problem.system, problem.question)))}")
         answers = (problem.answer, *problem.wrong)
         for rank, i in enumerate(sorted(range(4), key=lambda i: -row[i]), start=1):
             print(f"    {rank}. {answers[i]:<40} {row[i]:>9.2f}{'   (right)' if i == 0 else ''}")
     print()
-    _measured("right one of four on top", [row[0] > max(row[1:]) for row in scores], 1 / 4)
+    _measured("right answer first of four", [row[0] > max(row[1:]) for row in scores], 1 / 4)
     tasks = sorted({problem.task for problem in quiz})
     for task in tasks:
         here = [row for problem, row in zip(quiz, scores, strict=True) if problem.task == task]
@@ -119,7 +119,7 @@ def _show_steered(pairs: Sequence[tuple[Problem, Problem]], scores: Sequence[Seq
     for k, problem in enumerate(first):
         print(f"    {problem.system or '':<28}" + "".join(f"{s:>22.2f}" for s in scores[0][2 * k : 2 * k + 2]))
     print()
-    _measured("asked-for form on top", [hit for r in scores for hit in (r[0] > r[1], r[3] > r[2])], 1 / 2)
+    _measured("requested answer first", [hit for r in scores for hit in (r[0] > r[1], r[3] > r[2])], 1 / 2)
 
 
 def _title(text: str) -> None:

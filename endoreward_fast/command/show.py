@@ -1,4 +1,4 @@
-"""`endoreward show`: rows through the model, token by token, onto the terminal or into a page."""
+"""`endoreward show`: score rows and colour their tokens, on the terminal or in a page."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHOWN = 20
-"""rows, where --limit does not say"""
+"""rows to show without --limit"""
 
 
 def show(file: str | None, prompt: str | None, completions: Sequence[str], html: str | None, flags: RowFlags) -> bool:
-    """Score and draw; whether every completion has a score. Raises EndoRewardError for arguments that cannot work."""
+    """Score and draw. Returns whether every completion got a score.
+
+    Raises EndoRewardError for arguments that cannot work.
+    """
     if html is not None and flags.output is not None:
-        raise EndoRewardError("--html and --output: name one of them")
+        raise EndoRewardError("--html and --output exclude each other: use one of them")
     if html == "":
         raise EndoRewardError("--html is empty: name a file")
     if format_of(flags.output) == PAGE:
@@ -50,7 +53,7 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
                     items, scorer, options, lambda item: rows.append(row_of(item)), monitor, strict=flags.strict
                 )
             if file and flags.limit is None and len(rows) == SHOWN:
-                monitor.note(f"the first {SHOWN} rows at most are shown: --limit for more or fewer")
+                monitor.note(f"only the first {SHOWN} rows are shown: --limit shows more or fewer")
         if not rows:
             end(ended)
         sink.write(page(rows, flags.described()) if html else _text(rows, sink, flags.described()))
@@ -61,16 +64,16 @@ def show(file: str | None, prompt: str | None, completions: Sequence[str], html:
 def _source(file: str | None, prompt: str | None, completions: Sequence[str], limit: int) -> Source:
     if file is not None:
         if prompt is not None or completions:
-            raise EndoRewardError("a FILE and --prompt or --completion: name one of them")
+            raise EndoRewardError("FILE excludes --prompt and --completion: use one of them")
         return open_source(file, limit)
     if prompt is None or not completions:
-        raise EndoRewardError("what to show: a FILE, or --prompt and at least one --completion")
+        raise EndoRewardError("nothing to show: name a FILE, or --prompt and at least one --completion")
     record = Record("command line", {"prompt": prompt, "completions": list(completions)})
     return Source("command line", iter([record]), 1)
 
 
 def row_of(item: Item) -> Row:
-    """What was scored, ready to be drawn."""
+    """Turn a scored item into a row of the heatmap."""
     if item.task is None:
         return Row(item.record.where, "", [Card("no completion", None, (), item.error)])
     labels = dict(_labels(item.task.layout))
@@ -87,7 +90,7 @@ def row_of(item: Item) -> Row:
 
 
 def _labels(layout: Any, name: str = "completion") -> Iterator[tuple[int, str]]:
-    """(position, what to call it)."""
+    """Yield (position, label) of every completion."""
     if isinstance(layout, dict):
         for side, part in layout.items():
             yield from _labels(part, side)
@@ -98,7 +101,7 @@ def _labels(layout: Any, name: str = "completion") -> Iterator[tuple[int, str]]:
 
 
 def _prompt(sample: dict[str, Any]) -> str:
-    """The prompt as people read it."""
+    """Return the prompt as readable text."""
     prompt = sample.get("prompt", sample.get("messages", [])[:-1])
     if "prompt_ids" in sample:
         return f"{len(sample['prompt_ids'])} token ids"
@@ -106,7 +109,7 @@ def _prompt(sample: dict[str, Any]) -> str:
 
 
 def _text(rows: Sequence[Row], sink: Sink, title: str) -> str:
-    """For a terminal: coloured where it can be, else with each token's reward behind it."""
+    """Return text for a terminal, in colour if possible. Without colour, each token is followed by its reward."""
     from rich.console import Console
     from rich.text import Text
 
@@ -118,12 +121,12 @@ def _text(rows: Sequence[Row], sink: Sink, title: str) -> str:
 
 
 def _colours(console: Console) -> str | None:
-    """ "256", "truecolor" or None. Sixteen are too few: white on their yellow cannot be read."""
+    """Return "256", "truecolor" or None. Sixteen colours are too few: white is unreadable on their yellow."""
     return console.color_system if not console.no_color and console.color_system in ("256", "truecolor") else None
 
 
 def print_rows(rows: Sequence[Row], console: Console, colours: str | None) -> None:
-    """Draw `rows` on a rich console; without colours each token's reward stands behind it."""
+    """Print `rows` on a rich console. Without `colours`, each token is followed by its reward."""
     from rich.text import Text
 
     limit = limit_of_rows(rows)
@@ -140,14 +143,14 @@ def print_rows(rows: Sequence[Row], console: Console, colours: str | None) -> No
             line = Text()
             for token in card.tokens:
                 _append(line, token, limit, colours)
-            console.print(line, soft_wrap=True)  # wrapped by rich, a line would lose the spaces at its end
+            console.print(line, soft_wrap=True)  # rich's own wrapping drops spaces at the ends of lines
         console.print()
     if any(token.terminal for row in rows for card in row.cards for token in card.tokens):
-        console.print("after the last token of an episode nothing is subtracted", soft_wrap=True)
+        console.print("After the last token of an episode, nothing is subtracted.", soft_wrap=True)
     if colours:
         console.print(_scale(limit, colours, clipped(rows, limit)), soft_wrap=True)
     else:
-        console.print("[...] is the reward of the token before it", soft_wrap=True)
+        console.print("[...] is the reward of the token before it.", soft_wrap=True)
 
 
 def _append(line: Any, token: Token, limit: float, colours: str | None) -> None:
@@ -159,7 +162,7 @@ def _append(line: Any, token: Token, limit: float, colours: str | None) -> None:
 
 
 def style_of(level: int | None, colours: str) -> str:
-    """Both colours are set, so that it reads on any terminal; underlined below 0, as in the page."""
+    """Return a rich style: both colours set, for legibility on any terminal, and underlined below 0."""
     if level is None:
         return "reverse"
     background = DARK.background(level) if colours == "truecolor" else f"color({terminal_256(level)})"

@@ -1,4 +1,4 @@
-"""The command as people run it, with a made-up scorer: rows in, rows out, and eval."""
+"""The command with a made-up scorer: rows in, rows out, and eval."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def test_score_keeps_every_column_and_the_order(scorer, tmp_path):
         assert "error" not in after
 
 
-def test_score_adds_token_rewards_on_request_in_the_scores_shape(scorer, tmp_path):
+def test_score_adds_token_rewards_in_the_shape_of_the_scores(scorer, tmp_path):
     path = put(tmp_path, PAIR, {"prompt": "p", "chosen": "a", "rejected": "bc"})
     single, pair = rows_of(run("score", path, "--per-token").stdout)
     assert single["token_rewards"] == {"rewards": [-1.0] * 3}
@@ -60,13 +60,13 @@ def test_score_adds_token_rewards_on_request_in_the_scores_shape(scorer, tmp_pat
     assert "token_rewards" not in rows_of(run("score", path).stdout)[0]
 
 
-def test_a_column_of_the_same_name_is_kept_beside_the_new_one(scorer, tmp_path):
+def test_a_column_of_the_same_name_is_kept_as_input_column(scorer, tmp_path):
     out = rows_of(run("score", put(tmp_path, {**PAIR, "score": "mine"})).stdout)[0]
     assert (out["input_score"], out["score"]) == ("mine", -3.0)
 
 
-def test_what_json_has_no_number_for_is_null(scorer, tmp_path):
-    """Most readers but Python's own take a file with NaN for no JSON at all."""
+def test_nan_and_infinity_are_written_as_null(scorer, tmp_path):
+    """NaN is not JSON: most readers other than Python's reject the file."""
     line = json.dumps({**PAIR, "x": [float("nan"), {"y": -float("inf")}, 1.5], "note": "NaN"})
     assert "NaN" in line
 
@@ -77,7 +77,7 @@ def test_what_json_has_no_number_for_is_null(scorer, tmp_path):
     assert (out["x"], out["note"], out["score"]) == ([None, {"y": None}, 1.5], "NaN", -3.0)
 
 
-def test_half_a_surrogate_pair_in_another_column_survives(scorer, tmp_path):
+def test_a_lone_surrogate_in_another_column_survives(scorer, tmp_path):
     out = run("score", put(tmp_path, {**PAIR, "note": "\ud83d"})).stdout
     assert json.loads(out)["note"] == "\ud83d"
 
@@ -96,7 +96,7 @@ def test_rank_gives_positions_best_first(scorer, tmp_path):
     assert (second["scores"], second["ranking"], second["best"]) == ([-2.0, -1.0, -2.0], [1, 0, 2], "b")
 
 
-def test_more_rows_than_a_window_come_in_order_and_all(scorer, tmp_path, monkeypatch):
+def test_more_rows_than_a_window_are_all_written_in_order(scorer, tmp_path, monkeypatch):
     calls = []
     whole = LengthScorer.iter_scores
     monkeypatch.setattr(
@@ -110,7 +110,7 @@ def test_more_rows_than_a_window_come_in_order_and_all(scorer, tmp_path, monkeyp
 
 def test_limit_output_and_standard_input(scorer, tmp_path):
     target = tmp_path / "out.jsonl"
-    target.write_text("what was there before")
+    target.write_text("an earlier output")
     result = run("score", "-", "--limit", 2, "--output", target, "--overwrite", input=(json.dumps(PAIR) + "\n") * 5)
     assert result.stdout == ""
     assert [r["score"] for r in rows_of(target.read_text())] == [-3.0, -3.0]
@@ -138,7 +138,7 @@ def test_flags_reach_the_scorer(scorer, tmp_path):
     assert (loaded.model, loaded.dtype, loaded.device) == ("some/model", "bfloat16", "cpu")
 
 
-def test_quiet_says_nothing_but_errors(scorer, tmp_path):
+def test_quiet_prints_errors_only(scorer, tmp_path):
     assert run("score", put(tmp_path, PAIR), "--quiet").stderr == ""
     assert "line 2: not valid JSON" in run("score", put(tmp_path, PAIR, "{"), "-q", code=2).stderr
 
@@ -184,7 +184,7 @@ def test_eval_of_several_files_and_rows_that_fail(scorer, tmp_path):
     assert "row 2: 9 tokens" in result.stderr
 
 
-def test_eval_interrupted_reports_what_it_has(scorer, tmp_path):
+def test_an_interrupted_eval_reports_the_rows_it_scored(scorer, tmp_path):
     target = tmp_path / "found.json"
     scorer.stop_after = 13  # of 18 samples: two rows of three
     run("eval", put(tmp_path, *style_rows(3)), "-o", target, code=130)

@@ -1,4 +1,4 @@
-"""The command on bad input: one clear line, exit code 2, nothing already scored lost."""
+"""Bad input gives one clear line and exit code 2. Rows already scored are kept."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def scorer(monkeypatch):
     return made
 
 
-def test_malformed_lines_are_named_and_the_rest_scored(scorer, tmp_path):
+def test_malformed_lines_are_reported_and_the_rest_is_scored(scorer, tmp_path):
     result = run("score", put(tmp_path, PAIR, "{oops", PAIR), code=2)
     out = rows_of(result.stdout)
     assert [r["score"] for r in out] == [-3.0, None, -3.0]
@@ -37,7 +37,7 @@ def test_malformed_lines_are_named_and_the_rest_scored(scorer, tmp_path):
     assert "1 of 3 rows could not be scored (exit code 2)" in result.stderr
 
 
-def test_strict_stops_at_the_first_bad_row_and_keeps_what_came_before(scorer, tmp_path):
+def test_strict_stops_at_the_first_bad_row_and_keeps_the_rows_before_it(scorer, tmp_path):
     for bad in ("{oops", {"prompt": "p", "completion": None}):
         result = run("score", put(tmp_path, PAIR, PAIR, bad, PAIR), "--strict", code=2)
         assert [r["score"] for r in rows_of(result.stdout)] == [-3.0, -3.0]
@@ -68,7 +68,7 @@ def test_rows_that_cannot_be_scored_do_not_stop_the_others(scorer, tmp_path):
     assert "NaN" not in result.stdout
 
 
-def test_many_errors_are_counted_not_all_shown(scorer, tmp_path):
+def test_only_the_first_errors_are_printed_and_the_rest_counted(scorer, tmp_path):
     result = run("score", put(tmp_path, PAIR, *["{"] * 100), code=2)
     assert result.stderr.count("not valid JSON") == ERRORS_SHOWN
     assert f"100 of 101 rows could not be scored (exit code 2); {100 - ERRORS_SHOWN} not shown" in result.stderr
@@ -87,7 +87,7 @@ def test_many_errors_are_counted_not_all_shown(scorer, tmp_path):
         (["score", "nowhere.jsonl", "--output", "new.jsonl"], "no such file: nowhere.jsonl"),
         (["score", "in.jsonl", "--output", "."], "cannot write .: Is a directory"),
         (["eval", "in.jsonl", "--output", "."], "cannot write .: Is a directory"),
-        (["score", "in.jsonl", "--output", "in.jsonl"], "in.jsonl is the input: writing there would lose it"),
+        (["score", "in.jsonl", "--output", "in.jsonl"], "in.jsonl is the input: name another output"),
         (["score", "in.jsonl", "--reduction", "max"], "--reduction must be sum or mean, got 'max'"),
         (["score", "in.jsonl", "--alpha", "0"], "--alpha must be above 0, got 0.0"),
         (["score", "in.jsonl", "--alpha", "nan"], "--alpha must be above 0, got nan"),
@@ -101,7 +101,7 @@ def test_many_errors_are_counted_not_all_shown(scorer, tmp_path):
         (["score", "in.jsonl", "--max-tokens-per-batch", "0"], "--max-tokens-per-batch must be 1 or more"),
     ],
 )
-def test_mistakes_cost_one_line_and_no_model(args, message, scorer, tmp_path, monkeypatch):
+def test_mistakes_print_one_line_and_load_no_model(args, message, scorer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, PAIR)
     put(tmp_path, {"text": "t", "label": 1}, name="columns.jsonl")
@@ -115,7 +115,7 @@ def test_mistakes_cost_one_line_and_no_model(args, message, scorer, tmp_path, mo
     assert rows_of((tmp_path / "in.jsonl").read_text()) == [PAIR]
 
 
-def test_an_output_in_a_folder_without_permission_is_said_first(scorer, tmp_path):
+def test_an_output_in_a_folder_without_permission_is_reported_before_loading(scorer, tmp_path):
     if os.geteuid() == 0:
         locked = Path("/proc/sys/out.jsonl")  # root may write anywhere else
     else:
@@ -125,7 +125,7 @@ def test_an_output_in_a_folder_without_permission_is_said_first(scorer, tmp_path
     assert f"cannot write {locked}" in result.stderr and scorer.loaded == []
 
 
-def test_a_failure_before_the_first_result_leaves_an_old_output_alone(scorer, tmp_path):
+def test_a_failure_before_the_first_result_leaves_an_old_output_unchanged(scorer, tmp_path):
     target = tmp_path / "out.jsonl"
     target.write_text("an earlier run\n")
     scorer.stop_after = 0
@@ -139,7 +139,7 @@ def test_an_unexpected_failure_keeps_its_traceback(scorer, tmp_path, monkeypatch
     assert isinstance(result.exception, ZeroDivisionError)
 
 
-def test_what_was_scored_before_an_interruption_is_written(scorer, tmp_path):
+def test_rows_scored_before_an_interruption_are_written(scorer, tmp_path):
     target = tmp_path / "out.jsonl"
     scorer.stop_after = 3  # the scorer starts at the end: the last three of five are done
     result = run("score", put(tmp_path, *({**PAIR, "n": n} for n in range(5))), "-o", target, code=130)
@@ -147,7 +147,7 @@ def test_what_was_scored_before_an_interruption_is_written(scorer, tmp_path):
     assert "stopped early: scored 3 of 5 rows" in result.stderr
 
 
-def test_damage_late_in_a_file_comes_after_the_rows_before_it(scorer, tmp_path):
+def test_rows_before_damage_in_a_file_are_scored(scorer, tmp_path):
     import gzip
 
     data = gzip.compress(b"".join(json.dumps({**PAIR, "x": os.urandom(99).hex()}).encode() + b"\n" for _ in range(999)))

@@ -1,4 +1,4 @@
-"""Outputs that cannot be, inputs that would be lost, and ends in the middle: what was computed is there afterwards."""
+"""Outputs that cannot be written, inputs that would be overwritten, and interruptions: no computed row is lost."""
 
 import gzip
 import io
@@ -41,7 +41,7 @@ def scorer(monkeypatch):
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("output", ["", "x" * 300 + ".png", "in.jsonl/x.png", "nowhere/x.png", "folder.png"])
-def test_an_output_that_cannot_be_is_one_line_before_a_model_is_loaded(command, output, scorer, tmp_path, monkeypatch):
+def test_an_impossible_output_is_one_line_before_a_model_is_loaded(command, output, scorer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
     result = run(command, put(tmp_path, BOTH).name, "-o", output, code=2)
@@ -49,16 +49,16 @@ def test_an_output_that_cannot_be_is_one_line_before_a_model_is_loaded(command, 
     assert ("--output is empty" if output == "" else f"cannot write {output}: ") in result.stderr
 
 
-def test_an_empty_page_is_none(scorer, tmp_path):
+def test_an_empty_name_of_a_page_is_refused(scorer, tmp_path):
     assert "--html is empty" in run("show", put(tmp_path, PAIR), "--html", "", code=2).stderr
 
 
 @pytest.mark.parametrize("side", [".part", ".settings.json", ".settings.json.part"])
-def test_what_is_written_beside_an_output_is_no_input(side, scorer, tmp_path):
+def test_files_written_beside_an_output_must_not_be_inputs(side, scorer, tmp_path):
     source = put(tmp_path, PAIR, name=f"out.jsonl{side}")
     before = source.read_text()
     said = run("score", source, "-o", tmp_path / "out.jsonl", code=2).stderr
-    assert f"{source} is the input, and written beside {tmp_path / 'out.jsonl'}" in said
+    assert f"{source} is the input, and would be written beside {tmp_path / 'out.jsonl'}" in said
     assert source.read_text() == before and not (tmp_path / "out.jsonl").exists() and scorer.loaded == 0
 
 
@@ -71,7 +71,7 @@ def test_the_file_of_tools_is_an_input(command, name, scorer, tmp_path):
     os.link(tools, tmp_path / "hard")
     out = tmp_path / name
     said = run(command, put(tmp_path, BOTH), "--tools", tools, "-o", out, "--overwrite", code=2).stderr
-    assert f"{out} is the input: writing there would lose it" in said and tools.read_text() == '[{"name": "f"}]'
+    assert f"{out} is the input: name another output" in said and tools.read_text() == '[{"name": "f"}]'
 
 
 def command_line(*arguments, **streams):
@@ -79,8 +79,8 @@ def command_line(*arguments, **streams):
     return subprocess.run(line, cwd=ROOT, timeout=120, text=True, stderr=subprocess.PIPE, check=False, **streams)
 
 
-def test_an_input_that_is_a_stream_of_this_process(tmp_path):
-    """`score FILE >> FILE` would read what it writes; `score - -o FILE < FILE` would empty it."""
+def test_standard_streams_that_are_the_input_are_refused(tmp_path):
+    """`score FILE >> FILE` would read its own output; `score - -o FILE < FILE` would empty its input."""
     source = put(tmp_path, PAIR)
     before = source.read_text()
     with source.open("a") as added:
@@ -100,9 +100,9 @@ def test_an_evaluation_whose_output_cannot_be_written_is_printed(scorer, tmp_pat
     assert found["complete"] is True and found["files"][0]["scored"] == 4
 
 
-def test_a_name_that_standard_output_cannot_spell(scorer, tmp_path, monkeypatch):
+def test_a_name_that_standard_output_cannot_encode_is_escaped(scorer, tmp_path, monkeypatch):
     if os.name != "posix":
-        pytest.skip("names are text there")
+        pytest.skip("file names are always text on this system")
     source = put(tmp_path, *PREFERENCES, name="\udcff.jsonl")
     assert "4 rows scored" in run("eval", source).stdout
     from endoreward_fast.command.run.monitor import say
@@ -118,14 +118,14 @@ def test_a_name_that_standard_output_cannot_spell(scorer, tmp_path, monkeypatch)
 
 
 def damaged(folder):
-    """Rows, then a gzip that is torn."""
+    """Return a gzip file whose second part is truncated after some rows."""
     path = folder / "torn.jsonl.gz"
     data = gzip.compress("".join(json.dumps(row) + "\n" for row in PREFERENCES).encode(), mtime=0)
     path.write_bytes(data + gzip.compress(b"{}\n", mtime=0)[:-6])
     return path
 
 
-def test_an_evaluation_that_ends_early_says_what_it_has(scorer, tmp_path):
+def test_an_evaluation_that_fails_reports_the_rows_it_scored(scorer, tmp_path):
     target = tmp_path / "found.json"
     result = run("eval", damaged(tmp_path), "-o", target, code=2)
     assert "4 rows scored" in result.stdout and "cannot read" in result.stderr.splitlines()[-1]
@@ -137,14 +137,14 @@ def test_an_evaluation_that_ends_early_says_what_it_has(scorer, tmp_path):
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
-def test_an_evaluation_that_is_ended_says_what_it_has(number, scorer, tmp_path):
+def test_an_evaluation_ended_by_a_signal_reports_the_rows_it_scored(number, scorer, tmp_path):
     ending(scorer, getattr(signal, number))
     result = run("eval", put(tmp_path, *PREFERENCES), "--max-tokens-per-batch", 1, code=128 + getattr(signal, number))
     assert "rows scored" in result.stdout and "stopped early" in result.stderr
 
 
 def ending(scorer, number):
-    """The scorer is sent the signal `number` at its third row."""
+    """Make the scorer send this process the signal `number` after five scores."""
     score = scorer.iter_scores
     seen = []
 
@@ -159,18 +159,18 @@ def ending(scorer, number):
 
 
 @pytest.mark.parametrize(("command", "name"), [("show", "out.html"), ("show", "out.txt"), ("plot", "out.svg")])
-def test_a_picture_is_drawn_of_what_was_scored_before_the_end(command, name, tmp_path):
+def test_a_picture_shows_the_rows_scored_before_a_signal(command, name, tmp_path):
     if command == "plot":
         pytest.importorskip("matplotlib")
     said = run(command, damaged(tmp_path), "-o", tmp_path / name, "-q", code=2).stderr
     assert "cannot read" in said.splitlines()[-1] and (tmp_path / name).stat().st_size > 100
 
 
-def test_a_terminal_that_is_closed_says_and_loses_nothing(scorer, tmp_path):
+def test_a_closed_terminal_loses_no_rows(scorer, tmp_path):
     ending(scorer, signal.SIGHUP)
     source, out = put(tmp_path, *({**PAIR, "n": n} for n in range(9))), tmp_path / "out.jsonl"
     said = run("score", source, "-o", out, code=128 + signal.SIGHUP).stderr
-    assert len(rows_of(out.read_text())) >= 4 and "to go on: endoreward score" in said.splitlines()[-1]
+    assert len(rows_of(out.read_text())) >= 4 and "To continue: endoreward score" in said.splitlines()[-1]
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
         run("score", source, "-o", tmp_path / "all.jsonl")
@@ -178,14 +178,14 @@ def test_a_terminal_that_is_closed_says_and_loses_nothing(scorer, tmp_path):
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_line_that_goes_on_is_said_when_quiet_too(scorer, tmp_path):
+def test_the_command_to_continue_is_printed_when_quiet_too(scorer, tmp_path):
     scorer.stop_after = 2
     source = put(tmp_path, *({**PAIR, "n": n} for n in range(5)))
     said = run("score", source, "-o", tmp_path / "out.jsonl", "-q", code=130).stderr
-    assert "to go on: endoreward score" in said and said.count("\n") == 1
+    assert "To continue: endoreward score" in said and said.count("\n") == 1
 
 
-def test_the_line_that_goes_on_is_the_launchs(monkeypatch):
+def test_the_command_to_continue_includes_the_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     wanted = "-m endoreward_fast score in -o out --resume"
@@ -198,7 +198,7 @@ def test_the_line_that_goes_on_is_the_launchs(monkeypatch):
 # ---------------------------------------------------------------- before a model is read
 
 
-def test_settings_that_differ_are_said_in_a_line_that_can_be_read(scorer, tmp_path):
+def test_settings_that_differ_are_quoted_in_a_readable_line(scorer, tmp_path):
     source, out, tools = put(tmp_path, PAIR), tmp_path / "out.jsonl", tmp_path / "tools.json"
     for n in range(2):
         tools.write_text(json.dumps([{"description": "x" * 50_000, "name": f"f{n}", "more": "y" * 999}]))
@@ -208,7 +208,7 @@ def test_settings_that_differ_are_said_in_a_line_that_can_be_read(scorer, tmp_pa
     assert '"name": "f0"' in was and '"name": "f1"' in now and len(result.stderr) < 600
 
 
-def test_a_gguf_file_is_a_models_name(scorer, tmp_path, monkeypatch):
+def test_a_gguf_file_may_be_named_as_model(scorer, tmp_path, monkeypatch):
     path = tmp_path / "tiny.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00")
     monkeypatch.setattr(pipeline, "load_reward_model", lambda flags, name: LengthScorer())
@@ -219,16 +219,16 @@ def test_a_gguf_file_is_a_models_name(scorer, tmp_path, monkeypatch):
     assert "is a file, and no GGUF file" in run("score", put(tmp_path, PAIR), "-m", path, code=2).stderr
 
 
-def test_a_revision_of_what_is_on_this_machine_is_refused(scorer, tmp_path):
+def test_a_revision_of_a_local_model_is_refused(scorer, tmp_path):
     file = tmp_path / "tiny.gguf"
     file.write_bytes(b"GGUF\x03\x00\x00\x00")
     for model in ("pocket", tmp_path, file):
         said = run("score", put(tmp_path, PAIR), "-m", model, "--revision", "main", code=2).stderr
-        assert "--revision: model " in said and "only the Hub has revisions" in said
+        assert "--revision: model " in said and "only models on the Hub have revisions" in said
 
 
-def test_what_a_model_is_compared_with_is_refused_before_any_is_read(scorer, tmp_path):
-    """By its configuration: weights may take minutes."""
+def test_the_wrong_kind_of_comparison_model_is_refused_before_loading(scorer, tmp_path):
+    """Its configuration tells. Loading weights may take minutes."""
     source = put(tmp_path, *PREFERENCES)
     for flags, error in (
         (("--reward-model", "pocket"), "model 'pocket' is a SmolLM3ForCausalLM, which is not a reward model"),
@@ -238,11 +238,11 @@ def test_what_a_model_is_compared_with_is_refused_before_any_is_read(scorer, tmp
         assert error in run("eval", source, *flags, "-q", code=2).stderr and scorer.loaded == 0
 
 
-def test_a_device_that_is_not_there_is_refused_before_a_model_is_looked_for(tmp_path):
+def test_a_missing_device_is_refused_before_a_model_is_looked_up(tmp_path):
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("it is there")
+        pytest.skip("there is a GPU")
     said = run("score", put(tmp_path, PAIR), "-m", "no/such-model", "--device", "gpu", code=2).stderr
     assert said.startswith("endoreward: device 'cuda' cannot be used: ") and said.count("\n") == 1
 
@@ -251,7 +251,7 @@ CALLS = [{"type": "function", "function": {"name": "f", "arguments": "{}"}}]
 
 
 def test_a_prompt_of_calls_and_parts_is_shown(tmp_path):
-    """A turn of calls may have no content at all."""
+    """A turn of tool calls may have no content."""
     parts = {"role": "user", "content": [{"type": "text", "text": "of parts"}]}
     turns = [parts, {"role": "assistant", "tool_calls": CALLS}, {"role": "assistant", "content": "x"}]
     told = run("show", put(tmp_path, {"messages": turns}), "-q", code=(0, 2)).stdout
@@ -262,7 +262,7 @@ def test_a_prompt_of_calls_and_parts_is_shown(tmp_path):
     ("text", "settings"),
     [("[" * 99_999 + "\n", None), ('{"score": 1' + "0" * 5000 + "}\n", None), (None, "[" * 99_999)],
 )
-def test_what_stands_in_an_output_or_beside_it_may_be_anything(text, settings, scorer, tmp_path):
+def test_an_output_or_settings_with_any_contents_are_one_clear_line(text, settings, scorer, tmp_path):
     source, out = put(tmp_path, PAIR), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
     if text:
@@ -270,10 +270,10 @@ def test_what_stands_in_an_output_or_beside_it_may_be_anything(text, settings, s
     if settings:
         Path(f"{out}.settings.json").write_text(settings)
     said = run("score", source, "-o", out, "-q", "--resume", code=2).stderr
-    assert "line 1 is not a row of results" in said if text else "does not say how it was made" in said
+    assert "line 1 is not a row of results" in said if text else "settings.json is missing or damaged" in said
 
 
-def test_old_results_stay_where_their_settings_cannot_be_replaced(scorer, tmp_path):
+def test_old_results_stay_if_their_settings_cannot_be_replaced(scorer, tmp_path):
     source, out = put(tmp_path, PAIR), tmp_path / "out.jsonl"
     out.write_text("mine\n")
     Path(f"{out}.settings.json").mkdir()
@@ -281,11 +281,11 @@ def test_old_results_stay_where_their_settings_cannot_be_replaced(scorer, tmp_pa
     assert f"cannot write {out}.settings.json: Is a directory" in said and out.read_text() == "mine\n"
 
 
-def test_a_limit_beyond_every_file_is_none(scorer, tmp_path):
+def test_a_limit_beyond_every_file_reads_all_rows(scorer, tmp_path):
     assert len(rows_of(run("score", put(tmp_path, PAIR), "--limit", 10**30, "-q").stdout)) == 1
 
 
-def test_an_empty_array_is_called_one(scorer, tmp_path):
+def test_an_empty_array_is_named_as_such(scorer, tmp_path):
     said = run("score", put(tmp_path, PAIR, {"messages": []}, {"prompt": [], "completion": "x"}), code=2).stderr
     assert 'messages: wanted an array of {"role", "content"} objects, found an empty array' in said
     assert "prompt: wanted text or messages, found an empty array" in said

@@ -1,4 +1,4 @@
-"""What the command says of itself: the model in every output, help, aliases, and what a mistyped line gets."""
+"""The command's own text: the model in every output, help, aliases, and suggestions for mistyped words."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from endoreward_fast.model.dtypes import ALIASES, DTYPES
 ROOT = Path(__file__).resolve().parents[2]
 PREFERENCE = {"prompt": "p", "chosen": "a", "rejected": "bb"}
 NOTE = (
-    "endoreward: no --model: scored by pocket, the embedded demonstration model of 3 million weights; name yours by "
+    "endoreward: no --model: using pocket, the embedded demonstration model with 3 million weights; name yours with "
     "--model"
 )
 COMMANDS = ("score", "rank", "eval", "show", "plot", "demo")
@@ -41,7 +41,7 @@ def scorer(monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["score", "rank", "eval"])
-def test_a_model_that_was_not_named_is_said_in_one_line(command, scorer, tmp_path):
+def test_the_default_model_is_named_in_one_line(command, scorer, tmp_path):
     path = put(tmp_path, PREFERENCE)
     said = run(command, path).stderr
     assert said.splitlines()[0] == NOTE and said.count("no --model") == 1
@@ -53,7 +53,7 @@ def test_a_model_that_was_not_named_is_said_in_one_line(command, scorer, tmp_pat
         assert "no --model" not in run(command, path, named, "pocket").stderr
 
 
-def test_the_note_is_true(scorer):
+def test_the_note_states_the_true_number_of_weights(scorer):
     from endoreward_fast import EndoRewardModel
 
     count = sum(p.numel() for p in EndoRewardModel.from_pretrained("pocket").parameters())
@@ -61,7 +61,7 @@ def test_the_note_is_true(scorer):
 
 
 @pytest.mark.parametrize("command", ["show", "plot"])
-def test_so_it_is_where_rows_are_drawn(command, tmp_path):
+def test_the_default_model_is_named_by_show_and_plot(command, tmp_path):
     target = tmp_path / "out.svg"
     said = run(command, put(tmp_path, PREFERENCE), *(["-o", target] if command == "plot" else [])).stderr
     assert said.splitlines()[0] == NOTE and said.endswith(", model pocket\n")
@@ -84,7 +84,7 @@ def test_eval_names_every_model_and_its_weights(scorer, tmp_path, monkeypatch):
     assert "reference_model" not in found
 
 
-def test_the_weights_are_those_that_a_settings_file_has(scorer, tmp_path, monkeypatch):
+def test_eval_and_the_settings_file_name_the_same_weights(scorer, tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "weights_of", weights_of)
     path, target = put(tmp_path, PREFERENCE), tmp_path / "out.jsonl"
     run("score", path, "-o", target)
@@ -116,7 +116,7 @@ def test_help_is_in_groups_with_an_example(command, monkeypatch):
 
 
 def test_the_examples_in_help_are_commands(scorer, tmp_path, monkeypatch):
-    """Their flags exist, at least; what they name is put in the place of what they stand for."""
+    """Run the examples with `pocket` in place of other models."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pipeline, "load_judges", lambda names, scorer: {})
     for name in ("rows.jsonl", "pairs.jsonl"):
@@ -143,7 +143,7 @@ def test_completion_scripts_are_offered_by_the_command_alone():
 
 
 @pytest.mark.parametrize(("alias", "name"), [*ALIASES.items(), ("BF16", "bfloat16"), ("torch.half", "float16")])
-def test_dtypes_by_their_other_names(alias, name, scorer, tmp_path):
+def test_aliases_of_dtypes(alias, name, scorer, tmp_path):
     import torch
 
     run("score", put(tmp_path, PAIR), "--dtype", alias, "-q")
@@ -153,7 +153,7 @@ def test_dtypes_by_their_other_names(alias, name, scorer, tmp_path):
 
 
 @pytest.mark.parametrize(("alias", "name"), [("gpu", "cuda"), ("GPU:1", "cuda:1"), ("cpu", "cpu")])
-def test_devices_by_their_other_names(alias, name, scorer, tmp_path):
+def test_aliases_of_devices(alias, name, scorer, tmp_path):
     run("score", put(tmp_path, PAIR), "--device", alias, "-q")
     assert scorer.loaded[0].device == name
 
@@ -166,23 +166,23 @@ def test_devices_by_their_other_names(alias, name, scorer, tmp_path):
     [(("scor", "x"), "score"), (("evla", "x"), "eval"), (("score", "x", "--modle", "m"), "--model"),
      (("eval", "x", "--signal", "all"), "--signals")],
 )  # fmt: skip
-def test_a_mistyped_word_is_met_with_the_right_one(args, suggestion):
+def test_a_mistyped_word_gets_a_suggestion(args, suggestion):
     said = run(*args, code=2).stderr
     assert suggestion in said.replace(" ".join(args), ""), said
 
 
 @pytest.mark.parametrize("args", [("help",), ("-h",), ("--help",)])
-def test_help_is_had_by_every_word_for_it(args):
+def test_every_word_for_help_prints_help(args):
     result = run(*args)
     assert "Usage: " in result.stdout and "score" in result.stdout and result.stderr == ""
 
 
-def test_help_of_one_command_by_word():
+def test_help_command_is_command_help():
     assert run("help", "score").stdout == run("score", "--help").stdout
     assert "evla" in run("help", "evla", code=2).stderr
 
 
-def test_version_by_both_flags_and_as_a_module():
+def test_both_version_flags_and_the_module_print_the_version():
     assert run("--version").stdout == run("-V").stdout
     out = subprocess.run([sys.executable, "-m", "endoreward_fast", "-V"], capture_output=True, text=True, cwd=ROOT)
     assert out.returncode == 0 and out.stdout == run("--version").stdout

@@ -1,4 +1,4 @@
-"""What is written is what the output's name says."""
+"""The format of an output agrees with its file name."""
 
 import json
 import os
@@ -42,11 +42,11 @@ def test_a_name_of_another_format_is_refused_before_a_model_is_loaded(args, suff
 
 @pytest.mark.parametrize("name", ["x.png", "x.json", "x.csv"])
 def test_a_page_under_another_name_is_refused(name, folder):
-    assert f"--html {name}: HTML is written there" in run(*ASKED, "--html", name, code=2).stderr
+    assert f"--html {name}: the output is HTML, not " in run(*ASKED, "--html", name, code=2).stderr
 
 
 @pytest.mark.parametrize("name", ["x.html", "x.HTM"])
-def test_a_page_is_written_where_the_name_says_so(name, folder):
+def test_a_page_is_written_under_a_name_of_a_page(name, folder):
     run(*ASKED, "-q", "-o", name)
     by_output = (folder / name).read_text()
     run(*ASKED, "-q", "--html", name, "--overwrite")
@@ -54,7 +54,7 @@ def test_a_page_is_written_where_the_name_says_so(name, folder):
 
 
 @pytest.mark.parametrize("name", ["x.txt", "x.ansi", "x", "x.log", "v1.2"])
-def test_text_is_written_under_names_that_promise_nothing_else(name, folder):
+def test_text_is_written_under_names_of_no_other_format(name, folder):
     run(*ASKED, "-q", "-o", name)
     assert "pocket: sum of token rewards" in (folder / name).read_text().splitlines()[0]
 
@@ -63,13 +63,13 @@ def test_json_lines_under_json_are_noted(folder, monkeypatch):
     monkeypatch.setattr(pipeline, "load_scorer", lambda flags: LengthScorer())
     for name in ("out.jsonl", "out.ndjson", "out", "out.txt"):
         assert "JSON Lines" not in run("score", "in.jsonl", "-o", name).stderr
-    assert "out.json gets JSON Lines" in run("score", "in.jsonl", "-o", "out.json").stderr
+    assert "out.json is written as JSON Lines" in run("score", "in.jsonl", "-o", "out.json").stderr
     assert json.loads((folder / "out.json").read_text())["score"] == {"chosen": -1.0, "rejected": -2.0}
     assert "JSON Lines" not in run("score", "in.jsonl", "-q", "-o", "again.json").stderr
 
 
-def test_a_pipe_counts_as_the_terminal_that_its_reader_may_write_to(tmp_path):
-    """`score x | head -1` at a terminal: the bar would stand on the line that head prints."""
+def test_no_bar_is_drawn_if_the_reader_of_a_pipe_may_print(tmp_path):
+    """In `score x | head -1` on a terminal, the bar would overwrite the line that head prints."""
     kept, ends = os.dup(STDOUT), [*os.pipe(), os.open(tmp_path / "out", os.O_WRONLY | os.O_CREAT)]
     try:
         found = []

@@ -1,4 +1,4 @@
-"""Flags and columns for the chat template that are damaged: one line each, and never a score of something else."""
+"""Damaged flags and columns for the chat template: each gives a one-line error, never a score of another text."""
 
 import json
 
@@ -54,14 +54,14 @@ def refused(*args):
         (b"\xff", "it is not UTF-8"),
     ],
 )
-def test_tools_that_are_none(text, error, scorer, tmp_path):
+def test_invalid_tools_are_refused(text, error, scorer, tmp_path):
     path = tmp_path / "tools.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     said = refused("score", put(tmp_path, PAIR), "--tools", path)
     assert error in said and f"--tools {path}" in said.replace("--tools: cannot read", "--tools"), said
 
 
-def test_tools_that_cannot_be_read_and_those_with_a_byte_order_mark(scorer, tmp_path):
+def test_unreadable_tools_are_refused_and_a_byte_order_mark_is_accepted(scorer, tmp_path):
     source, path = put(tmp_path, PAIR), tmp_path / "tools.json"
     assert "--tools: cannot read ~nobody-here/x: " in refused("score", source, "--tools", "~nobody-here/x")
     assert "Is a directory" in refused("score", source, "--tools", tmp_path)
@@ -87,7 +87,7 @@ def test_tools_that_cannot_be_read_and_those_with_a_byte_order_mark(scorer, tmp_
         ('{"strftime_now": "x"}', "'strftime_now' cannot be set there"),
     ],
 )
-def test_template_variables_that_are_none(text, error, scorer, tmp_path):
+def test_invalid_template_variables_are_refused(text, error, scorer, tmp_path):
     said = refused("score", put(tmp_path, PAIR), "--template-kwargs", text)
     assert "--template-kwargs: " in said and error in said
 
@@ -109,7 +109,7 @@ def test_template_variables_that_are_none(text, error, scorer, tmp_path):
         ({"messages": [{**TURNS[0], "x": {"y": ["\ud800"]}}, TURNS[1]]}, "messages[0].x.y[0]: character 1 is half"),
     ],
 )
-def test_a_row_whose_template_gets_what_none_can_write_spoils_itself_only(columns, error, scorer, tmp_path):
+def test_a_row_with_invalid_template_input_fails_alone(columns, error, scorer, tmp_path):
     good = {"messages": TURNS}
     bad = json.dumps(good | columns)
     result = run("score", put(tmp_path, good, bad, good), code=2)
@@ -121,7 +121,7 @@ def test_a_row_whose_template_gets_what_none_can_write_spoils_itself_only(column
         assert error in result.stderr
 
 
-def test_a_system_prompt_that_is_no_text(scorer, tmp_path):
+def test_a_system_prompt_that_is_not_text_is_refused(scorer, tmp_path):
     assert "--system: character 1 is half of a surrogate pair" in refused(
         "score", put(tmp_path, PAIR), "--system", "\udcff"
     )
@@ -131,7 +131,7 @@ def test_a_system_prompt_that_is_no_text(scorer, tmp_path):
         scorer.score([PAIR], system="a\ud800")
 
 
-def test_tools_that_plain_text_has_no_place_for_are_flagged(scorer, tmp_path):
+def test_tools_that_plain_text_cannot_use_are_flagged(scorer, tmp_path):
     path = tmp_path / "tools.json"
     path.write_text('[{"name": "f"}]')
     source = put(tmp_path, PAIR)

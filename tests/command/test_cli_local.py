@@ -1,4 +1,4 @@
-"""What can be said without a model is said before one is loaded and before the hub is asked."""
+"""Errors that need no model are reported before a model is loaded and before the Hub is asked."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ HUB = ("-m", "owner/model")
 
 @pytest.fixture
 def local(monkeypatch, tmp_path):
-    """A folder to work in, in which nothing loads a model or asks what its name stands for."""
+    """Return a working folder. Loading a model or asking for its weights fails the test."""
 
     def reached(*args, **kw):
         raise AssertionError("a model or the hub was asked")
@@ -64,25 +64,24 @@ def test_an_output_that_cannot_be_written(command, local):
         ("eval", "pairs.jsonl", *HUB, "--signals", "log-ratio", "--reference-model", "./nowhere"),
     ],
 )
-def test_a_folder_that_is_not_there_whichever_model_it_is_of(args, local):
+def test_a_missing_folder_of_any_model_is_refused(args, local):
     said = run(*args, code=2).stderr
     assert "there is no such folder" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["score", "rank"])
-def test_an_input_that_is_missing_where_an_output_is_to_be_gone_on_with(command, local):
+def test_a_missing_input_is_reported_when_resuming(command, local):
     assert "no such file" in run(command, "nowhere.jsonl", *HUB, "--resume", "-o", "new.jsonl", code=2).stderr
     assert not Path("new.jsonl").exists()
-    assert "name it by --output" in run(command, "in.jsonl", *HUB, "--resume", code=2).stderr
+    assert "name it with --output" in run(command, "in.jsonl", *HUB, "--resume", code=2).stderr
 
 
-def test_an_engine_that_is_not_installed(local, monkeypatch):
+def test_an_engine_that_is_not_installed_is_refused(local, monkeypatch):
     monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     assert "needs Ray Data" in run("score", "in.jsonl", *HUB, "--engine", "ray", code=2).stderr
 
 
-def test_an_output_made_otherwise(monkeypatch, tmp_path):
-    """Flags are compared before the hub is asked what the model's name stands for."""
+def test_an_output_with_other_flags_is_refused_before_the_hub_is_asked(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     put(tmp_path, PAIR)
     monkeypatch.setattr(pipeline, "load_scorer", lambda flags: LengthScorer())
@@ -102,8 +101,8 @@ def test_an_output_made_otherwise(monkeypatch, tmp_path):
 # --- a hub that is out of reach
 
 
-def test_a_hub_out_of_reach_costs_no_retries(tmp_path):
-    """Its client tries six times in 27 seconds, and writes 11 lines."""
+def test_an_unreachable_hub_costs_no_retries(tmp_path):
+    """By itself, the Hub's client retries six times in 27 seconds and prints 11 lines."""
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k != "HF_HUB_OFFLINE"}
     env |= {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "endoreward_fast", "score", put(tmp_path, PAIR), "-m", "owner/model"]

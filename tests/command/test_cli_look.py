@@ -48,7 +48,7 @@ def test_show_without_colours_gives_numbers(tmp_path):
     ]
 
 
-def test_show_in_colour_centres_it_at_0(monkeypatch):
+def test_show_centres_colours_at_0(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLORTERM", "truecolor")
     out = run("show", *ASKED, "-q").stdout
@@ -58,7 +58,7 @@ def test_show_in_colour_centres_it_at_0(monkeypatch):
 
 @pytest.mark.parametrize("environment", [{"NO_COLOR": "1"}, {"COLORTERM": "", "TERM": "xterm"}])
 def test_a_terminal_without_colours_gets_numbers(monkeypatch, environment):
-    """Or with sixteen, too few to be read."""
+    """Sixteen colours are too few, because white is unreadable on their yellow."""
     for name, value in {"FORCE_COLOR": "1", "COLORTERM": "truecolor", **environment}.items():
         monkeypatch.setenv(name, value)
     out = run("show", *ASKED, "-q").stdout
@@ -87,7 +87,8 @@ def test_one_scale_on_the_terminal_too():
 
 
 def test_256_colours_are_steps_of_the_same_hues():
-    """White reads on each (4.5), they are brighter further from 0, and the two hues are told apart by everybody."""
+    """White text has a contrast of 4.5 on each step, brightness grows away from 0, and the two hues look different to
+    colour-blind readers."""
     steps = {level: Color.parse(f"color({terminal_256(level)})").get_truecolor().hex for level in SIGNS}
     for level, colour in steps.items():
         assert 1.05 / (luminance(colour) + 0.05) >= 4.5, level
@@ -100,7 +101,7 @@ def test_256_colours_are_steps_of_the_same_hues():
     assert len(set(steps.values())) == 7
 
 
-def test_a_terminal_of_256_colours_gets_those(monkeypatch):
+def test_a_terminal_of_256_colours_gets_256_colours(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     out = run("show", *ASKED, "-q").stdout
@@ -116,7 +117,7 @@ def test_every_token_reaches_the_terminal(monkeypatch):
         assert " " * 150 in re.sub(r"\x1b\[[\d;]*m|\[[+-][\d.]+\]", "", out)
 
 
-def test_what_is_worth_knowing_of_a_row_is_shown(tmp_path):
+def test_show_prints_the_flags_of_a_row(tmp_path):
     path = put(tmp_path, {"prompt": "p", "completions": ["", "one two three four five"]})
     target, flags = tmp_path / "out.html", ("--max-length", 9, "--truncate", "completion", "-q")
     run("show", path, *flags, "--html", target)
@@ -127,7 +128,7 @@ def test_what_is_worth_knowing_of_a_row_is_shown(tmp_path):
         )
 
 
-def test_how_the_scores_were_made_is_said(tmp_path):
+def test_show_and_plot_say_how_scores_were_computed(tmp_path):
     target, flags = tmp_path / "out.html", ("--reduction", "mean", "--gamma", "0.5", "--system", "Answer in words.")
     path = put(tmp_path, *PAIRS)
     title = "pocket: mean of token rewards, gamma 0.5, system prompt 'Answer in words.'"
@@ -196,8 +197,8 @@ def test_show_says_that_it_stops_at_twenty_rows(tmp_path):
         ((), "FILE, or --prompt"),
         (("--prompt", "a"), "at least one --completion"),
         (("--completion", "a"), "FILE, or --prompt"),
-        (("x.jsonl", "--prompt", "a"), "name one of them"),
-        ((*ASKED, "--html", "a.html", "-o", "b.txt"), "name one of them"),
+        (("x.jsonl", "--prompt", "a"), "use one of them"),
+        ((*ASKED, "--html", "a.html", "-o", "b.txt"), "use one of them"),
         ((*ASKED, "--html", "no/such/folder/a.html"), "cannot write"),
         (("in.jsonl", "--html", "in.jsonl"), "is the input"),
     ],
@@ -213,7 +214,7 @@ def test_arguments_that_cannot_work_are_refused_before_a_model_is_loaded(args, m
 # --- plot
 
 
-def test_two_completions_have_no_correlation_and_what_is_not_drawn_is_named(tmp_path):
+def test_few_completions_give_no_correlation_and_no_means(tmp_path):
     target = tmp_path / "out.svg"
     run("plot", put(tmp_path, *PAIRS[:2]), "-o", target)
     assert "correlation" not in target.read_text() and "chosen and rejected: fewer than 5 have" in target.read_text()
@@ -258,7 +259,7 @@ def test_plot_refuses_in_one_line(tmp_path, monkeypatch):
     assert len(said) == 1 and "pip install matplotlib" in said[0]
 
 
-def test_means_by_position_are_numpys():
+def test_means_by_position_agree_with_numpy():
     import numpy as np
 
     kind = Kind()
@@ -268,7 +269,7 @@ def test_means_by_position_are_numpys():
         kind.add(0.0, [*row, 0.0, 0.0, 0.0][:length])
     assert kind.lengths == lengths
     points = kind.by_position()
-    assert len(points) == 6  # three reach further, fewer than FEWEST
+    assert len(points) == 6  # only three completions reach further, fewer than FEWEST
     for position, mean, error in points:
         here = [row[int(position) - 1] for row, n in zip(table, lengths, strict=True) if n >= position]
         assert len(here) >= FEWEST
@@ -276,7 +277,7 @@ def test_means_by_position_are_numpys():
         assert error == pytest.approx(np.std(here, ddof=1) / len(here) ** 0.5)
 
 
-def test_positions_together_are_the_mean_of_all_their_rewards():
+def test_grouped_positions_are_the_mean_of_all_their_rewards():
     import numpy as np
 
     kind = Kind()
@@ -293,7 +294,7 @@ def test_positions_together_are_the_mean_of_all_their_rewards():
 
 
 def drawn(monkeypatch, title, *rewards):
-    """The axes of the picture of completions with these rewards."""
+    """Return the axes of the picture of completions with these rewards."""
     import matplotlib.figure
 
     figures, kept = [], matplotlib.figure.Figure.savefig
@@ -307,7 +308,7 @@ def drawn(monkeypatch, title, *rewards):
     return figures[0].axes
 
 
-def test_a_picture_of_long_completions_and_of_single_tokens_can_be_read(monkeypatch):
+def test_a_picture_of_long_and_of_one_token_completions_is_readable(monkeypatch):
     axes = drawn(monkeypatch, "/models/a$^^$c: sum", *([-1.0] * 700 for _ in range(6)))
     [line] = [line for line in axes[2].lines if line.get_label() == "chosen (6)"]
     assert len(line.get_xdata()) <= POINTS and max(line.get_xdata()) <= 700
@@ -325,16 +326,18 @@ def test_a_picture_draws_scores_lengths_and_positions(monkeypatch):
     totals = [sum(row) for row in rewards]
     outline = scores.patches[0].get_xy()
     for end in (outline[:, 0].min(), outline[:, 0].max()):
-        assert end in (totals[0], totals[-1]) and outline[outline[:, 0] == end, 1].max() == 1  # a score in either bin
+        assert (
+            end in (totals[0], totals[-1]) and outline[outline[:, 0] == end, 1].max() == 1
+        )  # one score in each end bin
     dots = lengths.collections[0].get_offsets().tolist()
     assert dots == [[len(row), total] for row, total in zip(rewards, totals, strict=True)]
     mean, other, zero = positions.lines
     assert (mean.get_linestyle(), other.get_linestyle()) == ("-", "--")
-    assert mean.get_xdata().tolist() == [1, 2, 3]  # the third is reached by just FEWEST
+    assert mean.get_xdata().tolist() == [1, 2, 3]  # exactly FEWEST completions reach the third
     assert mean.get_ydata().tolist() == pytest.approx([1.0, 4.5, 3.0])
     assert list(zero.get_ydata()) == [0, 0]
 
 
-def test_json_lines_per_token_stay_as_they_were(tmp_path):
+def test_token_rewards_in_json_lines_keep_their_columns(tmp_path):
     row = json.loads(run("score", put(tmp_path, {"prompt": "p", "completion": "q"}), "--per-token").stdout)
     assert list(row["token_rewards"]) == ["ids", "texts", "rewards", "logprobs", "values"]

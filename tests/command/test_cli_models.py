@@ -23,7 +23,7 @@ def nested(tmp_path_factory):
     return folder
 
 
-def test_a_subfolder_is_scored_and_known_again(nested, tmp_path):
+def test_resume_recognises_the_model_of_a_subfolder(nested, tmp_path):
     source, out = put(tmp_path, ROW, ROW), tmp_path / "out.jsonl"
     command = ("score", source, "--model", nested, "--subfolder", "step-5", "-o", out, "--device", "cpu")
     run(*command)
@@ -41,7 +41,7 @@ def test_a_subfolder_is_scored_and_known_again(nested, tmp_path):
     assert "weights" in result.stderr or "model" in result.stderr
 
 
-def test_where_the_weights_are_goes_to_every_loader(monkeypatch):
+def test_every_loader_gets_the_place_of_the_weights(monkeypatch):
     asked = []
 
     class Known:
@@ -75,6 +75,6 @@ def test_where_the_weights_are_goes_to_every_loader(monkeypatch):
         (("--gguf-file", "a.gguf"), "no file 'a.gguf'"),
     ],
 )
-def test_what_is_no_model_is_said_at_once(tmp_path, flags, said):
+def test_what_is_not_a_model_is_refused_at_once(tmp_path, flags, said):
     result = run("score", put(tmp_path, ROW), *flags, "-q", code=2)
     assert said in result.stderr and result.stderr.count("\n") == 1

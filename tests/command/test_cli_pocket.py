@@ -31,7 +31,7 @@ ROWS = [
 
 @pytest.fixture(autouse=True)
 def _offline(monkeypatch):
-    """The hub's client reads the environment once, when it is imported: too early for a variable set here."""
+    """Patch the Hub's client, because it reads HF_HUB_OFFLINE only when it is imported."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
@@ -52,7 +52,7 @@ def lines(tmp_path):
     return path
 
 
-def test_scores_are_the_models(lines):
+def test_scores_agree_with_the_python_api(lines):
     out = rows_of(run("score", lines, "--per-token").stdout)
     expected = EndoRewardModel.from_pretrained("pocket").score(ROWS)
     assert [r["id"] for r in out] == [0, 1, 2, 3]
@@ -135,7 +135,7 @@ def test_models_that_cannot_be_used_are_refused_in_one_line(spoil, message, line
     assert result.stdout == "" and "Traceback" not in result.stderr
 
 
-def test_a_model_that_is_nowhere_is_said_in_one_line(lines):
+def test_a_missing_model_is_one_clear_line(lines):
     result = run("score", lines, "--model", "no-such-owner/no-such-model", code=2)
     assert "no-such-owner/no-such-model" in result.stderr.splitlines()[-1]
     assert result.stdout == ""
@@ -145,7 +145,7 @@ def test_demo_measures_better_than_chance():
     text = run("demo").stdout
     measured = re.findall(r"^  (\S.*?) +([\d.]+)% +\[ *(\d+), *(\d+)\] +chance (\d+)%", text, re.MULTILINE)
     accuracies = {name: (float(low), float(chance)) for name, _, low, _, chance in measured}
-    for name in ("swap words", "shuffle letters", "replace characters", "right one of four on top"):
+    for name in ("swap words", "shuffle letters", "replace characters", "right answer first of four"):
         low, chance = accuracies[name]
         assert low > chance, (name, low)
     assert "demonstration" in text
@@ -153,7 +153,7 @@ def test_demo_measures_better_than_chance():
 
 
 @pytest.mark.skipif(not RM_BENCH.exists(), reason="RM-Bench's files are not at ../shared/data/rm-bench")
-def test_eval_on_rm_bench_as_it_comes():
+def test_eval_reads_published_rm_bench():
     files = sorted(RM_BENCH.glob("*.json"))
     found = json.loads(run("eval", *files, "--limit", 1, "--json").stdout)
     assert [f["scored"] for f in found["files"]] == [1] * len(files)
@@ -166,15 +166,15 @@ def test_eval_on_rm_bench_as_it_comes():
 
 def start(*args, **kw):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENV}
-    # A shell's background jobs are started with Ctrl-C ignored, and what they start inherits that.
+    # A shell starts background jobs with SIGINT ignored, and their children inherit that.
     kw["preexec_fn"] = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     return subprocess.Popen([sys.executable, "-m", "endoreward_fast", *map(str, args)], **{**pipes, **kw})
 
 
-def test_results_come_while_standard_input_is_still_open_and_survive_ctrl_c():
+def test_results_are_written_while_standard_input_is_open_and_survive_ctrl_c():
     with start("score", "-", "--max-tokens-per-batch", 16, stdin=subprocess.PIPE) as process:
         row = json.dumps({"prompt": "p", "completion": "some words " * 10}) + "\n"
-        process.stdin.write(row * 400)  # less than a pipe holds, more than can be scored before the signal arrives
+        process.stdin.write(row * 400)  # fits into a pipe, but cannot all be scored before the signal arrives
         process.stdin.flush()
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
@@ -186,7 +186,7 @@ def test_results_come_while_standard_input_is_still_open_and_survive_ctrl_c():
     assert "Traceback" not in err and "stopped early" in err
 
 
-def test_a_reader_that_leaves_is_no_error_of_ours(tmp_path):
+def test_a_closed_pipe_is_not_an_error(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text((json.dumps({"prompt": "p", "completion": "some words"}) + "\n") * 300)
     with start("score", path, "--max-tokens-per-batch", 64) as process:

@@ -1,4 +1,4 @@
-"""Files as people have them: formats, encodings, damage, and the column names of the ecosystem."""
+"""Reading real files: formats, encodings, damage, and the usual column names."""
 
 import gzip
 import importlib.util
@@ -87,7 +87,7 @@ def test_one_object_is_one_row(tmp_path):
     assert rows(put(tmp_path, "two.json", json.dumps({"messages": [chat, chat]}))) == [{"messages": chat}] * 2
 
 
-def test_malformed_lines_are_named_and_spoil_nothing_else(tmp_path):
+def test_malformed_lines_are_named_and_fail_alone(tmp_path):
     bad = [b"{oops", b'"text"', b'{"prompt": "\xff"}', b"[" * 100_000, b'{"a": ' + b"1" * 5000 + b"}"]
     path = put(tmp_path, "a.jsonl", LINES + b"\n".join(bad) + b"\n" + LINES)
     records = read(path)
@@ -105,7 +105,7 @@ def test_lines_are_counted_from_the_top_of_the_file(tmp_path):
     assert [r.where for r in records] == ["line 3", "line 4", "line 6"]
 
 
-def test_a_bad_first_line_is_one_bad_line_too(tmp_path):
+def test_a_bad_first_line_fails_alone(tmp_path):
     for name in ("a.jsonl", "a.json", "a.txt"):
         records = read(put(tmp_path, name, b"{oops\n" + LINES))
         assert [r.where for r in records if r.error] == ["line 1"]
@@ -117,16 +117,16 @@ def test_csv_rows_that_do_not_fit_the_header(tmp_path):
     path = put(tmp_path, "a.csv", b"prompt,completion\np,c,d\np,\xff\np\np," + long.encode() + b"\n")
     records = read(path)
     assert [r.error for r in records] == [
-        "3 fields where the header has 2",
+        "3 fields, but the header has 2",
         "not UTF-8",
-        "1 fields where the header has 2",
+        "1 fields, but the header has 2",
         None,
     ]
     assert records[0].where == "row 1 (ends on line 2)"
     assert records[3].row["completion"] == long
 
 
-def test_csv_cells_that_spell_out_lists(tmp_path):
+def test_csv_cells_may_hold_lists(tmp_path):
     chat = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
     cells = {
         "completions": (json.dumps(["a", "b"]), ["a", "b"]),
@@ -173,7 +173,7 @@ def test_no_such_file_and_a_folder(tmp_path):
         open_source(str(tmp_path))
 
 
-def test_parquet(tmp_path):
+def test_parquet_rows_are_read(tmp_path):
     path = tmp_path / "a.parquet"
     if importlib.util.find_spec("pyarrow"):
         import pyarrow
@@ -192,7 +192,7 @@ def test_parquet(tmp_path):
             read(path)
     else:
         path.write_bytes(b"PAR1" + bytes(20))
-        with pytest.raises(EndoRewardError, match="is Parquet: `pip install pyarrow` to read it"):
+        with pytest.raises(EndoRewardError, match="is Parquet: to read it, `pip install pyarrow`"):
             read(path)
 
 
@@ -244,7 +244,7 @@ OTHER = {"role": "assistant", "content": "b"}
             [([USER], [ASSISTANT]), ([USER], [OTHER])],
             {"chosen": 0, "rejected": 1},
         ),
-        (  # the same conversation twice still has something to score
+        (  # two equal conversations still have a last turn to score
             {"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]},
             [([USER], [ASSISTANT]), ([USER], [ASSISTANT])],
             {"chosen": 0, "rejected": 1},
@@ -292,7 +292,7 @@ def test_messages_and_token_ids_go_through_as_they_are():
         ({"prompt_ids": [1], "completion_ids": ["a"]}, "completion_ids: wanted an array of token ids"),
     ],
 )
-def test_cells_that_cannot_be_scored_say_which_and_why(row, message):
+def test_cells_that_cannot_be_scored_are_named_with_a_reason(row, message):
     with pytest.raises(EndoRewardError, match=message) as caught:
         plan(row)
     assert not isinstance(caught.value, MissingColumns)
@@ -309,14 +309,14 @@ def test_cells_that_cannot_be_scored_say_which_and_why(row, message):
         ("score", {}),
     ],
 )
-def test_missing_columns_say_what_is_wanted_and_what_was_found(command, row):
+def test_missing_columns_name_the_wanted_and_the_found(command, row):
     with pytest.raises(MissingColumns) as caught:
         plan(row, command)
     assert "columns wanted: prompt" in str(caught.value)
     assert f"found: {', '.join(row) or 'none'}" in str(caught.value)
 
 
-def test_arrange_gives_scores_the_rows_shape():
+def test_arrange_gives_scores_the_shape_of_the_row():
     assert arrange({"chosen": [0, 1], "rejected": 2}, lambda i: i * 10) == {"chosen": [0, 10], "rejected": 20}
 
 
@@ -324,7 +324,7 @@ def test_arrange_gives_scores_the_rows_shape():
 @pytest.mark.parametrize(
     ("name", "count"), [("chat", 129), ("code", 228), ("safety-refuse", 284), ("safety-response", 157)]
 )
-def test_rm_bench_files_as_they_come(name, count):
+def test_published_rm_bench_files_are_read(name, count):
     records = read(RM_BENCH / f"{name}_filtered.json")
     tasks = [plan(r.row, "eval") for r in records]
     assert len(tasks) == count
@@ -333,8 +333,8 @@ def test_rm_bench_files_as_they_come(name, count):
 
 
 @pytest.mark.parametrize("name", ["deep.jsonl", "deep.json"])
-def test_a_row_that_is_nested_too_deeply_is_an_error_of_its_own(tmp_path, name):
-    """To one process as to many: what one of them can write, another's pickle may not."""
+def test_a_row_that_is_nested_too_deeply_fails_alone(tmp_path, name):
+    """The limit is the same for one process and for several, which exchange rows by pickle."""
     fits, deeper = ("[" * levels + "]" * levels for levels in (DEEPEST - 1, DEEPEST))
     lines = [f'{{"prompt": "p", "completion": "c", "x": {x}}}' for x in (fits, deeper, '{"a": [1, {"b": 2}]}')]
     path = tmp_path / name

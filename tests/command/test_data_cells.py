@@ -1,4 +1,4 @@
-"""Cells of tables: lists and objects that CSV and Parquet hold as text, and what Python has no value for."""
+"""Cells of tables: lists and objects that CSV and Parquet hold as text, and values that Python cannot hold."""
 
 import io
 import json
@@ -28,11 +28,11 @@ DAMAGED = [
     ("tools", '[{"a": 1, "a": 2}]', "the key 'a' stands twice in one object: keep one"),
     ("messages", "[{'role': 'user', 'content': 'u', 'content': 'v'}]", "the key 'content' stands twice"),
     ("messages", "[{'role': 'user', 'content': [{'x': ({'y': 1, 'y': 2},)}]}]", "the key 'y' stands twice"),
-    ("tools", "nan", "tools: a list or an object is wanted"),
-    ("tools", "f, g", "tools: a list or an object is wanted"),
-    ("chat_template_kwargs", "{'a': 1", "chat_template_kwargs: a list or an object is wanted"),
-    ("completion_mask", "[1, 0", "completion_mask: a list or an object is wanted"),
-    ("completions", "['a', # 'b'\n 'c']", "completions: looks like a list, and is neither"),
+    ("tools", "nan", "tools: wanted a list or an object"),
+    ("tools", "f, g", "tools: wanted a list or an object"),
+    ("chat_template_kwargs", "{'a': 1", "chat_template_kwargs: wanted a list or an object"),
+    ("completion_mask", "[1, 0", "completion_mask: wanted a list or an object"),
+    ("completions", "['a', # 'b'\n 'c']", "completions: looks like a list, but is neither"),
     ("messages", "[{'role': 'user', **{}}]", "messages: looks like a list"),
     ("messages", "[" * 3000, "messages: looks like a list"),
 ]
@@ -59,19 +59,19 @@ def written(columns):
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 @pytest.mark.parametrize(("column", "text", "value"), SPELT)
-def test_a_cell_is_what_its_column_needs(kind, column, text, value, tmp_path):
+def test_a_cell_becomes_what_its_column_needs(kind, column, text, value, tmp_path):
     found, ended = read(tmp_path, f"a.{kind}", table(kind, {"prompt": "p", column: text}))
     assert ended is None and found == [{"prompt": "p", column: value}]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 @pytest.mark.parametrize(("column", "text", "error"), DAMAGED)
-def test_a_cell_that_is_damaged_is_no_value(kind, column, text, error, tmp_path):
+def test_a_damaged_cell_is_an_error(kind, column, text, error, tmp_path):
     [found], ended = read(tmp_path, f"a.{kind}", table(kind, {"prompt": "p", column: text}))
     assert ended is None and isinstance(found, str) and error in found
 
 
-def test_a_row_of_a_table_goes_to_the_model_as_one_of_json_does(tmp_path):
+def test_a_row_of_a_table_gives_the_same_samples_as_json(tmp_path):
     rows = [
         {"prompt_ids": [1, 2], "completion_ids": [3, 4], "terminal": False, "completion_mask": [0, 1]},
         {"prompt_ids": [1, 2], "completion_ids": [3, 4], "terminal": None, "completion_mask": None},
@@ -84,7 +84,7 @@ def test_a_row_of_a_table_goes_to_the_model_as_one_of_json_does(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["false", "", "x", 2, 0.5, float("nan"), [True], None])
-def test_what_is_neither_true_nor_false_is_no_end_of_an_episode(value):
+def test_terminal_must_be_true_or_false(value):
     with pytest.raises(EndoRewardError, match="terminal: wanted true or false, found "):
         encode_row(None, {"prompt_ids": [1], "completion_ids": [2], "terminal": value})
 
@@ -95,7 +95,7 @@ def parquet_of(**columns):
     return pyarrow, {"prompt": ["p", "q"], "completion": ["a", "b"], **columns}
 
 
-def test_a_field_that_an_object_has_twice(tmp_path):
+def test_a_repeated_parquet_field_is_refused(tmp_path):
     pyarrow, columns = parquet_of()
     pair = pyarrow.StructArray.from_arrays([pyarrow.array(["1", "1"]), pyarrow.array(["2", "2"])], names=["x", "x"])
     nested = pyarrow.StructArray.from_arrays([pair], names=["in"])
@@ -105,7 +105,7 @@ def test_a_field_that_an_object_has_twice(tmp_path):
         assert found == [] and "a.parquet has two fields named 'x' in one object: rename one" in ended
 
 
-def test_a_value_that_python_has_no_room_for_spoils_its_row_only(tmp_path):
+def test_a_parquet_value_that_python_cannot_hold_fails_its_row(tmp_path):
     pyarrow, columns = parquet_of()
     bytes_of = pyarrow.array([b"ok", b"\xff\xfe"]).buffers()
     odd = {
@@ -118,7 +118,7 @@ def test_a_value_that_python_has_no_room_for_spoils_its_row_only(tmp_path):
         assert first["prompt"] == "p" and second.startswith(f"{name}: cannot be read ("), (name, second)
 
 
-def test_bytes_are_no_text(tmp_path):
+def test_bytes_are_not_text(tmp_path):
     pyarrow, columns = parquet_of(completion=[b"a", b"b"])
     path = tmp_path / "a.parquet"
     path.write_bytes(written(pyarrow.table(columns)))

@@ -1,4 +1,4 @@
-"""Damaged, foreign and ambiguous files: an error that names the place, never a valid row made of something else."""
+"""Damaged, foreign and ambiguous files: an error names the place, and no wrong row is read."""
 
 import bz2
 import gzip
@@ -41,7 +41,7 @@ def table(*lines, delimiter=","):
     ],
 )
 @pytest.mark.parametrize("delimiter", [",", ";", "\t"])
-def test_a_quotation_mark_that_is_never_closed(lines, line, delimiter, tmp_path):
+def test_a_quotation_mark_that_is_never_closed_is_located(lines, line, delimiter, tmp_path):
     found, error = read(tmp_path, "a.csv", table(*lines, delimiter=delimiter))
     assert found == [{"prompt": "a", "completion": "b"}]
     assert f"the quotation mark opened on line {line} is not closed" in error
@@ -57,26 +57,26 @@ def test_rows_before_the_damage_are_scored_and_the_exit_code_is_2(scorer, tmp_pa
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ('p,"a"b', "text after the end of a quoted field (its quotation mark opened in column 3)"),
-        ('"p" ,"a"', "text after the end of a quoted field (its quotation mark opened in column 1)"),
-        ('p,5" pipe', "a quotation mark inside a field that does not begin with one"),
-        ('p, "a"', "a quotation mark inside a field that does not begin with one"),
-        ('p, "a, b"', "a quotation mark inside a field that does not begin with one"),
-        ("p,a\x00b", "it holds a NUL character"),
+        ('p,"a"b', "text after the end of a quoted field (opened in column 3)"),
+        ('"p" ,"a"', "text after the end of a quoted field (opened in column 1)"),
+        ('p,5" pipe', "a quotation mark inside an unquoted field"),
+        ('p, "a"', "a quotation mark inside an unquoted field"),
+        ('p, "a, b"', "a quotation mark inside an unquoted field"),
+        ("p,a\x00b", "a NUL character"),
         ("\ufeffp,a", "a second header or byte-order mark: files were joined here"),
         ("prompt,completion", "a second header or byte-order mark: files were joined here"),
-        (",a", "prompt: the cell is empty, and a missing value is no prompt"),
-        ("p", "1 fields where the header has 2"),
-        ("p,a,b", "3 fields where the header has 2"),
+        (",a", "prompt: the cell is empty: fill it, or remove the row"),
+        ("p", "1 fields, but the header has 2"),
+        ("p,a,b", "3 fields, but the header has 2"),
     ],
 )
-def test_a_damaged_row_spoils_itself_only(line, error, tmp_path):
+def test_a_damaged_csv_row_fails_alone(line, error, tmp_path):
     found, ended = read(tmp_path, "a.csv", table("a,b", line, "c,d"))
     assert ended is None and found[0] == {"prompt": "a", "completion": "b"}
     assert found[1].startswith(error) and found[2] == {"prompt": "c", "completion": "d"}
 
 
-def test_what_is_well_formed_stays_a_row(tmp_path):
+def test_well_formed_csv_rows_are_read(tmp_path):
     lines = ['"say ""hi""","a, b"', '"two\nlines",""', "p,", '"p","a"\r', "nan,None"]
     found, ended = read(tmp_path, "a.csv", table(*lines))
     assert ended is None
@@ -94,15 +94,15 @@ def test_what_is_well_formed_stays_a_row(tmp_path):
         (b"prompt,completion,\xe9t\xe9\np,a,b\n", "is not UTF-8 (its header)"),
         ('"prompt,completion\np,a\n', "the quotation mark opened on line 1 is not closed"),
         ("prompt,completion\rp,a\rq,b\r", "has a carriage return (CR) without a line feed (LF): save it with LF"),
-        ("prompt;answer,question\np;a,b\n", "may be separated by ',' or by ';'"),
+        ("prompt;answer,question\np;a,b\n", "',' and ';' may both separate its header"),
     ],
 )
-def test_a_header_that_cannot_be_relied_on(data, error, tmp_path):
+def test_an_ambiguous_csv_header_is_refused(data, error, tmp_path):
     found, ended = read(tmp_path, "a.csv", data)
     assert found == [] and error in ended
 
 
-def test_a_column_without_a_name_is_pandas_index(tmp_path):
+def test_one_column_without_a_name_is_the_pandas_index(tmp_path):
     found, _ = read(tmp_path, "a.csv", ",prompt,completion\n0,p,a\n")
     assert found == [{"": "0", "prompt": "p", "completion": "a"}]
 
@@ -110,7 +110,7 @@ def test_a_column_without_a_name_is_pandas_index(tmp_path):
 @pytest.mark.parametrize(
     ("column", "cell"),
     [
-        ("completions", "['a' 'b']"),  # NumPy; to Python it is ['ab']
+        ("completions", "['a' 'b']"),  # NumPy's format; Python would read ['ab']
         ("completions", "['a'\n 'b']"),
         ("completions", '["a", "b"'),
         ("messages", "[{'role': 'user', 'content': 'u'}\n {'role': 'assistant', 'content': 'a'}]"),
@@ -118,9 +118,9 @@ def test_a_column_without_a_name_is_pandas_index(tmp_path):
         ("completion", "[{'role': 'assistant', 'content': 'a'"),
     ],
 )
-def test_a_list_that_is_damaged_is_not_scored_as_text(column, cell, tmp_path):
+def test_a_damaged_list_is_not_scored_as_text(column, cell, tmp_path):
     found, ended = read(tmp_path, "a.csv", f'prompt,{column}\np,"{cell.replace(chr(34), chr(34) * 2)}"\n')
-    assert ended is None and found == [f"{column}: looks like a list, and is neither JSON nor a list of Python's"]
+    assert ended is None and found == [f"{column}: looks like a list, but is neither JSON nor a Python literal"]
 
 
 def test_text_in_brackets_is_text(tmp_path):
@@ -146,7 +146,7 @@ def test_rows_before_the_damage_come_before_the_file_is_read_to_its_end(tmp_path
         ("{'prompt': 'p', 'completion': 'c'}", "not valid JSON"),
     ],
 )
-def test_a_damaged_line_of_json(line, error, tmp_path):
+def test_a_damaged_json_line_fails_alone(line, error, tmp_path):
     good = json.dumps({"prompt": "p", "completion": "c"})
     found, ended = read(tmp_path, "a.jsonl", f"{good}\n{line}\n{good}\n")
     assert ended is None and found[1].startswith(error) and isinstance(found[0], dict) and isinstance(found[2], dict)
@@ -164,7 +164,7 @@ PANDAS = {"prompt": {"0": "a", "1": "b"}, "completion": {"1": "y", "0": "x"}}
         ({"prompt": "p", "completion": "c", "meta": {"0": 1}}, [{"prompt": "p", "completion": "c", "meta": {"0": 1}}]),
     ],
 )  # fmt: skip
-def test_a_documents_rows(value, rows, tmp_path):
+def test_rows_of_a_json_document(value, rows, tmp_path):
     assert read(tmp_path, "a.json", json.dumps(value)) == (rows, None)
 
 
@@ -174,8 +174,8 @@ ROW = '{"prompt": "p", "completion": "c"}'
 @pytest.mark.parametrize(
     ("data", "error"),
     [
-        (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x", "2": "y"}}), "do not both have row '1'"),
-        (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x"}}), "do not both have row '1'"),
+        (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x", "2": "y"}}), "has row '1'"),
+        (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x"}}), "has row '1'"),
         ('{"prompt": {"0": "a", "0": "b"}, "completion": {"0": "x"}}', "the key '0' stands twice"),
         ('{"prompt": ["a"], "completion": ["x"], "prompt": ["b"]}', "the key 'prompt' stands twice"),
         (f'{{"data": [{ROW}], "test": [{ROW}]}}', 'has rows under "data" and under "test"'),
@@ -186,24 +186,24 @@ ROW = '{"prompt": "p", "completion": "c"}'
         (b'[{"prompt": "caf\xe9", "completion": "c"}]', "is not UTF-8 (line 1): save it as UTF-8"),
     ],
 )
-def test_a_damaged_document(data, error, tmp_path):
+def test_a_damaged_json_document_is_refused(data, error, tmp_path):
     found, ended = read(tmp_path, "a.json", data)
     assert found == [] and error in ended
 
 
-def test_a_key_that_stands_twice_spoils_its_row_only(tmp_path):
+def test_a_repeated_key_fails_its_row_only(tmp_path):
     found, ended = read(tmp_path, "a.json", f'[{ROW}, {{"prompt": "p", "prompt": "q"}}, {ROW}]')
     assert ended is None and found[1].startswith("the key 'prompt' stands twice") and found[0] == found[2]
 
 
 # ---------------------------------------------------------------- gzip and Parquet
 @pytest.mark.parametrize("tail", [b"garbage", b"{}\n", gzip.compress(b"more\n", mtime=0)[:-6]])
-def test_garbage_behind_a_gzip_comes_after_its_rows(tail, tmp_path):
+def test_rows_before_garbage_behind_a_gzip_are_read(tail, tmp_path):
     found, ended = read(tmp_path, "a.jsonl.gz", gzip.compress(f"{ROW}\n".encode() * 3, mtime=0) + tail)
     assert len([row for row in found if isinstance(row, dict)]) == 3 and "cannot read" in ended
 
 
-def test_a_parquet_with_one_column_twice(tmp_path):
+def test_a_repeated_parquet_column_is_refused(tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -252,8 +252,8 @@ FOREIGN = {
     "a.npy": (b"\x93NUMPY\x01\x00", "a NumPy array"),
     "a.pkl": (pickle.dumps([{"prompt": "p"}]), "a Python pickle"),
     "a.sqlite": (b"SQLite format 3\x00" + bytes(99), "an SQLite database"),
-    "a.safetensors": ((80).to_bytes(8, "little") + b'{"w": {}}', "a safetensors file (a model's weights), no data"),
-    "a.gguf": (b"GGUF\x03\x00\x00\x00", "a GGUF model, no data"),
+    "a.safetensors": ((80).to_bytes(8, "little") + b'{"w": {}}', "a safetensors file (a model's weights), not data"),
+    "a.gguf": (b"GGUF\x03\x00\x00\x00", "a GGUF model, not data"),
     "a.pdf": (b"%PDF-1.7\n", "a PDF"),
     "a.orc": (b"ORC\x0a\x03\x00\x00", "an ORC file"),
     "a.avro": (b"Obj\x01\x04", "an Avro file"),
@@ -278,7 +278,7 @@ def test_a_file_of_another_format_is_named(name, packed, tmp_path):
     assert ": " in ended.split(" is ", 1)[1]  # and what to do
 
 
-def test_text_that_begins_like_one_of_them_is_text(tmp_path):
+def test_text_that_begins_like_another_format_is_text(tmp_path):
     for name in ("ORC", "GGU", "Obj", "PAR", "BZh9"):
         found, ended = read(tmp_path, "a.csv", f"{name},prompt,completion\n1,p,a\n")
         assert ended is None and found == [{name: "1", "prompt": "p", "completion": "a"}]

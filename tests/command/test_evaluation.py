@@ -1,4 +1,4 @@
-"""Accuracies against numbers worked out by hand."""
+"""Accuracies agree with numbers worked out by hand."""
 
 import json
 import math
@@ -67,7 +67,7 @@ def test_overall_is_the_mean_of_domains_and_safety_pools_its_rows():
     assert bench.absent == ["math"]
 
 
-def test_rows_of_other_shapes_or_domains_are_no_rm_bench():
+def test_rows_of_other_shapes_or_domains_are_not_rm_bench():
     assert rm_bench([judged((1, 1), (0, 0), "chat"), judged((1, 1, 1), (0, 0, 0))]) is None
 
 

@@ -1,4 +1,4 @@
-"""An output that holds something is never emptied unasked, and what ends a run says how to go on."""
+"""A non-empty output is never emptied without --overwrite, and an interrupted run prints how to continue."""
 
 import json
 import os
@@ -36,7 +36,7 @@ ROWS = [{**PAIR, "n": n} for n in range(5)]
         ("show", "--html", False), ("plot", "-o", False),
     ],
 )  # fmt: skip
-def test_an_output_that_holds_something_is_refused_before_a_model_is_loaded(command, flag, resumes, scorer, tmp_path):
+def test_a_non_empty_output_is_refused_before_a_model_is_loaded(command, flag, resumes, scorer, tmp_path):
     source, out = put(tmp_path, PREFERENCE), tmp_path / "out.png"
     out.write_text("mine\n")
     said = run(command, source, flag, out, code=2).stderr
@@ -44,19 +44,19 @@ def test_an_output_that_holds_something_is_refused_before_a_model_is_loaded(comm
     assert ("--resume" in said) == resumes and out.read_text() == "mine\n" and scorer.loaded == 0
 
 
-def test_overwrite_replaces_it_and_an_empty_one_needs_no_flag(scorer, tmp_path):
+def test_overwrite_replaces_an_output_and_an_empty_one_needs_no_flag(scorer, tmp_path):
     source, out = put(tmp_path, PAIR), tmp_path / "out.jsonl"
     out.touch()
     for flags in ((), ("--overwrite",)):
         run("score", source, "-o", out, "-q", *flags)
         assert [row["score"] for row in rows_of(out.read_text())] == [-3.0]
     said = run("score", source, "-o", out, "--overwrite", "--resume", code=2).stderr
-    assert "--resume and --overwrite: name one of them" in said
+    assert "--resume and --overwrite exclude each other: use one of them" in said
 
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "SIGTERM"])
 @pytest.mark.parametrize("system", ["", "Be brief,  it's\nshort", "caf\u00e9 $HOME"])
-def test_an_interruption_says_the_command_that_goes_on(end, system, scorer, tmp_path):
+def test_an_interruption_prints_the_command_to_continue(end, system, scorer, tmp_path):
     source, out = put(tmp_path, *ROWS), tmp_path / "an output.jsonl"
     scorer.stop_after = 2
     score = scorer.iter_scores
@@ -74,7 +74,7 @@ def test_an_interruption_says_the_command_that_goes_on(end, system, scorer, tmp_
     flags = ("score", source, "-o", out, "--system", system)
     result = run(*flags, "--overwrite", code=130 if end == "Ctrl-C" else 143)
     assert len(rows_of(out.read_text())) == 2 and "stopped early: scored 2 of 5 rows" in result.stderr
-    said = result.stderr.splitlines()[-1].split("to go on: ")[1]
+    said = result.stderr.splitlines()[-1].split("To continue: ")[1]
     if "\n" not in system:
         assert shlex.split(said) == ["endoreward", *map(str, flags), "--resume"]
     scorer.iter_scores, scorer.stop_after = score, None
@@ -82,15 +82,15 @@ def test_an_interruption_says_the_command_that_goes_on(end, system, scorer, tmp_
     assert [row["n"] for row in rows_of(out.read_text())] == list(range(5))
 
 
-def test_without_a_file_or_before_the_first_row_there_is_nothing_to_go_on_with(scorer, tmp_path):
+def test_no_command_to_continue_without_a_file_or_before_the_first_row(scorer, tmp_path):
     scorer.stop_after = 2
-    assert "to go on" not in run("score", put(tmp_path, *ROWS), code=130).stderr
-    assert "to go on" not in run("score", put(tmp_path, *ROWS), "-o", os.devnull, code=130).stderr
+    assert "To continue" not in run("score", put(tmp_path, *ROWS), code=130).stderr
+    assert "To continue" not in run("score", put(tmp_path, *ROWS), "-o", os.devnull, code=130).stderr
     scorer.stop_after = 0
-    assert "to go on" not in run("score", put(tmp_path, *ROWS), "-o", tmp_path / "out", code=130).stderr
+    assert "To continue" not in run("score", put(tmp_path, *ROWS), "-o", tmp_path / "out", code=130).stderr
 
 
-def test_arguments_are_kept_as_they_are():
+def test_the_command_to_continue_keeps_arguments_unchanged():
     told = command_that_goes_on(("score", "--overwrite", "-o", "x  y", "--", "-in.jsonl"))
     assert told == "endoreward score -o $'x\\x20\\x20y' --resume -- -in.jsonl"
     assert command_that_goes_on(("rank", "f", "--resume")) == "endoreward rank f --resume"
@@ -116,7 +116,7 @@ def test_arguments_are_kept_as_they_are():
          "messages[0].reasoning_content: "),
     ],
 )  # fmt: skip
-def test_a_missing_value_is_an_error_and_never_a_word(row, error, scorer, tmp_path):
+def test_a_missing_value_is_an_error_and_never_text(row, error, scorer, tmp_path):
     for data, name in ((row, "a.jsonl"), (f"[{row}, {json.dumps(PAIR)}]", "a.json")):
         path = tmp_path / name
         path.write_text(f"{data}\n{json.dumps(PAIR)}\n" if name == "a.jsonl" else data)

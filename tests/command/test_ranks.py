@@ -1,4 +1,4 @@
-"""Rows shared by ranks: real launches by torchrun and accelerate, against one process; a rank that is killed."""
+"""Ranks share rows: real launches by torchrun and accelerate give the output of one process; a rank is killed."""
 
 import gzip
 import json
@@ -34,7 +34,7 @@ from endoreward_fast.command.run.resume import key_of, rows_left
 from endoreward_fast.model.checkpoint import weights_of
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("--max-tokens-per-batch", "32")  # windows of about a thousand characters
+SMALL = ("--max-tokens-per-batch", "32")  # gives windows of about a thousand characters
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node")
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no",
               "--dynamo_backend", "no", "--num_processes")  # fmt: skip
@@ -47,7 +47,7 @@ def questions(count):
 
 
 def launched(arguments, launcher=()):
-    """The command in processes of its own, one thread each; `launcher` says how many."""
+    """Start the command in separate processes with one thread each. `launcher` says how many."""
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     module = ("-m", launcher[0], *launcher[1:]) if launcher else ()
     return subprocess.Popen(
@@ -58,16 +58,16 @@ def launched(arguments, launcher=()):
 
 
 def ended(process):
-    """(exit code, what it said)."""
+    """Wait and return (exit code, standard error)."""
     try:
         _, said = process.communicate(timeout=240)
     finally:
-        process.terminate()  # a launcher that hangs takes its ranks with it
+        process.terminate()  # ends the ranks of a launcher that hangs
     return process.returncode, said
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), [(TORCHRUN, 3), (ACCELERATE, 2)])
-def test_the_output_is_that_of_one_process_to_the_byte(tmp_path, launcher, ranks):
+def test_several_ranks_write_the_bytes_of_one_process(tmp_path, launcher, ranks):
     rows = [*questions(60), "not json", {"prompt": "p"}, *questions(90)]
     source, alone, shared = put(tmp_path, *rows), tmp_path / "alone.jsonl", tmp_path / "shared.jsonl"
     command = ["rank" if ranks == 3 else "score", source, *SMALL, "--per-token", "-o"]
@@ -80,7 +80,7 @@ def test_the_output_is_that_of_one_process_to_the_byte(tmp_path, launcher, ranks
     assert shared.read_bytes() == alone.read_bytes()
     settings = [Path(f"{path}.settings.json").read_bytes() for path in (alone, shared)]
     assert settings[0] == settings[1]
-    if ranks == 2:  # rank 0 alone speaks, and once
+    if ranks == 2:  # only rank 0 prints, once
         assert said.count("endoreward: line 61: not valid JSON") == 1
         assert said.count("endoreward: scored 150 of 152 rows") == 1
 
@@ -99,8 +99,8 @@ def until_written(process, path, size):
 
 
 @pytest.mark.parametrize("restarts", [0, 1])
-def test_a_rank_that_is_killed_loses_nothing(tmp_path, restarts):
-    """The launcher ends the others, and starts them anew if it may: --resume goes on."""
+def test_a_killed_rank_loses_no_rows(tmp_path, restarts):
+    """The launcher ends the other ranks. It restarts all of them if allowed; otherwise --resume continues."""
     source, out, alone = put(tmp_path, *questions(600)), tmp_path / "out.jsonl", tmp_path / "alone.jsonl"
     command = ["score", source, *SMALL, "--resume", "-o"]
     process = launched([*command, out], (TORCHRUN[0], f"--max-restarts={restarts}", TORCHRUN[1], "2"))
@@ -126,26 +126,26 @@ def rank_0_of_2(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "1")
 
 
-def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
-    assert "do not read standard input or a pipe: name a file" in run("score", "-", code=2, input="{}").stderr
+def test_what_ranks_cannot_do_is_refused_once(rank_0_of_2, monkeypatch, tmp_path):
+    assert "cannot read standard input or a pipe: name a file" in run("score", "-", code=2, input="{}").stderr
     assert "no such file" in run("score", tmp_path / "absent", code=2).stderr
-    os.mkfifo(tmp_path / "pipe")  # each would read some of it
+    os.mkfifo(tmp_path / "pipe")  # each rank would read a part of it
     assert "or a pipe: name a file" in run("score", tmp_path / "pipe", code=2).stderr
     said = run("eval", tmp_path / "absent", code=2).stderr
-    assert (
-        said == "endoreward: eval runs in one process: start it without a launcher (score and rank share their rows)\n"
+    assert said == (
+        "endoreward: eval runs in one process: start it without a launcher (only score and rank run in several)\n"
     )
     monkeypatch.setenv("RANK", "1")
-    assert run("eval", tmp_path / "absent", code=0).stderr == ""  # or the launcher might end rank 0 before it speaks
+    assert run("eval", tmp_path / "absent", code=0).stderr == ""  # a failure might end rank 0 before it prints
     monkeypatch.delenv("MASTER_PORT")
-    assert "WORLD_SIZE is 2, and MASTER_PORT is not set" in run("score", "-", code=2).stderr
+    assert "WORLD_SIZE is 2, but MASTER_PORT is not set" in run("score", "-", code=2).stderr
     monkeypatch.setenv("WORLD_SIZE", "many")
     monkeypatch.setenv("MASTER_PORT", "1")
     assert "WORLD_SIZE is 'many': expected a number" in run("score", "-", code=2).stderr
     for port, number, said in (
-        ("1", "2", "RANK is 2 where WORLD_SIZE is 2"),
+        ("1", "2", "RANK is 2, but WORLD_SIZE is 2"),
         ("a", "0", "MASTER_PORT is 'a': expected"),
-        ("65536", "0", "MASTER_PORT is 65536: ports end at 65535"),
+        ("65536", "0", "MASTER_PORT is 65536: use a port from 1 to 65535"),
     ):
         for name, value in (("WORLD_SIZE", "2"), ("RANK", number), ("MASTER_PORT", port)):
             monkeypatch.setenv(name, value)
@@ -155,8 +155,8 @@ def test_what_ranks_cannot_do_is_said_once(rank_0_of_2, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("command", ["score", "rank", "eval", "show", "plot", "demo"])
-def test_help_needs_no_launch(monkeypatch, command):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # and nothing else, as on a machine in a job of its own
+def test_help_ignores_the_launchers_variables(monkeypatch, command):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # and no other variable of a launcher
     assert f"{command} [OPTIONS]" in run(command, "--help").stdout
     assert run("--version").stdout.startswith("endoreward ")
 
@@ -178,7 +178,7 @@ class Together(LengthScorer):
 
 
 def shared(monkeypatch, job, source, *, ranks=3, done=(), load=None):
-    """What `ranks` of them write of `source`, a row a window: (lines, the monitor, what stopped them)."""
+    """Score `source` on `ranks` threads, one row per window. Returns (lines, monitor, error message or None)."""
     board = Board(torch.distributed.HashStore())
     monkeypatch.setattr(Board, "of_launch", lambda: board)
     barrier, scored = Barrier(ranks), []
@@ -196,11 +196,11 @@ def shared(monkeypatch, job, source, *, ranks=3, done=(), load=None):
         stopped = str(error)
     else:
         attempt = board.part(board.get("attempt").decode())
-        assert all(attempt.has(f"rank {r} left") for r in range(1, ranks))  # rank 0 is the last to go
+        assert all(attempt.has(f"rank {r} left") for r in range(1, ranks))  # rank 0 leaves last
     for other in others:
         other.join(30)
         assert not other.is_alive()
-    if not stopped and load is None:  # each of them once
+    if not stopped and load is None:  # each row was scored once
         assert len(scored) == sum("completion" in json.loads(line) for line in lines)
     return [json.loads(line) for line in lines], monitor, stopped
 
@@ -213,7 +213,7 @@ def lengths(count):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
-def test_every_row_comes_once_and_in_order(monkeypatch, tmp_path, ranks):
+def test_every_row_is_written_once_and_in_order(monkeypatch, tmp_path, ranks):
     source = put(tmp_path, *lengths(20), "not json", {"prompt": "p"}, *lengths(3))
     found, monitor, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), source, ranks=ranks)
     assert stopped is None and len(found) == 25
@@ -222,7 +222,7 @@ def test_every_row_comes_once_and_in_order(monkeypatch, tmp_path, ranks):
     assert monitor.tokens == sum(1 + i % 7 for i in range(20)) + 6
 
 
-def test_ranks_keep_to_the_limit_and_leave_out_what_is_done(monkeypatch, tmp_path):
+def test_ranks_respect_the_limit_and_skip_rows_that_are_done(monkeypatch, tmp_path):
     rows = lengths(20)
     job = Job("score", replace(A_ROW_A_WINDOW, limit=15))
     found, *_ = shared(monkeypatch, job, put(tmp_path, *rows), done=rows[2:9])
@@ -232,17 +232,17 @@ def test_ranks_keep_to_the_limit_and_leave_out_what_is_done(monkeypatch, tmp_pat
     assert [row["id"] for row in found] == [1, 2, *range(4, 15)]
 
 
-def test_what_stops_ranks_comes_after_the_rows_before_it(monkeypatch, tmp_path):
+def test_an_error_stops_ranks_after_the_rows_before_it(monkeypatch, tmp_path):
     bad = {"id": 7, "prompt": "p" * 20, "completion": "LONG"}
     source = put(tmp_path, *lengths(7), bad, *lengths(3))
     found, _, stopped = shared(monkeypatch, Job("score", replace(A_ROW_A_WINDOW, strict=True)), source)
     assert stopped.startswith("line 8: 9 tokens") and [row["id"] for row in found] == list(range(7))
-    source = put(tmp_path, *lengths(7), {"prompt": "p"}, *lengths(3))  # which reading finds
+    source = put(tmp_path, *lengths(7), {"prompt": "p"}, *lengths(3))  # reading finds this error, not scoring
     found, _, stopped = shared(monkeypatch, Job("score", replace(A_ROW_A_WINDOW, strict=True)), source)
     assert stopped.startswith("line 8: ") and [row["id"] for row in found] == list(range(7))
 
 
-def test_a_file_that_breaks_off_is_said_after_its_rows(monkeypatch, tmp_path):
+def test_a_truncated_file_is_reported_after_its_rows(monkeypatch, tmp_path):
     torn = tmp_path / "torn.jsonl.gz"
     torn.write_bytes(gzip.compress(put(tmp_path, *lengths(150)).read_bytes(), 0)[:-3000])
     alone = [record.row["id"] for record in islice(open_source(str(torn)).records, 100)]
@@ -251,7 +251,7 @@ def test_a_file_that_breaks_off_is_said_after_its_rows(monkeypatch, tmp_path):
     assert [row["id"] for row in found[:100]] == alone and 100 <= len(found) < 150
 
 
-def test_where_all_is_done_no_rank_loads_a_model(monkeypatch, tmp_path):
+def test_no_rank_loads_a_model_if_all_rows_are_done(monkeypatch, tmp_path):
     rows = lengths(4)
     monkeypatch.setattr(Job, "load", None)
     found, monitor, stopped = shared(monkeypatch, Job("score", A_ROW_A_WINDOW), put(tmp_path, *rows), done=rows)
@@ -260,7 +260,7 @@ def test_where_all_is_done_no_rank_loads_a_model(monkeypatch, tmp_path):
 
 @pytest.fixture
 def board(monkeypatch):
-    """Where rank 0 is alone of two: the other is up to the test."""
+    """Return a board for rank 0 of 2. The test acts as rank 1."""
     made = Board(torch.distributed.HashStore())
     monkeypatch.setattr("endoreward_fast.command.run.ranks.call", lambda *about: made)
     monkeypatch.setattr(Board, "of_launch", lambda: made)
@@ -276,21 +276,21 @@ def engine_and_windows(tmp_path, count):
 
 @pytest.fixture
 def ctrl_c():
-    """It is heard, also where the tests run in the background of a shell, which has its jobs ignore it."""
+    """Enable SIGINT, because a shell ignores it for tests that run in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_what_ends_rank_0_keeps_what_was_handed_in(board, ctrl_c, tmp_path, how):
-    """Past a window that another rank has not handed in, and may never: by Ctrl-C, or by the launcher."""
-    board.count("claimed")  # window 0, by a rank that is gone
+def test_results_handed_in_are_written_when_rank_0_is_ended(board, ctrl_c, tmp_path, how):
+    """Ctrl-C or the launcher ends rank 0. It writes the windows after one that another rank never handed in."""
+    board.count("claimed")  # window 0, by a rank that has died
     engine, windows = engine_and_windows(tmp_path, 5)
     lines = []
 
     def write(line):
-        os.kill(os.getpid(), signal.SIGINT)  # a launcher tells its ranks again
+        os.kill(os.getpid(), signal.SIGINT)  # a launcher signals its ranks again
         os.kill(os.getpid(), signal.SIGTERM)
         lines.append(line)
 
@@ -306,24 +306,26 @@ def test_what_ends_rank_0_keeps_what_was_handed_in(board, ctrl_c, tmp_path, how)
 def interrupt(board, handed_in, how):
     while board.count("handed in", 0) < handed_in:
         time.sleep(0.01)
-    time.sleep(0.1)  # to be in the middle of waiting
+    time.sleep(0.1)  # so that rank 0 is waiting
     os.kill(os.getpid(), how)
 
 
-def test_a_rank_that_is_not_heard_of_any_more_is_named(board, monkeypatch, tmp_path):
-    """A machine that is lost, which no launcher sees. What the others handed in is kept."""
+def test_a_rank_without_heartbeats_is_named(board, monkeypatch, tmp_path):
+    """No launcher sees that a machine is lost. Results that the others handed in are kept."""
     monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
     monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.5)
-    board.count("claimed")  # window 0, by rank 1, which is never heard of
-    board.count("handed in")  # and another that it died over
+    board.count("claimed")  # window 0, by rank 1, which sends no heartbeat
+    board.count("handed in")  # rank 1 died while it handed in a result
     engine, windows = engine_and_windows(tmp_path, 4)
     lines = []
-    with pytest.raises(EndoRewardError, match=r"rank 1 has not been heard of for 0 minutes: .*; --resume goes on"):
+    with pytest.raises(
+        EndoRewardError, match=r"rank 1 has sent no heartbeat for 0 minutes\. .*: continue with --resume"
+    ):
         engine(windows, lines.append, Monitor(quiet=True))
     assert [json.loads(line)["id"] for line in lines] == [1, 2, 3]
 
 
-def test_whoever_was_heard_of_within_ten_minutes_or_has_left_is_not_lost(monkeypatch):
+def test_a_rank_with_a_recent_heartbeat_or_that_has_left_is_not_lost(monkeypatch):
     now, board = [0.0], Board(torch.distributed.HashStore())
     monkeypatch.setattr("endoreward_fast.command.run.clerk.time", SimpleNamespace(monotonic=lambda: now[0]))
     clerk = Clerk(board, 3, Windows(iter(())), InOrder(print, Monitor(quiet=True)))
@@ -341,8 +343,8 @@ def test_whoever_was_heard_of_within_ten_minutes_or_has_left_is_not_lost(monkeyp
     assert lost_at(910) == 1
 
 
-def test_a_rank_that_takes_long_is_heard_of(monkeypatch, tmp_path):
-    """Longer than a lost one is waited for, over its model and over a window."""
+def test_a_slow_rank_sends_heartbeats(monkeypatch, tmp_path):
+    """Loading the model and scoring a window both take longer than LOST."""
     monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
     monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.4)
 
@@ -352,7 +354,7 @@ def test_a_rank_that_takes_long_is_heard_of(monkeypatch, tmp_path):
             return super().iter_scores(rows, **options)
 
     def load(flags):
-        if not flags.quiet:  # rank 0, which is there at once
+        if not flags.quiet:  # rank 0, which is not slow
             return LengthScorer()
         time.sleep(0.9)
         return Slow()
@@ -363,7 +365,7 @@ def test_a_rank_that_takes_long_is_heard_of(monkeypatch, tmp_path):
     assert stopped is None and [row["id"] for row in found] == list(range(9))
 
 
-def test_a_rank_that_is_lost_when_all_is_written_is_not_waited_for(board, monkeypatch, tmp_path):
+def test_a_lost_rank_is_not_waited_for_when_all_is_written(board, monkeypatch, tmp_path):
     monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
     monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.3)
     engine, windows = engine_and_windows(tmp_path, 4)
@@ -377,7 +379,7 @@ def hand_in(board, number, line):
     board.put(f"result {board.count('handed in')}", finished.to_json().encode())
 
 
-def test_what_others_hand_in_is_written_while_rank_0_is_at_work(board, monkeypatch, tmp_path):
+def test_results_of_others_are_written_while_rank_0_scores(board, monkeypatch, tmp_path):
     board.count("claimed")  # window 0, by rank 1
     lines, seen = [], []
 
@@ -403,8 +405,8 @@ def until(seen):
         time.sleep(0.005)
 
 
-def test_only_so_many_windows_are_dealt_out_before_the_first_is_written():
-    """They are all that a kill of rank 0 loses."""
+def test_few_windows_are_handed_out_before_the_first_is_written():
+    """A kill of rank 0 loses at most these windows."""
     board, lines = Board(torch.distributed.HashStore()), []
     output = InOrder(lines.append, Monitor(quiet=True))
     clerk = Clerk(board, 2, Windows([n] for n in range(40)), output)
@@ -423,7 +425,7 @@ def test_only_so_many_windows_are_dealt_out_before_the_first_is_written():
     finally:
         clerk.leave()
     clerk.raise_error()
-    assert board.get("end") == b"0"  # whoever waits for a window goes
+    assert board.get("end") == b"0"  # ranks that wait for a window leave
     output.keep()
     assert lines[4:] == ["6"]
 
@@ -437,24 +439,23 @@ def test_an_output_that_cannot_be_written_ends_rank_0(board, tmp_path):
         engine(windows, full, Monitor(quiet=True))
 
 
-def test_a_defect_in_the_clerk_is_raised_by_rank_0(board, tmp_path):
+def test_rank_0_raises_an_unexpected_error_of_the_clerk(board, tmp_path):
     engine, _ = engine_and_windows(tmp_path, 1)
     with pytest.raises(ZeroDivisionError):
         engine(iter([1 / n] for n in (0,)), print, Monitor(quiet=True))
 
 
-def test_other_weights_by_the_same_name_are_refused(monkeypatch):
+def test_other_weights_of_the_same_name_are_refused(monkeypatch):
     board = Board(torch.distributed.HashStore())
     monkeypatch.setattr(Board, "of_launch", lambda: board)
     leader = Thread(target=call, args=(board, 2, {"weights": "sha256 0", "idle": False}), daemon=True)
     leader.start()
-    with pytest.raises(EndoRewardError, match="model 'pocket' is not what rank 0 has by that name"):
+    with pytest.raises(EndoRewardError, match="model 'pocket' has other weights here than on rank 0"):
         help_out(Job("score", A_ROW_A_WINDOW), Rank(1, 2, 1))
     leader.join(20)
 
 
-def test_each_rank_scores_by_its_own_flags(monkeypatch, tmp_path):
-    """A device of its own, and quietly but for the first."""
+def test_each_rank_has_its_own_device_and_only_rank_0_prints(monkeypatch, tmp_path):
     loaded = []
 
     def load(flags):
@@ -467,7 +468,7 @@ def test_each_rank_scores_by_its_own_flags(monkeypatch, tmp_path):
     assert len(found) == 5 and sorted(loaded) == [("cuda:0", False), ("cuda:1", True)]
 
 
-def test_a_warning_over_a_model_is_said_by_rank_0_alone(monkeypatch, tmp_path):
+def test_only_rank_0_prints_warnings_of_loading(monkeypatch, tmp_path):
     def load(flags):
         warnings.warn("no usable tokenizer", stacklevel=2)
         return LengthScorer()
@@ -486,7 +487,7 @@ def test_a_warning_over_a_model_is_said_by_rank_0_alone(monkeypatch, tmp_path):
     assert caught == [] and board.has("rank 1 left")
 
 
-def test_what_a_rank_is_warned_of_is_said_once_by_rank_0(monkeypatch, tmp_path, capsys):
+def test_rank_0_prints_warnings_of_scoring_once(monkeypatch, tmp_path, capsys):
     def warned(self, rows, **options):
         warnings.warn("out of memory with max_tokens_per_batch=1: it is halved", stacklevel=2)
         return LengthScorer.iter_scores(self, rows, **options)
@@ -505,10 +506,10 @@ def test_a_store_that_cannot_be_reached_is_one_clear_line(rank_0_of_2, monkeypat
     with socket.create_server(("localhost", 0)) as taken:
         monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         said = run("score", put(tmp_path, *lengths(1)), "-o", tmp_path / "out", code=2).stderr
-    assert said.startswith("endoreward: the ranks' common store at localhost:") and said.count("\n") == 1
+    assert said.startswith("endoreward: the store that the ranks share, at localhost:") and said.count("\n") == 1
 
 
-def test_windows_are_written_in_order_whoever_finishes_first():
+def test_windows_are_written_in_order_in_whatever_order_they_finish():
     lines, monitor = [], Finished(-1)
     output = InOrder(lambda line: (lines.append(line), monitor.rows.append((line, "", None))), monitor)
     windows = [Finished(n, [(f"{n}\n", f"line {n}", None)], tokens=n) for n in range(6)]
@@ -521,12 +522,12 @@ def test_windows_are_written_in_order_whoever_finishes_first():
     output.add(replace(windows[4], stopped="line 9: no (--strict: stopped here)"))
     with pytest.raises(EndoRewardError, match="line 9"):
         output.add(windows[3])
-    assert lines[3:] == ["3\n", "4\n"]  # what was done before is written
+    assert lines[3:] == ["3\n", "4\n"]  # the rows before the error are written
     output.keep()
-    assert lines[5:] == []  # and nothing behind it
+    assert lines[5:] == []  # and no rows after it
 
 
-def test_what_waits_is_kept_past_gaps():
+def test_waiting_windows_are_written_past_gaps():
     lines, monitor = [], Monitor(quiet=True)
     output = InOrder(lines.append, monitor)
     for number in (4, 2, 7):
@@ -535,14 +536,14 @@ def test_what_waits_is_kept_past_gaps():
     assert lines == ["2", "4", "7"] and monitor.rows == 3
 
 
-def test_a_window_is_finished_with_what_stopped_it(tmp_path):
+def test_a_finished_window_holds_the_error_that_stopped_it(tmp_path):
     rows = [{"prompt": "p", "completion": text} for text in ("a\u2028", "bb", "LONG")]
     flags = EngineFlags(strict=True)
     (items,) = pipeline.windows(open_source(put(tmp_path, *rows[::-1])), "score", flags)
     found = Job("score", flags).finish(7, items, LengthScorer())
     assert Finished.from_json(found.to_json().encode()) == found and found.number == 7
     assert "line 1: 9 tokens" in found.stopped
-    assert [where for _, where, _ in found.rows] == ["line 2", "line 3"]  # scored last first: what is done is kept
+    assert [where for _, where, _ in found.rows] == ["line 2", "line 3"]  # the scorer starts at the end
     (items,) = pipeline.windows(open_source(put(tmp_path, *rows)), "score", EngineFlags())
     found = Job("score", EngineFlags()).finish(0, items, LengthScorer())
     assert [(where, problem and problem[:8]) for _, where, problem in found.rows] == [
@@ -551,7 +552,7 @@ def test_a_window_is_finished_with_what_stopped_it(tmp_path):
     assert found.tokens == 8 and found.stopped is None
 
 
-def test_reading_that_fails_comes_after_what_was_read():
+def test_a_reading_error_is_raised_after_the_windows_before_it():
     def windows():
         yield ["a"]
         raise EndoRewardError("torn")
@@ -562,14 +563,14 @@ def test_reading_that_fails_comes_after_what_was_read():
         read.raise_error()
 
 
-def test_workers_without_rows_are_named(capsys):
+def test_workers_without_rows_are_noted(capsys):
     for windows, said in ((1, "only 1 of 2 ranks had rows"), (2, "")):
         note_idle(Monitor(), windows, 2, "ranks")
         err = capsys.readouterr().err
         assert said in err and bool(err) == bool(said)
 
 
-def test_each_rank_has_a_device_of_its_own(monkeypatch):
+def test_each_rank_has_its_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for rank, flags, device in (
@@ -581,7 +582,7 @@ def test_each_rank_has_a_device_of_its_own(monkeypatch):
     ):
         assert rank.flags(flags).device == device
         assert rank.flags(flags).quiet == (rank.rank > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher shows each its own alone
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # the launcher makes one device visible to each rank
     assert Rank(1, 2, 1).flags(EngineFlags()).device == "cuda:0"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Rank(1, 2, 1).flags(EngineFlags()).device is None

@@ -1,4 +1,4 @@
-"""--resume: runs that were killed, again and again, end with the rows and scores of one that was not."""
+"""--resume: a run that was killed several times ends with the rows and scores of an uninterrupted run."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def scores(path):
     return Counter((row["id"], row["score"]) for row in rows_of(path.read_text()))
 
 
-def test_what_is_done_is_skipped_and_a_torn_line_is_done_again(scorer, tmp_path):
+def test_finished_rows_are_skipped_and_a_truncated_line_is_repeated(scorer, tmp_path):
     source, out = put(tmp_path, *rows(10)), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
     whole = out.read_text()
@@ -46,12 +46,12 @@ def test_what_is_done_is_skipped_and_a_torn_line_is_done_again(scorer, tmp_path)
             out.write_text("".join(lines[:kept]) + torn)
             run("score", source, "-o", out, "--resume", "-q")
             assert out.read_text() == whole, (kept, torn)
-    run("score", source, "-o", out, "--overwrite", "-q")  # with this flag it begins again
+    run("score", source, "-o", out, "--overwrite", "-q")  # this flag starts again from the first row
     assert out.read_text() == whole
 
 
-def test_what_was_made_up_for_stands_where_it_belongs(scorer, tmp_path):
-    """Whatever was missing, the output ends as that of a run which was not cut off, to the byte."""
+def test_rows_added_later_are_moved_into_input_order(scorer, tmp_path):
+    """Whichever lines were missing, the output has the same bytes as that of an uninterrupted run."""
     wanted = [*rows(3), "not json", *rows(3), {"id": 5, "prompt": "p"}, *rows(7)]
     source, out = put(tmp_path, *wanted), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q", code=2)
@@ -65,21 +65,21 @@ def test_what_was_made_up_for_stands_where_it_belongs(scorer, tmp_path):
     assert list(tmp_path.glob("*.part")) == []
 
 
-def test_lines_of_no_row_of_this_input_stay_where_they_are(scorer, tmp_path):
+def test_lines_of_rows_not_in_this_input_stay_in_place(scorer, tmp_path):
     out = tmp_path / "out.jsonl"
     run("score", put(tmp_path, *rows(9)), "-o", out, "-q")
     whole, inode = out.read_text(), out.stat().st_ino
     run("score", put(tmp_path, *rows(9)), "-o", out, "-q", "--resume", "--limit", "3")
     run("score", put(tmp_path, *rows(12)[9:]), "-o", out, "-q", "--resume")
     assert out.read_text().startswith(whole) and [row["id"] for row in rows_of(out.read_text())] == list(range(12))
-    assert out.stat().st_ino == inode  # it was in order, and not written anew
+    assert out.stat().st_ino == inode  # it was in order, so it was not rewritten
     whole = out.read_text()
     out.write_text(whole + '{"score": null, "error": "line 9: not valid JSON"}\n')
-    said = run("score", put(tmp_path, *rows(3)), "-o", out, "--resume").stderr  # in which that line is mended
+    said = run("score", put(tmp_path, *rows(3)), "-o", out, "--resume").stderr  # the bad line is not in this input
     assert "and 1 without a score" in said and out.read_text() == whole
 
 
-def test_only_what_is_left_is_scored(scorer, tmp_path):
+def test_only_the_remaining_rows_are_scored(scorer, tmp_path):
     out = tmp_path / "out.jsonl"
     run("score", put(tmp_path, *rows(6)), "-o", out, "-q")
     asked = []
@@ -90,8 +90,8 @@ def test_only_what_is_left_is_scored(scorer, tmp_path):
     assert [row["id"] for row in rows_of(out.read_text())] == list(range(9))
 
 
-def test_equal_rows_are_counted_and_holes_filled(scorer, tmp_path):
-    """After Ctrl-C, rows that were done stand behind ones that were not."""
+def test_equal_rows_are_counted_and_gaps_filled(scorer, tmp_path):
+    """After Ctrl-C, finished rows may follow rows that are missing."""
     same = {"prompt": "p", "completion": "aa", "score": "mine", "error": None}
     source, out = put(tmp_path, same, *rows(3), same, same), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
@@ -101,17 +101,17 @@ def test_equal_rows_are_counted_and_holes_filled(scorer, tmp_path):
     assert out.read_text() == "".join(lines)
 
 
-def test_rows_that_failed_are_tried_again(scorer, tmp_path):
-    """Those that fail again are named again, and the exit code says so; those that do not have their scores."""
+def test_rows_that_failed_are_scored_again(scorer, tmp_path):
+    """Rows that fail again are reported again and set the exit code. Rows that succeed get their scores."""
     bad = ["not json", {"prompt": "p"}, {"id": 7, "prompt": "p", "completion": "LONG"}]
     source, out = put(tmp_path, *rows(2), *bad, *rows(4)[2:]), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q", code=2)
     whole = out.read_text()
     result = run("score", source, "-o", out, "--resume", code=2)
-    assert f"{out} holds 4 rows of an earlier run, and 3 without a score, which are tried again" in result.stderr
+    assert f"{out} holds 4 rows of an earlier run, and 3 without a score, which are scored again" in result.stderr
     assert "line 3: not valid JSON" in result.stderr and "3 of 3 rows could not be scored" in result.stderr
     assert out.read_text() == whole
-    score = scorer.iter_scores  # memory has room for it now, say
+    score = scorer.iter_scores  # from here on, the long row succeeds
     scorer.iter_scores = lambda samples, **o: score([s | {"completion": s["completion"].lower()} for s in samples], **o)
     out.chmod(0o640)
     run("score", source, "-o", out, "--resume", "-q", code=2)
@@ -120,8 +120,8 @@ def test_rows_that_failed_are_tried_again(scorer, tmp_path):
     assert "error" not in next(row for row in found if row.get("id") == 7) and out.stat().st_mode & 0o777 == 0o640
 
 
-def test_what_is_there_stays_until_the_first_row_is_written(scorer, tmp_path):
-    """And whole, whatever ends the run."""
+def test_old_lines_stay_until_the_first_row_is_written(scorer, tmp_path):
+    """They also stay complete, whatever ends the run."""
     bad = {"id": 9, "prompt": "p", "completion": "LONG"}
     source, out = put(tmp_path, *rows(2), bad), tmp_path / "out.jsonl"
     link = tmp_path / "latest"
@@ -141,7 +141,7 @@ def test_what_is_there_stays_until_the_first_row_is_written(scorer, tmp_path):
     assert [row.get("id") for row in rows_of(out.read_text())] == [9, 0, 1, 2, 3] and link.is_symlink()
 
 
-def test_the_row_that_stopped_a_strict_run_is_not_done(scorer, tmp_path):
+def test_resume_repeats_the_row_that_stopped_a_strict_run(scorer, tmp_path):
     bad = {"id": 9, "prompt": "p", "completion": "LONG"}
     source, out = put(tmp_path, *rows(2), bad, *rows(4)[2:]), tmp_path / "out.jsonl"
     command = ("score", source, "-o", out, "-q", "--strict", "--max-tokens-per-batch", "1")
@@ -161,12 +161,12 @@ OTHER = {
 """another value of every flag that scores depend on"""
 
 
-def test_every_flag_is_compared_or_known_to_change_nothing():
+def test_every_flag_is_compared_or_changes_no_score():
     assert {*OTHER, *IRRELEVANT} == EngineFlags().to_json().keys()
 
 
 @pytest.mark.parametrize("name", [*OTHER, "per_token", "version"])
-def test_another_configuration_is_refused(scorer, monkeypatch, name, tmp_path):
+def test_another_value_of_a_flag_is_refused(scorer, monkeypatch, name, tmp_path):
     source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
     before = out.read_text()
@@ -178,7 +178,7 @@ def test_another_configuration_is_refused(scorer, monkeypatch, name, tmp_path):
     flags = flags.get(name, [flag, value])
     said = run("score", source, "-o", out, "--resume", *flags, "-q", code=2).stderr
     assert f"--resume: {out} was made with {name}=" in said and said.count("\n") == 1
-    assert said.endswith(f"not {value!r}: scores would not compare\n") and out.read_text() == before
+    assert said.endswith(f"not {value!r}: use that value, or name another --output\n") and out.read_text() == before
 
 
 def test_another_command_is_refused_and_flags_that_change_no_score_are_not(scorer, tmp_path):
@@ -189,8 +189,8 @@ def test_another_command_is_refused_and_flags_that_change_no_score_are_not(score
     run("score", source, "-o", out, "--resume", "--max-tokens-per-batch", "9", "--limit", "1", "--device", "cpu", "-q")
 
 
-def test_a_model_goes_by_its_weights(scorer, monkeypatch, tmp_path):
-    """Not by its name: the same folder may hold others, and others may hold the same."""
+def test_a_model_is_recognised_by_its_weights(scorer, monkeypatch, tmp_path):
+    """Not by its name: a folder's weights may change, and two folders may hold the same weights."""
     source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
     monkeypatch.chdir(tmp_path)
     for name in ("first", "second"):
@@ -202,26 +202,30 @@ def test_a_model_goes_by_its_weights(scorer, monkeypatch, tmp_path):
         run("score", source, "-o", out, "-q", "--model", same, "--resume")
     (tmp_path / "first" / "model.safetensors").write_bytes(bytes(99) + b"1")
     said = run("score", source, "-o", out, "-q", "--model", "./first", "--resume", code=2).stderr
-    assert f"{out} was made with the model './first' (sha256 " in said and "scores would not compare" in said
+    assert (
+        f"{out} was made with the model './first' (sha256 " in said and "name that model, or another --output" in said
+    )
 
 
 def test_bad_input_is_one_clear_line(scorer, tmp_path):
     source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
-    assert "--resume goes on with a file: name it by --output" in run("score", source, "--resume", code=2).stderr
+    assert (
+        "--resume needs the file to continue: name it with --output" in run("score", source, "--resume", code=2).stderr
+    )
     out.write_text("{}\n")
     result = run("score", source, "-o", out, "--resume", "-q", code=2)
-    assert "out.jsonl.settings.json does not say how it was made" in result.stderr and out.read_text() == "{}\n"
+    assert "out.jsonl.settings.json is missing or damaged" in result.stderr and out.read_text() == "{}\n"
     run("score", source, "-o", out, "--overwrite", "-q")
     Path(f"{out}.settings.json").write_text('{"settings": [1]}')
     said = run("score", source, "-o", out, "--resume", "-q", code=2).stderr
-    assert "does not say how it was made" in said
+    assert "settings.json is missing or damaged" in said
     run("score", source, "-o", out, "--overwrite", "-q")
     out.write_text("[1]\n")
     assert "line 1 is not a row of results" in run("score", source, "-o", out, "--resume", "-q", code=2).stderr
 
 
-def test_what_ends_before_its_first_row_leaves_nothing_that_resume_trips_over(scorer, tmp_path):
-    """The old rows keep their settings: those of the new run beside them would have --resume take them for its own."""
+def test_a_run_that_ends_before_its_first_row_does_not_disturb_resume(scorer, tmp_path):
+    """The old rows keep their settings. With the new run's settings, --resume would take the old rows for its own."""
     source, out = put(tmp_path, *rows(5)), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
     before = out.read_text()
@@ -238,7 +242,7 @@ def test_what_ends_before_its_first_row_leaves_nothing_that_resume_trips_over(sc
 
 
 @pytest.mark.parametrize("resume", [["--overwrite"], ["--resume"]])
-def test_settings_that_cannot_be_written_leave_old_results_alone(scorer, resume, tmp_path):
+def test_settings_that_cannot_be_written_leave_old_results_unchanged(scorer, resume, tmp_path):
     source, out = put(tmp_path, *rows(2)), tmp_path / "out.jsonl"
     old = "--overwrite" in resume
     if old:
@@ -250,7 +254,7 @@ def test_settings_that_cannot_be_written_leave_old_results_alone(scorer, resume,
 
 
 @pytest.mark.parametrize("descriptor", ["stdout", "stderr"])
-def test_a_log_that_results_are_added_to_is_not_emptied(tmp_path, descriptor):
+def test_a_log_behind_a_standard_stream_is_not_emptied(tmp_path, descriptor):
     log = tmp_path / "log"
     log.write_text("before\n")
     command = [sys.executable, "-m", "endoreward_fast", "score", put(tmp_path, *rows(2)), "-q", "-o"]
@@ -260,13 +264,13 @@ def test_a_log_that_results_are_added_to_is_not_emptied(tmp_path, descriptor):
     assert not Path(f"{log}.settings.json").exists()
 
 
-def test_a_device_is_written_and_gets_no_settings_beside_it(scorer, tmp_path):
+def test_a_device_gets_results_but_no_settings_file(scorer, tmp_path):
     run("score", put(tmp_path, *rows(2)), "-o", os.devnull, "-q")
     assert not Path(f"{os.devnull}.settings.json").exists()
 
 
-def test_a_run_that_fails_takes_no_other_runs_output_away(scorer, monkeypatch, tmp_path):
-    """It removes the file it made and wrote nothing to: while it has the lock, and whoever waited for it sees that."""
+def test_a_failing_run_does_not_remove_the_output_of_another(scorer, monkeypatch, tmp_path):
+    """A failing run removes the empty file that it created while it holds the lock. A waiting run notices that."""
     out, free = tmp_path / "out.jsonl", []
 
     def unlink(path):
@@ -279,12 +283,12 @@ def test_a_run_that_fails_takes_no_other_runs_output_away(scorer, monkeypatch, t
         raise EndoRewardError("first")
     assert free == [False] and not out.exists()
     monkeypatch.setattr("endoreward_fast.command.run.sink._lock", lambda file: os.remove(out) or True)
-    with pytest.raises(EndoRewardError, match="written by another run"):
+    with pytest.raises(EndoRewardError, match="another run is writing"):
         Sink(str(out))
 
 
-def test_keys_survive_being_written_and_read(scorer, tmp_path):
-    """Whatever columns a row has, by the names that the command writes too, and scored before or not."""
+def test_a_row_has_the_same_key_in_the_output(scorer, tmp_path):
+    """This holds for any columns, including names that the command adds, and for files scored before."""
     own = [
         {"text": "ü\ud800\u2028", "x": 0.1, "when": "2026"}, {"x": float("nan"), "y": float("inf")}, {"score": 3},
         {"score": 3, "input_score": 4}, {"score": 4, "input_score": 3, "input_input_score": 5},
@@ -296,7 +300,7 @@ def test_keys_survive_being_written_and_read(scorer, tmp_path):
         run(command, source, "-o", out, "--per-token", "-q", code=2)
         lines = out.read_text().split("\n")[:-1]
         assert len(lines) == len(wanted)
-        for missing in range(len(lines)):  # each row by itself is known by its line
+        for missing in range(len(lines)):  # each row is recognised in its line
             out.write_text("".join(line + "\n" for i, line in enumerate(lines) if i != missing))
             run(command, source, "-o", out, "--per-token", "-q", "--resume", code=(0, 2))
             assert Counter(out.read_text().split("\n")[:-1]) == Counter(lines), lines[missing]
@@ -305,7 +309,7 @@ def test_keys_survive_being_written_and_read(scorer, tmp_path):
     assert rows_done("nowhere.jsonl", {}) == Done()
 
 
-def test_columns_of_a_file_scored_before_all_stay(scorer, tmp_path):
+def test_all_columns_of_a_file_scored_before_are_kept(scorer, tmp_path):
     out = tmp_path / "in.jsonl"
     put(tmp_path, {"prompt": "p", "completion": "aa", "score": 0, "input_score": 1})
     for again in range(2):
@@ -314,8 +318,8 @@ def test_columns_of_a_file_scored_before_all_stay(scorer, tmp_path):
         assert row["score"] == -2.0 and {0, 1} <= set(row.values()) and len(row) == 5 + again
 
 
-def test_what_cannot_be_scored_may_be_all_that_is_left(scorer, tmp_path):
-    """A run of nothing else is refused before a model is loaded; the end of one that was cut off is not."""
+def test_resume_accepts_remaining_rows_that_all_fail(scorer, tmp_path):
+    """A new run with only such rows is refused before a model is loaded. The rest of a resumed run is not."""
     source, out = put(tmp_path, *rows(3), "not json", {"prompt": "p"}), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q", code=2)
     whole = out.read_text()
@@ -325,7 +329,7 @@ def test_what_cannot_be_scored_may_be_all_that_is_left(scorer, tmp_path):
         assert out.read_text() == whole and "2 of 2 rows could not be scored" in said
 
 
-def test_where_all_is_done_no_model_is_loaded(scorer, monkeypatch, tmp_path):
+def test_no_model_is_loaded_if_all_rows_are_done(scorer, monkeypatch, tmp_path):
     source, out = put(tmp_path, *rows(3)), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
     monkeypatch.setattr(pipeline, "load_scorer", None)
@@ -334,20 +338,20 @@ def test_where_all_is_done_no_model_is_loaded(scorer, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("column", ["id", "score", "input_score"])
-def test_a_given_id_says_which_row_it_is(scorer, column, tmp_path):
-    """Whatever became of its other columns, and also where the output keeps it by another name."""
+def test_rows_are_recognised_by_the_column_of_id(scorer, column, tmp_path):
+    """Its other columns may change, and the output may keep the column under another name."""
     first, out = (
         [{column: f"n{i}", "prompt": "p", "completion": "a" * (1 + i)} for i in range(6)],
         tmp_path / "out.jsonl",
     )
     run("score", put(tmp_path, *first[:4], first[3]), "-o", out, "-q", "--id", column)
     before = out.read_text()
-    later = [{"seen": "2026", **row, "completion": "b"} for row in (*first, first[3])]  # n3 stands there twice
+    later = [{"seen": "2026", **row, "completion": "b"} for row in (*first, first[3])]  # n3 occurs twice
     run("score", put(tmp_path, *later), "-o", out, "--resume", "-q", "--id", column)
     found = out.read_text().splitlines(keepends=True)
-    assert "".join(found[:4] + found[6:]) == before  # n3 stands there twice
+    assert "".join(found[:4] + found[6:]) == before  # n3 occurs twice
     assert [row["score"] for row in rows_of(out.read_text())] == [-1.0, -2.0, -3.0, -4.0, -1.0, -1.0, -4.0]
-    run("score", put(tmp_path, *later), "-o", out, "--resume", "-q")  # by all columns: five others
+    run("score", put(tmp_path, *later), "-o", out, "--resume", "-q")  # all columns are compared: five rows are new
     assert len(rows_of(out.read_text())) == 12
 
 
@@ -355,28 +359,29 @@ def test_a_row_without_the_id_is_an_error(scorer, tmp_path):
     rows_, out = [*rows(2), {"prompt": "p", "completion": "a"}, rows(3)[2] | {"id": None}, "not json"], tmp_path / "o"
     result = run("score", put(tmp_path, *rows_), "-o", out, "--id", "id", code=2)
     assert (
-        "line 3: it has no 'id', the column that --id names" in result.stderr and "line 4: it has no" in result.stderr
+        "line 3: no value in 'id', the column that --id names" in result.stderr
+        and "line 4: no value in" in result.stderr
     )
     whole = out.read_text()
     assert [row["score"] for row in rows_of(whole)] == [-1.0, -2.0, None, None, None]
     run("score", put(tmp_path, *rows_), "-o", out, "--id", "id", "--resume", "-q", code=2)
     assert out.read_text() == whole
-    result = run("score", put(tmp_path, *rows(2)), "--id", "di", code=2)  # before a model is loaded
-    assert result.stderr.endswith("line 1: it has no 'di', the column that --id names\n")
+    result = run("score", put(tmp_path, *rows(2)), "--id", "di", code=2)  # refused before a model is loaded
+    assert result.stderr.endswith("line 1: no value in 'di', the column that --id names\n")
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "reordered"])
-def test_another_input_goes_by_its_rows(scorer, change, tmp_path):
+def test_another_input_is_matched_row_by_row(scorer, change, tmp_path):
     first, out = rows(8), tmp_path / "out.jsonl"
     longer = [*rows(12)[8:10], *first, *rows(12)[10:]]
     second = {"shorter": first[:5], "longer": longer, "reordered": first[::-1]}[change]
     run("score", put(tmp_path, *first), "-o", out, "-q")
     run("score", put(tmp_path, *second), "-o", out, "--resume", "-q")
-    now = {"shorter": first, "longer": longer, "reordered": second}[change]  # in the order of the input it has now
+    now = {"shorter": first, "longer": longer, "reordered": second}[change]  # in the order of the new input
     assert rows_of(out.read_text()) == [row | {"score": -float(len(row["completion"]))} for row in now]
 
 
-def test_lines_that_an_editor_changed_are_known_or_refused(scorer, tmp_path):
+def test_edited_lines_are_recognised_or_refused(scorer, tmp_path):
     source, out = put(tmp_path, *rows(4)), tmp_path / "out.jsonl"
     run("score", source, "-o", out, "-q")
     lines = out.read_text().splitlines()
@@ -385,11 +390,11 @@ def test_lines_that_an_editor_changed_are_known_or_refused(scorer, tmp_path):
         out.write_bytes(edited.encode())
         run("score", source, "-o", out, "--resume", "-q")
         assert sorted(row["id"] for row in rows_of(out.read_text())) == [0, 1, 2, 3]
-    out.write_text("\n".join([lines[0], json.dumps(rows(2)[1]), ""]))  # no score in it
+    out.write_text("\n".join([lines[0], json.dumps(rows(2)[1]), ""]))  # the second line has no score
     assert "line 2 is not a row of results" in run("score", source, "-o", out, "--resume", "-q", code=2).stderr
 
 
-def test_a_link_goes_by_the_settings_of_what_it_names(scorer, tmp_path):
+def test_a_symbolic_link_uses_the_settings_of_its_target(scorer, tmp_path):
     source, link = put(tmp_path, *rows(3)), tmp_path / "latest"
     for alpha in ("1", "2"):
         out = tmp_path / f"alpha{alpha}.jsonl"
@@ -405,7 +410,7 @@ def test_a_link_goes_by_the_settings_of_what_it_names(scorer, tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--resume"]])
 def test_two_runs_do_not_write_one_output(scorer, flags, tmp_path):
-    """What a killed launcher leaves behind may still be at work when the next run begins."""
+    """Ranks of a killed launcher may still run when the next run begins."""
     source, out = put(tmp_path, *rows(4)), tmp_path / "out.jsonl"
     score, told = scorer.iter_scores, []
 
@@ -416,26 +421,26 @@ def test_two_runs_do_not_write_one_output(scorer, flags, tmp_path):
 
     scorer.iter_scores = meanwhile
     run("score", source, "-o", out, "-q")
-    assert "out.jsonl is being written by another run" in told[0]
+    assert f"another run is writing {out}: " in told[0]
     assert [row["id"] for row in rows_of(out.read_text())] == list(range(4))
-    run("score", source, "-o", out, "-q", "--resume")  # it has let go
+    run("score", source, "-o", out, "-q", "--resume")  # the lock is released
 
 
-def test_an_output_written_anew_is_kept_from_other_runs_too(tmp_path):
+def test_a_rewritten_output_is_locked_too(tmp_path):
     out = tmp_path / "out.jsonl"
     out.write_text("bad\nkept\n")
     with Sink(str(out), resume=True) as sink:
         sink.append(iter([b"kept\n"]))
         assert out.read_text() == "bad\nkept\n"
         sink.write("more\n")
-        with pytest.raises(EndoRewardError, match="is being written by another run"):
+        with pytest.raises(EndoRewardError, match="another run is writing "):
             Sink(str(out))
         sink.write("and more\n")
     assert out.read_text() == "kept\nmore\nand more\n"
 
 
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
-    """A file may grow to 2 KB here; what was written stays, and the run goes on where there is room again."""
+def test_a_full_disk_is_reported_and_loses_no_rows(tmp_path):
+    """Files may grow to 2 KB. The rows written stay, and --resume continues when there is space."""
     source, out = put(tmp_path, *rows(60)), tmp_path / "out.jsonl"
     limit = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
     limit += (
@@ -450,8 +455,7 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
     assert [row["id"] for row in rows_of(out.read_text())] == list(range(60))
 
 
-def test_a_run_that_is_killed_again_and_again(tmp_path):
-    """SIGKILL, at whatever point; the last run ends as an undisturbed one does."""
+def test_a_run_killed_repeatedly_ends_like_an_undisturbed_one(tmp_path):
     source, out, undisturbed = put(tmp_path, *rows(160)), tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     run("score", source, "-o", undisturbed, "-q")
     command = [
@@ -483,7 +487,7 @@ def test_a_run_that_is_killed_again_and_again(tmp_path):
     assert [row["score"] for row in found] == pytest.approx([row["score"] for row in wanted], abs=1e-4)
 
 
-def test_an_input_without_rows_leaves_other_results_alone(scorer, tmp_path):
+def test_an_input_without_rows_leaves_old_results_unchanged(scorer, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

@@ -1,4 +1,4 @@
-"""RewardBench 2: best of four and the Ties score against numbers worked out by hand, and the chance that is printed."""
+"""RewardBench 2: best of four and the Ties score agree with numbers worked out by hand; the printed chance."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def judged(chosen, rejected, subset="Ties", id=1):
     ("chosen", "rejected", "share"),
     [(3, (2, 1, 0), 1), (1, (2, 0, 0), 0), (2, (2, 1, 0), 1 / 2), (2, (2, 2, 2), 1 / 4)],
 )
-def test_a_tie_for_the_highest_score_earns_its_share(chosen, rejected, share):
+def test_k_completions_that_tie_for_the_highest_score_earn_1_over_k(chosen, rejected, share):
     assert credit(judged((chosen,), rejected)) == share
 
 
@@ -43,7 +43,7 @@ def test_the_ties_score_by_hand():
 
 
 @pytest.mark.parametrize(("wrong", "margin"), [(0, 1), (1, 0), (2, -1)])
-def test_right_answers_of_one_score_divide_by_nothing(wrong, margin):
+def test_equal_scores_of_right_answers_do_not_divide_by_zero(wrong, margin):
     rows = [judged((1,), (wrong,), id="ref:1"), judged((1, 1), (wrong,), id="tied:1")]
     assert ties_of(rows).score == pytest.approx((1.0 if margin == 1 else 0.0) + 0.01 * margin)
 
@@ -51,11 +51,11 @@ def test_right_answers_of_one_score_divide_by_nothing(wrong, margin):
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
-        ([judged((1,), (0,), id=7)], 'ids must be "ref:N" and "tied:N", found 7'),
-        ([judged((1,), (0,), id="ref:1"), judged((1, 1), (0,), id="tied:2")], "no prompt is there both as ref:N"),
+        ([judged((1,), (0,), id=7)], 'ids must be "ref:N" or "tied:N", found 7'),
+        ([judged((1,), (0,), id="ref:1"), judged((1, 1), (0,), id="tied:2")], "no N has both prompts"),
     ],
 )
-def test_where_it_cannot_be_computed_the_output_says_so(rows, why):
+def test_the_report_says_why_ties_cannot_be_computed(rows, why):
     text = to_text([FileResult("f", len(rows), rows)])
     assert f"not computed: {why}" in text and "nan" not in text
     assert (
@@ -73,7 +73,7 @@ def test_the_benchmark_is_the_mean_of_its_six_subsets():
     assert reward_bench_2([judged((1,), (0,), "hep-go"), judged((1,), (0,), "Math")]) is None
 
 
-def test_the_chance_that_is_printed_is_that_of_the_data():
+def test_the_printed_chance_is_that_of_the_data():
     fours = FileResult("fours.jsonl", 1, [judged((3,), (2, 1, 0), "Factuality")])
     pairs = FileResult("pairs.jsonl", 1, [judged((3,), (2,), "hep-go")])
     assert to_text([pairs]).endswith("Chance is 50%.\n")

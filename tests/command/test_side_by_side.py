@@ -24,14 +24,14 @@ ONE_MODEL = [name for name, signal in SIGNALS.items() if not signal.needs_refere
 
 
 def samples():
-    """(row, place) of every completion, and what a scorer is asked; judges compare within a `group`."""
+    """Return (row, place) and scorer input of every completion. Judges compare within a `group`."""
     for n, (question, chosen, rejected) in enumerate(QUESTIONS):
         for completion in (chosen, *rejected):
             yield {"prompt": question, "completion": completion, "group": n}
 
 
 def listed(found):
-    """Scores of every completion in a method's part of the JSON, in the order of `samples`."""
+    """Return the scores of every completion in a method's part of the JSON, in the order of `samples`."""
     return [score for row in found["scores"] for score in (*row["chosen"], *row["rejected"])]
 
 
@@ -52,7 +52,7 @@ def reward_model(tmp_path_factory, pocket):
 
 
 def test_the_command_knows_every_signal_and_judge_by_name():
-    """options.py names them once more, so that --help does not wait for torch."""
+    """options.py repeats the names, so that --help does not wait for torch."""
     assert tuple(SIGNALS) == SIGNAL_NAMES and tuple(JUDGES) == JUDGE_NAMES
 
 
@@ -81,11 +81,11 @@ def test_tables_have_a_line_for_each_method(pocket, tmp_path):
     lines = shown[shown.index("by method") :].splitlines()[1:]
     assert [line.split("  ")[2] for line in lines[: len(ONE_MODEL) + 1]] == [*ONE_MODEL, "judge, verifier"]
     assert all("%" in line and "2 rows" in line for line in lines[: len(ONE_MODEL) + 1])
-    assert "log-ratio is left out: it compares two models, and there is no --reference-model." in shown
+    assert "log-ratio is left out: it needs a second model (--reference-model)." in shown
 
 
-def test_how_often_a_completion_is_read_is_said(pocket, reward_model, tmp_path):
-    """A judge reads its question once with each reply."""
+def test_eval_says_how_often_a_completion_is_read(pocket, reward_model, tmp_path):
+    """A judge reads its question once with each possible reply."""
     pairs = put(tmp_path, *({**row, "rejected": row["rejected"][0]} for row in PAIRS))
     said = run("eval", pairs, "--signals", "all", "--judge", "all", "--reward-model", reward_model).stderr
     assert (
@@ -97,7 +97,7 @@ def test_how_often_a_completion_is_read_is_said(pocket, reward_model, tmp_path):
     assert "more than once" not in run("eval", pairs, "--signals", "entropy").stderr
 
 
-def test_some_signals_only_and_rivals_bring_the_score_along(pocket, tmp_path):
+def test_selected_signals_are_compared_and_rivals_include_the_score(pocket, tmp_path):
     path = put(tmp_path, *PAIRS)
     found = json.loads(run("eval", path, "--signals", "entropy,logprob", "--json", "-q").stdout)
     assert list(found["methods"]) == ["entropy", "logprob"]
@@ -106,8 +106,8 @@ def test_some_signals_only_and_rivals_bring_the_score_along(pocket, tmp_path):
     assert "methods" not in json.loads(run("eval", path, "--json", "-q").stdout)
 
 
-def test_a_row_that_one_method_cannot_score_is_kept_by_the_others(pocket, tmp_path):
-    """A judge's question is longer than the row that it is about."""
+def test_a_row_that_one_method_cannot_score_is_scored_by_the_others(pocket, tmp_path):
+    """A judge's question is longer than the row, so it may exceed the limit alone."""
     long = {"prompt": "a b " * 60, "chosen": "4", "rejected": "5"}
     [row] = pocket.score([{"prompt": long["prompt"], "completion": "4"}])
     assert row.error is None
@@ -125,8 +125,8 @@ def test_a_row_that_one_method_cannot_score_is_kept_by_the_others(pocket, tmp_pa
     ("flags", "said"),
     [
         (["--signals", "entropy,certainty"], "--signals must be all, or some of endogenous, .*, got 'certainty'"),
-        (["--signals", "log-ratio"], "--signals log-ratio compares two models: name the second by --reference-model"),
-        (["--reference-model", "pocket"], "--reference-model is for --signals log-ratio"),
+        (["--signals", "log-ratio"], "--signals log-ratio compares two models: name the second with --reference-model"),
+        (["--reference-model", "pocket"], "--reference-model needs --signals log-ratio"),
         (["--judge", "jury"], "--judge must be all, or some of verifier, pointwise, pairwise, got 'jury'"),
         (["--reward-model", "nowhere/at/all"], "nowhere/at/all"),
         (["--reward-model", "pocket"], "'pocket' is a .*ForCausalLM, which is not a reward model"),
@@ -135,12 +135,11 @@ def test_a_row_that_one_method_cannot_score_is_kept_by_the_others(pocket, tmp_pa
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )
 def test_bad_input_is_one_clear_line(flags, said, tmp_path):
-
     result = run("eval", put(tmp_path, *PAIRS), *flags, "-q", code=2)
     assert re.search(said, result.stderr) and result.stderr.count("\n") == 1, result.stderr
 
 
-def test_a_judge_whose_reply_the_model_lacks_is_one_clear_line(tmp_path):
+def test_a_judge_whose_reply_is_no_token_is_one_clear_line(tmp_path):
     tokenizer = Tokenizer(WordLevel({"<unk>": 0, "No": 1}, unk_token="<unk>"))
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=2, **size)).save_pretrained(tmp_path / "model")

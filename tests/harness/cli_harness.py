@@ -1,4 +1,4 @@
-"""A made-up scorer behind the real command, and how to run it in this process."""
+"""A made-up scorer for the real command, and helpers that run the command in this process."""
 
 import json
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Score:
 
 
 class LengthScorer:
-    """Scores a completion by minus its length, last first; "LONG..." is refused, "NAN" has no finite score."""
+    """Scores a completion with minus its length, in reverse order. "LONG..." gets an error and "NAN" the score NaN."""
 
     def __init__(self):
         self.options = {}
@@ -47,7 +47,7 @@ class LengthScorer:
 
 
 def run(*args, code=0, **kw):
-    """The command in this process; `code`: its exit code, or those it may have."""
+    """Run the command in this process and check its exit code: `code`, or one of a tuple."""
     result = CliRunner().invoke(app, [str(a) for a in args], **kw)
     allowed = code if isinstance(code, tuple) else (code,)
     assert result.exit_code in allowed, (result.exit_code, result.stdout, result.stderr, result.exception)

@@ -1,4 +1,4 @@
-"""A file of some bytes, and what the command's readers make of it."""
+"""Helpers that write a file and read it with the command's readers."""
 
 from endoreward_fast.command.input.files import open_source
 from endoreward_fast.errors import EndoRewardError
@@ -11,7 +11,7 @@ def put(folder, name, data):
 
 
 def read(folder, name, data):
-    """(rows or errors by record, what reading ended with or None)."""
+    """Return (row or error of each record, error that ended reading or None)."""
     found = []
     try:
         for record in open_source(str(put(folder, name, data))).records:

@@ -219,7 +219,7 @@ def test_a_missing_cluster_raises_one_line(monkeypatch, tmp_path, kind):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", absent)
     said = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q", code=2).stderr
-    assert said == "endoreward: --engine ray: Could not find any running Ray instance. (RAY_ADDRESS)\n"
+    assert said == "endoreward: --engine ray: Could not find any running Ray instance: check RAY_ADDRESS\n"
 
 
 def test_an_address_without_a_server_is_reported_at_once(monkeypatch, tmp_path):
@@ -231,7 +231,7 @@ def test_an_address_without_a_server_is_reported_at_once(monkeypatch, tmp_path):
     for given in (address, f"ray://{address}"):
         monkeypatch.setenv("RAY_ADDRESS", given)
         said = run("score", put(tmp_path, *ROWS[:2]), "--engine", "ray", "-q", code=2).stderr
-        assert said == f"endoreward: --engine ray: nothing answers at {given} (RAY_ADDRESS): Connection refused\n"
+        assert said == f"endoreward: --engine ray: nothing answers at {given} (Connection refused): check RAY_ADDRESS\n"
     for other in ("", "auto", "local", "somewhere"):
         module._look_for(other)
 
@@ -281,9 +281,9 @@ def test_invalid_flags_are_reported_at_once(tmp_path):
     source = put(tmp_path, *ROWS[:2])
     for flags, said in (
         (("--engine", "spark"), "--engine must be local or ray, got 'spark'"),
-        (("--actors", "2"), "are for --engine ray"),
+        (("--actors", "2"), "need --engine ray"),
         (("--engine", "ray", "--actors", "0"), "--actors must be 1 or more"),
         (("--engine", "ray", "--gpus-per-actor", "-1"), "--gpus-per-actor must be 0 or more, got -1.0"),
-        (("--engine", "ray", "--cpus-per-actor", "1.5"), "--cpus-per-actor must be a whole number where it is above 1"),
+        (("--engine", "ray", "--cpus-per-actor", "1.5"), "--cpus-per-actor must be a whole number if it is above 1"),
     ):
         assert said in run("score", source, *flags, code=2).stderr

@@ -1,1 +1,1 @@
-"""Scores of preference files to accuracies, tables and pictures."""
+"""Turn scores into accuracies, tables and pictures."""

@@ -1,16 +1,19 @@
-"""Accuracy of scores on preference data, with RM-Bench's and RewardBench's own aggregations.
+"""Compute accuracy on preference data, with the aggregations of RM-Bench and RewardBench.
 
-RM-Bench (Liu et al., arXiv 2410.16184; its compute_accuracy): every prompt has three chosen and three
-rejected completions, in the same three styles: concise, detailed, detailed with markdown. M[i][j] is the share
-of prompts whose chosen completion of style i scores strictly above the rejected one of style j. Above the
-diagonal the rejected one has the fancier style: hard = mean of those three; normal = mean of the diagonal;
-easy = mean of the three below it. A domain's average is the mean of the three; the benchmark's, the mean of
-its domains chat, code, math and safety. Safety pools the rows of safety-refuse and safety-response, as the
-published script does, which splits by prefix.
+RM-Bench (Liu et al., arXiv 2410.16184; its compute_accuracy): every prompt has three chosen and three rejected
+completions, each three in the styles concise, detailed, and detailed with markdown. M[i][j] is the share of prompts
+whose chosen completion of style i scores strictly above the rejected one of style j.
 
-RewardBench (Lambert et al., arXiv 2403.13787): accuracy of pairs by subset; a section is the mean over its
-prompts, with math-prm's weight raised from 447 to 984, the number of code prompts; the overall number is the
-mean of the sections.
+    hard     mean of the three entries above the diagonal, where the rejected completion has the fancier style
+    normal   mean of the diagonal
+    easy     mean of the three entries below the diagonal
+
+A domain's average is the mean of the three. The benchmark's average is the mean over the domains chat, code, math and
+safety. Safety pools the rows of safety-refuse and safety-response, as the published script does.
+
+RewardBench (Lambert et al., arXiv 2403.13787): accuracy on pairs, by subset. A section is the mean over its prompts,
+with the weight of math-prm raised from 447 to 984, the number of code prompts. The overall score is the mean of the
+sections.
 """
 
 from __future__ import annotations
@@ -53,7 +56,7 @@ class Judged:
     file: str
     subset: str | None
     domain: str | None
-    """RM-Bench's: from the row's own column, else the start of its id, else the start of the file's name"""
+    """RM-Bench domain, from the row's column, the start of its id, or the start of the file name, in that order"""
     id: Any
     chosen: tuple[float, ...]
     rejected: tuple[float, ...]
@@ -65,17 +68,17 @@ class Judged:
 
     @property
     def ties(self) -> int:
-        """Comparisons that come out equal (and count as lost)."""
+        """Number of equal scores among the comparisons. They count as lost."""
         return sum(c == r for c in self.chosen for r in self.rejected)
 
     @property
     def comparisons(self) -> int:
-        """Chosen times rejected completions."""
+        """Number of comparisons: chosen times rejected completions."""
         return len(self.chosen) * len(self.rejected)
 
     @property
     def styled(self) -> bool:
-        """Whether this is a row of RM-Bench's shape."""
+        """Whether this row has RM-Bench's shape."""
         return len(self.chosen) == len(self.rejected) == len(STYLES)
 
     @property
@@ -85,7 +88,7 @@ class Judged:
 
     @property
     def chance_on_top(self) -> float:
-        """How likely that is for scores in random order: k! m! / (k + m)! of k chosen and m rejected."""
+        """Probability of `on_top` for scores in random order: k! m! / (k + m)! for k chosen and m rejected."""
         return 1 / math.comb(len(self.chosen) + len(self.rejected), len(self.chosen))
 
     @property
@@ -109,9 +112,9 @@ class Accuracy:
 
 
 def wilson(share: float, rows: int, z: float = 1.959964) -> Accuracy:
-    """Wilson's interval for a share of `rows`.
+    """Return `share` with Wilson's interval for `rows` trials.
 
-    Comparisons within a row are not independent, so the row, not the comparison, counts as the trial.
+    The trial is the row, not the comparison, because comparisons within a row are not independent.
     """
     if not rows:
         return Accuracy(math.nan, 0.0, 1.0, 0)
@@ -121,7 +124,7 @@ def wilson(share: float, rows: int, z: float = 1.959964) -> Accuracy:
 
 
 def mean_of(parts: Sequence[Accuracy], weights: Sequence[float] | None = None) -> Accuracy:
-    """Weighted mean of independent accuracies; the interval adds their half-widths in quadrature (MOVER)."""
+    """Return the weighted mean of independent accuracies. Half-widths of intervals add in quadrature (MOVER)."""
     weights = weights or [1.0] * len(parts)
     shares = [w / sum(weights) for w in weights]
     value = sum(s * p.value for s, p in zip(shares, parts, strict=True))
@@ -131,12 +134,12 @@ def mean_of(parts: Sequence[Accuracy], weights: Sequence[float] | None = None) -
 
 
 def over_rows(rows: Sequence[Judged], share: Callable[[Judged], float]) -> Accuracy:
-    """Mean of `share` over rows, with Wilson's interval."""
+    """Return the mean of `share` over rows, with Wilson's interval."""
     return wilson(sum(map(share, rows)) / len(rows) if rows else math.nan, len(rows))
 
 
 def matrix(rows: Sequence[Judged]) -> list[list[float]]:
-    """RM-Bench's 3x3: share of rows in which chosen style i is strictly above rejected style j."""
+    """Return RM-Bench's 3x3 matrix: the share of rows in which chosen style i is strictly above rejected style j."""
     return [[sum(r.wins[i][j] for r in rows) / len(rows) for j in range(3)] for i in range(3)]
 
 
@@ -166,14 +169,14 @@ class Block:
 
 
 def block(rows: Sequence[Judged]) -> Block:
-    """RM-Bench's matrix and levels over rows of its shape (at least one)."""
+    """Return RM-Bench's matrix and levels over rows of its shape (at least one)."""
     levels = {name: over_rows(rows, share) for name, share in LEVELS.items()}
     average = wilson(sum(level.value for level in levels.values()) / 3, len(rows))
     return Block(matrix(rows), levels["easy"], levels["normal"], levels["hard"], average)
 
 
 def by(rows: Iterable[Judged], key: Callable[[Judged], str | None]) -> dict[str, list[Judged]]:
-    """Rows grouped by `key`, in order of appearance; rows without one are left out."""
+    """Group rows by `key`, in order of appearance. Rows whose key is None are left out."""
     groups: dict[str, list[Judged]] = {}
     for row in rows:
         if (name := key(row)) is not None:
@@ -182,7 +185,7 @@ def by(rows: Iterable[Judged], key: Callable[[Judged], str | None]) -> dict[str,
 
 
 def rm_bench_part(row: dict[str, Any], file: str) -> str | None:
-    """Which part of RM-Bench a row belongs to, or None."""
+    """Return the part of RM-Bench that a row belongs to, or None."""
     for text in (row.get("domain"), row.get("id"), Path(file).name):
         for part in sorted(RM_BENCH_PARTS, key=len, reverse=True):
             if isinstance(text, str) and text.startswith(part):
@@ -192,13 +195,13 @@ def rm_bench_part(row: dict[str, Any], file: str) -> str | None:
 
 @dataclass
 class RmBench:
-    """The benchmark as a whole, over the domains that are there."""
+    """RM-Bench over the domains that the rows cover."""
 
     domains: dict[str, Block]
     parts: dict[str, Block]
-    """safety-refuse and safety-response apart"""
+    """safety-refuse and safety-response separately"""
     overall: dict[str, Accuracy]
-    """easy, normal, hard and average: means over the domains"""
+    """means of easy, normal, hard and average over the domains"""
     absent: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
@@ -212,7 +215,7 @@ class RmBench:
 
 
 def rm_bench(rows: Iterable[Judged]) -> RmBench | None:
-    """RM-Bench over rows of its shape whose domain is known; None if there are none."""
+    """Return RM-Bench over the rows of its shape with a known domain, or None if there are none."""
     styled = [row for row in rows if row.styled]
     domains = {name: block(g) for name, g in by(styled, lambda r: r.domain and r.domain.split("-")[0]).items()}
     if not domains:
@@ -224,7 +227,7 @@ def rm_bench(rows: Iterable[Judged]) -> RmBench | None:
 
 
 def reward_bench(rows: Iterable[Judged]) -> dict[str, Accuracy] | None:
-    """RewardBench's sections and "overall", over pairs of its subsets; None if there are none."""
+    """Return RewardBench's sections and "overall" over the pairs of its subsets, or None if there are none."""
     groups = by((row for row in rows if row.comparisons == 1), lambda r: r.subset)
     sections = {}
     for section, subsets in REWARD_BENCH.items():

@@ -1,4 +1,4 @@
-"""`endoreward plot`: scores of chosen and rejected, score against length, reward by position. Needs matplotlib."""
+"""`endoreward plot`: a histogram of scores, score against length, and reward by position. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -24,33 +24,31 @@ PICTURE = "rewards.png"
 FORMATS = (".png", ".svg")
 COLOURS = {"chosen": "#1d66ad", "rejected": "#d97a1c", "completions": "#5b6470"}
 FEWEST = 5
-"""completions that a mean at a position is drawn of, or a correlation computed"""
+"""minimum number of completions for the mean at a position, and for a correlation"""
 POINTS = 60
-"""means along a line at most: a thousand positions would be noise and nothing else"""
-
-
+"""maximum number of means on a line; the means of a thousand single positions would be noise"""
 FEW_POINTS = 12
-"""of a line, for each to have a mark: one alone would not be seen without"""
+"""lines of at most this many points get markers, because a single point would be invisible"""
 TITLE = 90
-"""characters"""
+"""maximum number of characters of the title"""
 
 
 @dataclass
 class Kind:
-    """What is drawn of completions of one kind; memory grows with rows and with the longest, not with all tokens."""
+    """Statistics of the completions of one kind. Memory grows with rows and the longest row, not with all tokens."""
 
     scores: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
-    """in tokens"""
+    """lengths in tokens"""
     counts: list[int] = field(default_factory=list)
-    """by position: completions that reach it"""
+    """by position: number of completions that reach it"""
     means: list[float] = field(default_factory=list)
-    """of their rewards there"""
+    """by position: mean reward"""
     squares: list[float] = field(default_factory=list)
-    """sum of squared deviations from that mean (Welford)"""
+    """by position: sum of squared deviations from the mean (Welford)"""
 
     def add(self, score: float, rewards: Iterable[float]) -> None:
-        """One completion."""
+        """Add one completion."""
         self.scores.append(score)
         length = 0
         for position, reward in enumerate(rewards):
@@ -65,18 +63,20 @@ class Kind:
 
     @property
     def reached(self) -> int:
-        """Positions that at least FEWEST completions have a token at."""
-        return sum(n >= FEWEST for n in self.counts)  # counts never rise
+        """Number of positions that at least FEWEST completions reach."""
+        return sum(n >= FEWEST for n in self.counts)  # counts never increase with position
 
     def by_position(self, together: int = 1) -> list[tuple[float, float, float]]:
-        """(middle position, from 1; mean reward; its standard error) of each `together` positions in a row, as far as
-        at least FEWEST completions reach."""
+        """Return (middle position, counted from 1; mean reward; its standard error) per group of `together` positions.
+
+        The groups end where fewer than FEWEST completions have a token.
+        """
         starts = range(0, self.reached, together)
         groups = [slice(start, min(start + together, self.reached)) for start in starts]
         return [((g.start + 1 + g.stop) / 2, *self._pooled(g)) for g in groups]
 
     def _pooled(self, group: slice) -> tuple[float, float]:
-        """Mean of all rewards there, and its standard error."""
+        """Return the mean of all rewards at these positions, and its standard error."""
         parts = list(zip(self.counts[group], self.means[group], self.squares[group], strict=True))
         total = sum(n for n, _, _ in parts)
         mean = sum(n * m for n, m, _ in parts) / total
@@ -85,11 +85,14 @@ class Kind:
 
 
 def plot(file: str, flags: RowFlags) -> bool:
-    """Score `file` and draw; whether every completion has a score. Raises EndoRewardError for what cannot work."""
+    """Score `file` and draw. Returns whether every completion has a score.
+
+    Raises EndoRewardError for arguments that cannot work, and if no completion has a score.
+    """
     path = flags.output or PICTURE
     suffix = Path(path).suffix.lower()
     if path != STDIN and suffix not in FORMATS:
-        raise EndoRewardError(f"--output {path}: its name must end in {' or '.join(FORMATS)}")
+        raise EndoRewardError(f"--output {path}: use a name that ends in {' or '.join(FORMATS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib")
     with Sink(path, (file, *flags.inputs), overwrite=flags.overwrite) as sink:
@@ -114,7 +117,7 @@ def plot(file: str, flags: RowFlags) -> bool:
 
 
 def collect(item: Item, kinds: dict[str, Kind]) -> None:
-    """The row's completions that have a score, to their kinds."""
+    """Add the row's completions that have a score to their kinds."""
     if item.task is None:
         return
     for position, name in _kinds(item.task.layout):
@@ -132,7 +135,7 @@ def _kinds(layout: Any, name: str = "completions") -> Iterator[tuple[int, str]]:
 
 
 def correlation(xs: list[int], ys: list[float]) -> float | None:
-    """Pearson's; None where one of them does not vary, or of fewer than FEWEST: two points always lie on a line."""
+    """Return Pearson's correlation. None if xs or ys do not vary, or for fewer than FEWEST points."""
     import numpy as np
 
     if len(xs) < FEWEST or len(set(xs)) < 2 or len(set(ys)) < 2:
@@ -141,14 +144,14 @@ def correlation(xs: list[int], ys: list[float]) -> float | None:
 
 
 def picture(kinds: dict[str, Kind], title: str, suffix: str) -> bytes:
-    """The file, ".png" or ".svg". The same numbers give the same bytes."""
+    """Return the contents of a ".png" or ".svg" file. The same numbers give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     of_scores, of_lengths, of_positions = figure.subplots(1, 3)
-    # A model's name may hold dollar signs, which would be taken for formulas, and be long.
+    # A model's name may be long, and may hold dollar signs, which matplotlib would parse as formulas.
     shown = title if len(title) <= TITLE else f"…{title[1 - TITLE :]}"
     figure.suptitle(shown, x=0.01, ha="left", fontsize=11, color=LIGHT.ink, parse_math=False)
     everything = [score for kind in kinds.values() for score in kind.scores]
@@ -179,7 +182,7 @@ def picture(kinds: dict[str, Kind], title: str, suffix: str) -> bytes:
 
 
 def _by_position(axis: Any, kinds: dict[str, Kind]) -> str:
-    """Draw mean rewards along the completion; what to call it."""
+    """Draw mean rewards by position. Returns the title."""
     reached = max(kind.reached for kind in kinds.values())
     if left_out := [name for name, kind in kinds.items() if not kind.reached]:
         said = f"{' and '.join(left_out)}: fewer than {FEWEST} have a token"
@@ -200,7 +203,7 @@ def _by_position(axis: Any, kinds: dict[str, Kind]) -> str:
 
 
 def _style(name: str, kind: Kind) -> dict[str, Any]:
-    """Outlines and lines, one dashed: told apart without their colours too."""
+    """Return colour, label and line style. One kind is dashed, so that they differ without colour too."""
     line = "--" if name == "rejected" else "-"
     return {"color": COLOURS[name], "label": f"{name} ({len(kind.scores)})", "ls": line}
 

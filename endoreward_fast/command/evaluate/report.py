@@ -1,4 +1,4 @@
-"""What `eval` says: the numbers of evaluation.py as a table for people and as JSON."""
+"""Print the results of `eval` as tables and as JSON."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .reward_bench_2 import CHANCE, RewardBench2, reward_bench_2
 
 @dataclass
 class FileResult:
-    """What was read from one file."""
+    """The scored rows and the errors of one file."""
 
     name: str
     rows: int = 0
     judged: list[Judged] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     beside: dict[str, FileResult] = field(default_factory=dict)
-    """the same file by other methods"""
+    """the same file's results by other methods"""
 
     @classmethod
     def by_methods(cls, name: str, methods: Sequence[str]) -> FileResult:
-        """Nothing read yet, of a score and the methods beside it."""
+        """Return an empty result for the score and each of `methods`."""
         return cls(name, beside={method: cls(name) for method in methods})
 
     def to_json(self) -> dict[str, Any]:
-        """Counts, accuracies by subset and, for rows of RM-Bench's shape, its matrix."""
+        """Return counts, accuracies by subset and, for rows of RM-Bench's shape, its matrix."""
         found: dict[str, Any] = {
             "file": self.name,
             "rows": self.rows,
@@ -53,12 +53,12 @@ class FileResult:
 
     @property
     def on_top(self) -> Accuracy:
-        """Share of rows whose chosen completions are all above all rejected ones."""
+        """Share of rows in which every chosen completion is above every rejected one."""
         return over_rows(self.judged, lambda r: r.on_top)
 
     @property
     def chance(self) -> float:
-        """Of `on_top`, for scores in random order."""
+        """Expected `on_top` for scores in random order."""
         return sum(row.chance_on_top for row in self.judged) / len(self.judged)
 
     @property
@@ -73,7 +73,7 @@ class FileResult:
 
 
 def to_json(files: Sequence[FileResult], about: dict[str, Any]) -> dict[str, Any]:
-    """Everything: how it was run, the numbers, every row's scores, and the same of every other method."""
+    """Return `about`, the results and every row's scores, and the same results for each other method."""
     beside = {name: _numbers([file.beside[name] for file in files]) for name in files[0].beside}
     return {**about, **_numbers(files), **({"methods": beside} if beside else {})}
 
@@ -100,7 +100,7 @@ def _numbers(files: Sequence[FileResult]) -> dict[str, Any]:
 
 
 def _finite(scores: Sequence[float]) -> list[float | None]:
-    """Scores, null for that of a completion which says nothing."""
+    """Return the scores, with None for empty completions that have no score."""
     return [score if math.isfinite(score) else None for score in scores]
 
 
@@ -109,7 +109,7 @@ def _judged(files: Sequence[FileResult]) -> list[Judged]:
 
 
 def to_text(files: Sequence[FileResult], note: str | None = None) -> str:
-    """The same for people: a block per file, then the benchmarks over all of them."""
+    """Return the results as tables: one per file, then the benchmarks over all files."""
     judged = _judged(files)
     lines: list[str] = []
     for file in files:
@@ -122,7 +122,7 @@ def to_text(files: Sequence[FileResult], note: str | None = None) -> str:
     if second := reward_bench_2(judged):
         lines += [*_reward_bench_2_lines(second), ""]
     lines += [note + "."] if note else []
-    lines.append("Intervals: 95%, Wilson, a row being one trial. Ties count as lost.")
+    lines.append("Intervals: 95%, Wilson, one trial per row. Ties count as lost.")
     if not any(file.listed for file in files):
         lines[-1] += " Chance is 50%."
     return "\n".join(lines) + "\n"
@@ -165,16 +165,16 @@ def _chance(value: float) -> str:
 
 
 def _reward_bench_2_lines(bench: RewardBench2) -> list[str]:
-    lines = ["RewardBench 2, best of 4 (a tie for the highest score earns its share)"]
+    lines = ["RewardBench 2, best of 4 (k completions that tie for the highest score earn 1/k)"]
     lines += [f"  {name:<26}{_with_interval(a)}{_chance(CHANCE)}" for name, a in bench.subsets.items()]
     if (ties := bench.ties) is not None:
         value = f"not computed: {ties.why}" if ties.score is None else _percent(ties.score) + "%"
-        about = f"  its own score, of {ties.pairs} pairs of prompts" if ties.score is not None else ""
+        about = f"  the Ties formula, over {ties.pairs} pairs of prompts" if ties.score is not None else ""
         lines.append(f"  {'Ties':<26}{value}{about}")
     if bench.score is not None:
         lines.append(f"  {'mean of the six':<26}{_percent(bench.score)}%")
     elif bench.absent:
-        lines.append(f"  not in these files: {', '.join(bench.absent)} (the benchmark's own score is over six subsets)")
+        lines.append(f"  not in these files: {', '.join(bench.absent)} (the benchmark's score needs all six subsets)")
     return lines
 
 
@@ -198,9 +198,9 @@ def _rm_bench_lines(bench: RmBench) -> list[str]:
                 lines.append(f"    {part:<16}" + _levels(vars(p)) + f"{p.average.rows:9d}")
     lines.append(f"  {'mean of domains':<18}" + _levels(bench.overall) + f"{bench.overall['average'].rows:9d}")
     average = bench.overall["average"]
-    lines.append(f"  average's interval: [{_percent(average.low)}, {_percent(average.high)}]")
+    lines.append(f"  interval of the average: [{_percent(average.low)}, {_percent(average.high)}]")
     if bench.absent:
-        lines.append(f"  not in these files: {', '.join(bench.absent)} (the benchmark's own mean is over four domains)")
+        lines.append(f"  not in these files: {', '.join(bench.absent)} (the benchmark's mean needs all four domains)")
     return lines
 
 
@@ -212,7 +212,7 @@ def _levels(of: dict[str, Any]) -> str:
 
 
 def _beside_lines(file: FileResult) -> list[str]:
-    """Every other method on one file: its accuracy, or RM-Bench's levels."""
+    """Return one line per other method on a file: its accuracy, or RM-Bench's levels."""
     if not file.beside:
         return []
     lines = [_levels_heading("by method")] if file.styled else ["  by method"]

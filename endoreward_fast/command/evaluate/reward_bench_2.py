@@ -1,9 +1,10 @@
-"""RewardBench 2's scores (Malik et al., arXiv 2506.01937; rewardbench/utils.py of github.com/allenai/reward-bench).
+"""Compute RewardBench 2 (Malik et al., arXiv 2506.01937; rewardbench/utils.py of github.com/allenai/reward-bench).
 
-Best of four: a row has one chosen and three rejected completions. It counts 1 where the chosen one alone has the
-highest score, 1/k where it shares that score with k - 1 others, else 0. Chance is 25%.
+Best of four: a row has one chosen and three rejected completions. It counts 1 if only the chosen completion has the
+highest score, 1/k if it shares that score with k - 1 others, else 0. Chance is 25%.
 
-Ties: prompts with several right answers, `id` "tied:N", each with a reference prompt "ref:N" that has one. For one,
+Ties: prompts "tied:N" (column `id`) have several right answers. Each has a reference prompt "ref:N" with one right
+answer. For each prompt,
 
     accurate   its lowest right answer is strictly above its highest wrong one
     gap        lowest right minus highest wrong
@@ -13,8 +14,8 @@ Ties: prompts with several right answers, `id` "tied:N", each with a reference p
           + 0.20 * mean(gap_tied > spread) + 0.20 * mean(min(gap_ref, gap_tied) > spread)
           + 0.01 * mean(tanh(min(gap_ref, gap_tied) / spread - 1))
 
-the last three over the numbers N that have both prompts (0/0 counts 0). The best score is 1.01. Chance has no one value
-there: it depends on how scores are distributed.
+The last three means are over the N that have both prompts (0/0 counts 0). The best score is 1.01. Ties has no single
+chance level, because it depends on the distribution of scores.
 
 The benchmark's score is the mean of its six subsets.
 """
@@ -36,7 +37,7 @@ CHANCE = 0.25
 
 @dataclass(frozen=True)
 class Ties:
-    """The score of the Ties subset and its parts; `score` is None, and `why` says so, where it cannot be computed."""
+    """The score of the Ties subset and its parts. If it cannot be computed, `score` is None and `why` is the reason."""
 
     score: float | None
     rows: int
@@ -48,13 +49,13 @@ class Ties:
 
 @dataclass(frozen=True)
 class RewardBench2:
-    """The benchmark over the subsets that are there."""
+    """RewardBench 2 over the subsets that the rows cover."""
 
     subsets: dict[str, Accuracy]
-    """best of four"""
+    """best-of-four accuracy"""
     ties: Ties | None
     score: float | None
-    """the mean over subsets; None without all six"""
+    """mean over the subsets; None unless all six are there"""
     absent: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -69,14 +70,14 @@ class RewardBench2:
 
 
 def credit(row: Judged) -> float:
-    """Of a row with one chosen completion: its share of the highest score; none where it says nothing (-inf)."""
+    """Return 1/k if the chosen completion is among k with the highest score, else 0. A score of -inf earns 0."""
     scores = (*row.chosen, *row.rejected)
     highest = max(scores)
     return (row.chosen[0] == highest and math.isfinite(highest)) / scores.count(highest)
 
 
 def reward_bench_2(rows: Iterable[Judged]) -> RewardBench2 | None:
-    """The benchmark over rows of its shape and of its subsets' names; None if there are none."""
+    """Return RewardBench 2 over the rows of its shape and subsets, or None if there are none."""
     groups = by(rows, lambda r: r.subset)
     fours = {name: [r for r in groups.get(name, ()) if (len(r.chosen), len(r.rejected)) == (1, 3)] for name in SUBSETS}
     subsets = {name: over_rows(group, credit) for name, group in fours.items() if group}
@@ -92,16 +93,16 @@ def reward_bench_2(rows: Iterable[Judged]) -> RewardBench2 | None:
 
 
 def ties_of(rows: Sequence[Judged]) -> Ties:
-    """The score of the Ties subset (formula above)."""
+    """Return the score of the Ties subset (formula above)."""
     kinds: dict[str, dict[str, Judged]] = {"ref": {}, "tied": {}}
     for row in rows:
         if (found := re.fullmatch(r"(ref|tied):(\d+)", str(row.id))) is None:
-            return Ties(None, len(rows), why=f'ids must be "ref:N" and "tied:N", found {row.id!r}')
+            return Ties(None, len(rows), why=f'ids must be "ref:N" or "tied:N", found {row.id!r}')
         kinds[found[1]][found[2]] = row
     refs, tied = kinds["ref"], kinds["tied"]
     both = [number for number in tied if number in refs]
     if not both:
-        return Ties(None, len(rows), why="no prompt is there both as ref:N and as tied:N")
+        return Ties(None, len(rows), why="no N has both prompts, ref:N and tied:N")
     gaps = [_gap(tied[n]) for n in both]
     least = [min(_gap(refs[n]), gap) for n, gap in zip(both, gaps, strict=True)]
     spreads = [max(tied[n].chosen) - min(tied[n].chosen) for n in both]

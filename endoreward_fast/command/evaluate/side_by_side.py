@@ -1,4 +1,4 @@
-"""`endoreward eval`: rows through the model and whatever its score is compared with, results by method."""
+"""`endoreward eval`: score rows with the model and with the methods that it is compared with."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ REWARD_MODEL = "reward model"
 
 @dataclass(frozen=True)
 class Rival:
-    """A scorer that goes over the rows once more."""
+    """Another scorer of the same rows."""
 
     name: str
     scorer: Scorer
     readings: str = "1"
-    """how often it reads a completion"""
+    """how often it reads each completion"""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A model, and whatever its score is compared with."""
+    """The model and the methods that its score is compared with."""
 
     scorer: Scorer
     options: dict[str, Any]
-    """of the model: its signals among them"""
+    """the model's options, including its signals"""
     signals: tuple[str, ...]
     rivals: tuple[Rival, ...]
     rival_options: dict[str, Any]
 
     @property
     def passes(self) -> int:
-        """How often every row is scored."""
+        """Number of times that every row is scored."""
         return 1 + len(self.rivals)
 
     @property
     def readings(self) -> str | None:
-        """In words how often a completion is read, if that is not once: what an evaluation costs."""
+        """How often each completion is read, in words; None if once. This is the cost of the evaluation."""
         others = ["1 by the reference model"] if "reference" in self.options else []
         others += [f"{rival.readings} by the {rival.name}" for rival in self.rivals]
         return f"every completion is read more than once: {'; '.join(['1 by the model', *others])}" if others else None
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """What stands beside the score, in the order of the tables."""
+        """Names of the methods besides the score, in the order of the tables."""
         return (*self.signals, *(rival.name for rival in self.rivals))
 
     def judge(self, items: list[Item], result: FileResult, monitor: Monitor, *, strict: bool) -> None:
-        """Score one window of rows by every method, into `result`."""
+        """Score one window of rows with every method and add the scores to `result`."""
         pipeline.score_items(items, self.scorer, self.options, self._collect(result), monitor, strict=strict)
         for rival in self.rivals:
             readable = [item.again() for item in items if item.task]
@@ -79,7 +79,7 @@ class Panel:
 
 
 def panel(flags: EvalFlags) -> Panel:
-    """Load every model that `flags` name. Call it after the cheap checks."""
+    """Load every model that `flags` name. Call this after the cheap checks."""
     pipeline.refuse_other_models(flags)
     scorer, plain = pipeline.load_scorer(flags), flags.scoring()
     options = plain | ({"signals": flags.compared} if flags.compared else {})
@@ -94,12 +94,12 @@ def panel(flags: EvalFlags) -> Panel:
 
 
 def _readings(name: str, judge: Any) -> str:
-    # A question is read once with each reply that it may have.
+    # A judge's question is read once with each possible reply.
     return f"{len(judge.possible())}{' for each rival' if name == PAIRWISE else ''}"
 
 
 def models(flags: EvalFlags) -> dict[str, dict[str, str]]:
-    """Name and weights of every model that `flags` name. Call it once they are loaded: it asks the Hub no more."""
+    """Return name and weights of every model that `flags` name. Call this after loading: it does not ask the Hub."""
     where = {"model": flags.source}
     return {
         what.replace(" ", "_"): {"name": name, "weights": weights_of(name, **where.get(what, {}))}
@@ -108,13 +108,13 @@ def models(flags: EvalFlags) -> dict[str, dict[str, str]]:
 
 
 def heading(models: dict[str, dict[str, str]], flags: EvalFlags) -> str:
-    """What stands above the tables: every model, and how its rewards became a score."""
+    """Return the lines above the tables: every model, and how rewards became a score."""
     lines = [f"{what.replace('_', ' '):<18}{found['name']}, {found['weights']}" for what, found in models.items()]
     return "\n".join([*lines, f"{'score':<18}{flags.score_described()}", ""])
 
 
 def add(result: FileResult, item: Item, signal: str | None = None) -> None:
-    """One scored row, by its score or a signal of it, to `result`."""
+    """Add one row's scores, or one signal of it, to `result`."""
     result.rows += 1
     problem = item.trouble(signal)
     if problem or item.task is None:
@@ -129,6 +129,6 @@ def add(result: FileResult, item: Item, signal: str | None = None) -> None:
 
 def _scores(item: Item, layout: Any, signal: str | None) -> tuple[float, ...]:
     positions = layout if isinstance(layout, list) else [layout]
-    # A completion that says nothing loses every comparison.
+    # An empty completion without a score loses every comparison.
     scores = (-math.inf if item.says_nothing(i) else item.score(i, signal) for i in positions)
     return tuple(score for score in scores if score is not None)

@@ -1,1 +1,1 @@
-"""What the command line may say: options, their checks, the help."""
+"""The command line's flags, their checks and the help text."""

@@ -1,4 +1,4 @@
-"""What --help says below the flags: examples, and the columns that a file needs."""
+"""Text that --help prints below the flags: examples, and the columns that a file needs."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ Examples:
   endoreward score rows.jsonl -m Qwen/Qwen2.5-0.5B-Instruct -o scored.jsonl
   endoreward COMMAND --help     flags, examples and columns of a command
 
-Exit codes: 0; 2 for bad input or a row without a score; 130 after Ctrl-C."""
+Exit codes: 0 success; 2 bad input or a row without a score; 130 Ctrl-C."""
 
 _SINGLE = """\
-  prompt and completion           (question; response, answer)
+  prompt and completion           aliases: question; response, answer
   messages                        a chat; its last turn is scored
   prompt_ids and completion_ids   token ids as they were sampled"""
 _SEVERAL = """\
-  prompt and completions          (responses) several of one prompt"""
+  prompt and completions          a list for one prompt; alias: responses"""
 _PAIR = """\
   prompt, chosen and rejected     each one completion, or a list of them
-  chosen and rejected             whole chats; what both start with is the prompt"""
-_HEADING = "Columns of FILE, where text may also be a list of chat messages:"
+  chosen and rejected             two chats; their common start is the prompt"""
+_HEADING = "Columns of FILE (a text may also be a list of chat messages):"
 
 SCORE = f"""\
 Examples:
@@ -47,7 +47,7 @@ Examples:
 
 {_HEADING}
 {_PAIR}
-  subset                          rows are reported by it"""
+  subset                          optional; results are also given by subset"""
 
 SHOW = f"""\
 Examples:
@@ -74,4 +74,4 @@ Examples:
   endoreward demo
   endoreward demo -m Qwen/Qwen2.5-0.5B-Instruct
 
-Without --model it needs no network: the embedded model is a part of the package."""
+Without --model it needs no network, because the package contains the model."""

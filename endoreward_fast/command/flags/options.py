@@ -1,4 +1,4 @@
-"""The command line's flags, each declared once. parameters.py makes them parameters of every command."""
+"""The command line's flags. Each is declared once; parameters.py turns them into parameters of the commands."""
 
 from __future__ import annotations
 
@@ -16,89 +16,71 @@ from .parameters import of_cluster, of_comparison, of_input, of_model, of_output
 from .values import ALL, at_least_one, day, device_name, dtype_name, names, one_of, template_kwargs, tools_in
 
 REDUCTIONS = ("sum", "mean")
-
-
 TRUNCATE = ("prompt", "completion")
 
-
-# The names of signals.SIGNALS and judges.JUDGES, here once more so that --help does not wait for torch.
+# These names repeat signals.SIGNALS and judges.JUDGES, because importing those would make --help wait for torch.
 LOG_RATIO = "log-ratio"
-
-
 SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
-
-
 PAIRWISE = "pairwise"
-
-
 JUDGES = ("verifier", "pointwise", PAIRWISE)
 
-
 SOURCE = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-
-
 ENGINES = LOCAL, RAY = ("local", "ray")
 
-
-Text = Optional[str]  # noqa: UP045  typer reads these at run time, in Python 3.10 too
-
-
+Text = Optional[str]  # noqa: UP045  typer evaluates these at run time, also on Python 3.10
 Count = Optional[int]  # noqa: UP045
-
-
 Switch = Optional[bool]  # noqa: UP045
-
-
 Share = Optional[float]  # noqa: UP045
 
 
 @dataclass(frozen=True)
 class ModelFlags:
-    """Which model, and how its rewards become a score."""
+    """Flags that choose the model and how its rewards become a score."""
 
     model: Annotated[
-        str, of_model("--model", "-m", help="Folder, Hub name or GGUF file of a causal language model.")
+        str, of_model("--model", "-m", help="Causal language model: a folder, a Hub name or a GGUF file.")
     ] = POCKET
-    revision: Annotated[Text, of_model(help="Of --model on the Hub: a branch, a tag or a commit.")] = None
-    subfolder: Annotated[Text, of_model(help="Of --model: where in it the files are.")] = None
-    gguf_file: Annotated[Text, of_model(help="Of --model: the GGUF file in it that holds the weights.")] = None
+    revision: Annotated[Text, of_model(help="Branch, tag or commit of --model on the Hub.")] = None
+    subfolder: Annotated[Text, of_model(help="Subfolder of --model that holds the files.")] = None
+    gguf_file: Annotated[Text, of_model(help="GGUF file in --model that holds the weights.")] = None
     trust_remote_code: Annotated[
         bool, of_model("--trust-remote-code", help="Run the Python code that comes with --model.")
     ] = False
     dtype: Annotated[
         str,
         of_model(
-            help="auto (the checkpoint's), float32, bfloat16, float16, float64; or bf16, ...", callback=dtype_name
+            help="auto (the checkpoint's dtype), float32, bfloat16, float16 or float64; bf16 and the like work too.",
+            callback=dtype_name,
         ),
     ] = "auto"
     device: Annotated[
-        Text, of_model(help="cpu, cuda, cuda:1, gpu, ...; default: a GPU if there is one.", callback=device_name)
+        Text, of_model(help="cpu, cuda, cuda:1, gpu, ... Default: a GPU if there is one.", callback=device_name)
     ] = None
     chat: Annotated[
         Switch,
         of_model(
-            "--chat/--no-chat", help="Require the chat template, or never use it; default: use it if there is one."
+            "--chat/--no-chat", help="Require the chat template, or never use it. Default: use it if there is one."
         ),
     ] = None
-    system: Annotated[Text, of_scoring(help="System prompt put before every row: it steers the reward.")] = None
+    system: Annotated[Text, of_scoring(help="System prompt before every row. It steers the reward.")] = None
     alpha: Annotated[float, of_scoring(help="Soft-RL temperature.")] = 1.0
-    reduction: Annotated[str, of_scoring(help="Token rewards to a score: sum or mean.")] = "sum"
+    reduction: Annotated[str, of_scoring(help="How token rewards become a score: sum or mean.")] = "sum"
     gamma: Annotated[float, of_scoring(help="Discount per token, at most 1.")] = 1.0
-    floor: Annotated[float, of_scoring(help="Least weight that the discount leaves a token.")] = 0.0
+    floor: Annotated[float, of_scoring(help="Lower bound of a token's discounted weight.")] = 0.0
     max_tokens_per_batch: Annotated[
-        int, of_scoring(help="Tokens in a batch, padding included; 1: each row by itself.")
+        int, of_scoring(help="Tokens in a batch, padding included. 1 scores each row alone.")
     ] = 8192
-    quiet: Annotated[bool, of_output("--quiet", "-q", help="No progress and no notes; errors only.")] = False
+    quiet: Annotated[bool, of_output("--quiet", "-q", help="Print errors only: no progress, no notes.")] = False
     model_by_default: bool = False
-    """whether the command line named no model. It is no flag."""
+    """whether the command line named no model; not a flag"""
 
     def check(self) -> None:
-        """Raise EndoRewardError naming the flag whose value cannot work. Nothing is loaded, and no network is asked."""
+        """Raise EndoRewardError that names the flag whose value cannot work. Loads nothing and uses no network."""
         for name in self.models.values():
             on_this_machine(name)
         if self.revision is not None and on_this_machine(self.model):
             raise EndoRewardError(
-                f"--revision: model {self.model!r} is on this machine, and only the Hub has revisions"
+                f"--revision: model {self.model!r} is on this machine, and only models on the Hub have revisions"
             )
         if self.system is not None:
             check_text(self.system, "--system")
@@ -114,15 +96,15 @@ class ModelFlags:
 
     @property
     def models(self) -> dict[str, str]:
-        """The name of each model that is loaded, by what it is."""
+        """Names of the models to load, keyed by their role."""
         return {"model": self.model}
 
     def described(self) -> str:
-        """The model and what a score of it is: a title for what is drawn of them."""
+        """Return the model and its score in words: the title of a figure or page."""
         return f"{self.model}: {self.score_described()}"
 
     def score_described(self) -> str:
-        """What a score is."""
+        """Return in words how token rewards become a score."""
         parts = [f"{self.reduction} of token rewards"]
         parts += [f"{name} {getattr(self, name):g}" for name in ("alpha", "gamma") if getattr(self, name) != 1]
         if self.floor:
@@ -133,34 +115,39 @@ class ModelFlags:
 
     @property
     def source(self) -> dict[str, str | bool]:
-        """Where in --model the weights are, and whether its code is run: options of EndoRewardModel.from_pretrained.
-        --reference-model and --reward-model have none: they are a folder, a name or a GGUF file."""
+        """Options of EndoRewardModel.from_pretrained: where in --model the weights are, and whether to run its code.
+
+        They do not apply to --reference-model and --reward-model."""
         given = {name: getattr(self, name) for name in SOURCE}
         return {name: value for name, value in given.items() if value not in (None, False)}
 
     def scoring(self) -> dict[str, Any]:
-        """What EndoRewardModel.iter_scores takes."""
+        """Return the options of EndoRewardModel.iter_scores."""
         names = ("alpha", "reduction", "gamma", "floor", "system", "max_tokens_per_batch", "chat")
         return {name: getattr(self, name) for name in names}
 
 
-UNSAID = ("output", "overwrite", "quiet", "strict", "model_by_default", "tools_file")
-"""fields that no number of a run depends on"""
+UNRECORDED = ("output", "overwrite", "quiet", "strict", "model_by_default", "tools_file")
+"""fields that do not change the numbers of a run"""
 
 
 @dataclass(frozen=True)
 class RowFlags(ModelFlags):
-    """And how files are read and results written."""
+    """Further flags: how files are read and where results are written."""
 
-    max_length: Annotated[Count, of_input(help="Most tokens of prompt and completion; default: the model's.")] = None
-    truncate: Annotated[Text, of_input(help="Cut over-long rows at the prompt or the completion.")] = None
-    limit: Annotated[Count, of_input(help="Only the first so many rows of each file.")] = None
+    max_length: Annotated[
+        Count, of_input(help="Maximum tokens of prompt plus completion. Default: the model's limit.")
+    ] = None
+    truncate: Annotated[
+        Text, of_input(help="Truncate rows that are too long: prompt or completion. Default: report them.")
+    ] = None
+    limit: Annotated[Count, of_input(help="Read only this many rows of each file.")] = None
     strict: Annotated[bool, of_input("--strict", help="Stop at the first row that cannot be scored.")] = False
     tools: Annotated[
         Text,
         of_input(
             metavar="FILE",
-            help="Tools for the chat template: a JSON list of their schemas; a row's own tools replace them.",
+            help="Tools for the chat template: a JSON list of schemas. A row's own tools replace them.",
             callback=tools_in,
         ),
     ] = None
@@ -168,8 +155,8 @@ class RowFlags(ModelFlags):
         Text,
         of_input(
             metavar="JSON",
-            help='Variables for the chat template, such as {"enable_thinking": false}; a row\'s chat_template_kwargs '
-            "replace them.",
+            help='Variables for the chat template, such as {"enable_thinking": false}. A row\'s own '
+            "chat_template_kwargs replace them.",
             callback=template_kwargs,
         ),
     ] = None
@@ -177,15 +164,14 @@ class RowFlags(ModelFlags):
         Text,
         of_input(
             metavar="YYYY-MM-DD",
-            help="The day that a chat template writes, if it writes one; default: the day the run began, kept in its "
-            "settings.",
+            help="Date for chat templates that write one. Default: the day the run began; --resume keeps it.",
             callback=day,
         ),
     ] = None
-    output: Annotated[Text, of_output("--output", "-o", help="Write results here; default: standard output.")] = None
-    overwrite: Annotated[bool, of_output("--overwrite", help="Replace what --output holds.")] = False
+    output: Annotated[Text, of_output("--output", "-o", help="Write results here. Default: standard output.")] = None
+    overwrite: Annotated[bool, of_output("--overwrite", help="Replace the contents of --output.")] = False
     tools_file: Text = None
-    """the file that the tools are from. It is no flag."""
+    """path of the file that --tools named; not a flag"""
 
     def check(self) -> None:
         super().check()
@@ -200,7 +186,7 @@ class RowFlags(ModelFlags):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Files that flags name, beside those of the rows."""
+        """Files that the flags name, besides the files with rows."""
         return () if self.tools_file is None else (self.tools_file,)
 
     def scoring(self) -> dict[str, Any]:
@@ -211,21 +197,23 @@ class RowFlags(ModelFlags):
         return {**super().scoring(), **own, **{name: json.loads(text) for name, text in given.items() if text}}
 
     def to_json(self) -> dict[str, Any]:
-        """What the numbers of a run depend on: how it spoke and where it wrote is left out."""
-        return {name: value for name, value in asdict(self).items() if name not in UNSAID}
+        """Return the flags that the numbers of a run depend on."""
+        return {name: value for name, value in asdict(self).items() if name not in UNRECORDED}
 
 
 @dataclass(frozen=True)
 class EngineFlags(RowFlags):
-    """And where rows are scored, and how they are known again. Scores do not depend on it."""
+    """Further flags: where rows are scored and how --resume recognises them. Scores do not depend on them."""
 
-    engine: Annotated[str, of_cluster(help="local: this process, or the ranks of torchrun; ray: a Ray cluster.")] = (
-        LOCAL
-    )
-    actors: Annotated[Count, of_cluster(help="Ray: models at work; default: one a GPU, else one a machine.")] = None
-    gpus_per_actor: Annotated[Share, of_cluster(help="Ray: 0.5 puts two models on a GPU; default: 1, if any.")] = None
-    cpus_per_actor: Annotated[float, of_cluster(help="Ray: cores of each.")] = 1.0
-    id: Annotated[Text, of_output(help="Column by which --resume knows a row again; default: all of them.")] = None
+    engine: Annotated[str, of_cluster(help="local: this process or torchrun's ranks. ray: a Ray cluster.")] = LOCAL
+    actors: Annotated[
+        Count, of_cluster(help="Ray: number of actors, each with a model. Default: one per GPU, or per machine.")
+    ] = None
+    gpus_per_actor: Annotated[
+        Share, of_cluster(help="Ray: GPUs per actor; 0.5 puts two on a GPU. Default: 1 if there is a GPU.")
+    ] = None
+    cpus_per_actor: Annotated[float, of_cluster(help="Ray: CPU cores per actor.")] = 1.0
+    id: Annotated[Text, of_output(help="Column by which --resume recognises a row. Default: all columns.")] = None
 
     def check(self) -> None:
         super().check()
@@ -236,9 +224,9 @@ class EngineFlags(RowFlags):
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise EndoRewardError(f"{flag} must be 0 or more, got {value}")
             if value is not None and value > 1 and value % 1:
-                raise EndoRewardError(f"{flag} must be a whole number where it is above 1, got {value}")
+                raise EndoRewardError(f"{flag} must be a whole number if it is above 1, got {value}")
         if self.engine == LOCAL and (self.actors is not None or self.gpus_per_actor is not None):
-            raise EndoRewardError("--actors and --gpus-per-actor are for --engine ray")
+            raise EndoRewardError("--actors and --gpus-per-actor need --engine ray")
 
     def to_json(self) -> dict[str, Any]:
         engine = {f.name for f in fields(EngineFlags)} - {f.name for f in fields(RowFlags)}
@@ -247,13 +235,18 @@ class EngineFlags(RowFlags):
 
 @dataclass(frozen=True)
 class EvalFlags(RowFlags):
-    """And what the score is compared with."""
+    """Further flags: what the score is compared with."""
 
     signals: Annotated[
-        Text, of_comparison(help=f"Compare intrinsic rewards of the same pass: all, or some of {', '.join(SIGNALS)}.")
+        Text,
+        of_comparison(
+            help=f"Compare intrinsic rewards from the same forward pass: all, or some of {', '.join(SIGNALS)}."
+        ),
     ] = None
-    reference_model: Annotated[Text, of_comparison(help=f"Second model of the same tokenizer, for {LOG_RATIO}.")] = None
-    reward_model: Annotated[Text, of_comparison(help="Compare a trained reward model: a sequence classifier.")] = None
+    reference_model: Annotated[Text, of_comparison(help=f"Second model with the same tokenizer, for {LOG_RATIO}.")] = (
+        None
+    )
+    reward_model: Annotated[Text, of_comparison(help="Compare a trained reward model (a sequence classifier).")] = None
     judge: Annotated[
         Text, of_comparison(help=f"Compare the model as its own judge: all, or some of {', '.join(JUDGES)}.")
     ] = None
@@ -263,9 +256,9 @@ class EvalFlags(RowFlags):
         wanted = names("--signals", self.signals, SIGNALS)
         names("--judge", self.judge, JUDGES)
         if LOG_RATIO in wanted and self.signals != ALL and not self.reference_model:
-            raise EndoRewardError(f"--signals {LOG_RATIO} compares two models: name the second by --reference-model")
+            raise EndoRewardError(f"--signals {LOG_RATIO} compares two models: name the second with --reference-model")
         if self.reference_model and LOG_RATIO not in wanted:
-            raise EndoRewardError(f"--reference-model is for --signals {LOG_RATIO} (or {ALL})")
+            raise EndoRewardError(f"--reference-model needs --signals {LOG_RATIO} (or {ALL})")
 
     @property
     def models(self) -> dict[str, str]:
@@ -278,7 +271,7 @@ class EvalFlags(RowFlags):
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """Signals to compare; the endogenous reward beside rivals, if nothing else is asked for."""
+        """Signals to compare. With a judge or reward model and no --signals: the endogenous reward."""
         wanted = names("--signals", self.signals, SIGNALS)
         if not wanted and (self.judge or self.reward_model):
             return SIGNALS[:1]
@@ -286,9 +279,9 @@ class EvalFlags(RowFlags):
 
     @property
     def left_out(self) -> str | None:
-        """Why a signal that --signals all means is not there."""
+        """Why --signals all leaves out a signal, or None."""
         if self.signals == ALL and not self.reference_model:
-            return f"{LOG_RATIO} is left out: it compares two models, and there is no --reference-model"
+            return f"{LOG_RATIO} is left out: it needs a second model (--reference-model)"
         return None
 
     def to_json(self) -> dict[str, Any]:

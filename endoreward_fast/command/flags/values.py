@@ -1,4 +1,4 @@
-"""Values of single flags: what they are read as, and refused for."""
+"""Parse and check the values of single flags."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ALL = "all"
 
 
 def dtype_name(text: str) -> str:
-    """The name of a dtype that `text` is an alias of, with or without "torch." before it; `text` if it is none."""
+    """Return the dtype's name for an alias such as "bf16" or "torch.half"; other text in lower case."""
     name = text.lower().removeprefix("torch.")
     return ALIASES.get(name, name)
 
 
 def device_name(text: str | None) -> str | None:
-    """The same for a device, whose index is kept: cuda:1 for gpu:1."""
+    """Return the device's name for an alias: "cuda:1" for "gpu:1"."""
     if text is None:
         return None
     kind, colon, index = text.lower().partition(":")
@@ -30,7 +30,10 @@ def device_name(text: str | None) -> str | None:
 
 
 def tools_in(context: typer.Context, path: str | None) -> str | None:
-    """The tools that a file holds, as JSON text: a run's settings and its other processes need no file."""
+    """Return the contents of a file of tools as checked JSON text.
+
+    The text travels in a run's settings and to its other processes, so that these do not need the file.
+    """
     if path is None:
         return None
     try:
@@ -38,14 +41,14 @@ def tools_in(context: typer.Context, path: str | None) -> str | None:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise EndoRewardError(f"--tools: cannot read {path}: it is not UTF-8") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody has that home
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~user of an unknown user
         raise EndoRewardError(f"--tools: cannot read {path}: {getattr(error, 'strerror', error)}") from None
     context.meta["tools_file"] = str(file)
     return _template_json(f"--tools {path}", "tools", text)
 
 
 def template_kwargs(text: str | None) -> str | None:
-    """JSON text of the template's variables, checked."""
+    """Return the template's variables as checked JSON text."""
     return None if text is None else _template_json("--template-kwargs", "chat_template_kwargs", text)
 
 
@@ -59,14 +62,14 @@ def _template_json(flag: str, name: str, text: str) -> str:
 
 
 def day(text: str | None) -> str | None:
-    """A date, checked."""
+    """Return `text`. Raises EndoRewardError if it is not a date."""
     if text is not None:
         as_date(text)
     return text
 
 
 def names(flag: str, text: str | None, allowed: tuple[str, ...]) -> tuple[str, ...]:
-    """The names in a text with commas; all of them for "all", none for None. EndoRewardError for any other."""
+    """Return the names in comma-separated `text`: all for "all", none for None. EndoRewardError for an unknown name."""
     if text is None or text == ALL:
         return allowed if text else ()
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))

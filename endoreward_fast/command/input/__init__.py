@@ -1,1 +1,1 @@
-"""Files to rows: formats and their readers, and the columns that make a row."""
+"""Read files into rows: the formats, their readers, and the columns of a row."""

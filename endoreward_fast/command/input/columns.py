@@ -1,21 +1,22 @@
-"""A row of the input into what the model scores, and its scores back into the row's own shape.
+"""Turn a row of the input into the samples that the model scores, and their scores into the shape of the row.
 
-| columns                                              | scores                                   |
-| prompt (or question) and completion (response, answer) | one number                               |
-| prompt and completions (responses)                   | a list                                   |
-| prompt, chosen and rejected                          | {"chosen": ..., "rejected": ...}         |
-| chosen and rejected as whole conversations           | the same; their common start is the prompt |
-| the same as text of hh-rlhf (Human: Assistant:)      | the same; what follows the last "Assistant:" that both |
-|                                                      | share is scored, flag "split_at_speaker" |
-| messages                                             | one number, for the last assistant turn  |
-| prompt_ids and completion_ids                        | one number                               |
+| columns                                                | scores                                      |
+| prompt (or question) and completion (response, answer) | one number                                  |
+| prompt and completions (responses)                     | a list                                      |
+| prompt, chosen and rejected                            | {"chosen": ..., "rejected": ...}            |
+| chosen and rejected as whole conversations             | the same; their common start is the prompt  |
+| the same as hh-rlhf text (Human: ... Assistant: ...)   | the same; the prompt ends at the last       |
+|                                                        | "Assistant:" of that start (flag            |
+|                                                        | "split_at_speaker")                         |
+| messages                                               | one number, for the last assistant turn     |
+| prompt_ids and completion_ids                          | one number                                  |
 
-`tools`, `documents` and `chat_template_kwargs` beside messages or text go to the chat template; `completion_mask`
-beside token ids marks those that are scored.
+The chat template gets `tools`, `documents` and `chat_template_kwargs` of a row of messages or text. `completion_mask`
+marks which of the completion's token ids are scored.
 
-A completion, like a prompt, is text or a list of messages. `chosen` and `rejected` may be lists of
-completions (RM-Bench: three styles each). Dialogues as text stay text: a model without a chat template reads them as
-they are, and a chat template writes what comes before the split as one turn of the user.
+A prompt or completion is text or a list of messages. `chosen` and `rejected` may be lists of completions (RM-Bench has
+three styles of each). A dialogue given as text stays text. A model without a chat template reads it unchanged; a chat
+template puts the part before the split into one user turn.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ PROMPT = ("prompt", "question")
 COMPLETION = ("completion", "response", "answer")
 COMPLETIONS = ("completions", "responses")
 GIVEN = ("tools", "documents", "chat_template_kwargs")
-"""columns for the chat template"""
+"""columns that go to the chat template"""
 SPEAKER = "\n\nAssistant:"
-"""how hh-rlhf marks the turn that is scored"""
+"""hh-rlhf's mark before an assistant turn"""
 WANTED = {
     "score": "prompt and completion; prompt and completions; prompt, chosen and rejected; or messages",
     "rank": "prompt and completions; or prompt, chosen and rejected",
@@ -44,23 +45,23 @@ WANTED = {
 
 
 class MissingColumns(EndoRewardError):
-    """The row has none of the sets of columns that the command can use."""
+    """Raised if the row has none of the sets of columns that the command can use."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one row asks to have scored."""
+    """The samples to score of one row, and the shape of its scores."""
 
     samples: tuple[dict[str, Any], ...]
     """rows as EndoRewardModel.score takes them"""
     layout: Any
-    """positions in `samples`, in the answer's shape: an int, a list, or {"chosen": ..., "rejected": ...}"""
+    """positions in `samples`, in the shape of the scores: an int, a list, or {"chosen": ..., "rejected": ...}"""
     flags: tuple[str, ...] = ()
-    """what is worth knowing about how the row was read: keys of encoding.FLAGS, for every sample"""
+    """keys of text.flags.FLAGS that say how the row was read; they hold for every sample"""
 
 
 def arrange(layout: Any, value: Callable[[int], Any]) -> Any:
-    """`layout` with every position replaced by `value(position)`."""
+    """Return `layout` with `value(position)` in place of every position."""
     if isinstance(layout, dict):
         return {key: arrange(part, value) for key, part in layout.items()}
     if isinstance(layout, list):
@@ -69,9 +70,9 @@ def arrange(layout: Any, value: Callable[[int], Any]) -> Any:
 
 
 def plan(row: Mapping[str, Any], command: str = "score") -> Task:
-    """What `command` ("score", "rank" or "eval") scores in `row`.
+    """Return what `command` ("score", "rank" or "eval") scores in `row`.
 
-    Raises MissingColumns if the columns do not say, EndoRewardError if what they hold cannot be scored.
+    Raises MissingColumns if columns are missing, and EndoRewardError if their contents cannot be scored.
     """
     task = _plan(row, command)
     given = {name: row[name] for name in GIVEN if row.get(name) is not None}
@@ -135,7 +136,7 @@ def _preference(row: Mapping[str, Any]) -> Task:
 
 
 class _Many(list):  # type: ignore[type-arg]
-    """Several completions, as opposed to one that is a list of messages."""
+    """A list of several completions, as opposed to one completion that is a list of messages."""
 
 
 def _candidates(value: Any) -> Any:
@@ -143,9 +144,9 @@ def _candidates(value: Any) -> Any:
 
 
 def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """Two whole conversations, or two texts: the prompt ends at the last turn that begins before they part.
+    """Split two whole conversations into (prompt, chosen, rejected). The prompt is their common start.
 
-    In text without speakers it ends at the last word that does.
+    It ends with a whole turn. In text without speakers, it ends with a whole word.
     """
     if type(chosen) is not type(rejected) or not isinstance(chosen, (str, list)):
         raise EndoRewardError(
@@ -163,12 +164,12 @@ def _implicit_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
         while shared and not (chosen + " ")[shared].isspace():
             shared -= 1
     if not shared:
-        raise EndoRewardError("no prompt: chosen and rejected have no common start to take for one")
+        raise EndoRewardError("no prompt: chosen and rejected have no common start: add a prompt column")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
 def _sample(prompt: Any, completion: Any) -> dict[str, Any]:
-    """A prompt and its completion; what a completion repeats of the prompt (whole conversations do) goes."""
+    """Return a prompt and its completion. A completion that repeats the prompt (a whole conversation) loses it."""
     if not isinstance(completion, list):
         return {"prompt": prompt, "completion": completion}
     if isinstance(prompt, list) and completion[: len(prompt)] == prompt:
@@ -176,7 +177,7 @@ def _sample(prompt: Any, completion: Any) -> dict[str, Any]:
         if not completion:
             raise EndoRewardError("the completion repeats the prompt and adds nothing")
     elif isinstance(prompt, str):
-        # A text prompt beside whole conversations (UltraFeedback) is their first user turn once more.
+        # UltraFeedback has whole conversations, and their first user turn as a text prompt again.
         prompt = [{"role": "user", "content": prompt}] if completion[0]["role"] == "assistant" else []
     if completion[0]["role"] != "assistant":
         prompt, completion = prompt + completion[:-1], completion[-1:]
@@ -193,7 +194,7 @@ def _completion(value: Any, name: str) -> Any:
 
 def _text(value: Any, name: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
-        value = str(value)  # a numeric answer, as JSON files have them
+        value = str(value)  # JSON files have numeric answers
     if not isinstance(value, str):
         missing = isinstance(value, float)
         found = f"{value}, which stands for a missing value" if missing else kind_of(value)
@@ -211,7 +212,7 @@ def _messages(value: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
 
 
 def _dialogue(value: Any, name: str) -> list[dict[str, Any]]:
-    """Messages that end in what is scored."""
+    """Return `value`, checked: messages that end with an assistant turn, which is scored."""
     if not is_messages(value):
         raise EndoRewardError(f'{name}: wanted an array of {{"role", "content"}} objects, found {kind_of(value)}')
     messages = _messages(value, name)

@@ -1,4 +1,4 @@
-"""Rows of CSV and TSV. Python's csv module reads them, strictly; what it lets pass besides is looked for here."""
+"""Read rows of CSV and TSV with Python's csv module in strict mode, and reject the damage that it accepts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ BOM = "\ufeff"
 
 
 class _Lines:
-    """Hands lines to csv.reader, and keeps those of the row that is being read."""
+    """Hands lines to csv.reader and keeps the lines of the current row."""
 
     def __init__(self, lines: Iterator[str], first: int) -> None:
         self._lines = lines
         self.number = first - 1
-        """of the last line read"""
+        """number of the last line read"""
         self.start = first
-        """where the row begins"""
+        """number of the row's first line"""
         self.row: list[str] = []
 
     def __iter__(self) -> _Lines:
@@ -43,18 +43,18 @@ class _Lines:
         return line
 
     def next_row(self) -> None:
-        """Another row begins."""
+        """Begin the next row."""
         self.start, self.row = self.number + 1, []
 
 
 def csv_rows(lines: Iterable[bytes], skipped: int, name: str) -> Iterator[Record]:
-    """A Record per row. EndoRewardError, after the rows before it, where nothing says where the next one begins."""
-    # A byte that is not UTF-8 becomes a lone surrogate, so that it spoils its own row only.
+    """Yield a Record per row. Raises EndoRewardError at damage after which the next row cannot be found."""
+    # A byte that is not UTF-8 becomes a lone surrogate, so that only its own row fails.
     text = (line.decode("utf-8", "surrogateescape") for line in lines)
     first = next(text)
     source = _Lines(itertools.chain([first], text), skipped + 1)
     delimiter = _delimiter(first, name)
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses a completion of 128 KiB
+    limit = csv.field_size_limit(sys.maxsize)  # the default rejects completions above 128 KiB
     number = 0
     try:
         reader = csv.reader(source, delimiter=delimiter, strict=True)
@@ -88,7 +88,7 @@ def _where(number: int, source: _Lines) -> str:
 
 
 def _delimiter(header: str, name: str) -> str:
-    """The one of DELIMITERS that makes most columns of a known name. EndoRewardError: two do, differently."""
+    """Return the delimiter that gives most columns with a known name. EndoRewardError if two give equally many."""
     known = {}
     for delimiter in DELIMITERS:
         if delimiter in header:
@@ -96,7 +96,7 @@ def _delimiter(header: str, name: str) -> str:
     most = max(known.values(), default=0)
     best = [delimiter for delimiter, count in known.items() if count == most]
     if most and len(best) > 1:
-        raise EndoRewardError(f"{name}: its header may be separated by {best[0]!r} or by {best[1]!r}: keep one of them")
+        raise EndoRewardError(f"{name}: {best[0]!r} and {best[1]!r} may both separate its header: use one of them")
     return best[0] if best else DELIMITERS[0]
 
 
@@ -106,7 +106,7 @@ def _header(cells: list[str], name: str) -> list[str]:
         raise EndoRewardError(f"{name} is not UTF-8 (its header): save it as UTF-8")
     if twice := next((cell for n, cell in enumerate(header) if cell in header[:n]), None):
         raise EndoRewardError(f"{name} has two columns named {twice!r}: rename one")
-    if header.count("") > 1:  # one is what pandas calls its index
+    if header.count("") > 1:  # pandas leaves one without a name: its index
         raise EndoRewardError(f"{name} has {header.count('')} columns without a name: name them")
     return header
 
@@ -121,7 +121,7 @@ def _is_utf8(text: str) -> bool:
 
 # ---------------------------------------------------------------- quotation marks
 def _field(delimiter: str) -> str:
-    """A pattern of one well-formed field."""
+    """Return a regular expression for one well-formed field."""
     return rf'(?:"[^"]*(?:""[^"]*)*"|[^"{delimiter}]*)'
 
 
@@ -131,19 +131,17 @@ def _well_formed(text: str, delimiter: str) -> bool:
 
 
 def _opened(text: str, delimiter: str) -> int:
-    """Where in `text` the quotation mark stands that was opened and not closed as it should be."""
+    """Return the index in `text` of the opening quotation mark that is not closed correctly."""
     whole = re.match(f"(?:{_field(delimiter)}{delimiter})*", text)
     return whole.end() if whole else 0
 
 
 def _damage_within(source: _Lines, delimiter: str) -> str | None:
-    """What is wrong with a row of one line, if the next line begins a row whatever was meant; else None."""
+    """Return the error of a row of one line if the next line must begin a row, else None."""
     if len(source.row) != 1 or source.row[0].count('"') % 2:
         return None
     column = _opened(source.row[0], delimiter) + 1
-    return (
-        f"text after the end of a quoted field (its quotation mark opened in column {column}): double the marks in it"
-    )
+    return f"text after the end of a quoted field (opened in column {column}): double the quotation marks inside it"
 
 
 def _damage_beyond(source: _Lines, delimiter: str, name: str, error: csv.Error) -> str:
@@ -162,18 +160,18 @@ def _csv_record(where: str, header: list[str], fields: list[str], source: _Lines
     if not _is_utf8("".join(fields)):
         return Record(where, None, "not UTF-8")
     if "\x00" in "".join(fields):
-        return Record(where, None, "it holds a NUL character: the file is damaged there")
+        return Record(where, None, "a NUL character: the file is damaged here")
     if not _well_formed("".join(source.row), delimiter):
-        problem = "a quotation mark inside a field that does not begin with one: quote the field, and double the mark"
+        problem = "a quotation mark inside an unquoted field: quote the field, and double the mark"
         return Record(where, None, problem)
     if len(fields) != len(header):
-        return Record(where, None, f"{len(fields)} fields where the header has {len(header)}")
+        return Record(where, None, f"{len(fields)} fields, but the header has {len(header)}")
     if fields[0].startswith(BOM) or [field.strip() for field in fields] == header:
         return Record(where, None, "a second header or byte-order mark: files were joined here")
     row = dict(zip(header, fields, strict=True))
     for column in PROMPTS:
         if row.get(column) == "":
-            return Record(where, None, f"{column}: the cell is empty, and a missing value is no prompt")
+            return Record(where, None, f"{column}: the cell is empty: fill it, or remove the row")
     try:
         return record(where, {column: cell(column, text) for column, text in row.items()})
     except EndoRewardError as error:
@@ -181,9 +179,9 @@ def _csv_record(where: str, header: list[str], fields: list[str], source: _Lines
 
 
 def cell(column: str, text: str) -> Any:
-    """A cell of a table: text, unless it spells out what its column needs, as JSON or (pandas) as Python.
+    """Return the value of a cell: text, or the list or object that it writes as JSON or (pandas) as Python.
 
-    EndoRewardError: it begins as that and is damaged. Scored as text it would be another answer.
+    Raises EndoRewardError if it begins like a list and is damaged: as text, it would be scored as another answer.
     """
     begins, stripped = text.lstrip()[:1], text.strip()
     if column == TERMINAL:
@@ -191,7 +189,7 @@ def cell(column: str, text: str) -> Any:
     if column in GIVEN:
         value = _value(text) if stripped else None
         if value is None and stripped not in ("", "null", "None"):
-            raise EndoRewardError(f"{column}: a list or an object is wanted, and this is neither JSON nor Python's")
+            raise EndoRewardError(f"{column}: wanted a list or an object, found neither JSON nor a Python literal")
         return value
     if column not in COLUMNS or begins != "[":
         return text
@@ -199,12 +197,12 @@ def cell(column: str, text: str) -> Any:
     if isinstance(value, list) and (column in LISTS or is_messages(value)):
         return value
     if column in LISTS or (value is None and MESSAGES.match(text)):
-        raise EndoRewardError(f"{column}: looks like a list, and is neither JSON nor a list of Python's")
+        raise EndoRewardError(f"{column}: looks like a list, but is neither JSON nor a Python literal")
     return text
 
 
 def _value(text: str) -> list[Any] | dict[str, Any] | None:
-    """The list or object that `text` spells out, or None."""
+    """Return the list or object that `text` writes out, or None."""
     for parse in (loads, _python):
         try:
             value = parse(text)
@@ -216,18 +214,18 @@ def _value(text: str) -> list[Any] | dict[str, Any] | None:
 
 
 def _python(text: str) -> Any:
-    """A Python literal, in which a dict with a key twice is an `Ambiguous`.
+    """Parse a Python literal. A dict with a repeated key becomes an `Ambiguous`.
 
-    ValueError for strings side by side (NumPy writes ['a' 'b'], which Python reads as ['ab']) and for a comment, behind
-    which Python would read nothing.
+    Raises ValueError for adjacent strings, because NumPy writes ['a' 'b'] and Python reads ['ab']; and for a comment,
+    because Python would ignore the rest.
     """
     strings = False
     for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline):
         if token.type == tokenize.COMMENT or (token.type == tokenize.STRING and strings):
-            raise ValueError("a comment, or two strings side by side")
+            raise ValueError("a comment, or two adjacent strings")
         if token.type not in (tokenize.NL, tokenize.NEWLINE):
             strings = token.type == tokenize.STRING
-    ast.literal_eval(text.strip())  # or a ValueError: it is none
+    ast.literal_eval(text.strip())  # raises ValueError if it is not a literal
     return _of_node(ast.parse(text.strip(), mode="eval").body)
 
 

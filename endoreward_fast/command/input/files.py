@@ -1,10 +1,10 @@
-"""Files and standard input into rows: JSON Lines, JSON, CSV or TSV, each plain or gzipped, and Parquet.
+"""Read files and standard input into rows: JSON Lines, JSON, CSV and TSV, plain or gzipped, and Parquet.
 
-What a file is follows from its content; its extension decides only where the content leaves a choice.
-JSON Lines and CSV are read as a stream, so that the first rows are scored before the last are read.
+The content of a file decides its format; the extension decides only if the content fits several formats.
+JSON Lines and CSV are streamed, so that the first rows are scored before the last are read.
 
-Reading is strict: what two readers could take for different rows is an error, of its row where the next one can be
-found, else of the file, after the rows before it.
+Reading is strict. Input that two readers could understand differently is an error: an error of its row if the next row
+can be found, else an error of the file, raised after the rows before it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Source:
     name: str
     records: Iterator[Record]
     total: int | None
-    """rows, where that is known without reading everything twice"""
+    """number of rows, if a quick count can tell; else None"""
 
 
 def open_source(path: str, limit: int | None = None) -> Source:
-    """Open `path` ("-": standard input) and find out its format.
+    """Open `path` ("-" is standard input) and detect its format. `limit` is the maximum number of rows.
 
-    Raises EndoRewardError if it cannot be opened, is empty, or is no text this module reads. Damage further
-    in surfaces as a Record with an error where the next row can be found, else as EndoRewardError on the way.
+    Raises EndoRewardError if it cannot be opened, is empty or has an unsupported format. Later damage gives a Record
+    with an error if the next row can be found; else iterating over the records raises EndoRewardError.
     """
     name = "standard input" if path == STDIN else path
     stream = _open(path, name)
@@ -68,16 +68,16 @@ def open_source(path: str, limit: int | None = None) -> Source:
 
 
 def _open(path: str, name: str) -> BinaryIO:
-    """A peekable, decompressed byte stream."""
+    """Return a decompressed byte stream that can peek."""
     try:
         if path == STDIN:
             raw: Any = sys.stdin.buffer
             stream = raw if hasattr(raw, "peek") else io.BufferedReader(raw)
         else:
-            stream = open(path, "rb")  # noqa: SIM115  read on long after this returns; _readable closes it
+            stream = open(path, "rb")  # noqa: SIM115  still read after this returns; _readable closes it
         if stream.peek(2)[:2] == b"\x1f\x8b":
             stream = cast(BinaryIO, gzip.GzipFile(fileobj=stream, mode="rb"))
-        stream.peek(1)  # a damaged gzip header speaks up here
+        stream.peek(1)  # raises here if the gzip header is damaged
     except FileNotFoundError:
         raise EndoRewardError(f"no such file: {name}") from None
     except (EOFError, zlib.error, OSError) as error:
@@ -90,7 +90,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _readable(records: Iterator[Record], name: str, stream: BinaryIO) -> Iterator[Record]:
-    """`records`, with what reading may raise half-way said in one line; the file is closed at the end."""
+    """Yield `records`, turn errors of reading into a one-line EndoRewardError, and close the file at the end."""
     try:
         yield from records
         if stream is not getattr(sys.stdin, "buffer", None):
@@ -115,7 +115,7 @@ def _text_source(path: str, name: str, stream: BinaryIO) -> Source:
     try:
         value = document(name, data, skipped)
     except EndoRewardError:
-        # Or else JSON Lines under a name that does not say so.
+        # It may be damaged JSON Lines whose file name does not say so.
         if (suffix in JSON_LINES or opening == b"{") and is_mostly_lines(data):
             broken = data.split(b"\n")
             return Source(name, json_lines(broken, skipped), len(broken))
@@ -125,7 +125,7 @@ def _text_source(path: str, name: str, stream: BinaryIO) -> Source:
 
 
 def _after_blank_lines(stream: BinaryIO, name: str) -> tuple[Iterator[bytes], int]:
-    """The lines from the first that holds anything, without a byte-order mark, and how many came before."""
+    """Return the lines without leading blank lines and byte-order mark, and the number of lines skipped."""
     lines = iter(stream)
     try:
         first = next(lines, b"")
@@ -138,7 +138,7 @@ def _after_blank_lines(stream: BinaryIO, name: str) -> tuple[Iterator[bytes], in
 
 
 def _count_lines(path: str, stream: BinaryIO) -> int | None:
-    """Lines of a plain file, at the speed of the disk; None for pipes and compressed files."""
+    """Count the lines of a plain file. Returns None for pipes and compressed files."""
     if path == STDIN or isinstance(stream, gzip.GzipFile) or not stat.S_ISREG(Path(path).stat().st_mode):
         return None
     with open(path, "rb") as file:
@@ -150,7 +150,7 @@ def _count_lines(path: str, stream: BinaryIO) -> int | None:
 
 def _parquet(stream: BinaryIO, name: str) -> Iterator[Record]:
     if importlib.util.find_spec("pyarrow") is None:
-        raise EndoRewardError(f"{name} is Parquet: `pip install pyarrow` to read it, or save it as JSON Lines")
+        raise EndoRewardError(f"{name} is Parquet: to read it, `pip install pyarrow`; or save it as JSON Lines")
     from pyarrow import ArrowException, parquet
 
     data: Any = stream if stream.seekable() else io.BytesIO(stream.read())
@@ -179,7 +179,7 @@ def _parquet_records(batches: Iterator[Any], name: str) -> Iterator[Record]:
 
 
 def _rows_of_batch(batch: Any) -> list[tuple[dict[str, Any], str | None]]:
-    """(row, what is wrong with it). Parquet may hold what Python cannot: text that is not UTF-8, years beyond 9999."""
+    """Return (row, error or None) per row. Parquet may hold values that Python cannot: a year past 9999, say."""
     from pyarrow import ArrowException
 
     def row_of(i: int) -> tuple[dict[str, Any], str | None]:
@@ -206,7 +206,7 @@ def _parquet_record(where: str, row: dict[str, Any]) -> Record:
 
 
 def _field_twice(fields: Any) -> str | None:
-    """The name that two fields of one object have, at any depth."""
+    """Return a name that two fields of one object share, at any depth, or None."""
     kept = list(fields)
     names = [field.name for field in kept]
     inner = (_field_twice([field.type.field(i) for i in range(field.type.num_fields)]) for field in kept)
@@ -215,7 +215,7 @@ def _field_twice(fields: Any) -> str | None:
 
 
 def _unfilled(value: Any, *, inside: bool = False) -> Any:
-    """A row without the null fields of its tools and tool calls: Parquet fills in those that only other calls have."""
+    """Return a row without null fields in its tools and tool calls. Parquet adds them: all calls share one schema."""
     if isinstance(value, dict):
         kept = ((name, inner) for name, inner in value.items() if not inside or inner is not None)
         return {name: _unfilled(inner, inside=inside or name in ("tools", "tool_calls")) for name, inner in kept}

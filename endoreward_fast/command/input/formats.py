@@ -1,4 +1,4 @@
-"""What an output's name says of its format, held against what is written there."""
+"""Check the extension of an output file against the format that is written."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ NAMES = {
     ".feather": "Feather", ".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "Zstandard", ".zip": "zip",
     ".png": "PNG", ".svg": "SVG", ".jpg": "JPEG", ".jpeg": "JPEG", ".pdf": "PDF", ".md": "Markdown", ".pkl": "pickle",
 }  # fmt: skip
-"""A suffix that is not here promises nothing."""
+"""Formats by suffix. Any format may be written under another suffix."""
 
 
 def format_of(output: str | None) -> str | None:
-    """What the name of an output says; None: nothing."""
+    """Return the format that the suffix of `output` stands for, or None."""
     return None if output is None else NAMES.get(Path(output).suffix.lower())
 
 
 def refuse_other_format(output: str | None, written: str, flag: str = "--output") -> str | None:
-    """Raise EndoRewardError where the name of `output` promises another format than the one written.
+    """Raise EndoRewardError if the suffix of `output` stands for another format than the one written.
 
-    JSON Lines under .json, which some tools expect, are worth a note: it is returned.
+    JSON Lines under .json are allowed, because some tools expect that. The return value is a note about it.
     """
     named = format_of(output)
     if named in (None, written):
         return None
     if (named, written) == (JSON, JSON_LINES):
-        return f"{output} gets {JSON_LINES}: an object a line, no array"
+        return f"{output} is written as {JSON_LINES}: one object per line, not an array"
     good = [suffix for suffix, name in NAMES.items() if name == written] or [".txt"]
-    raise EndoRewardError(f"{flag} {output}: {written} is written there, not {named}: end its name in {good[0]}")
+    raise EndoRewardError(f"{flag} {output}: the output is {written}, not {named}: use a name that ends in {good[0]}")

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines and of JSON documents."""
+"""Read rows of JSON Lines and of JSON documents."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from .records import Ambiguous, Record, is_messages, kind_of, record
 LISTS = frozenset(("completions", "responses", "messages", "prompt_ids", "completion_ids"))
 TEXTS = frozenset(("prompt", "question", "completion", "response", "answer", "chosen", "rejected"))
 COLUMNS = TEXTS | LISTS
-"""Column names that mean something here; candidates.py says what."""
+"""columns with a meaning, which columns.py defines"""
 GIVEN = frozenset(("tools", "documents", "chat_template_kwargs", "completion_mask"))
-"""Further ones, which a row need not have: lists and objects."""
+"""optional columns that hold lists and objects"""
 TERMINAL = "terminal"
 
 
 def loads(text: str) -> Any:
-    """JSON, in which an object with a key twice is an `Ambiguous`. NaN and infinities, as Python writes them, are read:
-    candidates.py refuses them where text belongs, and elsewhere they are written back as null."""
+    """Parse JSON. An object with a repeated key becomes an `Ambiguous`.
+
+    NaN and infinities are accepted. columns.py rejects them in place of text. Other columns are written with null.
+    """
     return json.loads(text, object_pairs_hook=of_pairs)
 
 
 def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; an `Ambiguous` if a key stands twice."""
+    """Return an object from (key, value) pairs; an `Ambiguous` if a key is repeated."""
     found = dict(pairs)
     if len(found) == len(pairs):
         return found
@@ -36,7 +38,7 @@ def of_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def is_row(line: bytes) -> bool:
-    """Whether a line is a JSON object."""
+    """Return whether a line is a JSON object."""
     try:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
@@ -44,7 +46,7 @@ def is_row(line: bytes) -> bool:
 
 
 def json_lines(lines: Iterable[bytes], skipped: int = 0) -> Iterator[Record]:
-    """A Record per line that is not blank; the line after `skipped` is the first."""
+    """Yield a Record per line that is not blank. `skipped` lines came before."""
     for number, line in enumerate(lines, start=skipped + 1):
         if not line.strip():
             continue
@@ -62,7 +64,7 @@ def json_lines(lines: Iterable[bytes], skipped: int = 0) -> Iterator[Record]:
 
 
 def document(name: str, data: bytes, skipped: int) -> Any:
-    """A JSON document. EndoRewardError: it is none."""
+    """Parse a JSON document. Raises EndoRewardError if it is not valid."""
     try:
         return loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -76,20 +78,20 @@ def document(name: str, data: bytes, skipped: int) -> Any:
 
 
 def rows_of_document(value: object, name: str) -> list[Any]:
-    """The rows of a JSON document. EndoRewardError: it has none, or they cannot be told apart."""
+    """Return the rows of a JSON document. Raises EndoRewardError if it has none, or is ambiguous."""
     if not (rows := _rows_of(value, name)):
         raise EndoRewardError(f"{name} has no rows: there is nothing to score")
     return rows
 
 
 def is_mostly_lines(data: bytes) -> bool:
-    """Whether at least half of the lines are JSON objects: a damaged JSON Lines file rather than a damaged document."""
+    """Return whether at least half of the lines are JSON objects: damaged JSON Lines, not a damaged document."""
     lines = [line for line in data.split(b"\n") if line.strip()]
     return 2 * sum(map(is_row, lines)) >= len(lines)
 
 
 def _rows_of(value: object, name: str) -> list[Any]:
-    """Rows of an array, of {"data": ...}, of an object of arrays (or pandas' index objects), or one row."""
+    """Return the rows of an array, of {"data": ...}, of an object of columns, or the one row that the object is."""
     if isinstance(value, list):
         return value
     if not isinstance(value, dict):
@@ -112,13 +114,13 @@ def _rows_of(value: object, name: str) -> list[Any]:
 
 
 def _by_index(columns: dict[str, dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """Rows of pandas' {column: {index: value}}: values of the same index belong together, wherever they stand."""
+    """Return the rows of pandas' {column: {index: value}}. Values of the same index form a row, in any order."""
     for part in (columns, *columns.values()):
         _refuse_ambiguous(part, name)
     first, index = next(iter(columns.items()))
     for column, values in columns.items():
         if odd := values.keys() ^ index.keys():
-            raise EndoRewardError(f"{name}: its columns {first!r} and {column!r} do not both have row {min(odd)!r}")
+            raise EndoRewardError(f"{name}: only one of its columns {first!r} and {column!r} has row {min(odd)!r}")
     return [{column: values[key] for column, values in columns.items()} for key in index]
 
 

@@ -1,4 +1,4 @@
-"""What a file is by its first bytes, where it is none of what is read here."""
+"""Recognise files in unsupported formats by their first bytes, and say how to convert them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from ...errors import EndoRewardError
 
 HEAD = 512
-"""bytes that tell"""
+"""number of first bytes to look at"""
 SAVE = "save it as JSON Lines, CSV or Parquet"
 MAGIC = (
     (b"\xfd7zXZ\x00", "xz-compressed", "unpack it with `xz -d`, or pack it with gzip"),
@@ -26,7 +26,7 @@ MAGIC = (
     (b"SQLite format 3\x00", "an SQLite database", "write the rows of its table as CSV: `sqlite3 -csv -header`"),
     (b"\x89HDF\r\n\x1a\n", "an HDF5 file", SAVE),
     (b"Obj\x01", "an Avro file", SAVE),
-    (b"GGUF", "a GGUF model, no data", "--model takes models"),
+    (b"GGUF", "a GGUF model, not data", "pass models with --model"),
     (b"%PDF-", "a PDF", SAVE),
     (b"{\\rtf", "an RTF document", "save it as plain text"),
 )  # fmt: skip
@@ -44,14 +44,14 @@ UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def refuse_foreign(head: bytes, name: str) -> None:
-    """Raise EndoRewardError if `head`, the first bytes of a file, are of a format that is not read here."""
+    """Raise EndoRewardError if `head`, the first bytes of a file, belong to an unsupported format."""
     if (found := _format(head)) is not None:
         what, advice = found
         raise EndoRewardError(f"{name} is {what}: {advice}")
 
 
 def _format(head: bytes) -> tuple[str, str] | None:
-    """(what it is, what to do), or None for what may be text or Parquet."""
+    """Return (format, advice) of an unsupported format, or None if it may be text or Parquet."""
     for start, what, advice in MAGIC:
         if head.startswith(start):
             return what, advice
@@ -67,13 +67,13 @@ def _format(head: bytes) -> tuple[str, str] | None:
     if re.match(rb"ORC[^\t\n\r -~]", head) or (head[:3] == b"ORC" and b"\x00" in head):
         return "an ORC file", SAVE
     if head[8:10] == b'{"' and b"\x00" in head[3:8]:
-        return "a safetensors file (a model's weights), no data", "--model takes models"
+        return "a safetensors file (a model's weights), not data", "pass models with --model"
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return "a Git LFS pointer, not the file itself", "fetch the file with `git lfs pull`"
     if PAGE.match(head):
         return (
             "an HTML or XML page, not the data itself",
-            "download the file itself (on a hub: the link to the raw file)",
+            "download the file itself (on a hub, use the link to the raw file)",
         )
     if head.startswith(UTF_32):
         return "UTF-32", "save it as UTF-8"

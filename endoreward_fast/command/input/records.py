@@ -1,4 +1,4 @@
-"""One row of an input, and what every reader asks of one."""
+"""A row of the input, and the checks that every reader makes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from ...text.messages import DEEPEST
 
 @dataclass(frozen=True)
 class Record:
-    """One row of the input, or why it cannot be used."""
+    """One row of the input, or the error that makes it unusable."""
 
     where: str
-    """ "line 3" or "row 3", counted from 1: how messages name it"""
+    """ "line 3" or "row 3", counted from 1, for messages"""
     row: dict[str, Any] | None
     error: str | None = None
 
 
 class Ambiguous(dict):  # type: ignore[type-arg]
-    """A JSON object that has a key twice: readers of JSON disagree on which value counts."""
+    """A JSON object with a repeated key. JSON readers disagree on which value counts."""
 
     key: str
 
 
 def record(where: str, row: object) -> Record:
-    """`row` as a Record, with an error if it is no row or no reader would agree on what it says."""
+    """Return a Record of `row`, with an error if `row` is not an object, is too deep, or repeats a key."""
     if not isinstance(row, dict):
         return Record(where, None, f"wanted a JSON object, found {kind_of(row)}")
     if _is_deeper(row, DEEPEST):
@@ -49,17 +49,17 @@ def _ambiguous(value: dict[str, Any] | list[Any]) -> Ambiguous | None:
 
 
 def kind_of(value: object) -> str:
-    """The JSON name of a value's type, for messages."""
+    """Return the JSON name of a value's type, for messages."""
     if value != value or value in (float("inf"), float("-inf")):
         return f"{value}, which stands for a missing value"
     if value == []:
         return "an empty array"
     names = {bool: "true or false", int: "a number", float: "a number", str: "a string", list: "an array"}
     if isinstance(value, bytes):
-        return "bytes, which are no text before they are decoded"
+        return "bytes, which must be decoded to text first"
     return "null" if value is None else names.get(type(value), "an object")
 
 
 def is_messages(value: object) -> bool:
-    """Whether `value` is a chat: a list of {"role": ..., "content": ...}."""
+    """Return whether `value` is a chat: a list of {"role": ..., "content": ...}."""
     return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)

@@ -1,1 +1,1 @@
-"""Rows through a model: windows, output, resuming, ranks, Ray."""
+"""Pass rows through a model: windows, output, resuming, ranks, Ray."""

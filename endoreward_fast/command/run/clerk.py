@@ -1,6 +1,6 @@
-"""The clerk of rank 0: it deals windows out, writes what comes back, and hears which ranks are alive.
+"""The clerk, a thread of rank 0: it hands out windows, writes results, and watches which ranks are alive.
 
-Ranks and clerk share a board, whose keys are here.
+The ranks and the clerk share a board. Its keys are defined here.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .board import PAUSE, Board, reached
 from .jobs import Finished, InOrder, Windows
 
 AHEAD = 4
-"""windows for each rank that may be dealt out before the first of them is written: what a kill loses"""
+"""windows per rank that are handed out before the first is written; a kill loses at most these"""
 BEAT = 10.0
-"""seconds between two signs of life"""
+"""seconds between two heartbeats"""
 LOST = 600.0
-"""seconds without one"""
+"""seconds without a heartbeat after which a rank counts as lost"""
 
 
 # ---------------------------------------------------------------- the board's keys
@@ -45,13 +45,13 @@ def left_key(rank: int) -> str:
 
 @contextmanager
 def heard(board: Board, rank: int) -> Iterator[None]:
-    """Signs of life meanwhile, from a thread of their own: a window may take long, and so may loading a model."""
+    """Send heartbeats from a thread, because a window or loading a model may take long."""
     from torch.distributed import DistError
 
     done = Event()
 
     def beat() -> None:
-        with suppress(DistError):  # a store that is gone: the main thread meets it too, and says so
+        with suppress(DistError):  # the store is gone: the main thread gets this error too and reports it
             while not done.wait(BEAT):
                 board.count(beats_key(rank))
 
@@ -66,7 +66,7 @@ def heard(board: Board, rank: int) -> Iterator[None]:
 
 
 class Clerk(Thread):
-    """Rank 0's second hand: deals windows out, writes what comes back, and hears whether the others are still there."""
+    """The thread of rank 0 that hands out windows, writes results, and watches which ranks are alive."""
 
     def __init__(self, board: Board, size: int, read: Windows, output: InOrder) -> None:
         super().__init__(daemon=True)
@@ -74,24 +74,24 @@ class Clerk(Thread):
         self._ahead = AHEAD * size
         self._dealt = self._received = 0
         self._all_dealt = False
-        self._signs = {rank: (0, time.monotonic()) for rank in range(1, size)}
-        """signs of life, and when there was a new one"""
+        self._heartbeats = {rank: (0, time.monotonic()) for rank in range(1, size)}
+        """by rank: heartbeats counted, and the time of the last change"""
         self._next_look = time.monotonic() + BEAT
         self._leave = Event()
         self._error: Exception | None = None
 
     def leave(self) -> None:
-        """Take in what has been handed in, and end."""
+        """Receive the results that ranks have handed in, then end."""
         self._leave.set()
         self.join()
 
     def raise_error(self) -> None:
-        """Raise what ended it, if that was an error."""
+        """Raise the error that ended the thread, if there was one."""
         if self._error is not None:
             raise self._error
 
     def run(self) -> None:
-        """Until all is written and everybody has left."""
+        """Work until everything is written and all ranks have left."""
         try:
             with reached():
                 self._work()
@@ -109,16 +109,16 @@ class Clerk(Thread):
                 if (lost := self._lost()) is not None:
                     self._receive_past_gaps()
                     raise EndoRewardError(
-                        f"rank {lost} has not been heard of for {LOST / 60:.0f} minutes: what the others finished is "
-                        "kept; --resume goes on"
+                        f"rank {lost} has sent no heartbeat for {LOST / 60:.0f} minutes. The output keeps what the "
+                        "others finished: continue with --resume"
                     )
                 self._leave.wait(PAUSE)
-            # A store may end with rank 0, and they still speak to it.
-            everybody = [left_key(rank) for rank in self._signs]
+            # The store may end with rank 0, and the other ranks still use it.
+            everybody = [left_key(rank) for rank in self._heartbeats]
             while not self._board.has(*everybody) and self._lost() is None and not self._leave.wait(PAUSE):
                 pass
         finally:
-            self._board.put(END, b"0")  # nobody waits for what does not come
+            self._board.put(END, b"0")  # so that no rank waits for another window
 
     def _deal(self) -> None:
         while not self._all_dealt and self._dealt < self._output.due + self._ahead:
@@ -131,7 +131,7 @@ class Clerk(Thread):
                 self._dealt += 1
 
     def _receive(self) -> bool:
-        """Whether the next was handed in; it is written where all before it are."""
+        """Return whether the next result was handed in. It is written once all before it are."""
         key = result_key(self._received + 1)
         if not self._board.has(key):
             return False
@@ -140,21 +140,21 @@ class Clerk(Thread):
         return True
 
     def _receive_past_gaps(self) -> None:
-        """A rank that died while it handed in left a gap."""
+        """Receive all results. A rank that died while it handed one in left a gap."""
         while self._received < self._board.count(HANDED_IN, 0):
             if not self._receive():
                 self._received += 1
 
     def _lost(self) -> int | None:
-        """A rank that has not been heard of for too long, and has not left."""
+        """Return a rank that has sent no heartbeat for LOST seconds and has not left, or None."""
         now = time.monotonic()
         if now < self._next_look:
             return None
         self._next_look = now + BEAT
-        for rank, (before, since) in self._signs.items():
+        for rank, (before, since) in self._heartbeats.items():
             beats = self._board.count(beats_key(rank), 0)
             if beats != before:
-                self._signs[rank] = (beats, now)
+                self._heartbeats[rank] = (beats, now)
             elif now - since > LOST and not self._board.has(left_key(rank)):
                 return rank
         return None

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP: what is scored is written, and the command that goes on is said."""
+"""Handle Ctrl-C, SIGTERM and SIGHUP: write what is scored, and print the command that continues the run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from .monitor import Monitor, one_line
 from .sink import Sink
 
 ENDS = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
-"""what a terminal that is closed, or whoever runs the machine, sends"""
+"""signals of a closed terminal and of cluster schedulers"""
 
 
 def command_that_goes_on(arguments: Sequence[str]) -> str:
-    """The command line of `arguments`, as a shell takes it, with --resume and without --overwrite."""
+    """Return the shell command of `arguments`, with --resume and without --overwrite."""
     given = [argument for argument in arguments if argument != "--overwrite"]
     if "--resume" not in given:
         given.insert(given.index("--") if "--" in given else len(given), "--resume")
@@ -29,7 +29,7 @@ def command_that_goes_on(arguments: Sequence[str]) -> str:
 
 
 def _program() -> str:
-    """What the arguments stand behind: the launch, where this process is one of several."""
+    """Return the program and, if this is one of several processes, its launcher."""
     size, here = (os.environ.get(name, "1") for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if size != "1":
         launch = f"torchrun --nproc-per-node {here}" if here == size else "your launcher on each machine, as before,"
@@ -39,7 +39,7 @@ def _program() -> str:
 
 
 def _quoted(argument: str) -> str:
-    """For a shell, and such that a message of one line keeps it."""
+    """Quote for a shell, without line breaks or control characters."""
     if one_line(argument) == argument:
         return shlex.quote(argument)
     return f"$'{''.join(map(_escaped, argument))}'"
@@ -55,21 +55,20 @@ def _escaped(character: str) -> str:
 
 @contextmanager
 def going_on(arguments: Sequence[str], sink: Sink, monitor: Monitor) -> Iterator[None]:
-    """Says how to go on with what `sink` holds, where what is inside is interrupted."""
+    """If the block is interrupted, print the command that continues the run."""
     try:
         with signals_end():
             yield
     except (KeyboardInterrupt, SystemExit):
         if sink.begun:
-            monitor.say(f"{sink.name} keeps what is scored; to go on: {command_that_goes_on(arguments)}")
+            monitor.say(f"{sink.name} keeps the rows scored so far. To continue: {command_that_goes_on(arguments)}")
         raise
 
 
 @contextmanager
 def signals_end() -> Iterator[None]:
-    """SIGTERM, and SIGHUP unless it is ignored (nohup), end this process by SystemExit meanwhile, so that what is
-    scored is written."""
-    if threading.current_thread() is not threading.main_thread():  # where Python takes no handler
+    """Turn SIGTERM, and SIGHUP unless it is ignored (nohup), into SystemExit, so that what is scored is written."""
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
     numbers = [number for number in ENDS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -87,8 +86,10 @@ def _end(number: int, frame: Any) -> None:
 
 @contextmanager
 def kept_until_written() -> Iterator[list[BaseException]]:
-    """Keeps what ends the work inside: Ctrl-C, a signal, an EndoRewardError. What was computed is written before it is
-    raised again by `end`."""
+    """Catch what ends the block (Ctrl-C, a signal, an EndoRewardError) and keep it in the list that is yielded.
+
+    The caller writes what was computed, then calls `end`, which raises the exception again.
+    """
     ended: list[BaseException] = []
     try:
         with signals_end():
@@ -98,6 +99,6 @@ def kept_until_written() -> Iterator[list[BaseException]]:
 
 
 def end(ended: Sequence[BaseException]) -> None:
-    """Raise the first of what `kept_until_written` kept, if that is anything."""
+    """Raise the first exception that `kept_until_written` kept, if any."""
     for error in ended:
         raise error

@@ -1,4 +1,4 @@
-"""What `score` and `rank` do with a window of rows, wherever that happens: here, in another rank, in an actor."""
+"""Score or rank a window of rows, in any place: in this process, in another rank, or in a Ray actor."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from .sink import to_line
 
 ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {"score": pipeline.scored_row, "rank": pipeline.ranked_row}
 Write = Callable[[str], None]
-"""takes one line of results"""
+"""writes one line of results"""
 Engine = Callable[[Iterator[list[Item]], Write, Monitor], None]
-"""(windows, write, monitor): every row of the windows scored, and written in their order"""
+"""(windows, write, monitor): scores every row of the windows and writes them in order"""
 
 
 @dataclass
 class Finished:
-    """A window's rows as they are written, on their way to who writes them."""
+    """The finished rows of a window, as they travel to the process that writes them."""
 
     number: int
-    """of the window in the input, from 0"""
+    """number of the window in the input, from 0"""
     rows: list[tuple[str, str, str | None]] = field(default_factory=list)
-    """line, where the row stood, what is wrong with it"""
+    """(line to write, place of the row in the input, error or None)"""
     tokens: int = 0
     stopped: str | None = None
-    """why there are no more"""
+    """the error that stopped the window, if one did"""
     notes: list[str] = field(default_factory=list)
     """warnings"""
 
     def to_json(self) -> str:
-        """One text."""
+        """Return the window as JSON text."""
         return json.dumps([self.number, self.rows, self.tokens, self.stopped, self.notes])
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Finished:
-        """And back."""
+        """Read the text of `to_json`."""
         number, rows, tokens, stopped, notes = json.loads(text)
         return cls(number, [(line, where, problem) for line, where, problem in rows], tokens, stopped, notes)
 
     def hand_on(self, write: Write, monitor: Monitor) -> None:
-        """Write the rows. Raises EndoRewardError where it was stopped."""
+        """Write the rows. Raises EndoRewardError if the window was stopped."""
         for note in self.notes:
             monitor.note(note)
         for line, where, problem in self.rows:
@@ -59,35 +59,35 @@ class Finished:
         if self.stopped:
             raise EndoRewardError(self.stopped)
 
-    # As a Monitor, while the window is scored:
+    # While the window is scored, this object takes the place of a Monitor:
     def on_tokens(self, count: int) -> None:
-        """`count` more tokens went through the model."""
+        """Count `count` more tokens of the model."""
         self.tokens += count
 
     def advance(self, rows: int) -> None:
-        """Nothing to draw here."""
+        """Do nothing: there is no bar to move."""
 
     def on_row(self, where: str, error: str | None) -> None:
-        """The row of the last line is done."""
+        """Complete the row of the last line."""
         line, *_ = self.rows[-1]
         self.rows[-1] = (line, where, error)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is done with every row. Plain data: it travels to other processes."""
+    """The command, its flags and how to score with them. Plain data, because it travels to other processes."""
 
     command: str
-    """of ANSWERS"""
+    """a key of ANSWERS"""
     flags: EngineFlags
     per_token: bool = False
 
     def load(self) -> Scorer:
-        """The model. Call it after the cheap checks."""
+        """Load the model. Call this after the cheap checks."""
         return pipeline.load_scorer(self.flags)
 
     def score(self, items: list[Item], scorer: Scorer, write: Write, monitor: Monitor | Finished) -> None:
-        """One window, each row written as soon as all before it are done."""
+        """Score one window. Each row is written as soon as all rows before it are done."""
         answer, options = ANSWERS[self.command], {**self.flags.scoring(), "per_token": self.per_token}
         pipeline.score_items(
             items, scorer, options, lambda item: write(to_line(answer(item, per_token=self.per_token))), monitor,
@@ -95,7 +95,7 @@ class Job:
         )  # fmt: skip
 
     def finish(self, number: int, items: list[Item], scorer: Scorer) -> Finished:
-        """Window `number`, kept for who writes it; an EndoRewardError is part of it."""
+        """Score window `number` and return its rows. An EndoRewardError is kept in the result, not raised."""
         found = Finished(number)
         try:
             with warnings_to(found.notes.append):
@@ -106,16 +106,19 @@ class Job:
 
 
 class InOrder:
-    """Finished windows, in whatever order they come, on their way into the output in the order of the input."""
+    """Takes finished windows in any order and writes them in the order of the input."""
 
     def __init__(self, write: Write, monitor: Monitor) -> None:
         self._write, self._monitor = write, monitor
         self._waiting: dict[int, Finished] = {}
         self.due = 0
-        """the number of the next to be written"""
+        """the number of the next window to write"""
 
     def add(self, finished: Finished) -> None:
-        """Write it once all before it are. Raises EndoRewardError: it was stopped, or cannot be written; no more is."""
+        """Write the window once all before it are written.
+
+        Raises EndoRewardError if a window was stopped or cannot be written. Then the waiting windows are dropped.
+        """
         self._waiting[finished.number] = finished
         try:
             while self.due in self._waiting:
@@ -126,7 +129,7 @@ class InOrder:
             raise
 
     def keep(self) -> None:
-        """Write what waits, past what is missing: nothing more comes, and --resume fills holes."""
+        """Write the waiting windows in spite of gaps. Call this when no more come; --resume fills the gaps."""
         for number in sorted(self._waiting):
             finished = self._waiting.pop(number)
             replace(finished, stopped=None).hand_on(self._write, self._monitor)
@@ -134,7 +137,7 @@ class InOrder:
 
 @contextmanager
 def warnings_to(tell: Callable[[str], None]) -> Iterator[None]:
-    """Python's warnings inside go to `tell`, at the end."""
+    """Pass the block's Python warnings to `tell` when it ends."""
     with warnings.catch_warnings(record=True) as caught:
         try:
             yield
@@ -144,11 +147,11 @@ def warnings_to(tell: Callable[[str], None]) -> Iterator[None]:
 
 
 def nothing_left(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
-    """The Engine that needs no model: all is done already."""
+    """Do nothing: the Engine for a run whose rows are all done. It needs no model."""
 
 
 def here(job: Job) -> Engine:
-    """In this process."""
+    """Load the model and return the Engine that scores in this process."""
     scorer = job.load()
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
@@ -160,12 +163,12 @@ def here(job: Job) -> Engine:
 
 
 class Windows:
-    """Iterates over windows up to the EndoRewardError that reading them may end with, which is kept as `error`."""
+    """Iterates over windows. If reading raises an EndoRewardError, iteration ends and `error` keeps it."""
 
     def __init__(self, windows: Iterator[list[Item]]) -> None:
         self._windows = windows
         self.count = 0
-        """read so far"""
+        """windows read so far"""
         self.error: EndoRewardError | None = None
 
     def __iter__(self) -> Iterator[list[Item]]:
@@ -177,15 +180,15 @@ class Windows:
             self.error = error
 
     def raise_error(self) -> None:
-        """Once what came before it is written."""
+        """Raise the error of reading, if there was one. Call this when the windows before it are written."""
         if self.error is not None:
             raise self.error
 
 
 def note_idle(monitor: Monitor, windows: int, workers: int, name: str) -> None:
-    """Say so if there were fewer windows than `workers`."""
+    """Print a note if there were fewer windows than `workers`."""
     if windows < workers:
         monitor.note(
-            f"only {windows} of {workers} {name} had rows: each takes about {pipeline.WINDOW} characters for every "
-            "token of a batch at a time; with a smaller --max-tokens-per-batch more of them share"
+            f"only {windows} of {workers} {name} had rows. Each takes about {pipeline.WINDOW} characters per token of "
+            "a batch at a time: to use more of them, lower --max-tokens-per-batch"
         )

@@ -1,4 +1,4 @@
-"""Progress, notes and errors of rows, on standard error."""
+"""Print progress, notes and row errors on standard error."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ import time
 from types import TracebackType
 from typing import Any
 
-ERRORS_SHOWN = 20  # row errors named on standard error; the others are counted
+ERRORS_SHOWN = 20  # row errors to print; later ones are only counted
 
 
 class Monitor:
-    """Progress, notes and row errors on standard error.
+    """Prints progress, notes and row errors on standard error, and a summary when its context ends.
 
-    A bar is drawn only if standard error is a terminal and results do not go to that terminal too. `quiet`
-    leaves the errors alone. At the end of its context it says what was done. `total`: rows, each as often as there are
-    `passes`.
+    It draws a bar only if standard error is a terminal and results do not go there too. `quiet` prints errors only.
+    `total` is the number of rows times the number of `passes` over them.
     """
 
     def __init__(
@@ -47,26 +46,26 @@ class Monitor:
 
     @property
     def seconds(self) -> float:
-        """Since the start of the work."""
+        """Seconds since the start of the context."""
         return time.perf_counter() - self._started
 
     @property
     def rate(self) -> float:
-        """Tokens through the model per second so far."""
+        """Tokens per second so far."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def on_tokens(self, count: int) -> None:
-        """`count` more tokens went through the model."""
+        """Count `count` more tokens of the model."""
         self.tokens += count
         self._show()
 
     def advance(self, rows: int) -> None:
-        """The model is done with `rows` more, though an earlier row may still hold them back."""
+        """Move the bar by `rows` scored rows, which may still wait for an earlier row before they are written."""
         self._done += rows
         self._show()
 
     def on_row(self, where: str, error: str | None) -> None:
-        """One more row is written; an error is named at once."""
+        """Count a written row and print its error, if any."""
         self.rows += 1
         if error:
             self.failed += 1
@@ -81,13 +80,13 @@ class Monitor:
             self._progress.update(self._bar, completed=self._done, rate=f"{self.rate:,.0f} tokens/s")
 
     def note(self, text: str) -> None:
-        """Say `text`, once, unless quiet."""
+        """Print `text` unless quiet; only once if called again with the same text."""
         if not self.quiet and text not in self._noted:
             self._noted.add(text)
             self.say(text)
 
     def say(self, text: str) -> None:
-        """Say `text` on standard error, above the bar."""
+        """Print `text` on standard error, above the bar."""
         line = f"endoreward: {one_line(text)}"
         if self._progress:
             self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -95,7 +94,7 @@ class Monitor:
             print(line, file=sys.stderr, flush=True)
 
     def _summary(self, prefix: str) -> None:
-        """What was done, in how long; how many rows failed (said even when quiet)."""
+        """Print what was done, in what time, and, even if quiet, how many rows failed."""
         of = self._of if prefix and self._of is not None else self.rows
         self.note(
             f"{prefix}scored {self.rows - self.failed} of {of} rows, {self.tokens:,} tokens "
@@ -110,27 +109,27 @@ class Monitor:
 
 
 class Aside:
-    """A Monitor's view of the same rows once more, by another scorer: what fails is named and counted apart."""
+    """Reports another scorer's pass over the same rows to a Monitor, which counts its errors separately."""
 
     def __init__(self, monitor: Monitor, name: str) -> None:
         self._monitor, self._name = monitor, name
         self.on_tokens, self.advance = monitor.on_tokens, monitor.advance
 
     def on_row(self, where: str, error: str | None) -> None:
-        """One more row is written; an error is named at once."""
+        """Count and print the row's error, if any."""
         if error:
             self._monitor.missed += 1
             self._monitor._say_error(f"{where}: {self._name}: {error}")
 
 
 def say(text: str) -> None:
-    """Write `text` on standard output; what its encoding has no spelling for, as an escape."""
+    """Write `text` to standard output. Characters that its encoding lacks are escaped."""
     encoding = sys.stdout.encoding or "utf-8"
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks or control characters."""
+    """Return `text` without line breaks and control characters."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 

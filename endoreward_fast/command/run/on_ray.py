@@ -1,7 +1,7 @@
-"""`--engine ray`: windows of rows, which the command has read, over the actors of a Ray cluster, by Ray Data.
+"""`--engine ray`: the command reads windows of rows, and Ray Data distributes them over the actors of a Ray cluster.
 
-So the command takes every format that it takes elsewhere, and writes in the order of the input. Written against Ray
-2.60.
+Because the command reads and writes, Ray runs take the same formats and keep the order of the input. Written against
+Ray 2.60.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from .pipeline import Item
 PATIENCE = 10.0
 """seconds to wait for a cluster to answer"""
 RETRIES = 3
-"""of a window whose actor died under it: Ray's own number has no end, and rows may be what kills it"""
+"""retries of a window whose actor died; Ray's default is unlimited, but the rows themselves may kill every actor"""
 
 
 class ScoreWindow:
-    """The actor of `on_ray`: {"number": of a window, "items": pickled} -> {"finished": their lines}."""
+    """The actor of `on_ray`: {"number": window number, "items": pickled items} -> {"finished": JSON of Finished}."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -36,7 +36,7 @@ class ScoreWindow:
         try:
             with warnings_to(self.notes.append):
                 self.scorer = job.load()
-        except EndoRewardError as error:  # told with the first window: Ray would start this actor again and again
+        except EndoRewardError as error:  # returned with the first window: if raised, Ray restarts the actor forever
             self.refusal = str(error)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -49,10 +49,10 @@ class ScoreWindow:
 
 
 def on_ray(job: Job, flags: EngineFlags) -> Engine:
-    """Windows of rows over the actors of a Ray cluster: RAY_ADDRESS, or the one of this machine, or one started here.
+    """Return the Engine that scores on a Ray cluster: RAY_ADDRESS, a cluster on this machine, or a new one here.
 
-    Ray holds the windows in its object store, which spills to disk. Raises EndoRewardError: actors that the cluster has
-    no room for.
+    Ray holds the windows in its object store, which spills to disk. Raises EndoRewardError if the cluster cannot be
+    reached or has no room for the actors.
     """
     import ray
 
@@ -61,8 +61,8 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
         _look_for(os.environ.get("RAY_ADDRESS", ""))
         try:
             ray.init(logging_level="error", log_to_driver=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:  # RAY_ADDRESS names none, or is no address
-            raise EndoRewardError(f"--engine ray: {error} (RAY_ADDRESS)") from error
+        except (ConnectionError, ValueError, RuntimeError) as error:  # RAY_ADDRESS has no cluster, or is no address
+            raise EndoRewardError(f"--engine ray: {str(error).rstrip('.')}: check RAY_ADDRESS") from error
     size = actors(flags, [node["Resources"] for node in ray.nodes() if node["Alive"]])
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
@@ -70,7 +70,7 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
         packed = [{"number": number, "items": pickle.dumps(items)} for number, items in enumerate(read)]
         note_idle(monitor, read.count, size["actors"], "actors")
         try:
-            # Ray prints of actors that died, between rows on their way out.
+            # Ray prints about dead actors on standard output, which may hold results.
             with contextlib.redirect_stdout(sys.stderr):
                 for finished in _finished(packed, job, **size):
                     output.add(Finished.from_json(finished))
@@ -84,29 +84,29 @@ def on_ray(job: Job, flags: EngineFlags) -> Engine:
 
 
 def _look_for(address: str) -> None:
-    """EndoRewardError where no machine answers at `address`: Ray tries for minutes, and says so to itself."""
+    """Raise EndoRewardError if no machine answers at `address`. Ray would retry for minutes without a message."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not (host and port.isdecimal()):
-        return  # none is named, or "auto", or none at all, which Ray says
+        return  # empty, "auto", or not an address, which Ray reports
     try:
         socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise EndoRewardError(f"--engine ray: nothing answers at {address} (RAY_ADDRESS): {reason}") from None
+        raise EndoRewardError(f"--engine ray: nothing answers at {address} ({reason}): check RAY_ADDRESS") from None
 
 
 def _finished(packed: list[dict[str, Any]], job: Job, actors: int, num_gpus: float, num_cpus: float) -> Iterator[str]:
-    """What ScoreWindow makes of each window, as they come."""
+    """Yield the results of ScoreWindow in the order in which they finish."""
     import ray.data
 
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.ERROR)  # the command has a bar and words of its own; Ray's log files keep theirs
+            handler.setLevel(logging.ERROR)  # the command shows its own progress; Ray's log files stay complete
     data = ray.data.from_items(packed, override_num_blocks=len(packed))
     data.context.enable_progress_bars = False
     pool = ray.data.ActorPoolStrategy(size=min(actors, len(packed)))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # and Ray below 2.64 is asked for
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")  # the extra requires Ray below 2.64
         scored = data.map(
             ScoreWindow, fn_constructor_args=(job,), compute=pool, num_gpus=num_gpus, num_cpus=num_cpus,
             max_task_retries=RETRIES,
@@ -120,10 +120,10 @@ def _finished(packed: list[dict[str, Any]], job: Job, actors: int, num_gpus: flo
 
 
 def actors(flags: EngineFlags, nodes: list[dict[str, float]]) -> dict[str, Any]:
-    """How many actors of which size: by default one a GPU, or one a machine where there is none.
+    """Return the number of actors and their size. Default: one per GPU, or per machine if there is no GPU.
 
-    `nodes`: what each machine that is up has, as Ray names it (CPU, GPU). Raises EndoRewardError for more than there is
-    room for: Ray would wait for machines to come.
+    `nodes` holds each live machine's resources under Ray's names (CPU, GPU). Raises EndoRewardError if the actors
+    do not fit, because Ray would wait for machines to join.
     """
     gpus = any(node.get("GPU") for node in nodes)
     each = flags.gpus_per_actor if flags.gpus_per_actor is not None else float(gpus)
@@ -134,16 +134,16 @@ def actors(flags: EngineFlags, nodes: list[dict[str, float]]) -> dict[str, Any]:
     if count > room:
         raise EndoRewardError(
             f"--actors {count} with --gpus-per-actor {each:g} and --cpus-per-actor {flags.cpus_per_actor:g}: "
-            f"the cluster has room for {room}"
+            f"the cluster has room for {room}: lower one of them"
         )
     return {"actors": count, "num_gpus": each, "num_cpus": flags.cpus_per_actor}
 
 
 def _on_gpus(gpus: float, each: float) -> int:
-    """An actor with less than a GPU does not stand on two of them."""
+    """Return how many actors fit on `gpus`. An actor with a fraction of a GPU cannot span two."""
     return int(gpus) * _times(1, each) if 0 < each < 1 else _times(gpus, each)
 
 
 def _times(there: float, each: float) -> int:
-    """How often `each` fits; 1 / 0.1 is 10, and 1 // 0.1 is 9."""
+    """Return how often `each` fits into `there`. Not by //: 1 // 0.1 is 9."""
     return int(there / each + 1e-6) if each else sys.maxsize

@@ -1,4 +1,4 @@
-"""Rows through the model: read by the window, scored in batches of like length, handed on in input order."""
+"""Pass rows through the model: read windows, score batches of similar length, write in the order of the input."""
 
 from __future__ import annotations
 
@@ -27,26 +27,24 @@ if TYPE_CHECKING:
     from ..flags.options import EvalFlags, ModelFlags, RowFlags
 
 WINDOW = 32
-"""Characters sorted by length together, per token of a batch: at four characters a token eight batches, enough to
-fill them evenly and few enough to write results early"""
-
-
+"""Characters of a window per token of a batch. At four characters per token, a window fills eight batches: enough to
+sort rows by length, and few enough to write results early"""
 NO_MODEL = (
-    f"no --model: scored by {POCKET}, the embedded demonstration model of 3 million weights; name yours by --model"
+    f"no --model: using {POCKET}, the embedded demonstration model with 3 million weights; name yours with --model"
 )
 
 
 class Scorer(Protocol):
-    """What of EndoRewardModel is used here."""
+    """The part of EndoRewardModel that the command uses."""
 
     def iter_scores(
         self, rows: list[dict[str, Any]], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
     ) -> Iterator[tuple[int, RowScore]]:
-        """(position in rows, score) as batches finish, in any order."""
+        """Yield (position in rows, score) as batches finish, in any order."""
 
 
 def load_scorer(flags: ModelFlags) -> Scorer:
-    """The model that `flags` name. Imports torch and transformers: call it after the cheap checks."""
+    """Load the model that `flags` name. Imports torch and transformers: call this after the cheap checks."""
     from ...model.model import EndoRewardModel
 
     _quieten(flags)
@@ -54,7 +52,7 @@ def load_scorer(flags: ModelFlags) -> Scorer:
 
 
 def load_reward_model(flags: ModelFlags, name: str) -> Scorer:
-    """The trained reward model `name`, in the same dtype and on the same device."""
+    """Load the trained reward model `name`, with the dtype and device of `flags`."""
     from ...rivals.reward_model import RewardModel
 
     _quieten(flags)
@@ -62,7 +60,7 @@ def load_reward_model(flags: ModelFlags, name: str) -> Scorer:
 
 
 def refuse_other_models(flags: EvalFlags) -> None:
-    """Raise EndoRewardError where what --model is compared with is no such model: before the first of them is read."""
+    """Raise EndoRewardError if --reference-model or --reward-model is the wrong kind of model. Loads no weights."""
     from ...model.loading import refuse_other_models
 
     _quieten(flags)
@@ -70,14 +68,14 @@ def refuse_other_models(flags: EvalFlags) -> None:
 
 
 def load_judges(names: Iterable[str], scorer: Scorer) -> dict[str, Any]:
-    """The model that `scorer` is as its own judge, in each of the ways named."""
+    """Return judges of the kinds named; each asks the model of `scorer`."""
     from ...rivals.judges import JUDGES
 
     return {name: JUDGES[name](scorer) for name in names}
 
 
 def before_loading(flags: ModelFlags) -> None:
-    """Call it between the cheap checks and loading: says which model scores where the command line named none."""
+    """Print which model scores if the command line named none. Call this after the cheap checks, before loading."""
     if flags.model_by_default and not flags.quiet:
         print(f"endoreward: {NO_MODEL}", file=sys.stderr, flush=True)
 
@@ -93,14 +91,14 @@ def _quieten(flags: ModelFlags) -> None:
 
 @dataclass
 class Item:
-    """One row on its way: its samples and, as they come, their scores."""
+    """One row with its samples and the scores that have arrived."""
 
     record: Record
     task: Task | None
     error: str | None = None
     """why the row as a whole has no score"""
     unusable: bool = False
-    """whether that is because of its columns"""
+    """whether `error` is about missing columns"""
     results: dict[int, RowScore] = field(default_factory=dict)
 
     @property
@@ -108,7 +106,7 @@ class Item:
         return self.task is None or len(self.results) == len(self.task.samples)
 
     def problem(self, position: int, signal: str | None = None) -> str | None:
-        """Why the sample at `position` has no score, or no such signal; or None."""
+        """Return why the sample at `position` has no score (or `signal`), or None."""
         result, score = self.results[position], self._value(position, signal)
         if self.says_nothing(position):
             return None
@@ -117,11 +115,11 @@ class Item:
         return result.error
 
     def says_nothing(self, position: int) -> bool:
-        """Whether the sample at `position` is empty and without a score: that is no problem, but always the worst."""
+        """Return whether the sample at `position` is empty and has no score. That is no error; it ranks last."""
         return self.results[position].error == NOTHING_TO_SCORE
 
     def score(self, position: int, signal: str | None = None) -> float | None:
-        """The score (or signal) of the sample at `position`; None where there is none."""
+        """Return the score (or `signal`) of the sample at `position`, or None."""
         return None if self.problem(position, signal) else self._value(position, signal)
 
     def _value(self, position: int, signal: str | None) -> float | None:
@@ -130,25 +128,25 @@ class Item:
 
     @property
     def first_problem(self) -> str | None:
-        """One line for the whole row, or None."""
+        """Why the row has no complete score, in one line, or None."""
         return self.trouble()
 
     def trouble(self, signal: str | None = None) -> str | None:
-        """The same for a signal."""
+        """Return why the row has no complete score (or `signal`), or None."""
         if self.task is None:
             return self.error
         return next((problem for i in range(len(self.task.samples)) if (problem := self.problem(i, signal))), None)
 
     def again(self) -> Item:
-        """The same row for another scorer."""
+        """Return the same row without scores, for another scorer."""
         return replace(self, results={})
 
 
 def windows(source: Source, command: str, flags: RowFlags) -> Iterator[list[Item]]:
-    """The rows of `source`, planned, in lists of about WINDOW characters for every token of a batch.
+    """Yield the rows of `source` in windows of about WINDOW characters per token of a batch.
 
-    Where reading fails, or in strict mode a row cannot be used, the rows before it come first and then the
-    EndoRewardError.
+    If reading fails, or a row is unusable in strict mode, the rows before it are yielded first. Then EndoRewardError is
+    raised.
     """
     items: list[Item] = []
     size, full = 0, WINDOW * flags.max_tokens_per_batch
@@ -180,20 +178,20 @@ def _item(record: Record, command: str) -> Item:
 
 
 def check_usable(items: list[Item], name: str) -> None:
-    """Raise EndoRewardError if none of the first rows can be scored, before a model is loaded for nothing."""
+    """Raise EndoRewardError if none of the first rows can be scored. Call this before a model is loaded."""
     if all(item.task is None for item in items):
         worst = next((item for item in items if item.unusable), items[0])
         raise EndoRewardError(f"{name}: {worst.record.where}: {worst.error}")
 
 
 def peek(batches: Iterator[list[Item]]) -> tuple[list[Item], Iterator[list[Item]]]:
-    """The first of `batches`, read now; empty where there is none. And all of them."""
+    """Read the first batch. Returns that batch, or [] if there is none, and an iterator over all batches."""
     first = next(batches, [])
     return first, itertools.chain([first] if first else (), batches)
 
 
 def checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
-    """`batches`, of which the first is read and found usable now: before a model is loaded."""
+    """Read and check the first batch now, before a model is loaded. Returns an iterator over all batches."""
     first, batches = peek(batches)
     check_usable(first, name)
     return batches
@@ -210,10 +208,10 @@ def score_items(
 ) -> None:
     """Score one window and `write` its rows in order, each as soon as all before it are done.
 
-    Whatever stops it (Ctrl-C, an error), every row that is completely scored is written first.
+    If Ctrl-C or an error stops it, every row that is completely scored is written first.
     """
     owners = [(item, i) for item in items if item.task for i in range(len(item.task.samples))]
-    # Whoever compares completions with each other does so within a row.
+    # Scorers that compare completions compare those of one group: a row.
     samples = [{**sample, "group": n} for n, item in enumerate(items) if item.task for sample in item.task.samples]
     waiting = deque(items)
     monitor.advance(sum(item.done for item in items))
@@ -227,7 +225,7 @@ def score_items(
             item, i = owners[position]
             item.results[i] = result
             if strict and (problem := item.problem(i)):
-                del item.results[i]  # it is not written: to --resume it is not done
+                del item.results[i]  # the row stays incomplete, so it is not written and --resume repeats it
                 raise EndoRewardError(f"{item.record.where}: {problem} (--strict: stopped here)")
             monitor.advance(item.done)
             while waiting and waiting[0].done:
@@ -239,7 +237,7 @@ def score_items(
 
 
 def scored_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
-    """The row with `score` and, where there is something to say, `flags` and `error` in the score's shape."""
+    """Return the row with `score` and, if there are any, `flags` and `error` in the shape of the score."""
     if item.task is None:
         return _with_columns(item, {"score": None}, None, per_token)
     layout = item.task.layout
@@ -247,7 +245,7 @@ def scored_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
 
 
 def ranked_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
-    """The row with `scores`, `ranking` (positions, best first; ties in input order) and `best`."""
+    """Return the row with `scores`, `ranking` (positions, best first; ties in input order) and `best`."""
     if item.task is None:
         return _with_columns(item, {"scores": None, "ranking": None, "best": None}, None, per_token)
     samples = item.task.samples
@@ -279,16 +277,16 @@ def _with_columns(item: Item, new: dict[str, Any], layout: Any, per_token: bool)
 
 
 def _kept_as(name: str, new: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """An input column's name beside the new ones: one of the same name (a file scored before) stays, as input_..."""
+    """Return the name of an input column in the output: input_... if a new column (a file scored before) takes it."""
     taken = name in new
     while taken:
         name = f"input_{name}"
-        taken = name in row  # scored twice before
+        taken = name in row  # the file was scored twice before
     return name
 
 
 def _token_table(result: RowScore) -> dict[str, list[Any]] | None:
-    """Parallel lists, one entry per scored token."""
+    """Return parallel lists with one entry per scored token, or None."""
     if result.tokens is None:
         return None
     columns = {name: list(values) for name, values in vars(result.tokens).items() if values is not None}

@@ -1,10 +1,10 @@
-"""Rows shared by the processes that torchrun or accelerate started (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT).
+"""Share rows between the processes that torchrun or accelerate started (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-Rank 0 alone reads the input and writes the output. It deals windows of rows out by the launcher's own key-value store,
-a few for each rank ahead of what is written; every rank, itself among them, claims the next one, scores it and hands it
-in. A window is scored in the same batches whoever has it, so that scores do not depend on how many ranks there are. A
-rank that dies ends the others (the launcher sees to that, or that it is not heard of any more does); what was handed in
-until then is written, and --resume goes on.
+Only rank 0 reads the input and writes the output. It hands out windows of rows over the launcher's key-value store, a
+few per rank ahead of what is written. Every rank, including rank 0, claims the next window, scores it and hands it in.
+A window is scored in the same batches on every rank, so that scores do not depend on the number of ranks. If a rank
+dies, the launcher ends the others, or rank 0 does when its heartbeats stop. Results handed in by then are written, and
+--resume continues.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True)
 class Rank:
-    """This process among those of its launch."""
+    """The rank of this process in its launch."""
 
     rank: int
     size: int
     local: int
-    """among those of its machine"""
+    """rank on this machine"""
 
     @classmethod
     def from_environment(cls) -> Rank:
-        """Rank 0 of 1 where nothing was launched. EndoRewardError for half a launch."""
+        """Read the launcher's variables; rank 0 of 1 without them. Raises EndoRewardError if they are incomplete."""
         if os.environ.get("WORLD_SIZE", "1") == "1":
             return cls(0, 1, 0)
         absent = next((name for name in LAUNCHED if name not in os.environ), None)
         if absent:
             raise EndoRewardError(
-                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {absent} is not set: start it by torchrun or "
+                f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {absent} is not set: start with torchrun or "
                 "accelerate launch, or unset WORLD_SIZE"
             )
         found = cls(*(_number(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
         if not found.rank < found.size:
-            raise EndoRewardError(f"RANK is {found.rank} where WORLD_SIZE is {found.size}: they count from 0")
+            raise EndoRewardError(f"RANK is {found.rank}, but WORLD_SIZE is {found.size}: ranks count from 0")
         if not 0 < _number("MASTER_PORT") < 1 << 16:
-            raise EndoRewardError(f"MASTER_PORT is {os.environ['MASTER_PORT']}: ports end at 65535")
+            raise EndoRewardError(f"MASTER_PORT is {os.environ['MASTER_PORT']}: use a port from 1 to 65535")
         return found
 
     @property
     def alone(self) -> bool:
-        """Whether there is nobody to share with."""
+        """Whether this is the only process."""
         return self.size == 1
 
     @property
     def first(self) -> bool:
-        """Whether this one reads the command, writes and speaks."""
+        """Whether this is rank 0, which reads, writes and prints."""
         return self.rank == 0
 
     def flags(self, flags: EngineFlags) -> EngineFlags:
-        """`flags` for this rank: a device of its own, and a word only from the first."""
+        """Return `flags` for this rank: its own GPU, and quiet unless it is rank 0."""
         import torch
 
         device = flags.device
         if torch.cuda.is_available() and device in (None, "auto", "cuda"):
-            # Where the launcher shows each rank its own device alone, that is device 0.
+            # If the launcher makes only one device visible to each rank, that device is 0.
             device = f"cuda:{self.local % torch.cuda.device_count()}"
         return replace(flags, device=device, quiet=flags.quiet or not self.first)
 
@@ -87,18 +87,18 @@ def _number(name: str) -> int:
 
 # ---------------------------------------------------------------- every rank
 def _score(board: Board, job: Job, scorer: Scorer) -> None:
-    """Window after window, until there are no more for this rank."""
+    """Claim and score windows until none is left."""
     while (window := _claimed(board)) is not None:
         finished = job.finish(*window, scorer)
         board.put(result_key(board.count(HANDED_IN)), finished.to_json().encode())
 
 
 def _claimed(board: Board) -> tuple[int, list[Item]] | None:
-    """(number, rows) of the next window that nobody has, once it is dealt out; None where there is none."""
+    """Claim the next window and wait for it. Returns (number, rows), or None if none is left."""
     number = board.count(CLAIMED) - 1
     while not (board.has(END) and int(board.get(END)) <= number):
         if board.has(window_key(number)):
-            # Pickled: a row of Parquet holds what JSON has no spelling for. torch's object collectives do the same.
+            # Pickled, because rows of Parquet may hold values that JSON lacks. torch's object collectives pickle too.
             return number, pickle.loads(board.take(window_key(number)))
         time.sleep(PAUSE)
     return None
@@ -106,17 +106,17 @@ def _claimed(board: Board) -> tuple[int, list[Item]] | None:
 
 # ---------------------------------------------------------------- every rank but the first
 def help_out(job: Job, rank: Rank) -> None:
-    """Score what rank 0 deals out. Raises EndoRewardError: its store, or the model here, is not what it should be."""
+    """Score the windows that rank 0 hands out. Raises EndoRewardError if the store or the model is not rank 0's."""
     with reached():
         board, about = come(Board.of_launch(), rank.rank)
         with heard(board, rank.rank):
             if weights_of(job.flags.model, **job.flags.source) != about["weights"]:
                 raise EndoRewardError(
-                    f"model {job.flags.model!r} is not what rank 0 has by that name: scores would differ"
+                    f"model {job.flags.model!r} has other weights here than on rank 0: use the same on every machine"
                 )
             if not about["idle"]:
                 job = replace(job, flags=replace(rank.flags(job.flags), date=about["date"]))
-                with warnings_to(lambda warning: None):  # the same as rank 0's
+                with warnings_to(lambda warning: None):  # rank 0 prints the same warnings
                     scorer = job.load()
                 _score(board, job, scorer)
         board.put(left_key(rank.rank), b"")
@@ -124,7 +124,7 @@ def help_out(job: Job, rank: Rank) -> None:
 
 # ---------------------------------------------------------------- rank 0
 def lead(job: Job, rank: Rank, weights: str, *, idle: bool) -> Engine:
-    """Rank 0's part. `weights`: of its model; `idle`: nothing is left to score."""
+    """Start the attempt on rank 0 and return its Engine. `weights`: hash of the model's; `idle`: no rows are left."""
     with reached():
         board = call(Board.of_launch(), rank.size, {"weights": weights, "idle": idle, "date": job.flags.date})
     job = replace(job, flags=rank.flags(job.flags))
@@ -142,7 +142,7 @@ def lead(job: Job, rank: Rank, weights: str, *, idle: bool) -> Engine:
                     _score(board, job, scorer)
                 clerk.join()
         finally:
-            with _signals(signal.SIG_IGN, signal.SIGINT):  # a launcher sends another while this one ends
+            with _signals(signal.SIG_IGN, signal.SIGINT):  # a launcher sends a second signal during the exit
                 clerk.leave()
                 output.keep()
         clerk.raise_error()
@@ -154,13 +154,13 @@ def lead(job: Job, rank: Rank, weights: str, *, idle: bool) -> Engine:
 
 
 def _leave(number: int, frame: Any) -> None:
-    """What was handed in is written when a launcher ends the ranks, as it does when one has died."""
+    """Raise SystemExit, so that results are written when the launcher ends the ranks because one died."""
     raise SystemExit(128 + number)
 
 
 @contextmanager
 def _signals(handler: Any, *more: signal.Signals) -> Iterator[None]:
-    """SIGTERM, and `more`, go to `handler` meanwhile."""
+    """Let `handler` take SIGTERM and `more` during the block."""
     before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, *more)}
     try:
         yield

@@ -1,9 +1,9 @@
-"""Going on with a run that was cut off: which rows its output holds already, and whether it was made the same way.
+"""Continue an interrupted run: find the rows that its output already holds, and check that its settings were the same.
 
-Beside an output OUT stands OUT.settings.json: what the numbers depend on, and a hash of it. A row is done when it has
-its score; one with an error is tried again. It is known again by a hash of its own columns, or of the one that --id
-names; equal rows are counted, so that each is scored as often as it stands in the input. When all is done, what was
-made up for is moved to where the input has it.
+Each output OUT has a file OUT.settings.json with the settings that the numbers depend on, and their hash. A row is done
+if it has a score; rows with an error are scored again. Rows are recognised by a hash of their own columns, or of the
+column that --id names. Equal rows are counted, so that each is scored as often as the input has it. At the end, rows
+that were added later are moved to their place in the input's order.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from ..input.files import STDIN, Record, Source
 from .sink import PART, plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
-"""columns that a command adds behind the row's own"""
+"""columns that a command adds after the row's own columns"""
 FIRST = {"score": "score", "rank": "scores"}
-"""the first of them, which every row gets"""
+"""the first added column, which every row gets"""
 EXCERPT = 80
-"""characters of a setting that is too long to be said"""
+"""characters that a message quotes of a long setting"""
 IRRELEVANT = frozenset({"model", *SOURCE, "limit", "max_tokens_per_batch", "device"})
-"""where a model is, as a hash of its weights is there; and flags that change a score only by the rounding of matmuls in
-another batch: by 2e-5 in float32, by up to 0.5 in bfloat16 (`EndoRewardModel.score`). Resuming does that anyway, as it
-batches the rows that are left anew; and a run that ran out of memory has to go on with smaller batches"""
+"""settings that may differ. Of the model, only the hash of its weights counts. The other flags change a score only by
+the rounding of matmuls in another batch: by 2e-5 in float32, by up to 0.5 in bfloat16 (`EndoRewardModel.score`).
+Resuming regroups the remaining rows into batches anyway, and a run that ran out of memory needs smaller batches"""
 
 
 def settings_of(command: str, version: str, flags: Mapping[str, Any], per_token: bool, weights: str) -> dict[str, Any]:
-    """What a run was made with. `weights`: what its model's name stood for."""
+    """Return the settings of a run. `weights` is the hash of its model's weights."""
     return {"command": command, "version": version, "per_token": per_token, **flags, "weights": weights}
 
 
 def day_of(output: str | None, *, resume: bool) -> str | None:
-    """The day on which a run's chat template writes its rows: today, or the one that a resumed run began on.
+    """Return the date for the chat template: today, or the day on which a resumed run began.
 
-    None without a file to keep it in.
+    Returns None without an output file, because no settings are kept then.
     """
     if output is None or output == STDIN:
         return None
     if resume:
-        # What is wrong is said where all of it is read.
+        # `_settings_beside` reports errors in this file.
         with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
             found = json.loads(_beside(output).read_text(encoding="utf-8"))["settings"]["date"]
             if isinstance(found, str):
@@ -61,9 +61,10 @@ def day_of(output: str | None, *, resume: bool) -> str | None:
 
 @contextmanager
 def recorded(output: str, settings: Mapping[str, Any]) -> Iterator[None]:
-    """Write OUT.settings.json once what is inside is done: emptying `output`, which is not begun if they cannot be.
+    """Write OUT.settings.json after the block, which empties `output`.
 
-    New settings beside the rows of an earlier run would have --resume take those for this one's.
+    The block does not run if the settings cannot be written. The order matters: with new settings and the rows of an
+    earlier run, --resume would take those rows for this run's.
     """
     final = _beside(output)
     part = final.with_name(f"{final.name}{PART}")
@@ -79,40 +80,42 @@ def recorded(output: str, settings: Mapping[str, Any]) -> Iterator[None]:
         yield
         os.replace(part, final)
     finally:
-        with suppress(OSError):  # it is there no more, or never was
+        with suppress(OSError):  # it was renamed or never created
             part.unlink()
 
 
 @dataclass(frozen=True)
 class Done:
-    """What an output holds of an earlier run."""
+    """The rows of an earlier run in an output."""
 
     rows: Counter[str] = field(default_factory=Counter)
-    """how often each row that has its score stands there, by its key"""
+    """number of rows with a score, by row key"""
     failed: int = 0
-    """rows that have none: they are tried again"""
+    """number of rows without a score, which are scored again"""
 
     @property
     def described(self) -> str:
-        """In words."""
-        again = f", and {self.failed:,} without a score, which are tried again" if self.failed else ""
+        """Return both numbers in words."""
+        again = f", and {self.failed:,} without a score, which are scored again" if self.failed else ""
         return f"{self.rows.total():,} rows of an earlier run{again}"
 
 
 def holds_rows(output: str, settings: Mapping[str, Any]) -> bool:
-    """Whether there is anything in `output`. EndoRewardError if it was made with other settings, weights apart."""
+    """Return whether `output` has rows. Raises EndoRewardError if its settings differ, except for the weights."""
     if not Path(output).exists() or not Path(output).stat().st_size:
-        return False  # settings come with the first row
+        return False  # settings are written with the first row
     before = _settings_beside(output)
     for name in sorted({*before, *settings} - IRRELEVANT - {"weights"}):
         if before.get(name) != settings.get(name):
-            was, now = _apart(repr(before.get(name)), repr(settings.get(name)))
-            raise EndoRewardError(f"--resume: {output} was made with {name}={was}, not {now}: scores would not compare")
+            was, now = _excerpts(repr(before.get(name)), repr(settings.get(name)))
+            raise EndoRewardError(
+                f"--resume: {output} was made with {name}={was}, not {now}: use that value, or name another --output"
+            )
     return True
 
 
-def _apart(was: str, now: str) -> tuple[str, str]:
-    """Two texts; of long ones (a file of tools) what stands about the place where they part."""
+def _excerpts(was: str, now: str) -> tuple[str, str]:
+    """Return both texts. Long ones (a file of tools) are cut around the first difference."""
     parts = next((n for n, (a, b) in enumerate(zip(was, now, strict=False)) if a != b), min(len(was), len(now)))
     start = max(0, parts - EXCERPT // 2)
     cut = (text if len(text) <= 2 * EXCERPT else f"... {text[start : start + EXCERPT]} ..." for text in (was, now))
@@ -120,9 +123,9 @@ def _apart(was: str, now: str) -> tuple[str, str]:
 
 
 def rows_done(output: str, settings: Mapping[str, Any], column: str | None = None) -> Done:
-    """What stands in `output`; nothing if that is not there yet, or empty. A torn last line is cut off.
+    """Return the rows that `output` holds; none if it does not exist or is empty. Cuts off an incomplete last line.
 
-    Raises EndoRewardError: an output without its settings or with others, a line that is no row.
+    Raises EndoRewardError if its settings are missing or differ, or if a line is not a row of results.
     """
     if not holds_rows(output, settings):
         return Done()
@@ -134,7 +137,7 @@ def rows_done(output: str, settings: Mapping[str, Any], column: str | None = Non
             end = 0
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
-                    file.truncate(end)  # it was being written when the run ended
+                    file.truncate(end)  # the run ended while it wrote this line
                     break
                 end += len(line)
                 row, added = _row_of_result(line, settings["command"], f"{output}, line {number}")
@@ -148,27 +151,28 @@ def rows_done(output: str, settings: Mapping[str, Any], column: str | None = Non
 
 
 def lines_done(output: str, command: str) -> Iterator[bytes]:
-    """The lines of `output` that have their scores."""
+    """Yield the lines of `output` that have a score."""
     return (line for line, _, added in _results(output, command) if "error" not in added)
 
 
 def _results(output: str, command: str) -> Iterator[tuple[bytes, dict[str, Any], frozenset[str]]]:
-    """(line, row of the input, columns added to it) of a whole output."""
+    """Yield (line, row of the input, columns added to it) of a complete output."""
     with open(output, "rb") as file:
         for number, line in enumerate(file, 1):
             yield line, *_row_of_result(line, command, f"{output}, line {number}")
 
 
 def in_order(output: str, command: str, order: list[str], column: str | None = None) -> Iterator[bytes] | None:
-    """The lines of `output` in the order of the input, whose rows' keys are `order`; None if they are in it already.
+    """Return the lines of `output` in the order of the input, or None if they are in that order already.
 
-    What --resume makes up for stands behind what was there. A line of no row of this input keeps to the one before it.
+    `order` has the key of each row of the input. --resume adds rows at the end. A line whose row is not in this input
+    stays after the line before it.
     """
     places: dict[str, deque[int]] = defaultdict(deque)
     for number, key in enumerate(order):
         places[key].append(number)
     lines: list[tuple[int, int]] = []
-    """place in the input, and where the line begins"""
+    """(position in the input, offset of the line in bytes)"""
     place, start = -1, 0
     for line, row, _ in _results(output, command):
         if known := places[key_of(row, column)]:
@@ -188,9 +192,9 @@ def _lines_at(output: str, starts: list[int]) -> Iterator[bytes]:
 
 
 def rows_left(source: Source, flags: EngineFlags, done: Counter[str], order: list[str]) -> Source:
-    """The rows of `source` that are not done. One without what --id names is an error: it could not be known again.
+    """Return the rows of `source` that are not done. Rows without the column that --id names get an error.
 
-    `order` gets the key of every row that is read, if some are done.
+    If some rows are done, `order` receives the key of every row read.
     """
     if flags.id is not None:
         source = replace(source, records=_identified(source.records, flags.id))
@@ -203,7 +207,7 @@ def rows_left(source: Source, flags: EngineFlags, done: Counter[str], order: lis
 def _identified(records: Iterator[Record], column: str) -> Iterator[Record]:
     for found in records:
         known = found.row is None or found.row.get(column) is not None
-        yield found if known else replace(found, error=f"it has no {column!r}, the column that --id names")
+        yield found if known else replace(found, error=f"no value in {column!r}, the column that --id names")
 
 
 def _remaining(records: Iterator[Record], done: Counter[str], column: str | None, order: list[str]) -> Iterator[Record]:
@@ -217,8 +221,8 @@ def _remaining(records: Iterator[Record], done: Counter[str], column: str | None
 
 
 def key_of(row: Mapping[str, Any], column: str | None = None) -> str:
-    """A hash of a row of the input, or of one column: the same for it and for what of it is kept in the output."""
-    # A column whose name is taken there is kept as input_..., which these names do without.
+    """Return a hash of a row, or of one of its columns. A row has the same hash in the input and in the output."""
+    # The output keeps a column as input_... if its name is taken, so that prefix is removed.
     own = ((_own_name(name), row[name]) for name in row if column is None or _own_name(name) == _own_name(column))
     return _hash(sorted(json.dumps([name, plain(value)], sort_keys=True) for name, value in own))
 
@@ -231,14 +235,14 @@ def _own_name(name: str) -> str:
 
 
 def _row_of_result(line: bytes, command: str, where: str) -> tuple[dict[str, Any], frozenset[str]]:
-    """What is kept of the row that this line of the output was made of, and which columns were added to it."""
+    """Return the input row that a line of the output keeps, and the names of the columns added to it."""
     first = FIRST[command]
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict) or first not in row:
-        raise EndoRewardError(f"--resume: {where} is not a row of results")
+        raise EndoRewardError(f"--resume: {where} is not a row of results: remove that line, or name another --output")
     names = list(row)
     added = ADDED.intersection(names[names.index(first) :])
     return {name: value for name, value in row.items() if name not in added}, added
@@ -249,14 +253,14 @@ def _hash(value: Any) -> str:
 
 
 def beside(output: str | None) -> tuple[str, ...]:
-    """The files that are written beside an output."""
+    """Return the paths of the files that are written next to an output."""
     if output is None or output == STDIN:
         return ()
     return str(_beside(output)), f"{_beside(output)}{PART}"
 
 
 def _beside(output: str) -> Path:
-    # Beside the file itself: a link to it may come to name another.
+    # Next to the file itself, because a symbolic link to it may change.
     return Path(f"{os.path.realpath(output)}.settings.json")
 
 
@@ -265,7 +269,8 @@ def _settings_beside(output: str) -> dict[str, Any]:
         return dict(json.loads(_beside(output).read_text(encoding="utf-8"))["settings"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise EndoRewardError(
-            f"--resume: {output} is there, but {_beside(output).name} does not say how it was made"
+            f"--resume: {_beside(output).name} is missing or damaged, so the settings of {output} are unknown: "
+            "name another --output"
         ) from None
 
 
@@ -273,4 +278,6 @@ def _refuse_other_weights(output: str, settings: Mapping[str, Any]) -> None:
     before = _settings_beside(output)
     if before.get("weights") != settings["weights"]:
         was, now = (f"{s.get('model')!r} ({s.get('weights')})" for s in (before, settings))
-        raise EndoRewardError(f"--resume: {output} was made with the model {was}, not {now}: scores would not compare")
+        raise EndoRewardError(
+            f"--resume: {output} was made with the model {was}, not {now}: name that model, or another --output"
+        )

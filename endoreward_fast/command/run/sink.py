@@ -1,4 +1,4 @@
-"""Where results and messages go: JSON Lines by the whole line, and progress, on a terminal only."""
+"""Write results as whole lines, without overwriting an input, another run's output or earlier results."""
 
 from __future__ import annotations
 
@@ -20,21 +20,19 @@ UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 STDIN_OPEN, STDOUT, STDERR = 0, 1, 2  # file descriptors
-
-
 PART = ".part"
-"""what the name of a file ends in until it is whole"""
+"""suffix of a file that is not complete"""
 
 
 def compact(value: float, digits: int = 9) -> float:
-    """A float32 as its shortest decimal: 9 significant digits give back every float32 exactly."""
+    """Round to `digits` significant digits. Nine of them identify every float32."""
     return float(f"{value:.{digits}g}")
 
 
 def to_line(row: dict[str, Any]) -> str:
-    """JSON in one line: one to every reader, also to those that break lines where Unicode does.
+    """Return JSON in one line, also for readers that break lines at Unicode's line separators.
 
-    What JSON has no spelling for becomes null (NaN, infinities) or text (dates).
+    NaN and infinities become null, and dates become text, because JSON has neither.
     """
     try:
         text = json.dumps(row, ensure_ascii=False, default=str, allow_nan=False)
@@ -44,19 +42,20 @@ def to_line(row: dict[str, Any]) -> str:
 
 
 def plain(value: Any) -> Any:
-    """`value` as it is read again once it is written."""
+    """Return `value` as a reader gets it from the file."""
     return json.loads(json.dumps(value, default=str), parse_constant=lambda name: None)
 
 
 class Sink:
-    """Output to a path, or to standard output where the path is None or "-".
+    """Writes to a path, or to standard output if the path is None or "-".
 
-    Opening checks that the path can be written, keeps other runs from it, and touches nothing there; the first write
-    empties it, within `emptying()`, or after `append` goes on behind what is there. A device, a pipe or what standard
-    output or error goes to is never emptied. Raises EndoRewardError if the path cannot be written, is one of `inputs`
-    (as is what is written `beside` it), is being written by another run, or holds something, unless `overwrite` or
-    `resume` says what is to become of that
-    (`resume` None: the command has no --resume).
+    Opening checks that the path can be written and locks it against other runs, but changes nothing. The first write
+    empties the file, within the context `emptying()`. After `append`, it adds to the file instead. Devices, pipes and
+    the files behind standard output and error are never emptied.
+
+    Raises EndoRewardError if the path cannot be written, if it or a file `beside` it is one of `inputs`, if another run
+    is writing it, or if it is not empty and neither `overwrite` nor `resume` is set. `resume` is None for commands
+    without --resume.
     """
 
     def __init__(
@@ -68,15 +67,15 @@ class Sink:
         self._created = self._regular = False
         if path is None or path == STDIN or _is_open_as(path, STDOUT):
             if any(_is_read_and_written(i) for i in inputs):
-                raise EndoRewardError("standard output goes to the input, which would never end: name another file")
+                raise EndoRewardError("standard output goes to the input, which would grow forever: use another file")
             self.name, self._file = "standard output", sys.stdout.buffer
             return
         self.name = path
         self._file: BinaryIO
         for made in (path, f"{os.path.realpath(path)}{PART}", *beside):
             if any(_same(made, i) for i in inputs):
-                also = "" if made == path else f", and written beside {path}"
-                raise EndoRewardError(f"{made} is the input{also}: writing there would lose it")
+                also = "" if made == path else f", and would be written beside {path}"
+                raise EndoRewardError(f"{made} is the input{also}: name another output")
         self._created = not os.path.lexists(path)
         try:
             self._file = open(path, "ab")  # noqa: SIM115  closed by __exit__
@@ -86,15 +85,15 @@ class Sink:
             self._before_first, self._regular = self._empty, True
             if not (_lock(self._file) and _is_at(self._file, path)):
                 self._file.close()
-                raise EndoRewardError(f"{path} is being written by another run: wait for its end, or end it")
+                raise EndoRewardError(f"another run is writing {path}: wait until it ends, or stop it")
             if not (overwrite or resume) and os.fstat(self._file.fileno()).st_size:
                 self._file.close()
                 ways = "--overwrite replaces it, or name another --output"
-                ways = ways if resume is None else f"--resume goes on with it, {ways}"
+                ways = ways if resume is None else f"--resume continues it, {ways}"
                 raise EndoRewardError(f"{path} exists and is not empty: {ways}")
 
     def append(self, kept: Iterable[bytes] | None = None) -> None:
-        """Keep what is there; or of that, from the first write on, the lines `kept`."""
+        """Add to the file instead of emptying it. With `kept`, the first write reduces it to those lines."""
         self._before_first = None if kept is None else partial(self.rewrite, kept)
 
     def _empty(self) -> None:
@@ -102,8 +101,8 @@ class Sink:
             self._file.truncate(0)
 
     def rewrite(self, lines: Iterable[bytes]) -> None:
-        """`lines` in the place of what is there, which stays whole until they are. EndoRewardError: they cannot be."""
-        path = os.path.realpath(self.name)  # a link stays one
+        """Replace the contents by `lines`, atomically. Raises EndoRewardError if they cannot be written."""
+        path = os.path.realpath(self.name)  # keeps a symbolic link
         part = f"{path}{PART}"
         try:
             file = open(part, "wb")  # noqa: SIM115  it becomes the output
@@ -114,7 +113,7 @@ class Sink:
             os.fsync(file.fileno())
             os.replace(part, path)
         except BaseException as error:
-            with suppress(OSError):  # it could not even be begun
+            with suppress(OSError):  # it may not have been created
                 os.unlink(part)
             if isinstance(error, OSError):
                 raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
@@ -123,16 +122,16 @@ class Sink:
         self._file = file
 
     def write(self, text: str | bytes) -> None:
-        """Write `text` and push it through to the operating system."""
+        """Write `text` and flush it to the operating system."""
         try:
             if self._before_first:
                 self._before_first()
                 self._before_first = None
-            # Half a surrogate pair has no UTF-8; its backslash escape is what JSON spells it with.
+            # A lone surrogate cannot be encoded in UTF-8. Its backslash escape is valid JSON.
             self._file.write(text if isinstance(text, bytes) else text.encode("utf-8", "backslashreplace"))
             self._file.flush()
         except BrokenPipeError:
-            # Whoever read us has left. Nothing more can be said there, not even by the flush at exit.
+            # The reader of the pipe has left. Python's flush at exit must not write there either.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
             raise
         except OSError as error:
@@ -140,7 +139,7 @@ class Sink:
 
     @property
     def begun(self) -> bool:
-        """Whether the path holds what this run has written so far: --resume goes on there."""
+        """Whether this run has written to the path, so that --resume can continue it."""
         return self._regular and self._before_first is None
 
     @property
@@ -150,7 +149,7 @@ class Sink:
 
     @property
     def on_terminal(self) -> bool:
-        """Whether results scroll over the same screen as a progress bar would: whoever reads a pipe may write there."""
+        """Whether results may appear on the screen of the progress bar. The reader of a pipe may print there."""
         return self.is_stdout and (sys.stdout.isatty() or stat.S_ISFIFO(os.fstat(STDOUT).st_mode))
 
     def __enter__(self) -> Sink:
@@ -159,30 +158,30 @@ class Sink:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._file is getattr(sys.stdout, "buffer", None):
             return
-        made_for_nothing = self.name if kind and self._created and self._before_first else None
-        if made_for_nothing and sys.platform != "win32":
-            os.unlink(made_for_nothing)  # while it is locked: afterwards it may be the next run's
+        unused = self.name if kind and self._created and self._before_first else None
+        if unused and sys.platform != "win32":
+            os.unlink(unused)  # before the lock is released: afterwards the next run may own the file
         try:
-            self._file.close()  # which writes what could not be written before, on a full disk
+            self._file.close()  # may raise: after a full disk, it writes what is still buffered
         except OSError as error:
             if kind is None:
                 raise EndoRewardError(f"cannot write {self.name}: {error.strerror}") from None
-        if made_for_nothing and sys.platform == "win32":
-            os.unlink(made_for_nothing)
+        if unused and sys.platform == "win32":
+            os.unlink(unused)
 
 
 def _is_open_as(path: str, descriptor: int) -> bool:
-    """Whether `path` names what that descriptor of this process is open on, such as /dev/stdout."""
+    """Return whether `path` is the file behind a descriptor of this process, such as /dev/stdout."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except OSError:
-        return False  # one of the two is not there
+        return False  # one of the two does not exist
 
 
 def _lock(file: BinaryIO) -> bool:
-    """Whether nobody else has it. Whoever does lets go of it when its process ends, however that ends.
+    """Lock `file` and return whether that worked. The operating system releases the lock when the process ends.
 
-    What is left of a launch whose launcher was killed would otherwise write its rows beside those of the next.
+    Without a lock, ranks that survive their killed launcher would write into the output of the next launch.
     """
     if sys.platform == "win32":
         return True
@@ -193,12 +192,12 @@ def _lock(file: BinaryIO) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        return True  # a file system that has no locks
+        return True  # the file system has no locks
     return True
 
 
 def _is_at(file: BinaryIO, path: str) -> bool:
-    """Whether `path` still names it: whoever had the lock may have removed it."""
+    """Return whether `path` is still `file`. A run that held the lock may have removed it."""
     return os.path.exists(path) and os.path.samestat(os.stat(path), os.fstat(file.fileno()))
 
 
@@ -210,7 +209,7 @@ def _same(output: str, input: str) -> bool:
 
 
 def _is_read_and_written(input: str) -> bool:
-    """Whether an input is the file that standard output is added to."""
+    """Return whether an input is the file that standard output is redirected to."""
     written, read = _stat(STDOUT), _stat(STDIN_OPEN if input == STDIN else input)
     both = written is not None and read is not None and stat.S_ISREG(written.st_mode)
     return both and os.path.samestat(written, read)
@@ -220,4 +219,4 @@ def _stat(place: str | int) -> os.stat_result | None:
     try:
         return os.stat(place)
     except (OSError, ValueError):
-        return None  # it is not there, or can be nowhere
+        return None  # it does not exist, or is not a valid path
