@@ -21,13 +21,13 @@ from ..errors import EndoRewardError
 from ..model.checkpoint import weights_of
 from .evaluate import plots, side_by_side
 from .evaluate.report import FileResult, to_json, to_text
-from .flags import guide
+from .flags import help_text
 from .flags.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
-from .flags.parameters import of_input, of_output, takes
+from .flags.panels import of_input, of_output, takes
 from .input.files import STDIN, open_source
 from .input.formats import JSON, JSON_LINES, refuse_other_format
 from .run import pipeline
-from .run.going_on import end, going_on, kept_until_written
+from .run.interrupted import end, going_on, kept_until_written
 from .run.jobs import ANSWERS, Engine, Job, here, nothing_left
 from .run.monitor import Monitor, one_line, say
 from .run.ranks import Rank, help_out, lead
@@ -94,7 +94,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Score text with the reward inside every causal language model: r = Q(s, a) - V(s'), from its logits.",
-    epilog=guide.ROOT,
+    epilog=help_text.ROOT,
 )
 File = Annotated[
     str,
@@ -119,7 +119,7 @@ def _common(
     """Take the flags of `endoreward` without a command."""
 
 
-@app.command(epilog=guide.SCORE)
+@app.command(epilog=help_text.SCORE)
 @takes(EngineFlags)
 def score(
     context: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
@@ -128,7 +128,7 @@ def score(
     _rows_to_rows(Job("score", flags, per_token), flags, file, resume, context.find_root().obj)
 
 
-@app.command(epilog=guide.RANK)
+@app.command(epilog=help_text.RANK)
 @takes(EngineFlags)
 def rank(
     context: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
@@ -211,7 +211,7 @@ def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dic
     return on_ray(job, flags)
 
 
-@app.command("eval", cls=_OneProcess, epilog=guide.EVAL)
+@app.command("eval", cls=_OneProcess, epilog=help_text.EVAL)
 @takes(EvalFlags)
 def evaluate(
     files: Annotated[
@@ -261,7 +261,7 @@ def evaluate(
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess, epilog=guide.SHOW)
+@app.command(cls=_OneProcess, epilog=help_text.SHOW)
 @takes(RowFlags)
 def show(
     flags: RowFlags,
@@ -275,7 +275,7 @@ def show(
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess, epilog=guide.PLOT)
+@app.command(cls=_OneProcess, epilog=help_text.PLOT)
 @takes(RowFlags)
 def plot(file: File, flags: RowFlags) -> None:
     """Plot the scores of FILE, scores against length, and rewards by position. Default --output: rewards.png."""
@@ -283,7 +283,7 @@ def plot(file: File, flags: RowFlags) -> None:
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess, epilog=guide.DEMO)
+@app.command(cls=_OneProcess, epilog=help_text.DEMO)
 @takes(ModelFlags)
 def demo(flags: ModelFlags) -> None:
     """Show the reward at work: real text against corrupted text, right answers against wrong ones."""

@@ -15,7 +15,7 @@ from .flags.options import RowFlags
 from .input.files import Record, Source, open_source
 from .input.formats import PAGE, TEXT, format_of, refuse_other_format
 from .run import pipeline
-from .run.going_on import end, kept_until_written
+from .run.interrupted import end, kept_until_written
 from .run.monitor import Monitor
 from .run.pipeline import Item
 from .run.sink import Sink

@@ -14,7 +14,7 @@ import pytest
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
 from endoreward_fast.command.evaluate import side_by_side
 from endoreward_fast.command.run import pipeline
-from endoreward_fast.command.run.going_on import command_that_goes_on
+from endoreward_fast.command.run.interrupted import command_that_goes_on
 
 ROOT = Path(__file__).resolve().parents[2]
 BOTH = {"id": 7, "prompt": "p", "completion": "abc", "chosen": "a", "rejected": "bb"}

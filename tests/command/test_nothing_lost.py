@@ -9,7 +9,7 @@ import pytest
 
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
 from endoreward_fast.command.run import pipeline
-from endoreward_fast.command.run.going_on import command_that_goes_on
+from endoreward_fast.command.run.interrupted import command_that_goes_on
 
 
 @pytest.fixture

@@ -25,11 +25,11 @@ from endoreward_fast import EndoRewardError
 from endoreward_fast.command.flags.options import EngineFlags
 from endoreward_fast.command.input.files import open_source
 from endoreward_fast.command.run import pipeline
-from endoreward_fast.command.run.board import Board, call
-from endoreward_fast.command.run.clerk import Clerk
 from endoreward_fast.command.run.jobs import Finished, InOrder, Job, Windows, note_idle
 from endoreward_fast.command.run.monitor import Monitor
 from endoreward_fast.command.run.ranks import Rank, help_out, lead
+from endoreward_fast.command.run.ranks_board import Board, call
+from endoreward_fast.command.run.ranks_clerk import Clerk
 from endoreward_fast.command.run.resume import key_of, rows_left
 from endoreward_fast.model.checkpoint import weights_of
 
@@ -312,8 +312,8 @@ def interrupt(board, handed_in, how):
 
 def test_a_rank_without_heartbeats_is_named(board, monkeypatch, tmp_path):
     """No launcher sees that a machine is lost. Results that the others handed in are kept."""
-    monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
-    monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.5)
+    monkeypatch.setattr("endoreward_fast.command.run.ranks_clerk.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.run.ranks_clerk.LOST", 0.5)
     board.count("claimed")  # window 0, by rank 1, which sends no heartbeat
     board.count("handed in")  # rank 1 died while it handed in a result
     engine, windows = engine_and_windows(tmp_path, 4)
@@ -327,7 +327,7 @@ def test_a_rank_without_heartbeats_is_named(board, monkeypatch, tmp_path):
 
 def test_a_rank_with_a_recent_heartbeat_or_that_has_left_is_not_lost(monkeypatch):
     now, board = [0.0], Board(torch.distributed.HashStore())
-    monkeypatch.setattr("endoreward_fast.command.run.clerk.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("endoreward_fast.command.run.ranks_clerk.time", SimpleNamespace(monotonic=lambda: now[0]))
     clerk = Clerk(board, 3, Windows(iter(())), InOrder(print, Monitor(quiet=True)))
 
     def lost_at(seconds, *beating):
@@ -345,8 +345,8 @@ def test_a_rank_with_a_recent_heartbeat_or_that_has_left_is_not_lost(monkeypatch
 
 def test_a_slow_rank_sends_heartbeats(monkeypatch, tmp_path):
     """Loading the model and scoring a window both take longer than LOST."""
-    monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
-    monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.4)
+    monkeypatch.setattr("endoreward_fast.command.run.ranks_clerk.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.run.ranks_clerk.LOST", 0.4)
 
     class Slow(LengthScorer):
         def iter_scores(self, rows, **options):
@@ -366,8 +366,8 @@ def test_a_slow_rank_sends_heartbeats(monkeypatch, tmp_path):
 
 
 def test_a_lost_rank_is_not_waited_for_when_all_is_written(board, monkeypatch, tmp_path):
-    monkeypatch.setattr("endoreward_fast.command.run.clerk.BEAT", 0.05)
-    monkeypatch.setattr("endoreward_fast.command.run.clerk.LOST", 0.3)
+    monkeypatch.setattr("endoreward_fast.command.run.ranks_clerk.BEAT", 0.05)
+    monkeypatch.setattr("endoreward_fast.command.run.ranks_clerk.LOST", 0.3)
     engine, windows = engine_and_windows(tmp_path, 4)
     lines = []
     engine(windows, lines.append, Monitor(quiet=True))

@@ -15,7 +15,7 @@ from ...view.palette import LIGHT
 from ..flags.options import RowFlags
 from ..input.files import STDIN, open_source
 from ..run import pipeline
-from ..run.going_on import end, kept_until_written
+from ..run.interrupted import end, kept_until_written
 from ..run.monitor import Monitor
 from ..run.pipeline import Item
 from ..run.sink import Sink

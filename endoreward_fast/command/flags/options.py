@@ -1,4 +1,4 @@
-"""The command line's flags. Each is declared once; parameters.py turns them into parameters of the commands."""
+"""The command line's flags. Each is declared once; panels.py turns them into parameters of the commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET, on_this_machine
 from ...model.dtypes import DTYPES
 from ...text.messages import check_text
-from .parameters import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
+from .panels import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
 from .values import ALL, at_least_one, day, device_name, dtype_name, names, one_of, template_kwargs, tools_in
 
 REDUCTIONS = ("sum", "mean")

@@ -21,11 +21,11 @@ from typing import Any
 from ...errors import EndoRewardError
 from ...model.checkpoint import weights_of
 from ..flags.options import EngineFlags
-from .board import PAUSE, Board, call, come, reached
-from .clerk import CLAIMED, END, HANDED_IN, Clerk, heard, left_key, result_key, window_key
 from .jobs import Engine, InOrder, Job, Windows, Write, note_idle, warnings_to
 from .monitor import Monitor
 from .pipeline import Item, Scorer, before_loading
+from .ranks_board import PAUSE, Board, call, come, reached
+from .ranks_clerk import CLAIMED, END, HANDED_IN, Clerk, heard, left_key, result_key, window_key
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

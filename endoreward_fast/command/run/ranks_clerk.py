@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from threading import Event, Thread
 
 from ...errors import EndoRewardError
-from .board import PAUSE, Board, reached
 from .jobs import Finished, InOrder, Windows
+from .ranks_board import PAUSE, Board, reached
 
 AHEAD = 4
 """windows per rank that are handed out before the first is written; a kill loses at most these"""

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from endoreward_fast import EndoRewardError
-from endoreward_fast.command.run import board as boards
-from endoreward_fast.command.run.board import PART, Board, call, come
+from endoreward_fast.command.run import ranks_board as boards
+from endoreward_fast.command.run.ranks_board import PART, Board, call, come
 
 
 @pytest.fixture
