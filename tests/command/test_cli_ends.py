@@ -137,7 +137,7 @@ def test_an_evaluation_that_fails_reports_the_rows_it_scored(scorer, tmp_path):
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGHUP"])
-def test_an_evaluation_ended_by_a_signal_reports_the_rows_it_scored(number, scorer, tmp_path):
+def test_an_evaluation_ended_by_a_signal_reports_the_rows_it_scored(terminal, number, scorer, tmp_path):
     ending(scorer, getattr(signal, number))
     result = run("eval", put(tmp_path, *PREFERENCES), "--max-tokens-per-batch", 1, code=128 + getattr(signal, number))
     assert "rows scored" in result.stdout and "stopped early" in result.stderr
@@ -158,6 +158,14 @@ def ending(scorer, number):
     scorer.iter_scores = ended
 
 
+@pytest.fixture
+def terminal():
+    """SIGHUP as on a terminal, also where these tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize(("command", "name"), [("show", "out.html"), ("show", "out.txt"), ("plot", "out.svg")])
 def test_a_picture_shows_the_rows_scored_before_a_signal(command, name, tmp_path):
     if command == "plot":
@@ -166,7 +174,7 @@ def test_a_picture_shows_the_rows_scored_before_a_signal(command, name, tmp_path
     assert "cannot read" in said.splitlines()[-1] and (tmp_path / name).stat().st_size > 100
 
 
-def test_a_closed_terminal_loses_no_rows(scorer, tmp_path):
+def test_a_closed_terminal_loses_no_rows(terminal, scorer, tmp_path):
     ending(scorer, signal.SIGHUP)
     source, out = put(tmp_path, *({**PAIR, "n": n} for n in range(9))), tmp_path / "out.jsonl"
     said = run("score", source, "-o", out, code=128 + signal.SIGHUP).stderr
