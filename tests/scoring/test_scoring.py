@@ -194,7 +194,7 @@ def test_nan_is_no_score():
 
 def test_text_needs_a_tokenizer():
     scorer = EndoRewardModel(MODELS["llama"]())
-    assert "without one" in scorer.score(ROWS[:1])[0].error
+    assert "text needs a tokenizer" in scorer.score(ROWS[:1])[0].error
     (ids,) = scorer.score(ROWS[3:4], per_token=True)
     assert ids.error is None and ids.tokens.texts == ("", "", "")
 
@@ -285,7 +285,7 @@ def test_completion_mask_is_cut_with_its_completion(llama):
 
 @pytest.mark.parametrize(
     "mask, words",
-    [([1], "1 entries, and completion_ids 2"), ([2, 1], "0 and 1"), ("10", "0 and 1"), ([0, 0], "no token"),
+    [([1], "1 entries, but completion_ids has 2"), ([2, 1], "0 and 1"), ("10", "0 and 1"), ([0, 0], "no token"),
      ([None, 1], "0 and 1")],
 )  # fmt: skip
 def test_a_completion_mask_that_fits_no_completion_is_an_error(llama, mask, words):
