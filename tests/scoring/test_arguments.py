@@ -100,7 +100,7 @@ def test_an_unknown_option_is_named_with_the_nearest(scorers, name):
         for ask in (scorers[name].score, scorers[name].iter_scores):
             with pytest.raises(EndoRewardError, match=rf"^no option '{option}': did you mean '{near}'\?$"):
                 ask([ROW], **{option: 2})
-    with pytest.raises(EndoRewardError, match=r"^no option 'zzz': expected some of alpha, reduction, "):
+    with pytest.raises(EndoRewardError, match=r"^no option 'zzz': expected one of alpha, reduction, "):
         scorers[name].score([ROW], zzz=2)
 
 
@@ -139,14 +139,14 @@ def test_a_ranking_takes_any_iterable_and_hands_its_options_on(scorers):
 @pytest.mark.parametrize(
     "given, said",
     [
-        (("pocket", None), r"takes a loaded model, not its name: \w+\.from_pretrained\('pocket'\)"),
-        ((Path("a/folder"), TOKENIZER), r"takes a loaded model, not its name: \w+\.from_pretrained\('a/folder'\)"),
+        (("pocket", None), r"takes a loaded model, not its name: use \w+\.from_pretrained\('pocket'\)"),
+        ((Path("a/folder"), TOKENIZER), r"takes a loaded model, not its name: use \w+\.from_pretrained\('a/folder'\)"),
         ((TOKENIZER, None), r"model is a \w+: expected a loaded model"),
         ((None, TOKENIZER), r"model is a NoneType: expected a loaded model"),
         ((LlamaForSequenceClassification, None), r"model is a class LlamaForSequenceClassification: expected a loaded"),
         ((LlamaConfig(), None), r"model is a LlamaConfig: expected a loaded model"),
         (("scorer", None), r"model is a \w+: already is one|expected a loaded model"),
-        (("inner", "gpt2"), r"takes a loaded tokenizer, not its name: transformers\.AutoTokenizer\.from_pretrained"),
+        (("inner", "gpt2"), r"not its name: load it with transformers\.AutoTokenizer\.from_pretrained"),
         (("inner", Path("gpt2")), r"takes a loaded tokenizer, not its name"),
         (("inner", 3), r"tokenizer is a int: expected a tokenizer"),
         (("inner", TOKENIZER.backend_tokenizer), r"tokenizer is a Tokenizer: expected a tokenizer"),

@@ -68,7 +68,7 @@ def test_where_memory_runs_out_batches_are_halved_and_no_row_is_lost(lengths, bu
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_memory_runs_out_in_three_ways(error):
-    with pytest.warns(UserWarning, match="out of memory with max_tokens_per_batch=9: it is halved"):
+    with pytest.warns(UserWarning, match="out of memory with max_tokens_per_batch=9: batches are halved"):
         found = list(in_batches(Memory(4, [3, 3, 3], error).run, [3, 3, 3], 9, Room()))
     assert [result for _, result in found] == [[3]] * 3
 

@@ -238,7 +238,7 @@ def test_rows_that_memory_has_no_room_for_are_said_and_stop_no_other(llama):
     handle = llama.model.register_forward_pre_hook(room, with_kwargs=True)
     llama.room = Room()
     try:
-        with pytest.warns(UserWarning, match="it is halved, again if need be"):
+        with pytest.warns(UserWarning, match="batches are halved until they fit"):
             found = llama.score(rows)
         times = len(failed)
         llama.score(rows[:4])
@@ -248,8 +248,8 @@ def test_rows_that_memory_has_no_room_for_are_said_and_stop_no_other(llama):
         llama.room = Room()
     assert [row.score for row in found[:4]] == pytest.approx([row.score for row in wanted[:4]], abs=1e-4)
     assert found[4].score is None and found[4].num_tokens == wanted[4].num_tokens
-    said = f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit by themselves; max_length with truncate "
-    assert found[4].error == said + "(--max-length, --truncate) would cut them"
+    said = f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit even alone; set max_length and truncate "
+    assert found[4].error == said + "(--max-length, --truncate) to cut the row"
 
 
 # ---------------------------------------------------------------- tokens of others among the completion's
