@@ -104,7 +104,7 @@ def test_places(tmp_path, monkeypatch):
             place_of(nearly)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     for odd, said in (("", "is empty"), ("~/model.safetensors", "name the folder"), ("m.gguf", "no such file"),
-                      ("~nobody-here/m", "no path"), ("y" * 5000, "no path")):  # fmt: skip
+                      ("~nobody-here/m", "not a path"), ("y" * 5000, "not a path")):  # fmt: skip
         with pytest.raises(EndoRewardError, match=said) as caught:
             place_of(odd)
         assert "\n" not in str(caught.value)
@@ -131,7 +131,7 @@ def test_a_gguf_file_is_known_by_itself_and_the_tokenizer_beside_it(model):
     assert weights_of(str(model / "a.gguf")) == found
     (model / "tokenizer.json").write_text("[]")
     assert weights_of(str(model / "a.gguf")) != found
-    for odd, said in (({"gguf_file": "c.GGUF"}, "no GGUF file"), ({"gguf_file": "d.gguf"}, "there is no file"),
+    for odd, said in (({"gguf_file": "c.GGUF"}, "not a GGUF file"), ({"gguf_file": "d.gguf"}, "there is no file"),
                       ({"subfolder": "sub"}, "there is no folder")):  # fmt: skip
         with pytest.raises(EndoRewardError, match=said):
             weights_of(str(model), **odd)

@@ -110,7 +110,7 @@ def test_what_is_wrong_with_a_file_is_one_line(file, tmp_path, monkeypatch):
         (tmp_path / f"{name}.gguf").write_bytes(content)
         refused(tmp_path / f"{name}.gguf", "cannot be loaded")
     (tmp_path / "text.gguf").write_text("no GGUF")
-    refused(tmp_path / "text.gguf", "no GGUF file")
+    refused(tmp_path / "text.gguf", "not a GGUF file")
     refused(tmp_path / "absent.gguf", "no such file")
     refused(tmp_path, "no file 'absent.gguf'", gguf_file="absent.gguf")
     monkeypatch.setattr(loading, "find_spec", lambda name: None)

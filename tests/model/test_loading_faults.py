@@ -120,7 +120,7 @@ def test_code_of_a_models_own_is_neither_run_nor_asked_for(folder, monkeypatch):
         "from transformers import LlamaForCausalLM\nfrom .own_config import OwnConfig\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    refused(folder, "comes with code of its own", "trust_remote_code=True")
+    refused(folder, "comes with its own code", "trust_remote_code=True")
     found = EndoRewardModel.from_pretrained(folder, device="cpu", trust_remote_code=True)
     assert found.score(ROWS[:1])[0].error is None
     (folder / "own_config.py").write_text("import no_such_package_here\n" + (folder / "own_config.py").read_text())
