@@ -199,4 +199,5 @@ def test_no_line_installs_what_is_on_no_registry():
     for name in tracked.stdout.splitlines():
         path = ROOT / name
         if path.suffix in (".md", ".py", ".toml", ".txt", ".html", "") and path.is_file() and path != Path(__file__):
-            assert not re.search(r"pip install (?!git\+)[^\n]*endoreward", path.read_text("utf-8", errors="ignore")), name
+            text = path.read_text("utf-8", errors="ignore")
+            assert not re.search(r"pip install (?!git\+)[^\n]*endoreward", text), name

@@ -134,7 +134,7 @@ def test_ratings_that_underflow_are_told_apart():
     rows = [{"prompt": "?", "completion": word} for word in rated]
     assert [round(r.score, 6) for r in Pointwise(Replies(say)).score(rows)] == [5.0, 1.0]
     impossible = Pointwise(Replies(lambda *_: -math.inf)).score(rows)[0]
-    assert impossible.score is None and impossible.error == "the model rules every reply out"
+    assert impossible.score is None and impossible.error == "the model gives every reply probability 0"
 
 
 def test_other_ratings():
