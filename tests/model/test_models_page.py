@@ -106,7 +106,7 @@ CASES = {  # of each line of the page's table: how to come by it, and words of t
     "a checkpoint that lacks weights of the model": [
         (lambda f: with_weights(f, lambda w: {k: x for k, x in w.items() if "lm_head" not in k}), "checkpoint lacks"),
     ],
-    "a file that is cut short, or a shard that is absent": [
+    "a file that is cut short, or a missing shard": [
         (lambda f: written(f, "model.safetensors", b"\1\0\0"), "cut short or damaged: download it again"),
         (lambda f: changed(written(f, "model.safetensors", b""), "model.safetensors.index.json",
                            weight_map={"x": "model-1.safetensors"}), "is not there: download"),
@@ -136,10 +136,10 @@ CASES = {  # of each line of the page's table: how to come by it, and words of t
         (lambda f: changed(adapter(f), "adapter_config.json", peft_type="PROMPT_TUNING", num_virtual_tokens=2),
          "PROMPT_TUNING"),
     ],
-    "an adapter with one resized table and not the other": [(one_table, "save_embedding_layers=True")],
+    "an adapter that holds only one of two resized tables": [(one_table, "save_embedding_layers=True")],
     "a GGUF file of an architecture that transformers does not know": [],  # test_gguf.py
     "a tokenizer with more tokens than the model's head": [(more_words, "the model's output head only 384")],
-    "a model's own code, without leave": [
+    "a model with its own code, by default": [
         (lambda f: changed(f, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
          "trust_remote_code=True (--trust-remote-code)"),
     ],
