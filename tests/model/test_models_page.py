@@ -1,4 +1,4 @@
-"""docs/models.md: what it says is taken is taken, and what it says is refused is refused in one line."""
+"""docs/models.md is right about what is accepted and what is refused, and refusals are one line."""
 
 import json
 import re
@@ -96,7 +96,7 @@ def more_words(folder):
     return folder
 
 
-CASES = {  # of each line of the page's table: how to come by it, and words of the refusal
+CASES = {  # for each line of the page's table: how to make such a model, and a part of the error
     "a classifier, an encoder, an encoder-decoder, a vision model": [
         (lambda f: other(f, LlamaForSequenceClassification(LlamaConfig(**TINY))), "not a causal language model"),
         (lambda f: other(f, BertModel(BertConfig(**TINY))), "not a causal language model"),
@@ -173,7 +173,7 @@ def test_options_and_flags_of_the_page_are_there():
 def test_what_is_taken(folder, monkeypatch):
     expected = EndoRewardModel.from_pretrained(folder, device="cpu").score(ROWS[:1])[0].score
     monkeypatch.chdir(folder.parent)
-    adapter(folder)  # fresh: it changes nothing yet
+    adapter(folder)  # a new adapter changes no score
     for name, options in (
         ("model", {}), ("model/adapter", {}), (".", {"subfolder": "model"}), ("model", {"dtype": "fp32"}),
     ):  # fmt: skip
@@ -188,11 +188,11 @@ def test_what_is_taken(folder, monkeypatch):
 
 def test_an_adapter_of_a_classifier_is_a_reward_model(folder):
     found = adapter(folder, task_type="SEQ_CLS", modules_to_save=["score"], target_modules=["q_proj"])
-    with pytest.raises(EndoRewardError, match=r"lacks|does not fit"):  # this one was saved without its head
+    with pytest.raises(EndoRewardError, match=r"lacks|does not fit"):  # it was saved without its head
         RewardModel.from_pretrained(found, device="cpu")
 
 
-def test_no_line_installs_what_is_on_no_registry():
+def test_no_line_installs_the_package_from_a_registry():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if tracked.returncode:
         pytest.skip("no checkout of git")
