@@ -289,6 +289,6 @@ def _of(dtype: Dtype) -> torch.dtype | str:
             raise EndoRewardError(f"dtype {dtype}: expected {', '.join(DTYPES)}")
         return dtype
     if not isinstance(dtype, str | None):
-        raise EndoRewardError(f"dtype is a {type(dtype).__name__}: expected {', '.join(DTYPES)}, or one of torch")
+        raise EndoRewardError(f"dtype is a {type(dtype).__name__}: expected {', '.join(DTYPES)}, or a torch.dtype")
     name = "auto" if dtype is None else dtype_name(dtype)
     return "auto" if name == "auto" else getattr(torch, name)
