@@ -100,7 +100,7 @@ def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:
         config = PeftConfig.from_pretrained(adapter.place, **adapter.options)
         if config.is_prompt_learning:
             raise EndoRewardError(
-                f"{where} is a {config.peft_type.value}: it changes no weights: give a LoRA adapter, say"
+                f"{where} is a {config.peft_type.value}, which changes no weights: give a LoRA adapter, say"
             )
         config.inference_mode = True
         shapes = _shapes(adapter)

@@ -69,7 +69,8 @@ def conversation(
 ) -> tuple[str, tuple[str, ...]]:
     """Return (all that the template writes for `messages`, flags), as a classifier of conversations reads it.
 
-    Raises EndoRewardError as `render` does, and if the template refuses `system`: it is always a system turn here.
+    Raises EndoRewardError as `render` does, and if the template refuses a system turn. `system` is never moved to a
+    user turn.
     """
     template.source()
     turns = template.fit(with_system([without_nulls(message) for message in messages], system), extras)
@@ -91,7 +92,7 @@ def conversation(
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """Return `messages` with `system` before them, joined to the text of their own system message if they have one."""
+    """Return `messages` with `system` first. The text of their own system message, if any, comes after it."""
     if not system:
         return list(messages)
     if messages and messages[0].get("role") == "system":

@@ -11,7 +11,7 @@
 A row may also have `tools`, `documents` and `chat_template_kwargs`. They belong to its prompt. A turn is every field of
 its message: content (text or parts of text), reasoning, tool calls.
 
-Chat or plain. If the tokenizer has a chat template, text goes through it, because a chat model was trained on that: a
+Chat or plain. If the tokenizer has a chat template, text goes through it, because a chat model was trained on that. A
 prompt becomes the user's turn, a completion the assistant's. chat=False, or "chat": False in the row, scores
 prompt + completion as plain text. Without a template, text is plain and messages are refused.
 
@@ -242,7 +242,7 @@ def _around_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def wants_chat(tokenizer: Any, chat: bool | None) -> bool:
-    """Return whether text goes through the chat template: `chat`, or if it is None, whether there is a template."""
+    """Return whether text goes through the chat template: `chat`, or whether there is a template if `chat` is None."""
     return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
 
 
@@ -264,4 +264,4 @@ def _too_long(tokens: int, completion: int, limit: int, truncate: Truncate) -> s
     if truncate is None:
         return f'{text}: set truncate (--truncate) to "prompt" or "completion", or shorten the row'
     which = f"completion's {completion}" if truncate == "prompt" else f"prompt's {tokens - completion}"
-    return f'{text}; truncate="{truncate}" leaves no room beside the {which} tokens: shorten the row'
+    return f'{text}; truncate="{truncate}" leaves no room for the {which} tokens: shorten the row'

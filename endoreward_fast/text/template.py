@@ -93,12 +93,12 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for n, name in enumerate(names) if name in names[:n])
-        raise ValueError(f"the key {twice!r} stands twice in one object: keep one")
+        raise ValueError(f"the key {twice!r} is twice in one object: keep one")
     return found
 
 
 def as_date(text: str) -> Date:
-    """Parse "YYYY-MM-DD". Raises EndoRewardError if the text is no such day."""
+    """Parse "YYYY-MM-DD". Raises EndoRewardError if the text is not such a day."""
     try:
         return Date.fromisoformat(text) if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else Date(0, 0, 0)
     except ValueError:
@@ -212,7 +212,9 @@ class Template:
         return True  # the template requires other messages than these, so nothing is known
 
     def fit(self, messages: Sequence[Message], extras: Extras) -> list[dict[str, Any]]:
-        """Return `messages` in the form of which the template writes the most texts: unchanged, if it writes all.
+        """Return `messages` in the form in which the template writes the most of their texts.
+
+        They stay unchanged if the template writes all texts.
 
         Raises EndoRewardError if the template refuses every form (`spellings` lists them).
         """

@@ -10,7 +10,7 @@ template is ChatML. From the assistant's header on, the renderings are:
     followed   <|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n...    all turns, and another one
 
 The beginning: `whole` starts with `opening`. So `opening` is the prompt, and the turn begins after it. If `whole` does
-not start with `opening`, the turn begins where the two part (`_split` lists the cases).
+not start with `opening`, the turn begins where the two differ (`_split` lists the cases).
 
 The end: `whole` and `marked` finish alike, in "<|im_end|>\n". This is the tail: all that the template writes after the
 text. In `followed` the tail is "<|im_end|>\n<|im_start|>user\n...". What both tails begin with ends the turn:
@@ -46,6 +46,7 @@ class Turn:
         self.opening = self.prompt = self._write(generate=True)
         self.whole = self._write(self._answer)
         if self._is_empty():
+            # It has no text to mark. Its end is that of a turn with a text.
             filled = _text_turn(self._answer, "x")
             marked = Marked([filled])
             _, self.end = self._find_end(filled, marked, self._write(filled), self._write(*marked.messages))
@@ -68,7 +69,7 @@ class Turn:
         return self.template.write([*self.before, *turns], self.extras, generate=generate)
 
     def _with_markable_text(self) -> tuple[Message, str]:
-        """Return (the turn, what the template writes for it); the turn says "x" if it has no text to mark.
+        """Return (the turn, what the template writes for it). A turn without a text to mark gets the text "x".
 
         White space cannot be marked. A turn of reasoning alone has no text between its reasoning and its end.
         """
@@ -88,7 +89,8 @@ class Turn:
         """Return (the tail of the conversation, the part of the tail that ends the turn).
 
         `whole` and `marked_whole` are the conversation with `answer` as its last turn, without and with marks.
-        Tool calls: if the template writes nothing after a turn of text, the tail belongs to the call, and is "" here.
+        If the template leaves a last turn of text open, it writes the tail of a tool call as a part of the call. Then
+        the tail that is returned is "".
         """
         tail = after_marks(whole, marked_whole)
         if tail is None:
@@ -129,7 +131,7 @@ class Turn:
         """Return the end of a turn, from its `tail` as the last turn and from the one when another turn follows.
 
         tail has marks, followed begins with all of them    all of the tail
-        tail has marks, the two part earlier                the marks that both begin with
+        tail has marks, the two differ earlier              the marks that both begin with
         tail is blank (the turn is left open)               what `followed` has before the token that opens a turn,
                                                             or a token of `ends` that it begins with (GLM: <|user|>)
         no turn may follow, or no mark is common            the tail up to its first special token; all of it for calls
@@ -157,8 +159,8 @@ class Turn:
 
         body starts with the opening                 the prompt is the opening. If the template has no generation
                                                      prompt, the header that it writes before the text is added
-        an earlier turn changed (it is not the last  the prompt is the opening. The completion begins after the last
-        any more)                                    place where body has the generation prompt
+        an earlier turn changed, because it is no    the prompt is the opening. The completion begins after the last
+        longer the last one                          generation prompt in body
         only white space of the opening is missing   the prompt is the opening
         else: opening_differs                        the prompt is what the two have in common, with the generation
                                                      prompt if that follows

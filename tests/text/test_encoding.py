@@ -88,8 +88,8 @@ def test_cutting_the_prompt_keeps_bos_and_one_token():
     bos = PLAIN.bos_token_id
     row = {"prompt_ids": [bos, 10, 11, 12], "completion_ids": [20, 21]}
     assert plain(row, max_length=4, truncate="prompt").input_ids == [bos, 12, 20, 21]
-    with pytest.raises(EndoRewardError, match="no room beside the completion's 2"):
+    with pytest.raises(EndoRewardError, match="no room for the completion's 2"):
         plain(row, max_length=3, truncate="prompt")
     assert encode_row(None, row, max_length=3, truncate="prompt").input_ids == [12, 20, 21]
-    with pytest.raises(EndoRewardError, match="no room beside the prompt's 4"):
+    with pytest.raises(EndoRewardError, match="no room for the prompt's 4"):
         plain(row, max_length=4, truncate="completion")
