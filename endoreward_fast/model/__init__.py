@@ -1,1 +1,1 @@
-"""`EndoRewardModel` and what it takes to load one: names, adapters, dtypes, devices, limits of length, layouts."""
+"""`EndoRewardModel`, and how it is loaded: names, adapters, dtypes, devices, length limits, batch layouts."""

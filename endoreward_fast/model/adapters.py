@@ -1,4 +1,4 @@
-"""Adapters as PEFT and TRL save them: weights that belong on top of a base model, which their folder only names."""
+"""Load adapters as PEFT and TRL save them: a folder of weights that names the base model they belong to."""
 
 import json
 from dataclasses import dataclass
@@ -11,42 +11,43 @@ from .hub import OPTIONS, file_of
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
-"""before the name of a module, in an adapter's file"""
+"""prefix of module names in an adapter's file"""
 PARTS = (".weight", ".base_layer.weight", ".original_module.weight")
-"""of a table that is saved whole with an adapter"""
+"""suffixes of an embedding table that is saved whole with an adapter"""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Where an adapter is, and what it belongs to."""
+    """The place of an adapter, its config and its base model."""
 
     name: str
     place: str
     """a folder, or a name on the Hub"""
     options: dict[str, Any]
-    """where in it: those of hub.OPTIONS"""
+    """options of from_pretrained that locate it in that place (hub.OPTIONS)"""
     config: dict[str, Any]
-    """what adapter_config.json says"""
+    """the content of adapter_config.json"""
     base: str | None
-    """another place; None: a whole model lies in the same place"""
+    """folder or Hub name of the base model; None: a whole model is in the same place as the adapter"""
 
     @property
     def of_classifier(self) -> bool:
+        """Whether the adapter was trained on a sequence classifier."""
         return self.config.get("task_type") == "SEQ_CLS"
 
     def base_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of `options` that are meant for the base: it has a revision of its own, and no subfolder."""
+        """Return the options for the base model: without the adapter's subfolder, and with the base's own revision."""
         if self.base is None:
             return options
         kept = {key: value for key, value in options.items() if key not in ("subfolder", "revision")}
         revision = self.config.get("revision")
-        if "revision" in (options.get("adapter_kwargs") or {}):  # transformers' way to name two revisions
+        if "revision" in (options.get("adapter_kwargs") or {}):  # so transformers is given two revisions
             revision = options.get("revision", revision)
         return kept | ({"revision": revision} if revision else {})
 
 
 def adapter_at(name: str, place: str, options: dict[str, Any]) -> Adapter | None:
-    """The adapter that lies in `place`, or None. EndoRewardError: it names no base model, or is damaged."""
+    """Return the adapter in `place`, or None. Raises EndoRewardError if it is damaged or names no base model."""
     if options.get("gguf_file"):
         return None
     where = {key: options[key] for key in OPTIONS if key in options} | dict(options.get("adapter_kwargs") or {})
@@ -61,12 +62,15 @@ def adapter_at(name: str, place: str, options: dict[str, Any]) -> Adapter | None
     if file_of(place, "config.json", where) is not None:
         return Adapter(name, place, where, config, None)
     if not isinstance(base, str) or not base:
-        raise EndoRewardError(f"model {name!r} is an adapter whose {CONFIG} names no base_model_name_or_path")
+        raise EndoRewardError(f"model {name!r} is an adapter whose {CONFIG} names no base_model_name_or_path: add it")
     return Adapter(name, place, where, config, _base(name, base, path.parent))
 
 
 def _base(name: str, base: str, folder: Path) -> str:
-    """The place of the base model: relative to the working directory, as PEFT takes it, or to the adapter's folder."""
+    """Return the place of the base model.
+
+    A folder is relative to the working directory, as in PEFT, or else to the adapter's folder.
+    """
     wanted = Path(base).expanduser()
     for path in (wanted, folder / base):
         if path.is_dir():
@@ -85,9 +89,9 @@ def _base(name: str, base: str, folder: Path) -> str:
 
 
 def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:
-    """Put the adapter into its base model. EndoRewardError: its weights do not fit, or some are absent.
+    """Put the adapter into its base model. Raises EndoRewardError if its weights do not fit or some are missing.
 
-    By PEFT itself: `load_adapter` of transformers 5.23 leaves DoRA's magnitudes at random.
+    PEFT does it, because `load_adapter` of transformers 5.23 leaves DoRA's magnitudes at random values.
     """
     from peft import PeftConfig, PeftModel
 
@@ -96,7 +100,7 @@ def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:
         config = PeftConfig.from_pretrained(adapter.place, **adapter.options)
         if config.is_prompt_learning:
             raise EndoRewardError(
-                f"{where} is a {config.peft_type.value}: it puts states before every row, not weights"
+                f"{where} is a {config.peft_type.value}, which changes no weights: give a LoRA adapter, say"
             )
         config.inference_mode = True
         shapes = _shapes(adapter)
@@ -105,10 +109,10 @@ def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:
     except EndoRewardError as error:
         said = str(error)
         raise (error if said.startswith(where) else EndoRewardError(f"{where} does not fit: {said}")) from None
-    except Exception as error:  # PEFT's and the base model's own, of any type
+    except Exception as error:  # PEFT and the base model's own code raise any type
         raise EndoRewardError(f"{where} does not fit: {_what_differs(error)}") from error
     absent = sorted(found.missing_keys)
-    # A table that was trained and resized is saved a second time, with modules_to_save in its name.
+    # PEFT saves a table that was trained and resized twice, once with modules_to_save in its name.
     unknown = sorted(
         key for key in found.unexpected_keys if key.replace(".modules_to_save.", ".") not in {*shapes} - {key}
     )
@@ -119,9 +123,9 @@ def attach(model: Any, adapter: Adapter, adapter_name: str) -> None:
 
 
 def _fit_vocabulary(model: Any, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Give the base the vocabulary of an adapter that was trained after `resize_token_embeddings`.
+    """Resize the base model's vocabulary for an adapter that was trained after `resize_token_embeddings`.
 
-    EndoRewardError: the adapter holds the new rows of one table, and not those of the other.
+    Raises EndoRewardError if the adapter holds the resized rows of one table but not of the other.
     """
     tables = {name: table for name, table in model.named_modules() if table in _tables(model)}
     rows = {name: shapes[key][0] for name in tables for part in PARTS if (key := f"{PREFIX}{name}{part}") in shapes}
@@ -134,10 +138,10 @@ def _fit_vocabulary(model: Any, adapter: Adapter, shapes: dict[str, tuple[int, .
         held = ", ".join(f"{count} rows of {name!r}" for name, count in sorted(rows.items()))
         size = tables[min(rows)].weight.shape[0]
         raise EndoRewardError(
-            f"it holds {held}, and the base has {size} of each of {', '.join(sorted(tables))}: save the adapter with "
-            "save_embedding_layers=True, which keeps all of them"
+            f"it holds {held}, but the base has {size} of each of {', '.join(sorted(tables))}: save the adapter with "
+            "save_embedding_layers=True, which keeps both tables"
         )
-    model.resize_token_embeddings(others.pop(), mean_resizing=False)  # the adapter's rows are put over them
+    model.resize_token_embeddings(others.pop(), mean_resizing=False)  # the adapter's rows replace the new ones
 
 
 def _tables(model: Any) -> list[Any]:
@@ -145,34 +149,34 @@ def _tables(model: Any) -> list[Any]:
 
 
 def _shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
-    """Of the adapter's tensors, which are not read."""
+    """Return {name: shape} of the adapter's tensors, without reading them."""
     path = file_of(adapter.place, "adapter_model.safetensors", adapter.options)
     if path is not None:
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  it is no dict
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  not a dict
     path = file_of(adapter.place, "adapter_model.bin", adapter.options)
     if path is None:
-        return {}  # PEFT says so
+        return {}  # PEFT reports the missing file
     import torch
 
     return {key: tuple(x.shape) for key, x in torch.load(path, map_location="meta", weights_only=True).items()}
 
 
 def _what_differs(error: BaseException) -> str:
-    """torch names the weights whose shapes differ after a first line that says nothing."""
+    """Return the line of a torch error that names a size mismatch, or else its first line."""
     lines = (line.strip() for line in str(error).splitlines())
     return next((line for line in lines if line.startswith("size mismatch")), first_line(error))
 
 
 def replaced_by_adapter(model: Any, parameter: str) -> bool:
-    """Whether an adapter has its own copy of this parameter of the checkpoint: modules_to_save."""
+    """Return whether an adapter has its own copy of this parameter (PEFT's modules_to_save)."""
     owner = parameter.rpartition(".")[0]
     return any(name == owner and hasattr(module, "original_module") for name, module in model.named_modules())
 
 
 def refuse_without_peft(adapter: Adapter) -> None:
-    """EndoRewardError if PEFT is not installed."""
+    """Raise EndoRewardError if PEFT is not installed."""
     if find_spec("peft") is None:
         raise EndoRewardError(f"model {adapter.name!r} is an adapter, and peft is not installed: pip install peft")

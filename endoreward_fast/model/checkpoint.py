@@ -1,6 +1,6 @@
-"""What a model's name stands for: a folder, a GGUF file, the Hub, or the model that is built in.
+"""Find the model that a name stands for: a folder, a GGUF file, a model on the Hub, or the embedded one.
 
-Torch is not needed to know.
+This module does not import torch.
 """
 
 import hashlib
@@ -17,35 +17,36 @@ FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "*.index.json", "*.py", "*.model", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
 )  # fmt: skip
-"""those of a folder that scores depend on"""
+"""files of a model's folder that can change a score, besides its weights"""
 WEIGHTS = ("*.safetensors", "*.bin")
-"""and of a folder that is not read by a GGUF file"""
+"""weights of a folder, unless a GGUF file in it is read"""
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
-"""what trainers leave beside them"""
+"""files that trainers save beside the weights"""
 MAGIC = b"GGUF"
 SAMPLES, SAMPLE = 64, 4096
-"""pieces of each file that are hashed, and their bytes: to read terabytes of weights would take longer than to score"""
+"""number of pieces of each file that are hashed, and their size in bytes; to read all weights could take longer than
+to score"""
 
 
 def pocket_path() -> Path:
-    """The folder of the embedded demonstration model, in Hugging Face's format."""
+    """Return the folder of the embedded demonstration model, in Hugging Face's format."""
     return Path(__file__).parents[1] / POCKET
 
 
 def on_this_machine(name: str) -> bool:
-    """Whether a model's name stands for a folder or a GGUF file here. EndoRewardError: it can be no model's name."""
+    """Return whether a name stands for a local folder or GGUF file. Raises EndoRewardError if no model has it."""
     return (name != POCKET and _is_gguf(_path(name))) or os.path.isdir(place_of(name))
 
 
 def place_of(name: str) -> str:
-    """The folder that `name` stands for, or else its name on the Hub. EndoRewardError: it can be neither."""
+    """Return the folder that `name` stands for, or else its name on the Hub. EndoRewardError if it can be neither."""
     if not name.strip():
-        raise EndoRewardError("the model's name is empty: give a folder, a name of the Hub or a GGUF file")
+        raise EndoRewardError("the model's name is empty: give a folder, a name on the Hub or a GGUF file")
     folder = pocket_path() if name == POCKET else _path(name)
     if folder.is_dir():
         return str(folder)
     if folder.is_file():
-        raise EndoRewardError(f"model {name!r} is a file, and no GGUF file: name the folder that it lies in")
+        raise EndoRewardError(f"model {name!r} is a file, but not a GGUF file: name the folder that holds it")
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or folder.suffix == ".gguf":
         kind = "file" if folder.suffix == ".gguf" else "folder"
         raise EndoRewardError(f"model {name!r}: there is no such {kind}")
@@ -54,9 +55,9 @@ def place_of(name: str) -> str:
 
 
 def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """(place, options) of a model: the path of a GGUF file is its folder and `gguf_file`.
+    """Return (place, options) of a model. For the path of a GGUF file these are its folder and `gguf_file`.
 
-    Raises EndoRewardError: there is no such folder, subfolder or file, or the Hub cannot be asked for it.
+    Raises EndoRewardError if there is no such folder, subfolder or file, or if the Hub cannot be reached for it.
     """
     options = {key: value for key, value in options.items() if value is not None and value != ""}
     for key in ("revision", "subfolder", "gguf_file"):
@@ -66,7 +67,7 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     path = _path(name)
     if name != POCKET and _is_gguf(path):
         if "gguf_file" in options:
-            raise EndoRewardError(f"model {name!r} is a GGUF file: there is no gguf_file inside one")
+            raise EndoRewardError(f"model {name!r} is a GGUF file, with no gguf_file inside: leave gguf_file out")
         return os.path.abspath(path.parent), options | {"gguf_file": path.name}
     place = place_of(name)
     if not os.path.isdir(place):
@@ -79,15 +80,17 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         if not file.is_file():
             raise EndoRewardError(f"model {name!r}: there is no file {options['gguf_file']!r} in it")
         if not _is_gguf(file):
-            raise EndoRewardError(f"model {name!r}: {options['gguf_file']!r} is no GGUF file (it does not begin so)")
-    return os.path.abspath(place), options  # transformers does not find the subfolder of "."
+            raise EndoRewardError(f"model {name!r}: {options['gguf_file']!r} is not a GGUF file: name one")
+    return os.path.abspath(place), options  # absolute, because transformers does not find a subfolder of "."
 
 
 def weights_of(name: str, **options: Any) -> str:
-    """A hash of the model: of its folder's files, wherever that lies; from the Hub, the commit. An adapter's base too.
+    """Return an identifier of the model's weights: the commit on the Hub, or a hash of the folder's files.
 
-    Files go in by name, size and SAMPLES pieces. `options`: revision, subfolder, gguf_file and the like, as in
-    EndoRewardModel.from_pretrained. Raises EndoRewardError: there is no such model.
+    The hash covers each file's name, size and SAMPLES pieces, but not where the folder is. An adapter's identifier
+    includes its base's. `options` are those of EndoRewardModel.from_pretrained: revision, subfolder, gguf_file, ...
+
+    Raises EndoRewardError if there is no such model.
     """
     place, options = located(name, options)
     if os.path.isdir(place):
@@ -125,7 +128,7 @@ def _path(name: str) -> Path:
         path = Path(name).expanduser()
         path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long, no such home
-        raise EndoRewardError(f"model {name[:80]!r}: that is no path: {error}") from error
+        raise EndoRewardError(f"model {name[:80]!r}: not a path: {error}") from error
     return path
 
 

@@ -1,4 +1,4 @@
-"""Which device a model goes to: the one asked for, and among several of its kind this process's own."""
+"""Choose the device of a model: the one that was asked for, or this process's among several of that type."""
 
 import os
 
@@ -6,15 +6,17 @@ import torch
 
 from ..errors import EndoRewardError, first_line
 
-ALIASES = {"gpu": "cuda"}  # AMD's GPUs are "cuda" to torch, too
+ALIASES = {"gpu": "cuda"}  # torch calls AMD's GPUs "cuda", too
 
 
 def device_of(device: torch.device | str | None) -> torch.device:
-    """The device that `device` names, ready for use: None and "auto" are a GPU if there is one.
+    """Return the device that `device` names. None and "auto" are a GPU if there is one, else the CPU.
 
-    A kind without an index ("cuda", "gpu", "xpu") is the local rank's device under a launcher, which sets LOCAL_RANK:
-    before a trainer has chosen the process's device, torch would take the first for every rank. A process that has
-    chosen another than the first keeps it. Raises EndoRewardError: no such device, a LOCAL_RANK that is no number.
+    Under a launcher that sets LOCAL_RANK, a type without an index ("cuda", "gpu", "xpu") is the local rank's device,
+    because torch would use the first device for every rank until the trainer chooses one. If the process has already
+    chosen a device other than the first, that one is returned.
+
+    Raises EndoRewardError if the device cannot be used, or if LOCAL_RANK is not a number.
     """
     try:
         found = _own(_named(device))
@@ -25,20 +27,20 @@ def device_of(device: torch.device | str | None) -> torch.device:
 
 
 def _touch(device: torch.device) -> None:
-    """Raises RuntimeError and the like: the device cannot be used."""
+    """Raise RuntimeError or a similar error if the device cannot be used."""
     torch.empty(0, device=device)
 
 
 def _named(device: torch.device | str | None) -> torch.device:
     if not isinstance(device, torch.device | str | int | None):
-        raise EndoRewardError(f"device is a {type(device).__name__}: expected a name such as 'cuda:1', or one of torch")
+        raise EndoRewardError(f"device is a {type(device).__name__}: expected a torch.device or a name ('cuda:1')")
     if device is None or device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(ALIASES.get(device, device) if isinstance(device, str) else device)
 
 
 def _own(device: torch.device) -> torch.device:
-    """With the index of this process's device, where several processes share a machine's."""
+    """Return the device with the index for this process, if several processes share a machine."""
     rank = os.environ.get("LOCAL_RANK")
     if rank is None or device.index is not None or device.type in ("cpu", "meta", "mps"):
         return device
@@ -47,7 +49,7 @@ def _own(device: torch.device) -> torch.device:
     devices = torch.get_device_module(device)
     count = devices.device_count()
     if not count:
-        return device  # its first use says why
-    # A process that never touched a device has chosen none, and to ask would make a context on the first.
+        return device  # its first use raises an error that says why
+    # Ask for the current device only if one was used before: the question itself would create a context on the first.
     chosen = devices.current_device() if devices.is_initialized() else 0
     return torch.device(device.type, chosen or int(rank) % count)

@@ -1,4 +1,4 @@
-"""The names of a dtype, for the Python API and the command. Torch is not needed to know them."""
+"""Names of dtypes, for the Python API and the command. This module does not import torch."""
 
 from difflib import get_close_matches
 
@@ -12,7 +12,10 @@ ALIASES = {
 
 
 def dtype_name(name: str) -> str:
-    """The one of DTYPES that `name` stands for: "bf16", "torch.bfloat16", "BFloat16". EndoRewardError for any other."""
+    """Return the entry of DTYPES that a name such as "bf16", "torch.bfloat16" or "BFloat16" stands for.
+
+    Raises EndoRewardError for any other name.
+    """
     plain = name.strip().lower().removeprefix("torch.")
     found = ALIASES.get(plain, plain)
     if found in DTYPES:

@@ -1,4 +1,4 @@
-"""Models of the Hub: which names can be one, whether the Hub can be reached now, a model's files and commit there."""
+"""Models on the Hub: check a name, check that the Hub can be reached, find a model's files and commit."""
 
 import os
 from difflib import get_close_matches
@@ -8,14 +8,15 @@ from typing import Any
 from ..errors import EndoRewardError, first_line
 
 PATIENCE = 5.0
-"""seconds to wait for the Hub to answer at all; huggingface_hub itself tries six times, for half a minute"""
+"""seconds to wait for the Hub's first answer; huggingface_hub itself tries six times, for half a minute"""
 OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
-"""of from_pretrained: where a file is, and how it is fetched"""
+"""options of from_pretrained that say where a file is and how it is fetched"""
 KNOWN = ("config.json", "adapter_config.json")
+"""files of which every model has one"""
 
 
 def refuse_no_hub_name(name: str, local: tuple[str, ...]) -> None:
-    """EndoRewardError for what can be no repository of the Hub, or is nearly one of the `local` names."""
+    """Raise EndoRewardError if no repository can have this name, or if it is similar to one of the `local` names."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -31,9 +32,9 @@ def refuse_no_hub_name(name: str, local: tuple[str, ...]) -> None:
 
 
 def reachable(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`options` for a model of the Hub: with local_files_only where the Hub does not answer and the model is cached.
+    """Return `options` for a model on the Hub, with local_files_only if it is cached and the Hub does not answer.
 
-    One request decides it. Raises EndoRewardError: the Hub does not answer, and the model is not in the cache.
+    This makes one request. Raises EndoRewardError if the Hub does not answer and the model is not in the cache.
     """
     from huggingface_hub import constants, get_session
 
@@ -41,7 +42,7 @@ def reachable(name: str, options: dict[str, Any]) -> dict[str, Any]:
         return options
     try:
         get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-    except Exception as error:  # of whichever HTTP library huggingface_hub uses: any of them means no answer
+    except Exception as error:  # the type depends on huggingface_hub's HTTP library; any error means no answer
         if _cached(name, options):
             return options | {"local_files_only": True}
         where = f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
@@ -52,7 +53,7 @@ def reachable(name: str, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit_of(name: str, options: dict[str, Any], file: str = "") -> str:
-    """The commit of a model of the Hub, by one of its files: `file`, or what tells of what kind it is."""
+    """Return the commit of a model on the Hub, from the cached path of `file`, or else of its config."""
     from transformers.utils import cached_file
 
     asked = {key: value for key, value in options.items() if key in OPTIONS}
@@ -66,7 +67,7 @@ def commit_of(name: str, options: dict[str, Any], file: str = "") -> str:
 
 
 def file_of(place: str, file: str, where: dict[str, Any]) -> Path | None:
-    """A file of a folder or of the Hub, or None."""
+    """Return the path of a file in a folder or on the Hub, or None if it is not there."""
     if Path(place).is_dir():
         path = Path(place, where.get("subfolder") or "", file)
         return path if path.is_file() else None
@@ -78,7 +79,7 @@ def file_of(place: str, file: str, where: dict[str, Any]) -> Path | None:
 
 
 def _commit(path: Path) -> str:
-    """The cache has a folder for every commit, in one named snapshots."""
+    """Return the commit from a path in the cache: .../snapshots/COMMIT/..."""
     parts = path.parts
     return parts[parts.index("snapshots") + 1]
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, and whether the model took all of it: what is cut short, absent or left unread."""
+"""Check that a checkpoint is complete, and that the model has read all of it."""
 
 import json
 import zipfile
@@ -11,13 +11,13 @@ from torch import nn
 from ..errors import EndoRewardError
 
 NOT_FETCHED = b"version https://git-lfs"
-"""what stands in a file that Git LFS has not downloaded"""
+"""start of a file that Git LFS has not downloaded yet"""
 TOKENIZER = ("tokenizer*", "*.model", "vocab*", "merges.txt", "spiece*")
 READ_FROM = ("*.safetensors", "*.bin", *TOKENIZER, "*.json")
 
 
 def fault_of(folder: Path) -> str | None:
-    """What is wrong with a file of a model's folder, and what to do; None if every one looks whole."""
+    """Return what is wrong with a file of a model's folder, and what to do. None if all look complete."""
     for index in sorted(folder.glob("*.index.json")):
         for shard in _shards(index):
             if not (folder / shard).is_file():
@@ -38,12 +38,15 @@ def _shards(index: Path) -> Iterator[str]:
     try:
         files = json.loads(index.read_text("utf-8"))["weight_map"].values()
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return  # transformers says what is wrong with the index itself
+        return  # transformers reports what is wrong with the index
     yield from sorted({str(file) for file in files})
 
 
 def _whole_safetensors(path: Path) -> bool:
-    """Its head says how long it is: 8 bytes for the length of a JSON text, the text, and the tensors it tells of."""
+    """Return whether the file has the length that its header declares.
+
+    The format is: 8 bytes with the length of the header, the header as JSON, the tensors at the offsets in the header.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         head = int.from_bytes(file.read(8), "little")
@@ -58,8 +61,10 @@ def _whole_safetensors(path: Path) -> bool:
 
 
 def refuse_unknown_quantisation(config: Any) -> None:
-    """EndoRewardError for a quantised checkpoint whose method transformers does not know: it would read the quantised
-    numbers as the weights themselves."""
+    """Raise EndoRewardError if transformers does not know the checkpoint's method of quantisation.
+
+    transformers would then read the quantised numbers as weights.
+    """
     about = getattr(config, "quantization_config", None)
     if about is None:
         return
@@ -74,15 +79,15 @@ def refuse_unknown_quantisation(config: Any) -> None:
 
 
 def refuse_misread(model: nn.Module, info: Mapping[str, Any], *, quantised: bool) -> None:
-    """EndoRewardError for tensors of the checkpoint that have another shape than the model's, or that belong to a
-    layer of the model which has no use for them: scales of quantised weights, biases that the config denies.
+    """Raise EndoRewardError if a layer of the model does not read one of its tensors in the checkpoint.
 
-    transformers only warns of the latter, and such a model gives other numbers than it was trained to.
+    Either the shapes differ, or the layer has no such parameter: the scale of quantised weights, or a bias that the
+    config switches off. transformers only warns about the second, and the model's outputs are then wrong.
     """
     for key, there, here in sorted(info["mismatched_keys"]):
-        raise EndoRewardError(f"{key!r} is {tuple(there)} in its checkpoint, and {tuple(here)} in the model")
+        raise EndoRewardError(f"{key!r} is {tuple(there)} in its checkpoint, but {tuple(here)} in the model")
     if quantised:
-        return  # each method has tensors of its own
+        return  # each method adds its own tensors
     layers = {name.rpartition(".")[0] for name, _ in model.named_parameters(remove_duplicate=False)}
     unread = sorted(key for key in info["unexpected_keys"] if key.rpartition(".")[0] in layers)
     if unread:
@@ -94,7 +99,7 @@ def refuse_misread(model: nn.Module, info: Mapping[str, Any], *, quantised: bool
 
 
 def why_no_tokenizer(folder: Path) -> str | None:
-    """Why a folder's tokenizer cannot be read; None if its files look whole, or there is no such folder."""
+    """Return why a folder's tokenizer cannot be read. None if its files look complete, or if there is no folder."""
     if not folder.is_dir():
         return None
     if not any(path for pattern in TOKENIZER for path in folder.glob(pattern)):

@@ -12,17 +12,17 @@ OTHER_TASKS = ("ForSequenceClassification", "ForTokenClassification", "ForQuesti
 
 @dataclass(frozen=True)
 class Kind:
-    """What is loaded."""
+    """A kind of model, and how to load it."""
 
     auto: str
-    """transformers' class for it"""
+    """name of the transformers class that loads it"""
     words: str
     refuse_other: Callable[[Any, str, Adapter | None], None]
-    """(config, name, adapter)"""
+    """function of (config, name, adapter) that raises EndoRewardError for any other kind"""
 
 
 def refuse_other_than_one_output(config: Any, name: str) -> None:
-    """EndoRewardError unless the classifier gives one number."""
+    """Raise EndoRewardError unless the classifier has one output."""
     if config.num_labels != 1:
         labels = ", ".join(map(str, list(config.id2label.values())[:4]))
         raise EndoRewardError(f"{name} has {config.num_labels} outputs ({labels}): a reward model has one")
@@ -42,7 +42,7 @@ def _refuse_unless_causal(config: Any, name: str, adapter: Adapter | None) -> No
 def _refuse_unless_reward_model(config: Any, name: str, adapter: Adapter | None) -> None:
     architectures = getattr(config, "architectures", None) or ()
     if adapter is not None and adapter.of_classifier:
-        architectures = ()  # TRL's RewardTrainer begins with a causal model: the head comes with the adapter
+        architectures = ()  # the base of TRL's RewardTrainer is a causal model: the adapter brings the head
     remote = "AutoModelForSequenceClassification" in (getattr(config, "auto_map", None) or {})
     if architectures and not remote and not any(a.endswith("ForSequenceClassification") for a in architectures):
         raise EndoRewardError(

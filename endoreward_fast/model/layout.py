@@ -1,13 +1,13 @@
-"""Rows in a batch: padding on either side, or several sequences packed into one row.
+"""The layout of a batch: padding on either side, or several sequences packed into one row.
 
-A token can be scored if it and the token before it are real (not padding) and belong to one sequence: only then was
-it chosen in a state that the model has seen. Which tokens those are is said here once, for every caller.
+A token can be scored if it and the token before it are real (not padding) and belong to one sequence. Only then has the
+model seen the state in which the token was chosen. `lay_out` finds these tokens.
 
-Padding on the right changes nothing in a causal model. Padding on the left does unless positions are counted from the
-first real token, and packed sequences do unless attention is kept apart; both are the model's doing. So the first
-time either could matter the model is asked: a few tokens alone, and the same tokens padded or packed, must give the
-same states. The question costs two small forward passes, is put at the same call on every process of a sharded
-model, and is put once.
+Padding on the right does not change the states of a causal model. Padding on the left does not if the model counts
+positions from the first real token. Packing does not if the model keeps the attention of the sequences apart. The last
+two depend on the model, so `LayoutCheck` tests it before the first such batch: a few tokens alone, and the same tokens
+padded or packed, must give the same states. The test costs two small forward passes, once per model. On a sharded model
+every process makes it at the same call.
 """
 
 import inspect
@@ -25,7 +25,7 @@ States = Callable[[dict[str, Tensor]], Tensor]
 
 
 class Layout(NamedTuple):
-    """What the model is called with, and which tokens may be scored."""
+    """The model's arguments for a batch, and which tokens may be scored."""
 
     inputs: dict[str, Tensor]
     """input_ids and, where needed, attention_mask and position_ids"""
@@ -36,21 +36,21 @@ class Layout(NamedTuple):
 
 
 def lay_out(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Layout:
-    """Arguments of one forward pass from (B, T) tensors.
+    """Return the layout of one batch, from (B, T) tensors.
 
-    Where position_ids do not go on by one from a real token to the next, a new sequence begins (Hugging Face's
-    convention for packed rows). Its attention is then told apart by the positions alone, which takes an absent
-    attention_mask: padding becomes sequences of its own instead.
+    A new sequence begins wherever position_ids do not increase by one from a real token to the next (Hugging Face's
+    convention for packed rows). Hugging Face models then separate the sequences by position_ids, but only if there is
+    no attention_mask. So a packed batch has none: each padding token gets a position that makes it its own sequence.
     """
     attended = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    scorable = attended & _before(attended)
+    scorable = attended & _shifted(attended)
     inputs = {"input_ids": input_ids}
     if attention_mask is not None:
         inputs["attention_mask"] = attention_mask
     if position_ids is not None:
         follows = position_ids == position_ids.roll(1, 1) + 1
         if bool(((scorable & ~follows) | _restarts(attended, position_ids)).any()):
-            # At the highest position no padding token is followed by its successor.
+            # All padding gets the highest position, so that no padding token continues a sequence.
             highest = torch.where(attended, position_ids, 0).amax()
             inputs = {"input_ids": input_ids, "position_ids": torch.where(attended, position_ids, highest)}
             return Layout(inputs, scorable & follows, "packed")
@@ -61,13 +61,16 @@ def lay_out(input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tens
     return Layout(inputs, scorable, kind)
 
 
-def _before(flags: Tensor) -> Tensor:
-    """flags[:, t - 1] at place t; False at the start."""
+def _shifted(flags: Tensor) -> Tensor:
+    """Return flags shifted right by one: flags[:, t - 1] at position t, False at position 0."""
     return torch.cat([torch.zeros_like(flags[:, :1]), flags[:, :-1]], 1)
 
 
 def _restarts(attended: Tensor, position_ids: Tensor) -> Tensor:
-    """(B, T) bool: real tokens at a position no later than that of the last real one before them, over padding too."""
+    """Return (B, T) bool: real tokens whose position is not above that of the real token before them.
+
+    Padding between the two is skipped.
+    """
     place = torch.arange(attended.shape[1], device=attended.device)
     last = torch.where(attended, place, -1).cummax(1).values.roll(1, 1)
     last[:, :1] = -1
@@ -79,7 +82,10 @@ def _padding(attended: Tensor) -> str:
 
 
 class PaddingLast:
-    """Rows (B, T) with every real token before the padding, as wide as the longest: no causal model minds that."""
+    """Moves the padding of rows (B, T) to the right, which does not change the states of a causal model.
+
+    The moved rows are as wide as the longest: (B, longest).
+    """
 
     def __init__(self, attention_mask: Tensor) -> None:
         attended = attention_mask.bool()
@@ -87,43 +93,43 @@ class PaddingLast:
         self.order = (~attended).int().argsort(dim=1, stable=True)[:, : int(attended.sum(1).amax())]
 
     def move(self, rows: Tensor) -> Tensor:
-        """(B, T) -> (B, longest)"""
+        """Return rows (B, T) with the padding on the right: (B, longest)."""
         return rows.gather(1, self.order.to(rows.device))
 
     def back(self, rows: Tensor) -> Tensor:
-        """(B, longest) -> (B, T), 0 where nothing was."""
+        """Return rows (B, longest) in their original layout (B, T), 0 at padding."""
         return rows.new_zeros(self.shape).scatter(1, self.order.to(rows.device), rows)
 
 
 class LayoutCheck:
-    """What a model can be given, found out by asking it."""
+    """Tests which layouts a model reads correctly."""
 
     def __init__(self, model: nn.Module, states: States) -> None:
-        """`states` runs the model: its arguments -> (B, T, size) of what its logits are made of, or the logits."""
+        """`states` runs the model on its arguments, and returns the input of its head (B, T, D), or its logits."""
         self.model = model
         self.states = states
         self.accepted = accepted_arguments(model)
         self.known: dict[tuple[str, int], bool] = {}
 
     def arguments(self, layout: Layout) -> dict[str, Tensor]:
-        """The layout's arguments that this model has."""
+        """Return the layout's arguments that the model's forward accepts."""
         return {name: value for name, value in layout.inputs.items() if name in self.accepted}
 
     def ask(self, kind: str, rows: int) -> None:
-        """Find out about "left-padded" or "packed" batches, of one row or of several, unless that is known.
+        """Test the model with a "left-padded", "packed" or "unplaced" batch, unless the result is known.
 
-        "unplaced" batches are padded on the left and come without position_ids.
+        "unplaced" is padded on the left, without position_ids. One row and several rows are tested separately.
         """
         if (kind, min(rows, 2)) not in self.known:
             self.known[kind, min(rows, 2)] = self._same_states(kind, min(rows, 2))
 
     def counts_from_padding(self, rows: int) -> bool:
-        """Whether rows padded on the left get other states without position_ids: GPT-2's table of positions."""
+        """Return whether the model counts positions from the padding if it gets no position_ids, as GPT-2 does."""
         self.ask("unplaced", rows)
         return not self.known["unplaced", min(rows, 2)]
 
     def refuse_if_known_wrong(self, kind: str, rows: int) -> None:
-        """EndoRewardError if this model does not give tokens in such a batch the states that they have alone."""
+        """Raise EndoRewardError if a test has shown that such a batch changes the states of its tokens."""
         if self.known.get((kind, min(rows, 2)), True):
             return
         if kind == "packed":
@@ -131,7 +137,7 @@ class LayoutCheck:
                 " (flash attention does, one row at a time)" if rows > 1 and self.known.get((kind, 1)) else ""
             )
             raise EndoRewardError(f"{describe(self.model)} does not {how}: give it one sequence per row")
-        raise EndoRewardError(f"{describe(self.model)} gives other states to rows padded on the left: pad on the right")
+        raise EndoRewardError(f"{describe(self.model)} changes the states of rows padded on the left: pad on the right")
 
     @torch.no_grad()
     def _same_states(self, kind: str, rows: int) -> bool:
@@ -153,13 +159,14 @@ class LayoutCheck:
             alone = self.states(self.arguments(lay_out(real, None, None)))[0]
             among = self.states(self.arguments(layout))[:, -count:]
         error = (among - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
-        # A leak is from 1e-3 (tiny random models) to 1; rounding is of the order of eps. Experts may flip: the median.
+        # A leak gives an error of 1e-3 (tiny random models) to 1, and rounding one of about eps. The median, because a
+        # token of a mixture of experts may be routed to another expert.
         tf32 = alone.is_cuda and torch.get_float32_matmul_precision() != "highest"
         return bool(error.median() <= max(4e-3 if tf32 else 1e-4, 4 * torch.finfo(alone.dtype).eps))
 
 
 def accepted_arguments(model: nn.Module) -> set[str]:
-    """Names of the arguments of a model's forward, seen through PEFT's wrapper and torch.compile's."""
+    """Return the names of the arguments of a model's forward, also inside PEFT's and torch.compile's wrappers."""
     base: Any = uncompiled(model)
     inner = base.get_base_model() if hasattr(base, "get_base_model") else base
     names = set(inspect.signature(inner.forward).parameters)

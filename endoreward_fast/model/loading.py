@@ -1,4 +1,4 @@
-"""A model's name -> the loaded model and its tokenizer, with one clear line for whatever can be wrong with the name."""
+"""Load a model and its tokenizer by name. Every error is one line that names the model."""
 
 import re
 import warnings
@@ -24,11 +24,11 @@ from .kinds import CAUSAL, CLASSIFIER, Kind
 from .processor import with_template_of_processor
 
 SHARED = (*OPTIONS, "trust_remote_code", "code_revision", "gguf_file")
-"""options that the tokenizer takes as well"""
+"""options that are also passed to the tokenizer"""
 
 
 SPREAD = ("device_map", "tp_plan", "distributed_config")
-"""options that say where a model's parts go"""
+"""options that place the parts of a model on devices"""
 
 
 Dtype: TypeAlias = torch.dtype | str | None
@@ -41,17 +41,17 @@ Loaded: TypeAlias = tuple[nn.Module, Any, str | None]
 
 
 def load(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
-    """(model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
+    """Return (model, tokenizer or None, why there is no tokenizer). See `EndoRewardModel.from_pretrained`."""
     return _load(CAUSAL, str(name), dtype, device, options)
 
 
 def load_classifier(name: str | PathLike[str], *, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
-    """As `load`, a sequence classifier with one output. See `RewardModel.from_pretrained`."""
+    """Do the same as `load` for a sequence classifier with one output. See `RewardModel.from_pretrained`."""
     return _load(CLASSIFIER, str(name), dtype, device, options)
 
 
 def refuse_other_models(causal: str | None, classifier: str | None) -> None:
-    """EndoRewardError unless the names stand for one of each kind. Configurations are read, and no weights."""
+    """Raise EndoRewardError unless the names stand for one model of each kind. Only configs are read, no weights."""
     for kind, name in ((CAUSAL, causal), (CLASSIFIER, classifier)):
         if name is not None:
             _find(kind, name, {"trust_remote_code": False})
@@ -59,7 +59,7 @@ def refuse_other_models(causal: str | None, classifier: str | None) -> None:
 
 @contextmanager
 def naming(name: str | PathLike[str]) -> Iterator[None]:
-    """An EndoRewardError that is raised inside says which model it is about."""
+    """Add the model's name to an EndoRewardError that is raised in the block."""
     try:
         yield
     except EndoRewardError as error:
@@ -68,7 +68,7 @@ def naming(name: str | PathLike[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Found:
-    """What a name stands for, before any weights are read."""
+    """The place, config and base of a model, found before any weights are read."""
 
     place: str
     options: dict[str, Any]
@@ -79,7 +79,7 @@ class _Found:
 
 
 def _find(kind: Kind, name: str, options: dict[str, Any]) -> _Found:
-    """EndoRewardError: it is none of its kind."""
+    """Find the model that a name stands for. Raises EndoRewardError if it is not of this kind."""
     _refuse_gone(name, options)
     place, options = located(name, options)
     adapter = adapter_at(name, place, options)
@@ -97,10 +97,10 @@ def _find(kind: Kind, name: str, options: dict[str, Any]) -> _Found:
 
 
 def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
-    # Without a word, transformers asks at the terminal whether to run a model's own code.
+    # If trust_remote_code is not set, transformers asks at the terminal whether to run the model's own code.
     wanted, options = _dtype(dtype, {"trust_remote_code": False} | options)
     if not any(options.get(key) is not None for key in SPREAD):
-        device_of(device)  # one that is not there is said before anything is read
+        device_of(device)  # raises before anything is read
     found = _find(kind, name, options)
     options, adapter, base, base_options = found.options, found.adapter, found.base, found.base_options
     config = found.config
@@ -117,36 +117,36 @@ def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str
 
 
 def _base_of(adapter: Adapter, kind: Kind, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The base model's place and options."""
+    """Return the place and options of an adapter's base model."""
     if adapter.of_classifier and kind.auto == "AutoModelForCausalLM":
         raise EndoRewardError(f"model {adapter.name!r} is the adapter of a classifier, not of a causal language model")
     found = adapter.base_options(options)
     found = {key: value for key, value in found.items() if key not in ("adapter_kwargs", "adapter_name")}
     if adapter.of_classifier:
-        found = {"num_labels": 1} | found  # a causal model's config says nothing of the head that was trained
+        found = {"num_labels": 1} | found  # the trained head has one output; a causal model's config does not say so
     if adapter.base is None:
-        # transformers would load the adapter with the model, and not say what the model's own checkpoint lacks.
+        # Hide the adapter: transformers would load it with the model, and not report what the checkpoint lacks.
         return adapter.place, found | {"adapter_kwargs": {"subfolder": "no adapter here"}}
     try:
         return located(adapter.base, found)
     except EndoRewardError as error:
         raise EndoRewardError(
-            f"model {adapter.name!r} is an adapter of {adapter.base!r}, and {error}; base_model_name_or_path in its "
-            f"{CONFIG} says where the base model is, and may be a folder"
+            f"model {adapter.name!r} is an adapter of {adapter.base!r}, and {error}; set base_model_name_or_path in "
+            f"its {CONFIG} to the folder or the Hub name of the base model"
         ) from error
 
 
 def _weights(
     kind: Kind, place: str, options: dict[str, Any], config: Any, dtype: torch.dtype | str, device: Device
 ) -> tuple[Any, list[str]]:
-    """The model, and the parameters that its checkpoint did not have."""
+    """Return the model, and the names of the parameters that its checkpoint lacks."""
     import transformers
 
-    options = dict(options) | {"ignore_mismatched_sizes": True}  # they are refused below, by their names
+    options = dict(options) | {"ignore_mismatched_sizes": True}  # refuse_misread raises, and names them
     target = None if any(options.get(name) is not None for name in SPREAD) else device_of(device)
     quantised = options.get("quantization_config") or getattr(config, "quantization_config", None)
     if target is not None and quantised:
-        options["device_map"], target = {"": target}, None  # its weights are made for their device as they are read
+        options["device_map"], target = {"": target}, None  # quantised weights are created on their device
     loaded: Any = getattr(transformers, kind.auto).from_pretrained(
         place, dtype=dtype, output_loading_info=True, **options
     )
@@ -158,9 +158,10 @@ def _weights(
 
 @contextmanager
 def _explained(name: str, adapter: Adapter | None, folder: Path) -> Iterator[None]:
-    """Whatever is raised inside becomes one line: file readers, quantisers and a model's own code raise anything.
+    """Turn any error that is raised in the block into an EndoRewardError of one line.
 
-    `folder` is where the weights were looked for; it is no folder where they are the Hub's.
+    File readers, quantisers and a model's own code may raise any type. `folder` is where the weights should be. It does
+    not exist if they come from the Hub.
     """
     model = f"model {name!r}" if adapter is None or adapter.base is None else f"model {name!r} on {adapter.base!r}"
     try:
@@ -174,18 +175,18 @@ def _explained(name: str, adapter: Adapter | None, folder: Path) -> Iterator[Non
             raise EndoRewardError(f"{model}: from_pretrained takes no option {unknown[1]!r} here") from error
         if "trust_remote_code=True" in str(error):
             raise EndoRewardError(
-                f"{model} comes with code of its own, which is not run unasked: read it, then load the model with "
+                f"{model} comes with its own code, which is not run by default: read it, then load the model with "
                 "trust_remote_code=True (--trust-remote-code)"
             ) from error
         raise EndoRewardError(f"{model} cannot be loaded: {fault_of(folder) or _said(error)}") from error
 
 
 def _said(error: Exception) -> str:
-    """What another library's error says, and what to do about those that do not say it."""
+    """Return the first line of another library's error, or a plainer line that says what to do."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         package = error.name.partition(".")[0]
         return f"it needs the package {package!r}: pip install {package}"
-    odd = re.search(r"Float8_(\w+)Storage", str(error))  # by torch.set_default_dtype
+    odd = re.search(r"Float8_(\w+)Storage", str(error))  # from torch.set_default_dtype
     if odd:
         return f"its weights are float8_{odd[1]}, which no model computes in: give dtype='bfloat16' (--dtype bf16)"
     return first_line(error)
@@ -193,8 +194,10 @@ def _said(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, transformers draws no bar while it copies weights into a model, and prints no table of absent weights,
-    which are refused or of no use. Bars of downloads stay."""
+    """Hide transformers' progress bar for copying weights, and its table of missing weights, inside the block.
+
+    Missing weights raise an error, or are not needed. Bars of downloads stay.
+    """
     from transformers.utils import logging
 
     def without(factory: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -208,7 +211,7 @@ def _quiet() -> Iterator[None]:
     before = logging.set_tqdm_hook(without)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # by PEFT
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # from PEFT
             yield
     finally:
         logging.set_tqdm_hook(before)
@@ -216,11 +219,11 @@ def _quiet() -> Iterator[None]:
 
 
 def _refuse_gone(name: str, options: dict[str, Any]) -> None:
-    """Options that transformers 5 does not have any more, and what it has in their place."""
+    """Raise EndoRewardError for options that transformers 5 has removed, with their replacement."""
     for option in ("load_in_8bit", "load_in_4bit"):
         if options.get(option) is not None:
             raise EndoRewardError(
-                f"model {name!r}: transformers 5 takes no {option}; give "
+                f"model {name!r}: transformers 5 has removed {option}: give "
                 f"quantization_config=BitsAndBytesConfig({option}={options[option]})"
             )
 
@@ -234,14 +237,14 @@ def _refuse_without_readers(name: str) -> None:
 
 
 def _config(place: str, options: dict[str, Any]) -> Any:
-    """As the auto classes read it: options may change what it says."""
+    """Return the model's config, with changes by options, as the auto classes read it."""
     from transformers import AutoConfig, PreTrainedConfig
 
     given = options.get("config")
     if isinstance(given, PreTrainedConfig):
         return given
     if given is not None:
-        raise EndoRewardError(f"config is a {type(given).__name__}: expected a configuration of transformers")
+        raise EndoRewardError(f"config is a {type(given).__name__}: expected a config of transformers")
     plain = {key: value for key, value in options.items() if key not in ("quantization_config", *SPREAD)}
     return AutoConfig.from_pretrained(place, return_unused_kwargs=True, **plain)[0]
 
@@ -249,7 +252,7 @@ def _config(place: str, options: dict[str, Any]) -> Any:
 def _tokenizer(
     adapter: Adapter | None, place: str, options: dict[str, Any], base: str, base_options: dict[str, Any], config: Any
 ) -> tuple[Any, str | None]:
-    """(tokenizer or None, why there is none): an adapter's own, or else its base's."""
+    """Return (tokenizer or None, why there is none). It is an adapter's own, or else its base's."""
     from transformers import AutoTokenizer
 
     places: list[tuple[str, dict[str, Any]]] = [(base, base_options)]
@@ -259,8 +262,8 @@ def _tokenizer(
     for where, asked in places:
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **_shared(asked))
-        except Exception as error:  # tokenizers raises Exception itself
-            # Token ids can be scored all the same; text is refused with this reason.
+        except Exception as error:  # tokenizers raises plain Exception
+            # Token ids can be scored without a tokenizer.
             reason = why_no_tokenizer(Path(where, asked.get("subfolder", ""))) or first_line(error)
         else:
             return with_template_of_processor(tokenizer, where, asked), None
@@ -272,7 +275,7 @@ def _shared(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype(dtype: Dtype, options: dict[str, Any]) -> tuple[torch.dtype | str, dict[str, Any]]:
-    """(dtype, options without torch_dtype, its older name)."""
+    """Return (dtype, options without torch_dtype). torch_dtype is the older name of dtype."""
     older = options.get("torch_dtype")
     if older is not None and dtype is not None and _of(older) != _of(dtype):
         raise EndoRewardError(f"dtype {dtype!r} and torch_dtype {older!r}: give one of them")
@@ -286,6 +289,6 @@ def _of(dtype: Dtype) -> torch.dtype | str:
             raise EndoRewardError(f"dtype {dtype}: expected {', '.join(DTYPES)}")
         return dtype
     if not isinstance(dtype, str | None):
-        raise EndoRewardError(f"dtype is a {type(dtype).__name__}: expected {', '.join(DTYPES)}, or one of torch")
+        raise EndoRewardError(f"dtype is a {type(dtype).__name__}: expected {', '.join(DTYPES)}, or a torch.dtype")
     name = "auto" if dtype is None else dtype_name(dtype)
     return "auto" if name == "auto" else getattr(torch, name)

@@ -1,10 +1,10 @@
-"""`EndoRewardModel`: the reward inside a loaded causal language model, of tokens or of text.
+"""`EndoRewardModel`: the endogenous reward of a causal language model, for tokens or for text.
 
     scorer = EndoRewardModel.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
     scorer.rank("What is 2 + 3?", ["5", "6"])[0].completion
 
-Hidden states go from the model straight to `linear_token_rewards`: logits never exist. Only a model whose head does
-something unknown is read through its own logits (`Head` warns when it is loaded).
+`linear_token_rewards` gets the model's hidden states, so logits never exist. Only if the model's head does something
+unknown are its own logits used. `Head` then warns when the model is loaded.
 """
 
 import math
@@ -52,11 +52,11 @@ Found = TypeVar("Found")
 class EndoRewardModel(nn.Module):
     """Endogenous rewards r(s, a) = Q(s, a) - V(s') of the tokens that a causal language model reads.
 
-    `model` is one of transformers, or anything with its interface; it is used as it is, on its own device and in its
-    own dtype, and trains through `forward`. `tokenizer` is needed only for text.
+    `model` is a transformers model, or has the same interface. It stays on its device and in its dtype, and `forward`
+    is differentiable in its parameters. `tokenizer` is needed only for text.
 
-    Raises EndoRewardError: a model that is not causal or has NaN weights (see `Head`), a tokenizer with more words
-    than the model has.
+    Raises EndoRewardError if the model is not causal or has NaN weights (see `Head`), or if the tokenizer has more
+    tokens than the model.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
@@ -67,7 +67,7 @@ class EndoRewardModel(nn.Module):
         self.head = Head(model)
         self.layouts = LayoutCheck(model, self._states)
         self.positions = Positions.of(model, self._text_config(), tokenizer)
-        self.room = Room()  # of scoring; a new one forgets that memory ran out
+        self.room = Room()  # assign a new Room() to restore the batch size after memory ran out
         if tokenizer is not None:
             refuse_larger_vocabulary(tokenizer, self.vocab_size)
 
@@ -76,53 +76,55 @@ class EndoRewardModel(nn.Module):
         cls, name_or_path: str | PathLike[str], *, dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None, **options: Unpack[LoadKwargs],
     ) -> "EndoRewardModel":  # fmt: skip
-        """Load a model and its tokenizer: by folder, Hugging Face name or GGUF file. "pocket" is the embedded
-        demonstration model. The folder of a PEFT adapter names its base model, which is loaded first.
+        """Load a model and its tokenizer from a folder, a Hugging Face name or a GGUF file.
 
-        dtype     None or "auto": the checkpoint's; or a torch dtype or its name ("bfloat16", "bf16")
-        device    None or "auto": a CUDA device if there is one, under a launcher the local rank's; with device_map
-                  among the options, that decides
-        options   what AutoModelForCausalLM.from_pretrained takes (`arguments.LoadKwargs`): revision, subfolder,
+        "pocket" is the embedded demonstration model. For the folder of a PEFT adapter, its base model is loaded first.
+
+        dtype     a torch dtype or its name ("bfloat16", "bf16"); None or "auto": the checkpoint's
+        device    None or "auto": a CUDA device if there is one (under a launcher, the local rank's), else the CPU. Not
+                  used if the options have a device_map
+        options   arguments of AutoModelForCausalLM.from_pretrained (`arguments.LoadKwargs`): revision, subfolder,
                   gguf_file, trust_remote_code, attn_implementation, device_map, quantization_config, ...
 
-        Raises EndoRewardError, in one line: no such model, not a causal one, a checkpoint without its output head (a
-        classifier's, say), an unknown dtype or device, a misspelt option.
+        Raises EndoRewardError, in one line, if there is no such model, it is not causal, its checkpoint lacks the
+        output head (as a classifier's does), or a dtype, device or option is unknown.
         """
         refuse_no_name(EndoRewardModel, name_or_path)
         refuse_misspelt(options, LoadKwargs.__annotations__)
         model, tokenizer, reason = load(name_or_path, dtype=dtype, device=device, options=dict(options))
         if reason is not None:
-            warnings.warn(f"{str(name_or_path)!r} has no usable tokenizer, so only token ids: {reason}", stacklevel=2)
+            said = f"{str(name_or_path)!r} has no usable tokenizer, so it scores token ids only: {reason}"
+            warnings.warn(said, stacklevel=2)
         with naming(name_or_path):
             return cls(model, tokenizer)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model can both read and predict."""
+        """The number of tokens that the model can both read and predict."""
         embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         read, given = _rows(embedding, "num_embeddings"), _rows(self.head.module, "out_features")
         return min(size for size in (read, given, self.head.recipe.vocab_size) if size is not None)
 
     @property
     def max_positions(self) -> int | None:
-        """Most tokens in a row unless a max_length says otherwise; None: no limit. `positions.table` is a firm one."""
+        """The most tokens in a row without a max_length; None: no limit. `positions.table` limits any max_length."""
         return self.positions.default
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every token that ends the model's generation."""
+        """The ids of all tokens at which the model stops generating."""
         ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         ids = getattr(self._text_config(), "eos_token_id", None) if ids is None else ids
         return () if ids is None else tuple(ids) if isinstance(ids, list | tuple) else (ids,)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the input embeddings."""
         return self._first_weight().device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights that token ids are looked up in: a quantised model's other weights may have another."""
+        """The dtype of the input embeddings. A quantised model's other weights may have another."""
         return self._first_weight().dtype
 
     def forward(
@@ -130,36 +132,38 @@ class EndoRewardModel(nn.Module):
         terminal: Tensor | None = None, position_ids: Tensor | None = None, alpha: float = 1.0,
         entropy: bool = False, impl: Impl = "auto",
     ) -> TokenRewards:  # fmt: skip
-        """Rewards of tokens (B, T); differentiable in the model's parameters.
+        """Return the rewards of tokens (B, T), differentiable in the model's parameters.
 
         attention_mask   (B, T), 1 for real tokens, padding on either side. Default: all are real
         completion_mask  (B, T): tokens to score. Default: all. Padding, the first token of each sequence, and a token
-                         behind padding are never scored
-        terminal         (B, T): tokens after which the episode ends (V(s') = 0). Default: the last of each
-                         unbroken run of scored tokens; all False bootstraps; see `terminal_at`
-        position_ids     (B, T) or (1, T). Default: counted from the first real token. Where they do not go on by one,
-                         the next of several packed sequences begins, and attention is kept apart
+                         after padding are never scored
+        terminal         (B, T): tokens after which the episode ends (V(s') = 0). Default: the last token of each
+                         unbroken run of scored tokens. All False: bootstrap everywhere. See `terminal_at`
+        position_ids     (B, T) or (1, T). Default: counted from the first real token. If they do not increase by one
+                         from a real token to the next, a new packed sequence begins there, with its own attention
         alpha, entropy, impl   as in `linear_token_rewards`
 
         Masks are bool, or integers 0 and 1.
         Returns TokenRewards, float32 (B, T), 0 where nothing is scored.
-        Raises ValueError for types, shapes and dtypes; IndexError for ids outside the vocabulary (on the CPU; a GPU
-        stops at its embedding); EndoRewardError for a model that does not keep packed sequences apart, or that
-        needs its padding on the right.
+        Raises ValueError for wrong types, shapes and dtypes; IndexError for ids outside the vocabulary (on the CPU; on
+        a GPU the embedding fails); EndoRewardError if the batch is packed or padded on the left, and the model does not
+        support that.
         """
         arguments, scored, ends = self._laid_out(input_ids, attention_mask, completion_mask, terminal, position_ids)
         wanted = {"alpha": alpha, "entropy": entropy, "impl": impl}
         return self._read(token_rewards, linear_token_rewards, arguments, scored, ends, **wanted)
 
     if TYPE_CHECKING:
-        __call__ = forward  # nn.Module's own returns Any
+        __call__ = forward  # nn.Module.__call__ returns Any
 
     def stats(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, completion_mask: Tensor | None = None, *,
         terminal: Tensor | None = None, position_ids: Tensor | None = None, alpha: float = 1.0, impl: Impl = "auto",
     ) -> TokenStats:  # fmt: skip
-        """Statistics of the states on either side of each scored token, which every one of `signals.SIGNALS` is made
-        of: one forward pass and one over the vocabulary, as in `forward`, which has the same arguments."""
+        """Return statistics of the states before and after each scored token, which all of `signals.SIGNALS` need.
+
+        The arguments and the cost are those of `forward`: one pass of the model and one over the vocabulary.
+        """
         arguments, scored, ends = self._laid_out(input_ids, attention_mask, completion_mask, terminal, position_ids)
         return self._read(token_stats, linear_token_stats, arguments, scored, ends, alpha=alpha, impl=impl)
 
@@ -167,11 +171,11 @@ class EndoRewardModel(nn.Module):
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0,
         attention_mask: Tensor | None = None, entropy: bool = False,
     ) -> TokenRewards:  # fmt: skip
-        """`forward` of rows whose masks are right already: `scored` holds no padding and no first token.
+        """Do the same as `forward`, without its checks: `scored` must exclude padding and first tokens.
 
-        attention_mask   (B, T), for rows that are padded on the left. They are run with their padding moved to the
-                         right, which no causal model minds, and the result is moved back. Rows padded on the right
-                         need none: a causal model's tokens do not see what is behind them
+        attention_mask   (B, T), for rows that are padded on the left. The padding is moved to the right, which does not
+                         change the states of a causal model, and the result is moved back. Rows padded on the right
+                         need no mask, because a causal model's tokens do not see later ones
         """
         if attention_mask is not None:
             rows = PaddingLast(attention_mask)
@@ -185,34 +189,36 @@ class EndoRewardModel(nn.Module):
         )  # fmt: skip
 
     def ready_for(self, input_ids: Tensor) -> None:
-        """Before rows (B, T) are read: drop the rotary frequencies that longer rows have left in the model."""
+        """Reset the rotary frequencies that longer rows have left in the model, before rows (B, T) are read."""
         if self.positions.keeps_frequencies(input_ids.shape[1]):
             forget_longer_rows(self.model, input_ids.to(self.device))
 
     def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
-        """`stats` of such rows, padded on the right."""
+        """Do the same as `stats`, without its checks, for rows that are padded on the right."""
         return self._read(token_stats, linear_token_stats, {"input_ids": input_ids}, scored, terminal, alpha=alpha)
 
     def score(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
     ) -> list[RowScore]:  # fmt: skip
-        """Scores of rows, in their order. `encoding` has the table of rows, `ScoreOptions` the options:
+        """Return the scores of rows, in their order. text/encoding.py lists the kinds of rows.
 
-        alpha, reduction, gamma, floor, system, chat, max_length, truncate, append_eos, max_tokens_per_batch,
-        per_token, texts, entropy, signals, reference
+        options   fields of `ScoreOptions`: alpha, reduction, gamma, floor, system, chat, max_length, truncate,
+                  append_eos, max_tokens_per_batch, per_token, texts, entropy, signals, reference, ...
 
-        A row that cannot be scored gets an `error` and stops no other. Runs in evaluation mode and without autograd,
-        in batches of like length. A row's companions change its score only by the rounding of the model's matmuls. Seen
-        on a CPU, alone against in a batch, 240 rows of the embedded model: at most 2e-5 in float32 and 0.19 in bfloat16
-        (half of the rows: 0), of scores from -82 to 19; a larger model in bfloat16: 0.51, of a score of -0.99.
-        dtype="float32" makes it small; max_tokens_per_batch=1 runs each row alone, which leaves none.
+        A row that cannot be scored gets an `error`; the others are still scored. The model runs in evaluation mode,
+        without autograd, on batches of similar length.
+
+        The batch changes a row's score only by the rounding of matmuls. Measured on a CPU with 240 rows of the embedded
+        model and scores from -82 to 19: a row alone and in a batch differ by at most 2e-5 in float32, and by at most
+        0.19 in bfloat16 (half of the rows: 0). In a larger model in bfloat16, a score of -0.99 differed by 0.51.
+        dtype="float32" makes the difference small, and max_tokens_per_batch=1 runs each row alone.
         """
         return in_order(self.iter_scores(rows, on_tokens=on_tokens, **options))
 
     def iter_scores(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
     ) -> Scores:  # fmt: skip
-        """(position in rows, score) as batches finish, in any order; options as in `score`.
+        """Yield (position in rows, score) as batches finish, in any order. Options as in `score`.
 
         `on_tokens` is called with the number of tokens of each finished batch.
         """
@@ -224,11 +230,11 @@ class EndoRewardModel(nn.Module):
     def rank(
         self, prompt: Any, completions: Iterable[Any], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
     ) -> list[Ranked]:  # fmt: skip
-        """Completions of one prompt, best first; ties in their order. Options as in `score`.
+        """Return the completions of one prompt, best first. Ties keep their order. Options as in `score`.
 
-        An empty completion is its end-of-turn token; where no token ends it, it has no score and comes last.
+        An empty completion is scored as its end-of-turn token. If no token ends it, it has no score and comes last.
 
-        Raises EndoRewardError if one of them cannot be scored, naming it by its index.
+        Raises EndoRewardError if a completion cannot be scored, and names its index.
         """
         listed = list_of_completions(completions)
         rows = [{"prompt": prompt, "completion": completion} for completion in listed]
@@ -244,11 +250,11 @@ class EndoRewardModel(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, completion_mask: Tensor | None,
         terminal: Tensor | None, position_ids: Tensor | None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:  # fmt: skip
-        """What the model is called with, which tokens are scored, and which are terminal. See `forward`."""
+        """Return (arguments of the model, scored tokens, terminal tokens), from the arguments of `forward`."""
         embedding: Any = self.model.get_input_embeddings()  # type: ignore[operator]
         check_input_ids(input_ids, _rows(embedding, "num_embeddings"))
         if attention_mask is not None:
-            as_bool("attention_mask", attention_mask, input_ids.shape)  # the model is given it as it is
+            as_bool("attention_mask", attention_mask, input_ids.shape)  # a check: the model gets the mask unchanged
         if position_ids is not None:
             position_ids = _broadcast_positions(position_ids, input_ids)
         layout = lay_out(input_ids, attention_mask, position_ids)
@@ -267,7 +273,7 @@ class EndoRewardModel(nn.Module):
         self, of_logits: Callable[..., Read], of_hidden: Callable[..., Read], arguments: dict[str, Tensor],
         scored: Tensor, terminal: Tensor | None, **wanted: Any,
     ) -> Read:  # fmt: skip
-        """One forward pass and one over the vocabulary: `of_hidden`, or `of_logits` where the head is not linear."""
+        """Run the model, then `of_hidden` on hidden states, or `of_logits` on logits if the head is not linear."""
 
         def read(states: Tensor) -> Read:
             tokens = arguments["input_ids"].to(states.device)
@@ -283,8 +289,8 @@ class EndoRewardModel(nn.Module):
         return self._run(arguments, read)
 
     def _run(self, arguments: dict[str, Tensor], reader: Callable[[Tensor], Found]) -> Found:
-        """reader((B, T, D) hidden states fed to the head), or ((B, T, V) final logits) where it is not linear."""
-        # A cache would be of no use, and keeps Hugging Face models from telling packed sequences apart.
+        """Return `reader` of the head's input (B, T, D), or of the final logits (B, T, V) if the head is not linear."""
+        # No cache: it is not needed, and Hugging Face models do not separate packed sequences if they have one.
         inputs: dict[str, Any] = arguments | ({"use_cache": False} if "use_cache" in self.layouts.accepted else {})
         if not self.head.linear:
             return reader(logits_of(self.model(**inputs)))
@@ -303,7 +309,10 @@ class EndoRewardModel(nn.Module):
 
 
 def _rows(module: nn.Module, name: str) -> int | None:
-    """Of the module's weight; by its own word where that is flattened and elsewhere: FullyShardedDataParallel."""
+    """Return the number of rows of the module's weight.
+
+    FullyShardedDataParallel flattens the weight or moves it away. Then the module's attribute `name` has the number.
+    """
     weight = getattr(module, "weight", None)
     return getattr(module, name, None) if weight is None or weight.ndim < 2 else weight.shape[0]
 

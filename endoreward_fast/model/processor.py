@@ -1,5 +1,8 @@
-"""The chat template that a model's processor keeps to itself: models that read images as well have one, and their older
-folders hold it in the processor's files, where a tokenizer does not look."""
+"""Read the chat template of a model's processor.
+
+Models that also read images have a processor. In older folders the processor's files hold the chat template, and a
+tokenizer does not read those.
+"""
 
 import json
 from typing import Any
@@ -11,7 +14,10 @@ FILES = ("chat_template.json", "processor_config.json")
 
 
 def with_template_of_processor(tokenizer: Any, place: str, options: dict[str, Any]) -> Any:
-    """`tokenizer`, with the processor's template where it has none. EndoRewardError: a file of it is damaged."""
+    """Give the tokenizer the processor's template if it has none, and return it.
+
+    Raises EndoRewardError if a file of the processor is damaged.
+    """
     if getattr(tokenizer, "chat_template", None) or options.get("gguf_file"):
         return tokenizer
     where = {key: options[key] for key in OPTIONS if key in options}

@@ -1,4 +1,4 @@
-"""Whether a tokenizer's ids mean what a model takes them for."""
+"""Check that a tokenizer's ids belong to a model's vocabulary."""
 
 from typing import Any
 
@@ -7,27 +7,27 @@ from ..scoring.scorer import Scorer
 
 
 def refuse_larger_vocabulary(tokenizer: Any, rows: int) -> None:
-    """EndoRewardError if text can give token ids that the model lacks.
+    """Raise EndoRewardError if text can be tokenized to ids that the model does not have.
 
-    Special tokens beyond the head are let pass (Gemma 3's text models come with an image token): text does not give
-    them, and a row that spells one out is refused by itself.
+    Special tokens beyond the head are allowed (Gemma 3's text models have an image token): ordinary text does not
+    produce them, and a row that spells one out gets an error of its own.
     """
     known = getattr(tokenizer, "added_tokens_decoder", {})
     beyond = [i for i in tokenizer.get_vocab().values() if i >= rows] if len(tokenizer) > rows else []
     if any(i not in known or not known[i].special for i in beyond):
         raise EndoRewardError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's output head only {rows}: "
-            "they do not belong together, or the model's embeddings were not resized"
+            "take the tokenizer that belongs to the model, or resize the model's embeddings"
         )
 
 
 def refuse_other_vocabulary(
     scorer: Scorer, tokenizer: Any, *, asked: str = "the policy", known: str = "the reward model"
 ) -> None:
-    """EndoRewardError, naming both vocabularies, unless token ids of `tokenizer` mean the same to `scorer`.
+    """Raise EndoRewardError, naming both vocabularies, unless `tokenizer` and `scorer` give ids the same meaning.
 
-    Special tokens that only `tokenizer` knows (an added padding token) are let pass: a completion that holds one is
-    refused by itself. `asked` and `known` are what the message calls the two.
+    Special tokens that only `tokenizer` has (an added padding token) are allowed: a completion that holds one gets an
+    error of its own. The message calls the owner of `tokenizer` `asked`, and `scorer` `known`.
     """
     if tokenizer is None or scorer.tokenizer is None or tokenizer is scorer.tokenizer:
         return

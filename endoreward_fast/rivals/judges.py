@@ -1,9 +1,9 @@
-"""The same language model asked for its judgement: as a verifier, for a rating, or to compare.
+"""Judges: ask a language model to verify an answer, to rate it, or to compare it with another.
 
-A judge is a scorer as EndoRewardModel is one (`iter_scores(rows, **options)`, of rows as encoding.py has them), so that
-`endoreward eval` takes either. It works through an EndoRewardModel, on rows rewritten as questions about the answer;
-its score is made of the log-probabilities of the replies, under pi = softmax(z / alpha). Of the options those count
-that say how text is encoded and batched, and alpha. Instructions are `str.format` texts: pass another to ask otherwise.
+A judge has the methods of EndoRewardModel (`iter_scores(rows, **options)`, `score`), so `endoreward eval` accepts both.
+It rewrites each row as questions about the answer, and an EndoRewardModel gives the log-probabilities of the replies
+under pi = softmax(z / alpha). The score of the row is computed from these. Of the options, alpha and those that say how
+text is encoded and batched have an effect. Instructions are `str.format` templates, which a caller may replace.
 """
 
 import math
@@ -54,15 +54,15 @@ RATINGS = ("1", "2", "3", "4", "5")
 
 
 NOT_A_JUDGES = ("signals", "reference", "per_token", "tools", "documents")
-"""options of the rows that are judged, not of the questions about them"""
+"""options that apply to the judged rows, but not to the questions about them"""
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A language model (an EndoRewardModel) that is asked about completions. The base of the three below.
+    """Base class of the judges: a language model (an EndoRewardModel) that is asked about completions.
 
-    Raises EndoRewardError if the tokenizer has no token for a reply: it would be read as the unknown token, whose
-    log-probability says nothing of the answer. A reply may be several tokens long.
+    A reply may be several tokens long. Raises EndoRewardError if the tokenizer has no token for a part of a reply: it
+    would become the unknown token, whose log-probability does not depend on the answer.
     """
 
     scorer: "EndoRewardModel"
@@ -73,7 +73,7 @@ class Judge:
     def __post_init__(self) -> None:
         if not hasattr(self.scorer, "tokenizer"):
             found = type(self.scorer).__name__
-            raise EndoRewardError(f"scorer is a {found}: expected an EndoRewardModel, which the judge asks")
+            raise EndoRewardError(f"scorer is a {found}: expected an EndoRewardModel")
         tokenizer = self.scorer.tokenizer
         unknown = getattr(tokenizer, "unk_token_id", None)
         if unknown is None:
@@ -85,13 +85,13 @@ class Judge:
             )
 
     def possible(self) -> tuple[str, ...]:
-        """The replies that are weighed."""
+        """Return the replies whose probabilities are read."""
         raise NotImplementedError
 
     def iter_scores(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
     ) -> Scores:  # fmt: skip
-        """(position in rows, score) as the model's replies come in. Options as in `EndoRewardModel.score`."""
+        """Yield (position in rows, score) as batches of questions finish. Options as in `EndoRewardModel.score`."""
         return self._scores(list_of_rows(rows), ScoreOptions.of(options), on_tokens, options)
 
     def _scores(self, rows: list[Row], chosen: ScoreOptions, on_tokens: OnTokens, options: ScoreKwargs) -> Scores:
@@ -112,13 +112,17 @@ class Judge:
         results: dict[int, RowScore] = {}
         for i, result in self.scorer.iter_scores(asked.rows, on_tokens=on_tokens, **kept | {"append_eos": False}):
             results[i] = result
-            for position in users.get(i, ()):  # none, if the row that it was for has no score
+            for position in users.get(i, ()):  # empty if the row of the question has no score
                 missing[position] -= 1
                 if not missing[position]:
                     yield position, self._verdict([results[reply] for reply in needs[position]], chosen.alpha)
 
     def _unscored(self, asked: list[int] | EndoRewardError, row: Row, options: ScoreOptions) -> RowScore | None:
-        """Why a row has no score, if it has none: one that is empty and that nothing ends has none by any method."""
+        """Return the result of a row without a score, else None.
+
+        A row has none if its question failed. For every method it also has none if its completion is empty and no token
+        ends it.
+        """
         if isinstance(asked, EndoRewardError):
             return RowScore(None, 0, None, error=str(asked))
         if plain_text(prompt_and_completion(row)[1]):
@@ -133,15 +137,15 @@ class Judge:
     def score(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
     ) -> list[RowScore]:  # fmt: skip
-        """Scores of rows, in their order."""
+        """Return the scores of rows, in their order."""
         return in_order(self.iter_scores(rows, on_tokens=on_tokens, **options))
 
     def ask(self, rows: Sequence[Row], asked: "Questions") -> list[list[int] | EndoRewardError]:
-        """For each row the replies, as `asked` numbers them, whose log-probabilities its score is made of."""
+        """Add the questions of all rows to `asked`. Return for each row the positions of its replies, or its error."""
         raise NotImplementedError
 
     def decide(self, logprobs: list[float], alpha: float) -> float:
-        """The score of a row from those log-probabilities, nats; NaN if they leave none."""
+        """Return the score of a row from the log-probabilities of its replies (nats), or NaN if it has none."""
         raise NotImplementedError
 
     def _verdict(self, replies: list[RowScore], alpha: float) -> RowScore:
@@ -152,7 +156,7 @@ class Judge:
             score = self.decide([reply.logprob for reply in replies if reply.logprob is not None], alpha)
             if not math.isnan(score):
                 return RowScore(score, count, None, flags)
-            error = "the model rules every reply out"
+            error = "the model gives every reply probability 0"
         return RowScore(None, count, None, flags, error)
 
 
@@ -160,12 +164,12 @@ class Judge:
 class Verifier(Judge):
     """alpha log pi("Yes" | question, answer, instruction).
 
-    A special case of the endogenous reward: that of the reply "Yes", of one token after which the episode ends, less
-    V of the state it is chosen in.
+    This equals the endogenous reward of the reply "Yes" minus V of the state in which it is chosen, if the reply is one
+    token and ends the episode.
     """
 
     instruction: str = VERIFIER
-    """with {question} and {answer}"""
+    """`str.format` template with {question} and {answer}"""
     reply: str = "Yes"
     method = "Generative verifier"
     formula = 'alpha log pi("Yes" | question, answer)'
@@ -183,12 +187,12 @@ class Verifier(Judge):
 
 @dataclass(frozen=True)
 class Pointwise(Judge):
-    """The mean rating under the model's probabilities of the ratings, which are made to sum to 1."""
+    """The mean rating under the model's probabilities of the ratings, normalised to sum to 1."""
 
     instruction: str = POINTWISE
-    """with {question} and {answer}"""
+    """`str.format` template with {question} and {answer}"""
     ratings: tuple[str, ...] = RATINGS
-    """replies, each a number; one question to the model for each of them"""
+    """the replies, each a number; the model runs once for each"""
     method = "Judge, pointwise"
     formula = "sum k pi(k | question, answer) / sum pi(k | question, answer), k = 1 ... 5"
     source = "G-Eval, 2303.16634"
@@ -207,15 +211,15 @@ class Pointwise(Judge):
 
 @dataclass(frozen=True)
 class Pairwise(Judge):
-    """log pi("A") - log pi("B"), with the completion as A and as B, so that a liking for a place cancels; the mean over
-    its rivals.
+    """Mean over rivals of log pi(reply for the completion) - log pi(reply for the rival).
 
-    Rivals are the rows of one "group"; without that key, those of an equal prompt. N of them are N (N - 1) questions
-    of two replies each.
+    Each pair is asked in both orders, and the two results are averaged. So a preference for A or for B cancels.
+    Rivals are the rows with the same "group", or with the same prompt if a row has no such key. N rivals need N (N - 1)
+    questions with two replies each.
     """
 
     instruction: str = PAIRWISE
-    """with {question}, {first} and {second}"""
+    """`str.format` template with {question}, {first} and {second}"""
     replies: tuple[str, str] = ("A", "B")
     method = "Judge, pairwise"
     formula = 'mean over rivals, both orders, of log pi("A") - log pi("B")'
@@ -250,7 +254,7 @@ class Pairwise(Judge):
         )
 
     def decide(self, logprobs: list[float], alpha: float) -> float:
-        # as A: A, B; then as B: A, B
+        # four log-probabilities for each rival: A and B with the completion as A, then A and B with it as B
         fours = [logprobs[k : k + 4] for k in range(0, len(logprobs), 4)]
         return sum((a - b) - (c - d) for a, b, c, d in fours) / (2 * len(fours))
 

@@ -1,8 +1,8 @@
-"""Questions to a language model about rows, and the replies that are weighed."""
+"""The questions that a judge asks about rows, and the replies whose probabilities it reads."""
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import EndoRewardError
 from ..text.encoding import wants_chat
@@ -10,16 +10,12 @@ from ..text.messages import spoken
 from ..text.rows import Row, prompt_and_completion, refuse_no_row
 from ..text.template import Extras
 
-if TYPE_CHECKING:
-    pass
-
-
 TEXT_ENDING = "\nReply:"
-"""what a question ends in where there is no chat template"""
+"""end of a question if there is no chat template"""
 
 
 class Questions:
-    """Questions to a language model with the replies to be weighed, each pair once however often it is put."""
+    """Collects rows of (question, reply) for the language model. Each pair is in `rows` once."""
 
     def __init__(self, tokenizer: Any, chat: bool | None) -> None:
         self.rows: list[Row] = []
@@ -27,16 +23,19 @@ class Questions:
         self._known: dict[tuple[str, str, str], int] = {}
 
     def about(self, row: Row, instruction: str, replies: Sequence[str]) -> list[int] | EndoRewardError:
-        """Places in `rows` of the replies to `instruction` about a row."""
+        """Add `instruction` about a row, and return the positions of its replies in `rows`."""
         found = question_and_answer(row)
         if isinstance(found, EndoRewardError):
             return found
         return self.put(instruction.format(question=found[0], answer=found[1]), replies, row)
 
     def put(self, text: str, replies: Sequence[str], row: Row) -> list[int]:
-        """Places in `rows` of the replies to `text`; as chat or as text, as `row` would be scored."""
+        """Add the question `text`, and return the positions of its replies in `rows`.
+
+        The question is chat or plain text, as `row` itself would be.
+        """
         chat = wants_chat(self._tokenizer, row.get("chat", self._chat))
-        # How the template writes a prompt holds for questions too; what tools there are is said in the question.
+        # Template arguments apply to questions too. Tools and documents do not: the text of the question holds them.
         kwargs = {"chat_template_kwargs": row["chat_template_kwargs"]} if row.get("chat_template_kwargs") else {}
         return [self._place(text, reply, {"chat": chat, **kwargs}) for reply in replies]
 
@@ -49,6 +48,7 @@ class Questions:
 
 
 def question_and_answer(row: Row) -> tuple[str, str] | EndoRewardError:
+    """Return (question, answer) of a row as plain text, or the error of a row that has none."""
     try:
         refuse_no_row(row)
         if "prompt_ids" in row:
@@ -60,7 +60,7 @@ def question_and_answer(row: Row) -> tuple[str, str] | EndoRewardError:
 
 
 def _given(row: Row) -> str:
-    """The tools and documents of a row, which are part of its question."""
+    """Return the tools and documents of a row as text, which is a part of its question."""
     extras = Extras.of(row, Extras())
     given = (("Tools", extras.tools), ("Documents", extras.documents))
     found = [
@@ -70,7 +70,7 @@ def _given(row: Row) -> str:
 
 
 def plain_text(value: Any) -> str:
-    """A prompt or completion as plain text; several turns with the roles before them."""
+    """Return a prompt or completion as plain text. Each of several turns has its role before it."""
     if isinstance(value, str):
         return value.strip()
     if len(value) == 1:

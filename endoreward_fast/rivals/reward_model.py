@@ -1,4 +1,4 @@
-"""Trained reward models, to compare with: sequence classifiers of transformers, as scorers like EndoRewardModel."""
+"""Trained reward models, for comparison: transformers' sequence classifiers with the methods of EndoRewardModel."""
 
 import math
 from collections.abc import Iterable
@@ -26,13 +26,13 @@ from ..text.template import Extras
 
 
 class RewardModel:
-    """A sequence classifier of transformers with one output: the score of a whole conversation (Skywork's kind).
+    """A transformers sequence classifier with one output, the score of a conversation, such as Skywork-Reward.
 
-    Messages go through the classifier's own chat template, to its end; text without one is prompt + completion as
-    its tokenizer reads it. Evaluation mode, batches of like length, padded on the right; one row at a time where its
-    config has no padding token, as transformers then wants it.
+    The classifier's chat template renders the whole conversation. If it has none, its tokenizer reads
+    prompt + completion as text. The model runs in evaluation mode, on batches of similar length, padded on the right.
+    If its config has no padding token, each row runs alone, because transformers then refuses a batch.
 
-    Raises EndoRewardError for more than one output.
+    Raises EndoRewardError if the classifier has more than one output.
     """
 
     method = "Trained reward model"
@@ -50,7 +50,7 @@ class RewardModel:
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens in a row unless an option says otherwise: the tokenizer's number or the model's."""
+        """The most tokens in a row without the option max_length: the tokenizer's or the model's limit."""
         return self.positions.default
 
     @classmethod
@@ -58,10 +58,10 @@ class RewardModel:
         cls, name_or_path: str | PathLike[str], *, dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None, **options: Unpack[LoadKwargs],
     ) -> "RewardModel":  # fmt: skip
-        """Load by folder or Hugging Face name, an adapter's too; arguments as in `EndoRewardModel.from_pretrained`.
+        """Load a classifier or an adapter of one. The arguments are those of `EndoRewardModel.from_pretrained`.
 
-        Raises EndoRewardError, in one line: no such model, not a sequence classifier, a checkpoint without its
-        output head, more than one output, no tokenizer.
+        Raises EndoRewardError, in one line, if there is no such model, it is not a sequence classifier with one output,
+        its checkpoint lacks the output head, or it has no tokenizer.
         """
         refuse_no_name(RewardModel, name_or_path)
         refuse_misspelt(options, LoadKwargs.__annotations__)
@@ -73,18 +73,18 @@ class RewardModel:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
+        """The device of the model's first weight."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the model's first weight: a quantised model's other weights may have another."""
+        """The dtype of the model's first weight. A quantised model's other weights may have another."""
         return next(self.model.parameters()).dtype
 
     def to(
         self, device: torch.device | str | torch.dtype | None = None, dtype: torch.dtype | None = None
     ) -> "RewardModel":
-        """Move the model, or change its dtype, as nn.Module.to does. Returns self."""
+        """Move the model or change its dtype, as nn.Module.to does, and return self."""
         where: list[Any] = [x for x in (device, dtype) if x is not None]
         self.model.to(*where)
         return self
@@ -92,8 +92,10 @@ class RewardModel:
     def iter_scores(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
     ) -> Scores:  # fmt: skip
-        """(position in rows, score) as batches finish. Options as in `EndoRewardModel.score`; those of them count that
-        say how rows are encoded and batched."""
+        """Yield (position in rows, score) as batches finish.
+
+        Options as in `EndoRewardModel.score`. Only those that say how rows are encoded and batched have an effect.
+        """
         return self._scores(list_of_rows(rows), ScoreOptions.of(options), on_tokens)
 
     def _scores(self, rows: list[Row], chosen: ScoreOptions, on_tokens: OnTokens) -> Scores:
@@ -125,11 +127,11 @@ class RewardModel:
     def score(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
     ) -> list[RowScore]:  # fmt: skip
-        """Scores of rows, in their order."""
+        """Return the scores of rows, in their order. Options as in `iter_scores`."""
         return in_order(self.iter_scores(rows, on_tokens=on_tokens, **options))
 
     def _encode(self, row: Row, options: ScoreOptions, encoder: Encoder) -> tuple[list[int], tuple[str, ...]]:
-        """(token ids, flags) of a row."""
+        """Return (token ids, flags) of a row."""
         refuse_no_row(row)
         if "prompt_ids" in row:
             raise EndoRewardError("a reward model reads text with its own tokenizer, but the row holds token ids")
@@ -140,7 +142,7 @@ class RewardModel:
             flags = () if completion else ("empty",)
             ids = self.tokenizer(before + completion, truncation=False, verbose=False)["input_ids"]
             leading, trailing = encoder.around
-            if leading and tuple(ids[: 2 * len(leading)]) == leading * 2:  # the text has its own
+            if leading and tuple(ids[: 2 * len(leading)]) == leading * 2:  # the text already has them
                 ids = ids[len(leading) :]
             if trailing and tuple(ids[-2 * len(trailing) :]) == trailing * 2:
                 ids = ids[: -len(trailing)]
@@ -172,9 +174,9 @@ class RewardModel:
 
 
 def _cut(ids: list[int], limit: int, truncate: str | None) -> list[int]:
-    """Without the oldest tokens but the first ("prompt"), or without the last ("completion")."""
+    """Return `limit` tokens: the first and the newest ("prompt"), or the oldest ("completion")."""
     if truncate is None:
         raise EndoRewardError(
-            f'{len(ids)} tokens, the limit is {limit}; truncate (--truncate) "prompt" or "completion" would cut it'
+            f'{len(ids)} tokens, the limit is {limit}: set truncate (--truncate) to "prompt" or "completion"'
         )
     return ids[:limit] if truncate == "completion" else [*ids[:1], *ids[len(ids) - limit + 1 :]]

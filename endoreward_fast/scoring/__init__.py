@@ -1,1 +1,1 @@
-"""Rows to scores: options, batches, results."""
+"""From rows to scores: options, batches, results."""

@@ -1,5 +1,4 @@
-"""The arguments of the methods that take rows: their options by name, for type checkers and editors, and the refusal of
-what is not a list of rows."""
+"""Check the arguments of the methods that take rows, and type their options for type checkers and editors."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from difflib import get_close_matches
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ScoreKwargs(TypedDict, total=False):
-    """The fields of `ScoreOptions`, which says what each means, as keyword arguments."""
+    """The fields of `ScoreOptions` as keyword arguments. `ScoreOptions` documents them."""
 
     alpha: float
     reduction: Literal["sum", "mean"]
@@ -43,9 +42,9 @@ class ScoreKwargs(TypedDict, total=False):
 
 
 class LoadKwargs(TypedDict, total=False):
-    """What `from_pretrained` of transformers takes besides the name, dtype and device.
+    """The keyword arguments of transformers' `from_pretrained`, besides the name, dtype and device.
 
-    Fields of the model's config can be set by name as well: a type checker does not know them, from_pretrained does.
+    from_pretrained also accepts any field of the model's config. A type checker does not know those.
     """
 
     revision: str
@@ -76,45 +75,46 @@ class LoadKwargs(TypedDict, total=False):
 
 ROWS = 'a list of rows such as {"prompt": ..., "completion": ...}'
 TO_ROWS = (("to_dicts", "to_dicts()"), ("to_pylist", "to_pylist()"), ("to_records", 'to_dict("records")'))
-"""a table's method, and the call that makes rows of it: polars, pyarrow, pandas"""
+"""(method that identifies a table, call that converts it to rows): polars, pyarrow, pandas"""
 
 
-OTHERWISE_CALLED = MappingProxyType(
+OTHER_NAMES = MappingProxyType(
     {"temperature": "alpha", "discount": "gamma", "system_prompt": "system", "batch_size": "max_tokens_per_batch"}
 )
-"""what options of scoring are called elsewhere"""
+"""{another library's name for a scoring option: our name}"""
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
-    """EndoRewardError for an option that no one reads, with the nearest that there is."""
+    """Raise EndoRewardError for a name in `given` that is not `known`, with the most similar known name."""
     known = list(known)
     for name in given:
         if name not in known:
-            near = get_close_matches(name, [*known, *OTHERWISE_CALLED], 1)
+            near = get_close_matches(name, [*known, *OTHER_NAMES], 1)
             hint = (
-                f"did you mean {OTHERWISE_CALLED.get(near[0], near[0])!r}?"
+                f"did you mean {OTHER_NAMES.get(near[0], near[0])!r}?"
                 if near
-                else f"expected some of {', '.join(known)}"
+                else f"expected one of {', '.join(known)}"
             )
             raise EndoRewardError(f"no option {name!r}: {hint}")
 
 
 def refuse_misspelt(given: Iterable[str], known: Iterable[str]) -> None:
-    """As `refuse_unknown`, but an unknown option passes unless a known one is nearly it."""
+    """Do as `refuse_unknown` for names that are similar to a known one. Other unknown names pass."""
     known = list(known)
     refuse_unknown((name for name in given if get_close_matches(name, known, 1, cutoff=0.8)), known)
 
 
 def list_of_rows(rows: Iterable[Row]) -> list[Row]:
-    """`rows` as a list. EndoRewardError for a text, one row by itself, a table, or a list that holds no row at all.
+    """Return `rows` as a list.
 
-    One bad row among others passes: it becomes an error of that row.
+    Raises EndoRewardError for a string, a single row, a table, or a list without any row. A bad entry among rows
+    passes, and becomes an error of that entry when it is scored.
     """
     call = next((call for method, call in TO_ROWS if hasattr(rows, method) and hasattr(rows, "shape")), None)
     if call is not None:
-        raise EndoRewardError(f"rows is a {type(rows).__name__}: expected {ROWS}; rows.{call} makes one")
+        raise EndoRewardError(f"rows is a {type(rows).__name__}: expected {ROWS}; rows.{call} converts it")
     if isinstance(rows, Mapping):
-        raise EndoRewardError(f"rows is one {type(rows).__name__}: expected {ROWS}; [row] for a single one")
+        raise EndoRewardError(f"rows is one {type(rows).__name__}: expected {ROWS}; for a single row, give [row]")
     listed: list[Row] = _listed("rows", rows, ROWS)
     if listed and not any(isinstance(row, Mapping) for row in listed):
         raise EndoRewardError(f"rows holds {type(listed[0]).__name__}, not rows: expected {ROWS}")
@@ -122,7 +122,10 @@ def list_of_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def list_of_completions(completions: Iterable[Any]) -> list[Any]:
-    """`completions` as a list. EndoRewardError for a text, whose letters would be ranked, and for none at all."""
+    """Return `completions` as a list.
+
+    Raises EndoRewardError for a string (its letters would be ranked), a mapping, a set and an empty list.
+    """
     expected = 'a list of completions such as ["5", "6"]'
     if isinstance(completions, Mapping):
         raise EndoRewardError(f"completions is one {type(completions).__name__}: expected {expected}")
@@ -135,7 +138,7 @@ def list_of_completions(completions: Iterable[Any]) -> list[Any]:
 
 
 def refuse_no_name(owner: type, name: Any) -> None:
-    """EndoRewardError where something else stands for a model's name: a loaded model, a configuration, None."""
+    """Raise EndoRewardError unless `name` is a string or path: a loaded model, a config or None, for example."""
     from torch import nn
 
     if isinstance(name, str | PathLike):
@@ -145,24 +148,24 @@ def refuse_no_name(owner: type, name: Any) -> None:
 
 
 def refuse_name(owner: type, model: Any, tokenizer: Any) -> None:
-    """EndoRewardError where a name stands for a loaded model or tokenizer, or something else for either."""
+    """Raise EndoRewardError unless `model` is a loaded model, and `tokenizer` a loaded tokenizer or None."""
     from torch import nn
 
     name = owner.__name__
     if isinstance(model, str | Path):
-        raise EndoRewardError(f"{name} takes a loaded model, not its name: {name}.from_pretrained({str(model)!r})")
+        raise EndoRewardError(f"{name} takes a loaded model, not its name: use {name}.from_pretrained({str(model)!r})")
     if not isinstance(model, nn.Module) or isinstance(model, owner):
         is_ours = "already is one" if isinstance(model, owner) else "expected a loaded model (a torch.nn.Module)"
         raise EndoRewardError(f"model is a {_kind(model)}: {is_ours}; {name}.from_pretrained(NAME) loads one")
     if isinstance(tokenizer, str | Path):
         load = f"transformers.AutoTokenizer.from_pretrained({str(tokenizer)!r})"
-        raise EndoRewardError(f"{name} takes a loaded tokenizer, not its name: {load}")
+        raise EndoRewardError(f"{name} takes a loaded tokenizer, not its name: load it with {load}")
     if getattr(tokenizer, "tokenizer", None) is not None:
         raise EndoRewardError(
-            f"tokenizer is a {_kind(tokenizer)}: give its .tokenizer, with the chat_template that it has"
+            f"tokenizer is a {_kind(tokenizer)}: give its .tokenizer, and copy its chat_template there"
         )
     if tokenizer is not None and not callable(tokenizer):
-        raise EndoRewardError(f"tokenizer is a {_kind(tokenizer)}: expected a tokenizer of transformers")
+        raise EndoRewardError(f"tokenizer is a {_kind(tokenizer)}: expected a tokenizer from transformers")
 
 
 def _kind(x: Any) -> str:

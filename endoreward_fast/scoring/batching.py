@@ -1,4 +1,4 @@
-"""Which rows go through the model together, and what happens where memory has no room for them."""
+"""Group rows into batches, and halve the batches when memory runs out."""
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -9,16 +9,16 @@ import torch
 
 Result = TypeVar("Result")
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "error: out of memory", "Triton Error [CUDA]: out of memory", "_ALLOC_FAILED")
-"""said by what has no exception of its own for it: the CPU's allocator, the driver, a kernel's launch, cuBLAS, cuDNN"""
+"""parts of RuntimeError messages that mean out of memory: the CPU allocator, the CUDA driver, Triton, cuBLAS, cuDNN"""
 
 
 def batches(
     lengths: Sequence[int], max_tokens: int, kind: Callable[[int], object] = lambda length: None
 ) -> Iterator[list[int]]:
-    """Positions of `lengths` in lists, longest rows first, so that rows of like length share a batch.
+    """Yield batches as lists of positions in `lengths`. Rows of similar length share a batch.
 
-    A batch padded to its longest row holds at most `max_tokens` tokens, except that a row longer than that still
-    runs, alone. Longest first: if memory is short, it is so at once. Rows of a batch have one `kind(length)`.
+    A batch, padded to its longest row, holds at most `max_tokens` tokens. A longer row gets a batch of its own. The
+    longest rows come first, so that a lack of memory shows at once. All rows of a batch have the same `kind(length)`.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
@@ -33,23 +33,23 @@ def batches(
 
 
 class Room:
-    """What a model's batches may hold, as memory has shown: where it ran out once, all later ones are smaller.
+    """The number of tokens that a batch may hold: it shrinks when memory runs out.
 
-    It belongs to the model and the device it is on: without it every call would run out of memory anew.
+    Each model has one, so that later calls do not run out of memory again.
     """
 
     def __init__(self) -> None:
         self.tokens: int | None = None
-        """padding included; None: it has not run out yet"""
+        """including padding; None: memory has not run out yet"""
 
     def within(self, max_tokens: int) -> int:
-        """What a batch may hold, of the `max_tokens` that are asked for."""
+        """Return the number of tokens that a batch may hold, at most `max_tokens`."""
         return max_tokens if self.tokens is None else min(self.tokens, max_tokens)
 
     def ran_out(self, tokens: int, max_tokens: int) -> None:
-        """A batch of `tokens` did not fit: later ones hold half of it. One warning, the first time."""
+        """Limit later batches to half of `tokens`, which did not fit. Warns the first time."""
         if self.tokens is None:
-            said = f"out of memory with max_tokens_per_batch={max_tokens}: it is halved, again if need be"
+            said = f"out of memory with max_tokens_per_batch={max_tokens}: batches are halved until they fit"
             warnings.warn(said, stacklevel=3)
         self.tokens = max(1, tokens // 2)
 
@@ -61,10 +61,10 @@ def in_batches(
     room: Room,
     kind: Callable[[int], object] = lambda length: None,
 ) -> Iterator[tuple[list[int], Result | None]]:
-    """(positions, run(positions)) of `batches`, every position once.
+    """Run every batch, and yield (positions, run(positions)). Each position occurs once.
 
-    Where memory runs out, the batch is halved, and `room` keeps what a batch may hold from then on; a row that does not
-    fit by itself comes with None.
+    If memory runs out, the batch is halved, and `room` limits all later batches. A row that does not fit alone is
+    yielded with None.
     """
     left = list(range(len(lengths)))
     while left:
@@ -81,15 +81,15 @@ def in_batches(
 
 
 def does_not_fit(tokens: int) -> str:
-    """What is said of a row that comes with None."""
+    """Return the error of a row for which `in_batches` yields None."""
     return (
-        f"out of memory: {tokens} tokens do not fit by themselves; max_length with truncate (--max-length, --truncate) "
-        "would cut them"
+        f"out of memory: {tokens} tokens do not fit even alone; set max_length and truncate (--max-length, --truncate) "
+        "to cut the row"
     )
 
 
 def _if_it_fits(run: Callable[[list[int]], Result], places: list[int]) -> Result | None:
-    """run(places), or None where memory ran out, with what the device's allocator had cached given back."""
+    """Return run(places), or None if memory ran out. In that case the cache of CUDA's allocator is emptied."""
     try:
         return run(places)
     except (torch.OutOfMemoryError, MemoryError):
@@ -97,7 +97,7 @@ def _if_it_fits(run: Callable[[list[int]], Result], places: list[int]) -> Result
     except RuntimeError as error:
         if not any(said in str(error) for said in OUT_OF_MEMORY):
             raise
-    # Not in the handler: the exception holds on to the tensors of every frame that it came through.
+    # Outside the handler, because the exception keeps the tensors of every frame in its traceback alive.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None

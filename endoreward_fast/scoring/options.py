@@ -1,4 +1,4 @@
-"""How rows are encoded, batched and reduced: every option, its check, and what it means."""
+"""The options of scoring: what each means, and which values it takes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,69 +15,69 @@ from .arguments import refuse_unknown
 from .scorer import Scorer
 
 SWITCHES = ("append_eos", "per_token", "texts", "entropy")
-"""fields of ScoreOptions that are on or off"""
+"""fields of ScoreOptions that are True or False"""
 
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How rows are encoded, batched and reduced. Raises EndoRewardError, naming the option, for what cannot work."""
+    """How rows are encoded, batched and reduced. Raises EndoRewardError for a wrong value, and names the option."""
 
     alpha: float = 1.0
     """soft-RL temperature, > 0"""
     reduction: Literal["sum", "mean"] = "sum"
-    """of token rewards to a score"""
+    """how token rewards become a score"""
     gamma: float = 1.0
     """discount per token, in (0, 1]"""
     floor: float = 0.0
-    """the least weight that the discount leaves a token"""
+    """lower bound of a token's weight gamma^(h - 1)"""
     system: str | None = None
-    """a system prompt; a row's own follows it"""
+    """a system prompt; it comes before the row's own"""
     chat: bool | None = None
-    """None: the chat template where there is one; False: plain text; True: insist on it"""
+    """None: use the chat template if there is one; False: plain text; True: require the template"""
     max_length: int | None = None
-    """most tokens of prompt and completion; None: the model's limit (`EndoRewardModel.max_positions`). A model with a
-    table of positions reads no more than the table has"""
+    """most tokens of prompt and completion; None: the model's limit (`EndoRewardModel.max_positions`). If the model has
+    a table of positions, the size of the table is always a limit"""
     truncate: Truncate = None
-    """beyond that: None, an error for the row; "prompt" or "completion", cut there (see `encode_row`)"""
+    """a longer row: None makes it an error; "prompt" or "completion" is cut (see `encode_row`)"""
     append_eos: bool = True
     """end completions of text with an end-of-sequence or end-of-turn token"""
     max_tokens_per_batch: int = 8192
-    """padding included; a longer row runs alone. Where memory runs out it is halved, for the scorer's later calls too
+    """including padding; a longer row runs alone. It is halved if memory runs out, also for later calls
     (`EndoRewardModel.room`)"""
     per_token: bool = False
     """fill RowScore.tokens"""
     texts: bool = True
-    """and its texts, which take longer to find than everything else in it"""
+    """fill RowScore.tokens.texts, which takes longer than all its other fields"""
     entropy: bool = False
-    """and its entropies"""
+    """fill RowScore.tokens.entropies"""
     signals: str | Sequence[str] = ()
-    """fill RowScore.signals with these of `signals.SIGNALS`, from the same pass: names, or "all" that can be had. Each
-    has its own reduction; `reduction`, `gamma` and `floor` are the score's alone"""
+    """fill RowScore.signals, in the same pass, with these of `signals.SIGNALS`: names, or "all". "all" includes signals
+    that compare two models if there is a `reference`. `reduction`, `gamma` and `floor` do not apply to signals"""
     reference: Scorer | None = None
-    """a second model with the same tokenizer, for signals that compare two: one more forward pass"""
+    """a second model with the same tokenizer, for signals that compare two models; it costs one more forward pass"""
     tools: Sequence[Any] | None = None
-    """JSON schemas (or functions) of tools, for the chat template; a row's own `tools` come in their place"""
+    """JSON schemas (or functions) of tools, for the chat template; a row's own `tools` replace them"""
     documents: Sequence[Mapping[str, str]] | None = None
-    """documents for the chat template, likewise"""
+    """documents for the chat template; a row's own `documents` replace them"""
     chat_template_kwargs: Mapping[str, Any] | None = None
-    """further variables of the chat template, such as enable_thinking; a row's own come before them"""
+    """further variables of the chat template, such as enable_thinking; a row's own values take precedence"""
     date: str | None = None
-    """ "YYYY-MM-DD": the day that a chat template is told which writes one; None: today"""
+    """the date that a chat template writes, as "YYYY-MM-DD"; None: today"""
 
     @property
     def extras(self) -> Extras:
-        """What every row gives its chat template. EndoRewardError: it is no tools, documents or arguments."""
+        """The tools, documents and arguments for the chat template. Raises EndoRewardError if their types are wrong."""
         names = ("tools", "documents", "chat_template_kwargs")
         return Extras.of({name: getattr(self, name) for name in names}, Extras())
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ScoreOptions":
-        """From keyword arguments (`arguments.ScoreKwargs`). EndoRewardError names one that is no option."""
+        """Create from keyword arguments (`arguments.ScoreKwargs`). Raises EndoRewardError for an unknown option."""
         refuse_unknown(given, cls.__dataclass_fields__)
         return cls(**given)
 
     def __post_init__(self) -> None:
-        _ = self.extras, self.date is None or as_date(self.date)  # what is wrong with them is said before any row
+        _ = self.extras, self.date is None or as_date(self.date)  # raises before any row is read
         if isinstance(self.system, str):
             check_text(self.system, "system")
         object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))

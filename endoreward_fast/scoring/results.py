@@ -1,4 +1,4 @@
-"""What scoring gives: a score for each row, and for each of its tokens."""
+"""The results of scoring: for each row, and for each of its tokens."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ class TokenTable:
 
     ids: tuple[int, ...]
     texts: tuple[str, ...]
-    """what each token adds to the text; "" for each without a tokenizer, or with texts=False"""
+    """the text that each token adds; all "" without a tokenizer, or with texts=False"""
     rewards: tuple[float, ...]
     logprobs: tuple[float, ...]
     """nats"""
     values: tuple[float, ...]
     """V(s) of the state in which the token was chosen"""
     entropies: tuple[float, ...] | None = None
-    """of pi(. | s), nats; with entropy"""
+    """of pi(. | s), nats; only with entropy=True"""
 
     def _repr_html_(self) -> str:
-        """For notebooks: a heatmap."""
+        """Return a heatmap, for notebooks."""
         return html_of_table(self)
 
 
@@ -34,36 +34,36 @@ class RowScore:
 
     score: float | None
     num_tokens: int
-    """scored tokens"""
+    """number of scored tokens"""
     logprob: float | None
-    """their summed log-probability, nats"""
+    """sum of the scored tokens' log-probabilities, nats"""
     flags: tuple[str, ...] = ()
-    """what is worth knowing about the row: keys of `encoding.FLAGS`"""
+    """keys of `flags.FLAGS`, which explains them"""
     error: str | None = None
-    """why the row has no score, in one line"""
+    """one line: why the row has no score"""
     tokens: TokenTable | None = None
-    """with per_token"""
+    """only with per_token=True"""
     signals: Mapping[str, float] | None = None
-    """with signals: each one's score by its name"""
+    """{name: score}, only with signals"""
 
     @property
     def note(self) -> str | None:
-        """Why it has no score, or its flags in words, or None."""
+        """The error, or else the flags in words, or None."""
         return self.error or in_words(self.flags)
 
     def _repr_html_(self) -> str | None:
-        """For notebooks: with per_token a heatmap; else None, so their plain text."""
+        """Return a heatmap if there are tokens. For None, notebooks show the plain text."""
         return None if self.tokens is None else html_of_table(self.tokens, self.score, self.note)
 
 
 Scores = Iterator[tuple[int, RowScore]]
-"""(position in rows, score) as they come, in any order"""
+"""(position in rows, score) of each row, in the order in which batches finish"""
 OnTokens = Callable[[int], None] | None
-"""called with the number of tokens of each finished batch"""
+"""function that is called with the number of tokens of each finished batch"""
 
 
 def in_order(scores: Scores) -> list[RowScore]:
-    """Scores by position."""
+    """Return the scores in the order of the rows."""
     results = dict(scores)
     return [results[i] for i in range(len(results))]
 
@@ -73,7 +73,7 @@ class Ranked:
     """One completion of a ranking."""
 
     index: int
-    """its place among the completions given"""
+    """its position in the given completions"""
     completion: Any
     score: float | None
-    """None: it is empty, and no token ends it"""
+    """None if the completion is empty and no token ends it"""

@@ -1,4 +1,4 @@
-"""Rows -> scores: encode, batch by length, run, reduce. What `EndoRewardModel.score` and the command line stand on."""
+"""Score rows: encode, batch by length, run, reduce. `EndoRewardModel.score` and the command line use this."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,7 +24,7 @@ from .scorer import Scorer
 
 
 def score_rows(scorer: Scorer, rows: Sequence[Row], options: ScoreOptions, on_tokens: OnTokens) -> Scores:
-    """(position in rows, score) as batches finish. Rows that need no model come first, then the longest."""
+    """Yield (position in rows, score). Rows that cannot be scored come first, then batches, the longest rows first."""
     encoder = encoder_for(scorer, options)
     vocab_size = min(model.vocab_size for model in _models(scorer, options))
     ready: list[tuple[int, Encoded]] = []
@@ -54,7 +54,7 @@ def _does_not_fit(encoded: Encoded) -> RowScore:
 
 
 def encoder_for(scorer: Scorer, options: ScoreOptions) -> Encoder:
-    """Options and the models' own limits -> how rows are encoded."""
+    """Return the encoder for these options and the length limits of the models."""
     found = (model.positions.limit(options.max_length) for model in _models(scorer, options))
     limits = [limit for limit in found if limit is not None]
     return Encoder(
@@ -69,7 +69,7 @@ def _models(scorer: Scorer, options: ScoreOptions) -> list[Scorer]:
 
 
 def _encode(encoder: Encoder, row: Row, vocab_size: int) -> Encoded | RowScore:
-    """Tokens of a row, or why it has no score."""
+    """Return the tokens of a row, or a RowScore that says why it has no score."""
     try:
         encoded = encoder.encode(row)
         odd = next((i for i in encoded.input_ids if not 0 <= i < vocab_size), None)
@@ -84,10 +84,10 @@ def _encode(encoder: Encoder, row: Row, vocab_size: int) -> Encoded | RowScore:
 
 @contextmanager
 def evaluating(model: Scorer | nn.Module) -> Iterator[None]:
-    """Inside: evaluation mode, and no autograd. Each module's own mode is restored.
+    """Run the block in evaluation mode and without autograd. Each module's own mode is restored afterwards.
 
-    Inference mode costs least, but FSDP keeps the buffers that it gathers weights into, and a tensor born in inference
-    mode can take part in no training step afterwards.
+    Inference mode is fastest. FSDP gets no_grad instead, because it keeps the buffers into which it gathers weights,
+    and a tensor created in inference mode cannot be used in a training step.
     """
     without_autograd = torch.no_grad if weights_come_and_go(model) else torch.inference_mode
     training = [module for module in model.modules() if module.training]
@@ -101,7 +101,7 @@ def evaluating(model: Scorer | nn.Module) -> Iterator[None]:
 
 
 def _score_batch(scorer: Scorer, batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
-    with evaluating(scorer):  # not around a yield: the caller's code would run in it
+    with evaluating(scorer):  # must not enclose a yield: the caller's code would run in this mode
         padded = _pad(batch)
         for model in _models(scorer, options):
             model.ready_for(padded[0])
@@ -125,7 +125,7 @@ def _score_batch(scorer: Scorer, batch: list[Encoded], options: ScoreOptions) ->
 def _read(
     scorer: Scorer, input_ids: Tensor, scored: Tensor, terminal: Tensor, options: ScoreOptions
 ) -> tuple[TokenRewards, Tensor, list[Tensor]]:
-    """Rewards (B, T), the mask on their device, and each signal's float64 (B,): one pass for all of them."""
+    """Return rewards (B, T), the mask on the same device, and each signal as float64 (B,), from one pass."""
     inputs = [t.to(scorer.device) for t in (input_ids, scored, terminal)]
     if not options.signals:
         rewards = scorer.rewards_of_padded(*inputs, alpha=options.alpha, entropy=options.entropy)
@@ -146,10 +146,10 @@ def _logprob(
 
 
 def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, T), padded on the right: ids, and bool which are scored, after which the episode ends.
+    """Return (ids, scored, terminal), each (B, T) and padded on the right.
 
-    Rows are padded with their own first token: any id in the vocabulary would do, but some models warn of their
-    padding token where no attention mask comes with it.
+    A row is padded with its own first token. Any id of the vocabulary would do, but some models warn about their
+    padding token when there is no attention mask.
     """
     width = max(len(encoded.input_ids) for encoded in batch)
     rows = [encoded.input_ids + encoded.input_ids[:1] * (width - len(encoded.input_ids)) for encoded in batch]

@@ -1,4 +1,4 @@
-"""What scoring asks of a model."""
+"""The interface of a model that can be scored with."""
 
 from collections.abc import Collection, Iterator
 from typing import Any, Protocol
@@ -15,14 +15,14 @@ class Limit(Protocol):
     """How long a row may be."""
 
     def limit(self, asked: int | None) -> int | None:
-        """Most tokens of a row, where `asked` is what an option says; None: there is no limit."""
+        """Return the most tokens of a row, given the option max_length or None. None means no limit."""
 
     def frequencies(self, length: int) -> tuple[int, ...]:
-        """Rows share a batch only where this is the same for each."""
+        """Return a key of this row length. Only rows with equal keys share a batch."""
 
 
 class Scorer(Protocol):
-    """A causal language model whose tokens can be read: `EndoRewardModel` is one."""
+    """A causal language model that gives the rewards of tokens, such as `EndoRewardModel`."""
 
     @property
     def tokenizer(self) -> Any: ...
@@ -40,12 +40,12 @@ class Scorer(Protocol):
     def eval(self) -> Any: ...
 
     def ready_for(self, input_ids: Tensor) -> None:
-        """Drop what batches before this one, (B, T), have left in the model."""
+        """Drop the state that earlier batches have left in the model, before this batch (B, T) is read."""
 
     def rewards_of_padded(
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, entropy: bool = False
     ) -> TokenRewards:
-        """Rewards (B, T) of rows that are padded on the right."""
+        """Return rewards (B, T) of rows that are padded on the right."""
 
     def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
-        """All that signals are made of, likewise."""
+        """Return the statistics from which all signals are computed, for rows that are padded on the right."""

@@ -1,1 +1,1 @@
-"""Rows to token ids: messages, the chat template, the boundary between prompt and completion."""
+"""From rows of text to token ids: messages, chat templates, the boundary between prompt and completion."""

@@ -1,15 +1,20 @@
-"""Conversations as the model's own chat template writes them, cut where the scored turn begins and ends.
+r"""A conversation as the model's chat template writes it, split into prompt, completion and end of turn.
 
-    prompt + completion + end     prompt: the template's text up to and with the generation prompt, as the policy saw it
-                                  completion + end: what it writes from there to the end of the last turn
+    prompt                     the template's text up to and with the generation prompt, as the policy saw it
+    completion                 what the template writes from there on for the last turn: text, reasoning, tool calls
+    end                        the mark that ends the turn, such as "<|im_end|>"
 
-The turn is every field of its message: text, parts, reasoning, tool calls. The conversation is written twice, up to the
-generation prompt and whole. Where the turn ends is seen from what the template writes behind it: at the end of the
-conversation and before a next turn alike (`</s>`, `<|im_end|>` without the newline that no model generates). If it
-leaves a last turn open, its end is what stands between it and the token that opens a next one.
+For example, in ChatML with the turns user "Hi" and assistant "Hello.":
 
-Where a template changes the text of a turn (drops its reasoning, say), the turn is scored as it is written there: that
-is what a policy has generated. All that is dropped is flagged, in the turn and in those before it.
+    prompt                     "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    completion                 "Hello."
+    end                        "<|im_end|>", without the newline after it: no model generates that
+
+turn.py finds where the turn begins and ends. This module prepares the messages (null fields, the system prompt) and
+checks what the template does with them.
+
+If the template drops a part of a turn, the turn is scored as the template writes it, except that a turn of text alone
+is scored as given, because a policy generated it. Every such change is a flag (flags.py), in earlier turns too.
 """
 
 from collections.abc import Collection, Sequence
@@ -20,12 +25,12 @@ from ..errors import EndoRewardError
 from .messages import Message, has_nulls, is_blank, is_plain, text_of, without_nulls
 from .spellings import texts_of, with_text
 from .template import Extras, Marked, Template
-from .turn import Turn, behind_marks, said_by, squeezed, up_to_first, without_end
+from .turn import Turn, after_marks, said_by, squeezed, up_to_first, without_end
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """prompt + completion + end is the conversation; `end` is "" where the template writes no end of turn."""
+    """A conversation as text: prompt + completion + end. `end` is "" if the template writes no end of turn."""
 
     prompt: str
     completion: str
@@ -37,18 +42,20 @@ def render(
     template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None,
     ends: Collection[str] = (),
 ) -> Rendered:  # fmt: skip
-    """The conversation that ends in the assistant's `messages[-1]`. An empty turn has the completion "".
+    """Render a conversation whose last message is the assistant's. An empty turn has the completion "".
 
-    `system` is put before the conversation; a system message that is there already follows it after an empty line. A
-    template without a place for it (Gemma 2) gets it at the head of the first user turn, flag "system_in_user".
-    `ends` are tokens at which the model stops: one that the template puts before every next turn ends this one, if
-    nothing else does (GLM's `<|user|>`).
+    system   put before the conversation, and before the text of a system message that it already has, with an empty
+             line between. If the template has no system turn (Gemma 2), it leads the first user turn instead, and the
+             flag "system_in_user" says so
+    ends     tokens at which the model stops. If the template writes no end of turn, but one of these before every next
+             turn (GLM: "<|user|>"), that token is the end
 
-    Raises EndoRewardError: no template, or one that refuses the conversation (its own message is in the line).
+    Raises EndoRewardError if there is no template, or if the template refuses the conversation. The message then holds
+    the template's own.
     """
     template.source()
     messages = [without_nulls(message) for message in messages]
-    prompt, flags = _with_a_system_turn(template, messages[:-1], system)
+    prompt, flags = _place_system(template, messages[:-1], system)
     turn = Turn(template, [*prompt, messages[-1]], extras, ends)
     found = (
         *_changed_before(turn), *_ignored(template, turn.messages, turn.whole, extras),
@@ -60,31 +67,32 @@ def render(
 def conversation(
     template: Template, messages: Sequence[Message], extras: Extras, *, system: str | None = None
 ) -> tuple[str, tuple[str, ...]]:
-    """(all that the template writes for `messages`, to its very end: what a classifier of conversations is trained on;
-    flags).
+    """Return (all that the template writes for `messages`, flags), as a classifier of conversations reads it.
 
-    Raises EndoRewardError as `render` does, also where the template has no place for `system`.
+    Raises EndoRewardError as `render` does, and if the template refuses a system turn. `system` is never moved to a
+    user turn.
     """
     template.source()
     turns = template.fit(with_system([without_nulls(message) for message in messages], system), extras)
     text, marked = template.write(turns, extras), Marked(turns)
-    other = template.write(marked.messages, extras)
-    end = up_to_first(template.special, (behind_marks(text, other) or "").strip())
-    lost, last = marked.lost(other, text), len(marked.marks) - len(Marked(turns[-1:]).marks)
+    marked_text = template.write(marked.messages, extras)
+    end = up_to_first(template.special, (after_marks(text, marked_text) or "").strip())
+    lost = marked.lost(marked_text, text)
+    earlier = len(marked.marks) - len(Marked(turns[-1:]).marks)  # number of texts in the turns before the last
     flags: tuple[str, ...] = ("empty",) if is_blank(turns[-1]) else ()
     said = said_by(turns[-1])
     if without_end(said, end) != said:
         flags = (*flags, "end_in_text")
         text = template.write([*turns[:-1], with_text(turns[-1], without_end(said, end))], extras)
     return text, (
-        *flags, *(("template_drops",) if any(i >= last for i in lost) else ()),
-        *(("context_changed",) if any(i < last for i in lost) else ()), *_ignored(template, turns, text, extras),
+        *flags, *(("template_drops",) if any(i >= earlier for i in lost) else ()),
+        *(("context_changed",) if any(i < earlier for i in lost) else ()), *_ignored(template, turns, text, extras),
         *_marks_in(template, messages, end), *_null_fields(messages, extras),
     )  # fmt: skip
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
-    """`messages` led by the system prompt: `system`, then what a system message of their own says."""
+    """Return `messages` with `system` first. The text of their own system message, if any, comes after it."""
     if not system:
         return list(messages)
     if messages and messages[0].get("role") == "system":
@@ -92,10 +100,10 @@ def with_system(messages: Sequence[Message], system: str | None) -> list[Message
     return [{"role": "system", "content": system}, *messages]
 
 
-def _with_a_system_turn(
+def _place_system(
     template: Template, prompt: Sequence[Message], system: str | None
 ) -> tuple[list[Message], tuple[str, ...]]:
-    """(prompt led by its system prompt, flags)."""
+    """Return (the prompt with its system prompt, flags): a system turn, or the head of the first user turn."""
     led = with_system(prompt, system)
     systems = list(takewhile(lambda message: message["role"] == "system", led))
     if not systems or template.takes_system:
@@ -107,14 +115,14 @@ def _with_a_system_turn(
         return led[len(systems) :], ()
     if first is None or first.get("role") != "user":
         raise EndoRewardError(
-            "the chat template has no place for a system prompt, and no user turn of text comes first"
+            "the chat template has no place for a system prompt, and no user turn follows to hold it: leave it out"
         )
     together = f"{instruction}\n\n{text_of(first.get('content'))}"
     return [{**first, "content": together}, *rest], ("system_in_user",)
 
 
-def _in_order(turns: Sequence[Message], written: str) -> bool:
-    """Whether each turn is a text that is `written` behind the one before: two may say the same."""
+def _are_in_order(turns: Sequence[Message], written: str) -> bool:
+    """Return whether `written` holds the text of every turn, each after the one before it."""
     at = 0
     for turn in turns:
         text = squeezed(turn["content"]) if is_plain(turn) else None
@@ -126,17 +134,17 @@ def _in_order(turns: Sequence[Message], written: str) -> bool:
 
 
 def _changed_before(turn: Turn) -> tuple[str, ...]:
-    """A flag if the template leaves out or changes a text of the turns before the last."""
-    if _in_order(turn.before, squeezed(turn.opening)):
+    """Return a flag if the template drops or changes a text of a turn before the last."""
+    if _are_in_order(turn.before, squeezed(turn.opening)):
         return ()
-    # A text may be escaped, as in JSON: then its marks are there still.
+    # The template may escape a text, as JSON does, or write it elsewhere. The marks around it are still found.
     marked = Marked(turn.before)
     text = turn.template.write(marked.messages, turn.extras, generate=True)
     return ("context_changed",) if marked.lost(text, turn.opening) else ()
 
 
 def _ignored(template: Template, messages: Sequence[Message], written: str, extras: Extras) -> tuple[str, ...]:
-    """A flag if the template makes nothing of what the row gives it."""
+    """Return a flag if the template does not use the tools, documents or template arguments of the row."""
     flags: tuple[str, ...] = ()
     for name in ("tools", "documents"):
         if getattr(extras, name) is not None:
@@ -153,7 +161,7 @@ def _null_fields(messages: Sequence[Message], extras: Extras) -> tuple[str, ...]
 
 
 def _marks_in(template: Template, messages: Sequence[Message], end: str) -> tuple[str, ...]:
-    """A flag if a text of the conversation holds what the template marks turns with."""
+    """Return a flag if a text of the conversation holds a special token that the template uses."""
     source = template.source()
     tokenizer = template.tokenizer
     marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and str(token) in source}

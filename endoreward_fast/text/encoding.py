@@ -1,29 +1,30 @@
-"""A row of text, chat or token ids -> the tokens that the model reads and where the scored ones begin.
+"""Encode a row of text, messages or token ids: the tokens that the model reads, and which of them are scored.
 
 | row                                                        | scored                                          |
 | {"prompt": str, "completion": str}                         | the completion                                  |
 | {"prompt": str or messages, "completion": str or messages} | the last assistant turn (earlier ones: context) |
-| the same, the prompt ending in an assistant's text         | what the completion adds to that turn           |
+| the same, the prompt ends in an assistant's text           | what the completion adds to that turn           |
 | {"messages": [...]}                                        | the last assistant turn                         |
-| {"prompt_ids": [...], "completion_ids": [...]}             | the completion's ids, as they are               |
-| the same with "completion_mask": [0 or 1, ...]             | those of them that have a 1 (see below)         |
+| {"prompt_ids": [...], "completion_ids": [...]}             | completion_ids, unchanged                       |
+| the same with "completion_mask": [0 or 1, ...]             | completion_ids with a 1 in the mask             |
 
-A row may have `tools`, `documents` and `chat_template_kwargs` besides: they belong to its prompt. The last turn is
-every field of its message: content (text or parts of text), reasoning, tool calls.
+A row may also have `tools`, `documents` and `chat_template_kwargs`. They belong to its prompt. A turn is every field of
+its message: content (text or parts of text), reasoning, tool calls.
 
-Text goes through the tokenizer's chat template where it has one (a prompt as the user's turn, a completion as the
-assistant's), because that is what a chat model was trained on; chat=False, or "chat": False in the row, scores
+Chat or plain. If the tokenizer has a chat template, text goes through it, because a chat model was trained on that. A
+prompt becomes the user's turn, a completion the assistant's. chat=False, or "chat": False in the row, scores
 prompt + completion as plain text. Without a template, text is plain and messages are refused.
 
-Plain text is tokenized as the tokenizer would (BOS and the like in front), a system prompt going before it with an
-empty line between. A completion ends in the tokenizer's end-of-sequence token, a chat turn in the template's
-end-of-turn token, unless append_eos=False. Special tokens that a text has already are not added again.
+Special tokens. Plain text gets the special tokens that the tokenizer adds in front (BOS, [CLS]). A completion ends with
+the tokenizer's end-of-sequence token, and a chat turn with the template's end of turn, unless append_eos=False. Special
+tokens that a text already has are not added again.
 
-An empty completion is that end alone: a model that says nothing ends its turn at once. Where nothing ends it, there is
-nothing to score.
+An empty completion is its end token alone, because a model that says nothing ends its turn at once. If no token ends
+it, nothing is scored.
 
-completion_mask marks the tokens that the policy chose. The others (a tool's answer, say) are context: they are read,
-and have no reward. The token before them does not end the episode: its V(s') is that of the state right after it.
+completion_mask marks the tokens that the policy chose. The model reads the others (a tool's answer, say), but they have
+no reward. The episode does not end before them: a marked token followed by an unmarked one has the V(s') of the state
+right after it.
 """
 
 from collections.abc import Collection
@@ -46,21 +47,21 @@ class Encoded:
     """One row, ready for the model."""
 
     input_ids: list[int]
-    """prompt, then completion"""
+    """the prompt's tokens, then the completion's"""
     prompt_length: int
-    """tokens before the first scored one; all of them if there is nothing to score"""
+    """number of tokens before the first scored one; all if nothing is scored"""
     terminal: bool
-    """whether the episode ends with the last token"""
+    """whether the episode ends with the last token, so that V(s') = 0 there"""
     truncated: int = 0
-    """tokens cut"""
+    """number of tokens cut to fit max_length"""
     flags: tuple[str, ...] = ()
-    """what is worth knowing about the row: keys of FLAGS"""
+    """keys of `flags.FLAGS`, which explains them"""
     completion_mask: tuple[bool, ...] | None = None
-    """which of the tokens from prompt_length on are scored; None: all"""
+    """for each token from prompt_length on, whether it is scored; None: all are"""
 
     @property
     def num_scored(self) -> int:
-        """Tokens that are scored."""
+        """The number of scored tokens."""
         mask = self.completion_mask
         return len(self.input_ids) - self.prompt_length if mask is None else sum(mask)
 
@@ -72,7 +73,7 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How rows become tokens. See `encode_row` for the fields; without a tokenizer only token ids can be encoded."""
+    """Encodes rows. `encode_row` documents the fields. Without a tokenizer, only rows of token ids can be encoded."""
 
     tokenizer: Any = None
     system: str | None = None
@@ -86,29 +87,31 @@ class Encoder:
 
     @cached_property
     def template(self) -> Template:
-        """The tokenizer's chat template, on the day that all rows are written."""
+        """The tokenizer's chat template, which writes the same date for every row."""
         return Template(self.tokenizer) if self.date is None else Template(self.tokenizer, as_date(self.date))
 
     @cached_property
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Special tokens that the tokenizer puts before a text (BOS, [CLS], or none) and behind it."""
+        """The special tokens that the tokenizer adds (before a text, after it), such as BOS or [CLS]."""
         return _around_ids(self.tokenizer)
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
-        """Tokens that end a turn, the tokenizer's own last."""
+        """The tokens at which the model stops; the tokenizer's end of sequence is the last of them."""
         known = (i for i in self.eos_ids if 0 <= i < len(self.tokenizer))
         named = (*self.tokenizer.convert_ids_to_tokens(list(known)), getattr(self.tokenizer, "eos_token", None))
         return tuple(token for token in dict.fromkeys(named) if token)
 
     def encode(self, row: Row) -> Encoded:
-        """Tokens of one row. EndoRewardError in one line where it cannot be scored."""
+        """Encode one row. Raises EndoRewardError, in one line, if it cannot be scored."""
         refuse_no_row(row)
         flags: tuple[str, ...] = ()
         terminal = True
         if "prompt_ids" in row and "completion_ids" in row:
             if self.system:
-                raise EndoRewardError("a system prompt cannot be put before a row of token ids")
+                raise EndoRewardError(
+                    "a system prompt cannot be added to a row of token ids: put its ids into prompt_ids"
+                )
             prompt, completion = (ids_of(row, name) for name in ("prompt_ids", "completion_ids"))
             terminal = switch_of(row, "terminal")
             flags = () if completion else ("empty",)
@@ -133,14 +136,18 @@ class Encoder:
         return replace(encoded, completion_mask=mask)
 
     def _text_ids(self, row: Row) -> tuple[list[int], list[int], tuple[str, ...]]:
-        """(prompt ids, completion ids, flags) of a row of text."""
+        """Return (prompt ids, completion ids, flags) of a row of text."""
         prompt, completion = prompt_and_completion(row)
         if self.tokenizer is None:
-            raise EndoRewardError("text needs a tokenizer, and the model came without one: give it one, or token ids")
+            raise EndoRewardError(
+                "text needs a tokenizer, and the model has none: give the model a tokenizer, or the row token ids"
+            )
         chat = row.get("chat", self.chat)
         plain = isinstance(prompt, str) and isinstance(completion, str)
         if chat is False and not plain:
-            raise EndoRewardError("chat=False scores plain text, but the row holds messages")
+            raise EndoRewardError(
+                "chat=False scores plain text, but the row holds messages: give text, or leave out chat=False"
+            )
         if plain and not wants_chat(self.tokenizer, chat):
             before = f"{self.system}\n\n{prompt}" if self.system else prompt
             extras = Extras.of(row, self.extras)
@@ -151,11 +158,11 @@ class Encoder:
         extras = Extras.of(row, self.extras)
         dated = self.date is None and self.template.asks_for_the_date(extras)
         text = render(self.template, dialogue(prompt, completion, begun), extras, system=self.system, ends=self._ends)
-        before_it, scored = _behind(begun, text.completion)
+        before_it, scored = _split_after(begun, text.completion)
         flags = (*flags, *text.flags, *(("dated",) if dated else ()), *(("continues_turn",) if begun else ()))
         flags = flags if scored or "empty" in flags else (*flags, "empty")
         end = text.end if self.append_eos or "end_in_text" in text.flags else ""
-        if text.completion.endswith(self._ends):  # it has ended already, by another token than the template's
+        if text.completion.endswith(self._ends):  # it already ends, in a stop token other than the template's
             end = ""
         before, after = split_ids(self.tokenizer, text.prompt + before_it, scored + end)
         if end or not self.append_eos:
@@ -178,7 +185,7 @@ class Encoder:
         return ids if not self.append_eos or eos is None or self._has_ended(ids) else [*ids, eos]
 
     def _fit(self, ids: list[int], length: int, terminal: bool, flags: tuple[str, ...]) -> Encoded:
-        """Within max_length, by `truncate`."""
+        """Return the tokens as `Encoded`, cut to max_length as `truncate` says."""
         if not terminal:
             flags = (*flags, "bootstrapped")
         limit = self.max_length
@@ -202,23 +209,24 @@ def encode_row(
     truncate: Truncate = None, append_eos: bool = True, eos_ids: Collection[int] = (),
     extras: Extras | None = None, date: str | None = None,
 ) -> Encoded:  # fmt: skip
-    """Tokens of one row (the module's table says which rows there are).
+    """Encode one row. The table at the top of this module lists the kinds of rows.
 
-    system      a system prompt; it comes before the row's own, if that has one
-    chat        None: the chat template where the tokenizer has one; False: plain text; True: insist on the template
-    max_length  most tokens of prompt and completion; None: no limit
-    truncate    what to do beyond: None, refuse the row; "prompt", drop its oldest tokens, keeping BOS and one more at
-                least; "completion", cut its end, after which the episode goes on (terminal False)
+    system      a system prompt; it comes before the row's own, if the row has one
+    chat        None: use the chat template if the tokenizer has one; False: plain text; True: require the template
+    max_length  the most tokens that prompt and completion may have together; None: no limit
+    truncate    what to do with a longer row. None: refuse it. "prompt": drop the oldest tokens of the prompt, except
+                BOS and at least one more. "completion": cut the completion's end; the episode goes on (terminal False)
     append_eos  end the completion with an end-of-sequence (or end-of-turn) token, if it has none
-    eos_ids     tokens that count as one, beside the tokenizer's own
-    extras      tools, documents and template arguments of rows that have none
-    date        "YYYY-MM-DD": the day that a template is told which asks for it; None: today
+    eos_ids     tokens that end a sequence, besides the tokenizer's
+    extras      tools, documents and template arguments for rows that have none
+    date        "YYYY-MM-DD": the date that a template writes; None: today
 
-    An empty completion is the token that ends it, if there is one; else it has no scored token, as an empty list of ids
-    has none. Before an empty prompt goes BOS; without one, the first token of the completion is not scored.
+    An empty completion is encoded as the token that ends it. If there is no such token, no token is scored; the same
+    holds for an empty list of ids. An empty prompt becomes BOS. If there is no BOS, the first token of the completion
+    is not scored.
 
-    Raises EndoRewardError, in one line: keys or types that do not fit, text without a tokenizer, messages without a
-    chat template or refused by it, a row beyond the limit.
+    Raises EndoRewardError, in one line, for wrong keys or types, text without a tokenizer, messages without a chat
+    template, messages that the template refuses, and a row above max_length.
     """
     encoder = Encoder(
         tokenizer, system=system, chat=chat, max_length=max_length, truncate=truncate, append_eos=append_eos,
@@ -234,24 +242,26 @@ def _around_ids(tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def wants_chat(tokenizer: Any, chat: bool | None) -> bool:
-    """Whether text goes through the chat template: as `chat` says, or where there is one."""
+    """Return whether text goes through the chat template: `chat`, or whether there is a template if `chat` is None."""
     return bool(getattr(tokenizer, "chat_template", None)) if chat is None else chat
 
 
-def _behind(begun: str, completion: str) -> tuple[str, str]:
-    """(a completion up to and with the text that the prompt has of it, what comes behind)."""
+def _split_after(begun: str, completion: str) -> tuple[str, str]:
+    """Split a completion after `begun`, the text that the prompt already has of it."""
     at = completion.find(begun)
-    if at < 0:  # nothing was added, and the template trims
+    if at < 0:  # the row adds nothing to `begun`, and the template trims it
         begun = begun.rstrip()
         at = completion.find(begun)
     if at < 0:
-        raise EndoRewardError("the chat template rewrites the turn that the prompt begins: give token ids")
+        raise EndoRewardError(
+            "the chat template changes the turn that the prompt begins, so it cannot be split: give token ids"
+        )
     return completion[: at + len(begun)], completion[at + len(begun) :]
 
 
 def _too_long(tokens: int, completion: int, limit: int, truncate: Truncate) -> str:
     text = f"{tokens} tokens, the limit is {limit}"
     if truncate is None:
-        return f'{text}; truncate (--truncate) "prompt" or "completion" would cut it'
+        return f'{text}: set truncate (--truncate) to "prompt" or "completion", or shorten the row'
     which = f"completion's {completion}" if truncate == "prompt" else f"prompt's {tokens - completion}"
-    return f'{text}; truncate="{truncate}" leaves no room beside the {which}'
+    return f'{text}; truncate="{truncate}" leaves no room for the {which} tokens: shorten the row'

@@ -1,7 +1,7 @@
-"""Messages of a conversation: what one may hold, which texts it is made of, and the spellings that templates differ in.
+"""Messages of a conversation: check them, tidy them, and read their text.
 
-A message has a role, and content that is text, a list of parts, or null. An assistant's may have tool calls and its
-reasoning besides, under the names that chat templates and OpenAI's API use.
+A message has a role and content. Content is text, a list of parts, or null. An assistant's message may also have tool
+calls and reasoning, under the names that chat templates and OpenAI's API use.
 """
 
 import json
@@ -16,33 +16,37 @@ Message = Mapping[str, Any]
 
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
+"""names of the field that holds the reasoning"""
 
 
 TEXTS = ("content", *REASONING, "tool_plan", "refusal")
-"""fields of a message that are text of its turn; its tool calls are the others"""
+"""fields of a message that hold text of its turn; only tool_calls holds more"""
 
 
 NO_TEXT = MappingProxyType({"function_call": "wanted tool_calls", "audio": "only text can be scored"})
-"""fields that say something which no chat template writes, and what to do"""
+"""{field that no chat template writes: the end of its error message}"""
 
 
 TEXT_PARTS = ("text", "thinking", "reasoning")
-"""kinds of parts that are text, which stands under the same name"""
+"""types of parts that hold text; the key of the text is the type's name"""
 
 
 DEEPEST = 100
-"""levels of lists and objects: far below where Python's readers and writers give up, each at another depth"""
+"""most levels of nested lists and objects: far fewer than any of Python's JSON and Parquet code supports"""
 
 
 def are_messages(value: Any) -> bool:
-    """Whether `value` is a list of messages: mappings with a role."""
+    """Return whether `value` is a list of messages: mappings with a role."""
     return isinstance(value, list | tuple) and all(
         isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in value
     )
 
 
 def check_message(message: Message, name: str) -> None:
-    """EndoRewardError, naming the field by `name`, for a message that cannot be written: no text where text belongs."""
+    """Raise EndoRewardError if a template could not write the message: no content, or a value of the wrong type.
+
+    `name` is what the error calls the message.
+    """
     if all(message.get(field) is None for field in (*TEXTS, "tool_calls")):
         if "content" in message:
             raise EndoRewardError(f"{name}.content: wanted text, found nothing")
@@ -68,9 +72,9 @@ def check_message(message: Message, name: str) -> None:
 
 
 def check_values(value: Any, name: str, *, levels: int = DEEPEST) -> None:
-    """EndoRewardError, naming the place, where no template could write what is inside `value` at any depth."""
+    """Raise EndoRewardError, naming the place, if anything inside `value` cannot be written as JSON text."""
     if isinstance(value, float) and not math.isfinite(value):
-        raise EndoRewardError(f"{name}: NaN or infinity is no value")
+        raise EndoRewardError(f"{name}: NaN and infinity are not valid JSON")
     if isinstance(value, str):
         check_text(value, name)
     inner: list[tuple[str, Any]] = []
@@ -80,7 +84,7 @@ def check_values(value: Any, name: str, *, levels: int = DEEPEST) -> None:
     elif isinstance(value, list | tuple):
         inner = [(f"{name}[{i}]", one) for i, one in enumerate(value)]
     if inner and not levels:
-        raise EndoRewardError(f"{name}: nested more than {DEEPEST} levels deep")
+        raise EndoRewardError(f"{name}: nested more than {DEEPEST} levels deep: flatten it")
     for where, one in inner:
         check_values(one, where, levels=levels - 1)
 
@@ -94,17 +98,17 @@ def _check_part(part: Any, name: str) -> None:
 
 
 def check_text(value: Any, name: str) -> None:
-    """EndoRewardError unless `value` is text that UTF-8 can spell."""
+    """Raise EndoRewardError unless `value` is text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise EndoRewardError(f"{name}: wanted text, found {kind_of(value)}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise EndoRewardError(f"{name}: character {error.start + 1} is half of a surrogate pair, no text") from None
+        raise EndoRewardError(f"{name}: character {error.start + 1} is half of a surrogate pair: remove it") from None
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for messages."""
+    """Describe the type of a value, for error messages."""
     if isinstance(value, list | tuple):
         odd = next((v for v in value if not isinstance(v, Mapping)), value[0] if value else None)
         keys = f" of keys {', '.join(map(str, odd))}" if isinstance(odd, Mapping) else ""
@@ -115,9 +119,11 @@ def kind_of(value: Any) -> str:
 
 
 def without_nulls(message: Message) -> dict[str, Any]:
-    """The message without fields that are null or an empty list of calls, which tables fill in where other rows have
-    one, and without reasoning that it has by another name already; content stays, and an empty list of parts is "". A
-    call without arguments has none: {}."""
+    """Return the message without null fields and without an empty list of tool calls: tables fill these in.
+
+    Content stays: null as null, an empty list of parts as "". Reasoning that is there under two names is kept once. A
+    tool call without arguments gets {}.
+    """
     kept = {name: value for name, value in message.items() if value is not None or name == "content"}
     thoughts: set[Any] = set()
     for name in REASONING:
@@ -139,21 +145,21 @@ def _without_nulls(call: Message) -> dict[str, Any]:
 
 
 def has_nulls(value: Any) -> bool:
-    """Whether a field of `value` is null, at any depth."""
+    """Return whether a field of `value` is null, at any depth."""
     if isinstance(value, Mapping):
         return any(inner is None or has_nulls(inner) for inner in value.values())
     return isinstance(value, list | tuple) and any(map(has_nulls, value))
 
 
 def text_of(content: Any) -> str:
-    """Content as one text: its parts joined, "" for null."""
+    """Return content as one text: parts are joined, null is ""."""
     if isinstance(content, str):
         return content
     return "".join(part[part["type"]] for part in content or ())
 
 
 def spoken(message: Message) -> str:
-    """All of a turn as plain text, for a reader: reasoning, text, and each tool call as JSON."""
+    """Return the whole turn as text that a person can read: reasoning, text, and each tool call as JSON."""
     message = without_nulls(message)
     thought = next((message[name] for name in REASONING if message.get(name)), "")
     pieces = [f"<think>\n{thought}\n</think>" if thought else "", text_of(message.get("content")).strip()]
@@ -163,12 +169,12 @@ def spoken(message: Message) -> str:
 
 
 def is_plain(message: Message) -> bool:
-    """Whether the message is a text and nothing else."""
+    """Return whether the message holds a string as content and nothing else."""
     return isinstance(message.get("content"), str) and not any(message.get(name) for name in (*TEXTS[1:], "tool_calls"))
 
 
 def is_text(message: Message) -> bool:
-    """Whether the message is a text and nothing else, be it in parts."""
+    """Return whether the message holds text as content, as a string or in parts, and nothing else."""
     content = message.get("content")
     if isinstance(content, list) and any(part["type"] != "text" for part in content):
         return False
@@ -176,13 +182,11 @@ def is_text(message: Message) -> bool:
 
 
 def is_blank(message: Message) -> bool:
-    """Whether the message says nothing."""
+    """Return whether the message holds only white space."""
     return not spoken(message).strip()
 
 
 def function_of(call: Message) -> Message:
+    """Return the function of a tool call: its "function" field, or the call itself if it has none."""
     inner = call.get("function")
     return inner if isinstance(inner, Mapping) else call
-
-
-# ------------------------------------------------------------------------------------ the same message, spelt otherwise

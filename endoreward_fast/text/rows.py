@@ -1,4 +1,4 @@
-"""What a row may hold: its prompt and completion as text, messages or token ids."""
+"""Read the fields of a row: prompt and completion as text, messages or token ids."""
 
 from collections.abc import Mapping
 from numbers import Integral
@@ -14,12 +14,16 @@ WANTED = "prompt and completion, or messages, or prompt_ids and completion_ids"
 
 
 def refuse_no_row(row: Any) -> None:
+    """Raise EndoRewardError unless `row` is a mapping."""
     if not isinstance(row, Mapping):
         raise EndoRewardError(f"a row is a mapping with {WANTED}; found {type(row).__name__}")
 
 
 def prompt_and_completion(row: Row) -> tuple[Any, Any]:
-    """Each a str or a list of messages; the prompt of {"messages": ...} is all but the last of them."""
+    """Return (prompt, completion), each a str or a list of messages.
+
+    The completion of {"messages": [...]} is the last message, and the prompt is all others.
+    """
     if "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
     elif "messages" in row:
@@ -42,20 +46,23 @@ def prompt_and_completion(row: Row) -> tuple[Any, Any]:
 
 
 def dialogue(prompt: Any, completion: Any, begun: str = "") -> list[Message]:
-    """The conversation that `prompt_and_completion` are; it ends in an assistant's turn, which `begun` leads."""
+    """Join prompt and completion to a conversation, whose last turn is the assistant's.
+
+    `begun` is the text at the end of the prompt that the completion continues (`begun_turn`). It leads the last turn.
+    """
     before, turns = _turns(prompt, "user"), _turns(completion, "assistant")
     if begun:
         before, turns = before[:-1], [{**before[-1], "content": begun + text_of(turns[0].get("content"))}]
     turns = before + turns
     role = turns[-1]["role"] if turns else "none"
     if role != "assistant":
-        raise EndoRewardError(f"the last message is what is scored: wanted the assistant's, found {role!r}")
+        raise EndoRewardError(f"the last message is scored: wanted the assistant's, found {role!r}")
     return turns
 
 
 def begun_turn(row: Row, prompt: Any, completion: Any) -> str:
-    """The text of the assistant's turn that a row's prompt ends in and its completion, of text, goes on with; or ""."""
-    if "prompt" not in row:  # messages are turns, each whole
+    """Return the assistant's text that the prompt ends in, if the completion is a text that continues it; else ""."""
+    if "prompt" not in row:  # each entry of "messages" is a whole turn
         return ""
     both = [*_turns(prompt, "user")[-1:], *_turns(completion, "assistant")]
     goes_on = len(both) == 2 and all(turn["role"] == "assistant" and is_text(turn) for turn in both)
@@ -67,6 +74,7 @@ def _turns(value: Any, role: str) -> list[Message]:
 
 
 def ids_of(row: Row, name: str) -> list[int]:
+    """Return the token ids in a field of the row, which may be a list, a tensor or an array."""
     ids = row[name]
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # tensors and arrays
     whole = isinstance(ids, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
@@ -76,19 +84,20 @@ def ids_of(row: Row, name: str) -> list[int]:
 
 
 def switch_of(row: Row, name: str) -> bool:
-    """A value of true or false; true where there is none."""
+    """Return the true or false in a field of the row; true if the field is absent."""
     value = row.get(name, True)
-    value = value.tolist() if hasattr(value, "tolist") else value  # a tensor's or an array's
+    value = value.tolist() if hasattr(value, "tolist") else value  # tensors and arrays
     if value not in (0, 1):
         raise EndoRewardError(f"{name}: wanted true or false, found {kind_of(value)}")
     return bool(value)
 
 
 def mask_of(row: Row, completion: list[int]) -> tuple[bool, ...]:
+    """Return the completion_mask of the row: one bool for each token of the completion."""
     mask = row["completion_mask"]
     mask = mask.tolist() if hasattr(mask, "tolist") else mask
     if not isinstance(mask, list | tuple) or any(m not in (0, 1) for m in mask):
         raise EndoRewardError(f"completion_mask: wanted a list of 0 and 1, found {kind_of(mask)}")
     if len(mask) != len(completion):
-        raise EndoRewardError(f"completion_mask has {len(mask)} entries, and completion_ids {len(completion)}")
+        raise EndoRewardError(f"completion_mask has {len(mask)} entries, but completion_ids has {len(completion)}")
     return tuple(map(bool, mask))

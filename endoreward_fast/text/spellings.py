@@ -1,4 +1,4 @@
-"""The same message, spelt otherwise: as templates want it, or with marks in its texts."""
+"""Rewrite messages: change their texts, or put them into the forms that templates expect."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,8 +8,10 @@ from .messages import REASONING, TEXTS, Message, function_of, spoken, text_of
 
 
 def with_texts(message: Message, change: Callable[[str], str]) -> dict[str, Any]:
-    """The message with every text of it that is not blank, changed; with names and arguments of its tool calls, of
-    which numbers become texts."""
+    """Return the message with `change` applied to every text that is not blank.
+
+    This includes the names and arguments of tool calls. Numbers in arguments become texts.
+    """
 
     def changed(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -29,7 +31,7 @@ def with_texts(message: Message, change: Callable[[str], str]) -> dict[str, Any]
         function["name"] = change(function["name"])
         if known is not None:
             new = changed(known)
-            # A text that changes in nothing keeps its own spelling.
+            # Keep arguments that do not change as they are: json.dumps could format them differently.
             function["arguments"] = arguments if new == known else new if known is arguments else json.dumps(new)
         elif isinstance(arguments, str):
             function["arguments"] = changed(arguments)
@@ -47,7 +49,7 @@ def with_texts(message: Message, change: Callable[[str], str]) -> dict[str, Any]
 
 
 def texts_of(message: Message) -> list[str]:
-    """Every text of the message: of its fields, parts, and tool calls."""
+    """Return every text of the message: in its fields, parts and tool calls."""
     found: list[str] = []
 
     def keep(text: str) -> str:
@@ -59,7 +61,7 @@ def texts_of(message: Message) -> list[str]:
 
 
 def with_text(message: Message, text: str) -> dict[str, Any]:
-    """The message with that text for its content, beside parts that are its reasoning."""
+    """Return the message with `text` as its content. Parts that hold reasoning stay."""
     content = message.get("content")
     if not isinstance(content, list):
         return {**message, "content": text}
@@ -68,7 +70,7 @@ def with_text(message: Message, text: str) -> dict[str, Any]:
 
 
 def parsed(arguments: Any) -> Any:
-    """A tool call's arguments as an object, also where they are its JSON; None if they are neither."""
+    """Return a tool call's arguments, an object or its JSON, as an object. None if they are neither."""
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
@@ -78,10 +80,11 @@ def parsed(arguments: Any) -> Any:
 
 
 def spellings(messages: Sequence[Message]) -> Iterator[list[dict[str, Any]]]:
-    """The conversation in every spelling that chat templates want it in, as it is first.
+    """Yield the conversation in every form that a chat template may expect; unchanged first. All say the same.
 
-    Content as text or as parts; content of a turn that has none as "" or as null; arguments of tool calls as an object
-    or as its JSON. All say the same.
+    - Content as a string, or as one part of text.
+    - Content of a turn without any as "", or as null.
+    - Arguments of tool calls as an object, or as JSON.
     """
     seen: list[list[dict[str, Any]]] = []
     for content in (_same, _as_text, _as_one_part):
@@ -144,9 +147,12 @@ def _with_arguments(message: dict[str, Any], change: Callable[[Any], Any]) -> di
 
 
 def misspelt(messages: Sequence[Message], text: str, source: str) -> bool:
-    """Whether a template (`source`) that made `text` of `messages` printed a value, not what it says."""
+    """Return whether `text` shows a value of `messages` as Python prints it: a list of parts, a dict, None.
 
-    def odd(value: Any) -> bool:
+    Then the template (`source`) expects another form of `messages`.
+    """
+
+    def is_printed(value: Any) -> bool:
         spelt = json.dumps(value, ensure_ascii=False)
         return repr(value) in text and (isinstance(value, str) or repr(value) != spelt)
 
@@ -156,7 +162,7 @@ def misspelt(messages: Sequence[Message], text: str, source: str) -> bool:
             return True
         for call in message.get("tool_calls") or ():
             arguments = function_of(call).get("arguments")
-            if isinstance(arguments, Mapping) and arguments and odd(arguments):
+            if isinstance(arguments, Mapping) and arguments and is_printed(arguments):
                 return True
             if isinstance(arguments, str) and parsed(arguments) is not None and json.dumps(arguments) in text:
                 return True

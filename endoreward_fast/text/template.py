@@ -1,8 +1,8 @@
-"""A tokenizer's chat template: conversations written by it, with all that a row gives it, on a day that is pinned.
+"""Render conversations with a tokenizer's chat template, on a fixed day.
 
-A template is a program of the model's author. It may take content as text or as parts, and arguments of tool calls as
-an object or as JSON: `Template.fit` finds the spelling that it writes completely. It may write today's date: here that
-is always the day it is told.
+A template is a program by the model's author. It may expect content as a string or as a list of parts, and the
+arguments of tool calls as an object or as JSON. `Template.fit` finds the form that it writes completely. If it writes
+today's date, it gets `Template.day`, so that a run gives the same text on another day.
 """
 
 import json
@@ -18,31 +18,32 @@ from .messages import Message, check_text, check_values, is_plain
 from .spellings import misspelt, spellings, with_texts
 
 CLOCK = "strftime_now"
-"""the function by which templates ask for the date: transformers gives it to them"""
+"""the function that templates call for the date; transformers provides it"""
 RESERVED = (
     "self", "tools", "documents", "messages", "conversation", "chat_template", "add_generation_prompt",
     "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
     "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs", CLOCK,
 )  # fmt: skip
-"""names that are no template arguments of a row's own: apply_chat_template has them for itself"""
+"""parameters of apply_chat_template, which a row's template arguments may not use as names"""
 MARKS = ("Qz{}MARKzQ", "Jq{}MARKqJ")
+"""what `Marked` puts before and after the text of that number: the second form for texts that begin or end in Q or q"""
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What a row gives its template beside messages: part of the prompt."""
+    """What a row gives the template besides messages. All of it belongs to the prompt."""
 
     tools: tuple[Any, ...] | None = None
-    """JSON schemas, or functions, as transformers takes them"""
+    """JSON schemas or Python functions, as apply_chat_template takes them"""
     documents: tuple[Mapping[str, str], ...] | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """further variables of the template, such as enable_thinking"""
 
     @classmethod
     def of(cls, row: Mapping[str, Any], default: "Extras") -> "Extras":
-        """Those of a row, which come before the `default` ones. Each may be JSON text, as tables hold it.
+        """Return a row's extras; `default` fills in what the row lacks. A value may be JSON text, as tables hold it.
 
-        Raises EndoRewardError, naming the column.
+        Raises EndoRewardError, which names the column.
         """
         tools = _list_of("tools", row.get("tools"), functions=True)
         documents = _list_of("documents", row.get("documents"))
@@ -92,12 +93,12 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for n, name in enumerate(names) if name in names[:n])
-        raise ValueError(f"the key {twice!r} stands twice in one object: keep one")
+        raise ValueError(f"the key {twice!r} is twice in one object: keep one")
     return found
 
 
 def as_date(text: str) -> Date:
-    """The day of "YYYY-MM-DD". EndoRewardError: it is none."""
+    """Parse "YYYY-MM-DD". Raises EndoRewardError if the text is not such a day."""
     try:
         return Date.fromisoformat(text) if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else Date(0, 0, 0)
     except ValueError:
@@ -106,14 +107,14 @@ def as_date(text: str) -> Date:
 
 @dataclass(frozen=True)
 class Template:
-    """The chat template of a tokenizer. `day` is what it is told when it asks for the date."""
+    """The chat template of a tokenizer. `day` is the date that it writes, if it writes one."""
 
     tokenizer: Any
     day: Date = field(default_factory=Date.today)
 
     @property
     def name(self) -> str:
-        """How error messages call the tokenizer."""
+        """The tokenizer's name in error messages."""
         name = getattr(self.tokenizer, "name_or_path", "")
         return f"the tokenizer of {name!r}" if name else f"the tokenizer ({type(self.tokenizer).__name__})"
 
@@ -122,7 +123,7 @@ class Template:
         return {}
 
     def source(self, *, tools: bool = False) -> str:
-        """The template's text: of the one for tools, where there are two. EndoRewardError: there is none."""
+        """Return the template's source, of the tool template if there are two. EndoRewardError if there is none."""
         if tools not in self._sources:
             self._sources[tools] = self._source(tools)
         return self._sources[tools]
@@ -141,11 +142,14 @@ class Template:
         return found
 
     def asks_for_the_date(self, extras: Extras) -> bool:
-        """Whether what the template writes may depend on the day."""
+        """Return whether the template's output may depend on the day."""
         return CLOCK in self.source(tools=bool(extras.tools)) and "date_string" not in extras.kwargs
 
     def write(self, messages: Sequence[Message], extras: Extras, *, generate: bool = False) -> str:
-        """What the template writes; with `generate` the generation prompt too. EndoRewardError: it refuses."""
+        """Return the rendered conversation, with the generation prompt if `generate`.
+
+        Raises EndoRewardError if the template refuses the conversation.
+        """
         source = self.source(tools=bool(extras.tools))
         dated = {"chat_template": self._clock + source} if CLOCK in source else {}
         try:
@@ -154,7 +158,7 @@ class Template:
                 documents=None if extras.documents is None else list(extras.documents),
                 add_generation_prompt=generate, tokenize=False, **dated, **extras.kwargs,
             )  # fmt: skip
-        except Exception as error:  # a template is a program of the model's author: it may raise anything
+        except Exception as error:  # a template is a program by the model's author and may raise anything
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise EndoRewardError(f"the chat template refuses the conversation: {reason}") from error
         check_text(text, "what the chat template writes")
@@ -162,7 +166,7 @@ class Template:
 
     @cached_property
     def _clock(self) -> str:
-        """The template's own strftime_now: transformers gives the real one, and takes no function in its place."""
+        """A Jinja macro that replaces strftime_now: transformers does not accept another function under that name."""
         spelt = "".join(f"|replace({code!r}, {self.day.strftime(code)!r})" for code in _CODES)
         return f"{{% macro {CLOCK}(format) %}}{{{{ format{spelt} }}}}{{% endmacro %}}\n"
 
@@ -174,43 +178,45 @@ class Template:
 
     @cached_property
     def ends(self) -> dict[tuple[str, str], str]:
-        """What ends a turn of text, by all that stands behind it and the template's variables; chat.py fills it in."""
+        """The ends of turns that turn.py has found: {(tail of the conversation, template arguments): end of turn}."""
         return {}
 
     @cached_property
     def generation_prompt(self) -> str:
-        """What opens the assistant's turn behind a user's; "" where the template has nothing for it."""
+        """What opens the assistant's turn after a user's, or "" if the template has no generation prompt."""
         asked = self.fit([{"role": "user", "content": "x"}], Extras())
         try:
             opened = self.write(asked, Extras(), generate=True)
             return opened.removeprefix(self.write(asked, Extras()))
         except EndoRewardError:
-            return ""  # it wants more of a conversation than this
+            return ""  # the template requires more messages than this one
 
     @cached_property
     def takes_text(self) -> bool:
-        """Whether it writes content that is a text (those of vision models may want a list of parts)."""
+        """Whether the template writes content that is a string (a vision model's may expect a list of parts)."""
         mark = MARKS[0].format(0)
         try:
             return mark in self.write([{"role": "user", "content": mark}], Extras())
         except EndoRewardError:
-            return True  # it wants more of a conversation than this
+            return True  # the template requires other messages than these, so nothing is known
 
     @cached_property
     def takes_system(self) -> bool:
-        """Whether it writes a system turn before the user's."""
+        """Whether the template writes a system turn before the user's."""
         mark, user = MARKS[0].format(0), {"role": "user", "content": "x"}
         for messages in ([{"role": "system", "content": mark}, user], [user]):
             try:
                 return mark in self.write(self.fit(messages, Extras()), Extras(), generate=True)
             except EndoRewardError:
                 continue
-        return True  # it wants more of a conversation than this
+        return True  # the template requires other messages than these, so nothing is known
 
     def fit(self, messages: Sequence[Message], extras: Extras) -> list[dict[str, Any]]:
-        """`messages` in the spelling of which the template writes most, as they are if it writes all.
+        """Return `messages` in the form in which the template writes the most of their texts.
 
-        Raises EndoRewardError: it refuses each.
+        They stay unchanged if the template writes all texts.
+
+        Raises EndoRewardError if the template refuses every form (`spellings` lists them).
         """
         if all(map(is_plain, messages)) and self.takes_text:
             return [dict(message) for message in messages]
@@ -239,7 +245,7 @@ _CODES = "%d %m %Y %B %b %A %a %y %j %H %I %M %S %p %e %F".split()
 
 
 class Marked:
-    """Messages with a mark before and behind each of their texts, to find again in what a template writes."""
+    """Messages with a mark before and after each of their texts, so that the texts can be found in a rendering."""
 
     def __init__(self, messages: Sequence[Message]) -> None:
         self.marks: list[tuple[str, str]] = []
@@ -247,7 +253,8 @@ class Marked:
         self.messages = [with_texts(message, self._mark) for message in messages]
 
     def _mark(self, text: str) -> str:
-        # A mark begins and ends in other letters than the text, so that where the two part is where the text begins.
+        # A mark differs from the text in its first and last letter. So a rendering with marks and one without differ
+        # exactly from where the text begins, and back to where it ends.
         bare, number = text.strip(), len(self.marks)
         front = MARKS[bare[0] in "Qq"].format(number)
         back = MARKS[bare[-1] in "Qq"].format(number)
@@ -256,13 +263,16 @@ class Marked:
         return front + bare + back
 
     def missing(self, text: str) -> list[int]:
-        """Numbers of the texts of which neither mark is in `text`."""
+        """Return the numbers of the texts without any mark in `text`."""
         return [i for i, marks in enumerate(self.marks) if not any(mark in text for mark in marks)]
 
     def lost(self, text: str, unmarked: str) -> list[int]:
-        """Numbers of the texts that are not whole: of which `text` has not both marks, nor one of them and `unmarked`,
-        which the template writes without marks, the text itself. It may take a text apart and lose a mark on the way
-        (a thought out of an answer)."""
+        """Return the numbers of the texts that the template does not write whole.
+
+        `text` is the rendering with marks, `unmarked` the one without. A text is whole if `text` has both its marks.
+        One mark is enough if `unmarked` has the text: the template may split a text (take the reasoning out of an
+        answer) and lose a mark by that.
+        """
         found = [sum(text.count(mark) for mark in set(marks)) for marks in self.marks]
         written, bare = "".join(unmarked.split()), ["".join(t.split()) for t in self._texts]
         return [i for i, n in enumerate(found) if n == 0 or (n == 1 and bare[i] not in written)]

@@ -1,4 +1,23 @@
-"""The last turn of a conversation: where it begins and ends in what the template writes."""
+r"""The last turn of a conversation: where it begins and ends in the text that the chat template writes.
+
+A template is a program, so nothing says which characters of its output belong to the turn. `Turn` renders the
+conversation several times and compares the results. An example: the user says "Hi", the assistant "Hello.", and the
+template is ChatML. From the assistant's header on, the renderings are:
+
+    opening    <|im_start|>assistant\n                                           earlier turns, generation prompt
+    whole      <|im_start|>assistant\nHello.<|im_end|>\n                         all turns
+    marked     <|im_start|>assistant\nQz0MARKzQHello.Qz0MARKzQ<|im_end|>\n       all turns, the last one with marks
+    followed   <|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n...    all turns, and another one
+
+The beginning: `whole` starts with `opening`. So `opening` is the prompt, and the turn begins after it. If `whole` does
+not start with `opening`, the turn begins where the two differ (`_split` lists the cases).
+
+The end: `whole` and `marked` finish alike, in "<|im_end|>\n". This is the tail: all that the template writes after the
+text. In `followed` the tail is "<|im_end|>\n<|im_start|>user\n...". What both tails begin with ends the turn:
+"<|im_end|>". The newline is left out, because no model generates it (`_end_from_tails` lists the other cases).
+
+    prompt  ...<|im_start|>assistant\n        completion  Hello.        end  <|im_end|>
+"""
 
 import re
 from collections.abc import Collection
@@ -9,11 +28,15 @@ from .spellings import with_text
 from .template import Extras, Marked, Template
 
 NEXT = "QzNEXTzQ"
-"""what a next turn says where it is asked what comes before it"""
+"""the text of the turn that is put after the last one, to see what the template writes between the two"""
 
 
 class Turn:
-    """The last turn of a conversation: `prompt`, `completion`, `end` and `flags` of what is scored."""
+    """The last turn of a conversation, split into `prompt`, `completion` and `end`, with `flags`.
+
+    opening   the turns before it as the template writes them, with the generation prompt
+    whole     the whole conversation as the template writes it
+    """
 
     def __init__(self, template: Template, messages: list[Message], extras: Extras, ends: Collection[str]) -> None:
         self.template, self.extras, self._ends = template, extras, ends
@@ -23,31 +46,32 @@ class Turn:
         self.opening = self.prompt = self._write(generate=True)
         self.whole = self._write(self._answer)
         if self._is_empty():
-            spoken_in = _saying(self._answer, "x")
-            marked = Marked([spoken_in])
-            _, self.end = self._ending(spoken_in, marked, self._write(spoken_in), self._write(*marked.messages))
+            # It has no text to mark. Its end is that of a turn with a text.
+            filled = _text_turn(self._answer, "x")
+            marked = Marked([filled])
+            _, self.end = self._find_end(filled, marked, self._write(filled), self._write(*marked.messages))
             self.completion = ""
             return
-        shown, written = self._shown()
+        shown, written = self._with_markable_text()
         marked = Marked([shown])
-        other = self._write(*marked.messages)
-        behind, self.end = self._ending(shown, marked, written, other)
-        body = self.whole[: len(self.whole) - len(behind)]
-        self._cut(body, _shared([self.whole, other]))
+        marked_whole = self._write(*marked.messages)
+        tail, self.end = self._find_end(shown, marked, written, marked_whole)
+        body = self.whole[: len(self.whole) - len(tail)]
+        self._split(body, before_text=_common_prefix([self.whole, marked_whole]))
         self.completion = self._without_own_end(self.completion)
         if is_text(self._answer):
-            self._put_back(text_of(self._answer["content"]))
-        elif marked.missing(other):
+            self._keep_as_given(text_of(self._answer["content"]))
+        elif marked.missing(marked_whole):
             self.flags += ("template_drops",)
         self._compare_white_space()
 
     def _write(self, *turns: Message, generate: bool = False) -> str:
         return self.template.write([*self.before, *turns], self.extras, generate=generate)
 
-    def _shown(self) -> tuple[Message, str]:
-        """(the turn with a text where it has none, what the template writes for it).
+    def _with_markable_text(self) -> tuple[Message, str]:
+        """Return (the turn, what the template writes for it). A turn without a text to mark gets the text "x".
 
-        White space cannot be marked, and a turn that only thinks has more behind its thought than the end of a turn.
+        White space cannot be marked. A turn of reasoning alone has no text between its reasoning and its end.
         """
         if said_by(self._answer).strip() or self._answer.get("tool_calls"):
             return self._answer, self.whole
@@ -58,68 +82,89 @@ class Turn:
         return (shown, written) if alike or is_blank(self._answer) else (self._answer, self.whole)
 
     def _is_empty(self) -> bool:
-        """Whether the turn says nothing, to the template: that may trim white space."""
-        return is_blank(self._answer) and self.whole == self._write(_saying(self._answer, ""))
+        """Return whether the template writes the turn as it writes an empty one (it may trim white space)."""
+        return is_blank(self._answer) and self.whole == self._write(_text_turn(self._answer, ""))
 
-    def _ending(self, answer: Message, marked: Marked, whole: str, other: str) -> tuple[str, str]:
-        """(all that the template writes behind the last text of the turn, what of that ends the turn).
+    def _find_end(self, answer: Message, marked: Marked, whole: str, marked_whole: str) -> tuple[str, str]:
+        """Return (the tail of the conversation, the part of the tail that ends the turn).
 
-        `whole` and `other` are the conversation as it is and with that text marked.
+        `whole` and `marked_whole` are the conversation with `answer` as its last turn, without and with marks.
+        If the template leaves a last turn of text open, it writes the tail of a tool call as a part of the call. Then
+        the tail that is returned is "".
         """
-        last = behind_marks(whole, other)
-        if last is None:
-            raise EndoRewardError(f"the chat template of {self.template.name} does not write the assistant's turn")
+        tail = after_marks(whole, marked_whole)
+        if tail is None:
+            raise EndoRewardError(
+                f"the chat template of {self.template.name} does not write the assistant's turn: give token ids"
+            )
         if not answer.get("tool_calls"):
-            # What stands behind a text is all that its end depends on: it is asked for once.
+            # The end of a turn of text depends on the tail alone, so the template is asked once for each tail.
             known = self.template.ends
-            if (last, str(self.extras.kwargs)) not in known:
-                before_a_next = self._before_a_next_turn(answer, marked.messages[0])
-                known[last, str(self.extras.kwargs)] = self._end_of(last, before_a_next, calls=False)
-            return last, known[last, str(self.extras.kwargs)]
-        before_a_next = self._before_a_next_turn(answer, marked.messages[0])
-        closed = ""
-        if not self._ends_turns_of_text():
-            closed = last  # the rest of the call, and nothing that ends the turn
-            before_a_next = (before_a_next or "").removeprefix(last)
-        end = self._end_of(last[len(closed) :], before_a_next, calls=True)
-        return "" if closed else last, end
+            if (tail, str(self.extras.kwargs)) not in known:
+                followed = self._tail_before_next(answer, marked.messages[0])
+                known[tail, str(self.extras.kwargs)] = self._end_from_tails(tail, followed, calls=False)
+            return tail, known[tail, str(self.extras.kwargs)]
+        followed = self._tail_before_next(answer, marked.messages[0])
+        if self._ends_turns_of_text():
+            return tail, self._end_from_tails(tail, followed, calls=True)
+        return "", self._end_from_tails("", (followed or "").removeprefix(tail), calls=True)
 
     def _ends_turns_of_text(self) -> bool:
-        answer = _saying(self._answer, "x")
-        behind = behind_marks(self._write(answer), self._write(*Marked([answer]).messages))
-        return bool((behind or "").strip())
+        """Return whether the template writes more than white space after a last turn of text."""
+        answer = _text_turn(self._answer, "x")
+        tail = after_marks(self._write(answer), self._write(*Marked([answer]).messages))
+        return bool((tail or "").strip())
 
-    def _before_a_next_turn(self, answer: Message, marked: Message) -> str | None:
-        """What the template writes between this turn and a next one, and then that; None if it takes none."""
-        user, tool = (_saying({**answer, "role": role}, NEXT) for role in ("user", "tool"))
+    def _tail_before_next(self, answer: Message, marked: Message) -> str | None:
+        """Return the tail of `answer` if another turn follows, up to that turn's end; None if none may follow."""
+        user, tool = (_text_turn({**answer, "role": role}, NEXT) for role in ("user", "tool"))
         for following in [tool, user] if answer.get("tool_calls") else [user]:
             try:
                 whole = self._write(answer, following)
                 if NEXT in whole:
-                    return behind_marks(whole, self._write(marked, following))
+                    return after_marks(whole, self._write(marked, following))
             except EndoRewardError:
-                continue  # a template may not want such a turn here
+                continue  # the template may refuse a turn of this role here
         return None
 
-    def _end_of(self, last: str, before_a_next: str | None, *, calls: bool) -> str:
-        whole = last.rstrip()
-        by_its_look = whole if calls else up_to_first(self.template.special, whole)
-        if before_a_next is None:
+    def _end_from_tails(self, tail: str, followed: str | None, *, calls: bool) -> str:
+        """Return the end of a turn, from its `tail` as the last turn and from the one when another turn follows.
+
+        tail has marks, followed begins with all of them    all of the tail
+        tail has marks, the two differ earlier              the marks that both begin with
+        tail is blank (the turn is left open)               what `followed` has before the token that opens a turn,
+                                                            or a token of `ends` that it begins with (GLM: <|user|>)
+        no turn may follow, or no mark is common            the tail up to its first special token; all of it for calls
+        """
+        stripped = tail.rstrip()
+        by_its_look = stripped if calls else up_to_first(self.template.special, stripped)
+        if followed is None:
             return by_its_look
-        shared = _shared([last, before_a_next])
-        if whole and len(shared) >= len(whole):
-            return whole
-        if whole:
-            return _whole_marks(shared).rstrip() or by_its_look
+        common = _common_prefix([tail, followed])
+        if stripped and len(common) >= len(stripped):
+            return stripped
+        if stripped:
+            return _without_partial_mark(common).rstrip() or by_its_look
         special = self.template.special
         opens = up_to_first(special, self.template.generation_prompt.lstrip())
-        closed = before_a_next.partition(opens)[0] if opens in special and opens in before_a_next else ""
+        closed = followed.partition(opens)[0] if opens in special and opens in followed else ""
         if closed.strip():
             return closed.rstrip()
-        return next((token for token in self._ends if token and before_a_next.lstrip().startswith(token)), "")
+        return next((token for token in self._ends if token and followed.lstrip().startswith(token)), "")
 
-    def _cut(self, body: str, before_text: str) -> None:
-        """`body`, the conversation up to the end of its last text, into prompt and completion."""
+    def _split(self, body: str, before_text: str) -> None:
+        """Split `body` into prompt and completion.
+
+        `body` is the conversation without its tail. `before_text` is its part before the first text of the last turn.
+
+        body starts with the opening                 the prompt is the opening. If the template has no generation
+                                                     prompt, the header that it writes before the text is added
+        an earlier turn changed, because it is no    the prompt is the opening. The completion begins after the last
+        longer the last one                          generation prompt in body
+        only white space of the opening is missing   the prompt is the opening
+        else: opening_differs                        the prompt is what the two have in common, with the generation
+                                                     prompt if that follows
+        """
         if body.startswith(self.opening):
             header = before_text[len(self.opening) :]
             usual = self.template.generation_prompt
@@ -128,18 +173,18 @@ class Turn:
                 self.prompt = self.opening + usual if usual else before_text.rstrip()
             self.completion = body[len(self.prompt) :]
             return
-        shared = _shared([self.opening, body])
-        added = self.opening[len(_shared([self.opening, self._write()])) :]
-        turn = before_text.rfind(added) if added.strip() else -1
-        if len(shared) < turn:  # an earlier turn is written otherwise, now that it is not the last
-            self.completion = body[turn + len(added) :]
+        common = _common_prefix([self.opening, body])
+        generation_prompt = self.opening[len(_common_prefix([self.opening, self._write()])) :]
+        begins = before_text.rfind(generation_prompt) if generation_prompt.strip() else -1
+        if len(common) < begins:
+            self.completion = body[begins + len(generation_prompt) :]
             return
-        at = min(len(before_text), len(shared))
+        at = min(len(before_text), len(common))
         if self.opening[at:].isspace():
             self.completion = body[at:].lstrip()
             return
-        if len(shared) < len(before_text):
-            at = len(_whole_marks(shared))
+        if len(common) < len(before_text):
+            at = len(_without_partial_mark(common))
         usual = self.template.generation_prompt
         if before_text.startswith(usual, at):
             at += len(usual)
@@ -147,73 +192,49 @@ class Turn:
         self.prompt, self.completion = body[:at], body[at:]
 
     def _without_own_end(self, completion: str) -> str:
-        """The completion without the end of turn that its text already has: the template writes it once more."""
+        """Return the completion without an end of turn that its text brings: the template writes one as well."""
         found = without_end(completion, self.end)
         if found != completion and "end_in_text" not in self.flags:
             self.flags += ("end_in_text",)
         return found
 
-    def _put_back(self, text: str) -> None:
-        """Where the template leaves out something of a turn of text, what was written is scored."""
+    def _keep_as_given(self, text: str) -> None:
+        """Score `text` itself if the template leaves out a part of it, because the policy generated all of it."""
         text = self._without_own_end(text)
         if squeezed(text) in squeezed(_open_thought(self.prompt) + self.completion):
             return
-        open_thought = self.opening[len(self.prompt) :] or _open_thought(self.opening)
-        self.prompt, self.completion = self.opening, _behind_opening(text, open_thought)
+        opened = self.opening[len(self.prompt) :] or _open_thought(self.opening)
+        self.prompt, self.completion = self.opening, _without_opened(text, opened)
         self.flags = (*(flag for flag in self.flags if flag != "opening_differs"), "template_rewrites")
 
     def _compare_white_space(self) -> None:
-        """A flag where the white space of the turn's text is not as it is scored."""
+        """Add a flag if the scored text differs from the turn's text in white space."""
         text, scored = self._without_own_end(said_by(self._answer)), _open_thought(self.prompt) + self.completion
         if text not in scored and squeezed(text) in squeezed(scored):
             self.flags += ("white_space",)
 
 
 def without_end(text: str, end: str) -> str:
-    """A text without the marks at its end that end a turn."""
+    """Return `text` without the end of turn that it finishes with, however often it repeats it."""
     mark = end.strip()
     while mark and text.rstrip().endswith(mark):
         text = text.rstrip().removesuffix(mark)
     return text
 
 
-def _whole_marks(shared: str) -> str:
-    """What two texts share without the part of a mark in whose middle they part."""
-    return re.sub(r"[<\[{][^\s<>\[\]{}]*$", "", shared)
-
-
-def _saying(message: Message, text: str) -> Message:
-    """A message of the same role that says that alone, in the spelling that this one's content has."""
-    parts = isinstance(message.get("content"), list)
-    return {"role": message["role"], "content": [{"type": "text", "text": text}] if parts else text}
+def after_marks(text: str, marked: str) -> str | None:
+    """Return the tail: what `text` has after the last text that is marked in `marked`. None if no mark is written."""
+    return None if text == marked else _common_prefix([text[::-1], marked[::-1]])[::-1]
 
 
 def said_by(message: Message) -> str:
-    """The text of a message's content, without thoughts among its parts."""
+    """Return the text of a message's content, without parts that are reasoning."""
     content = message.get("content")
     return text_of([p for p in content if p["type"] == "text"] if isinstance(content, list) else content)
 
 
-def behind_marks(text: str, marked: str) -> str | None:
-    """What is written behind the text that is marked; None if no mark is written."""
-    return None if text == marked else _shared([text[::-1], marked[::-1]])[::-1]
-
-
-def _open_thought(opening: str) -> str:
-    """The thinking block that a generation prompt opens, and may close at once, or ""."""
-    found = re.search(r"<think>\s*(</think>\s*)?$", opening)
-    return found.group() if found else ""
-
-
-def _behind_opening(text: str, lost: str) -> str:
-    """A text without what the generation prompt already holds of it (`lost`: "<think>" and a newline)."""
-    marks = lost.split()
-    mark = re.match(r"\s*" + r"\s*".join(map(re.escape, marks)), text) if marks else None
-    return text[mark.end() :].removeprefix(lost[len(lost.rstrip()) :]) if mark else text
-
-
 def up_to_first(special: Collection[str], text: str) -> str:
-    """`text` up to and with its first special token; all of it if it has none."""
+    """Return `text` up to and with its first special token, or all of it if it has none."""
     places = [(text.index(token), -len(token), token) for token in special if token in text]
     if not places:
         return text
@@ -222,10 +243,34 @@ def up_to_first(special: Collection[str], text: str) -> str:
 
 
 def squeezed(text: str) -> str:
+    """Return `text` without white space."""
     return "".join(text.split())
 
 
-def _shared(texts: list[str]) -> str:
-    """What the texts begin with, all of them (between the first and the last in order stand no others)."""
-    short, long = min(texts), max(texts)
-    return short[: next((i for i, (a, b) in enumerate(zip(short, long, strict=False)) if a != b), len(short))]
+def _text_turn(message: Message, text: str) -> Message:
+    """Return a message of the same role that holds `text` alone, as a string or a part like `message`'s content."""
+    parts = isinstance(message.get("content"), list)
+    return {"role": message["role"], "content": [{"type": "text", "text": text}] if parts else text}
+
+
+def _common_prefix(texts: list[str]) -> str:
+    first, last = min(texts), max(texts)  # in alphabetical order, so all others have their common prefix too
+    return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
+
+
+def _without_partial_mark(common: str) -> str:
+    """Return a common prefix without the mark that it breaks off in: "a <|im_" becomes "a "."""
+    return re.sub(r"[<\[{][^\s<>\[\]{}]*$", "", common)
+
+
+def _open_thought(opening: str) -> str:
+    """Return the thinking block at the end of a generation prompt, open or already closed; "" if it has none."""
+    found = re.search(r"<think>\s*(</think>\s*)?$", opening)
+    return found.group() if found else ""
+
+
+def _without_opened(text: str, opened: str) -> str:
+    r"""Return `text` without the beginning that the generation prompt already has ("<think>\n")."""
+    marks = opened.split()
+    mark = re.match(r"\s*" + r"\s*".join(map(re.escape, marks)), text) if marks else None
+    return text[mark.end() :].removeprefix(opened[len(opened.rstrip()) :]) if mark else text

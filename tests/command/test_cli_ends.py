@@ -224,7 +224,7 @@ def test_a_gguf_file_may_be_named_as_model(scorer, tmp_path, monkeypatch):
     for flag in ("-m", "--reward-model"):
         run("eval", put(tmp_path, *PREFERENCES), flag, path, "-q")
     path.write_bytes(b"other")
-    assert "is a file, and no GGUF file" in run("score", put(tmp_path, PAIR), "-m", path, code=2).stderr
+    assert "is a file, but not a GGUF file" in run("score", put(tmp_path, PAIR), "-m", path, code=2).stderr
 
 
 def test_a_revision_of_a_local_model_is_refused(scorer, tmp_path):

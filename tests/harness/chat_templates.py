@@ -1,4 +1,4 @@
-"""Chat templates in the shapes that families use, and a tokenizer of words with one."""
+"""Chat templates in the shapes that model families use, and a tokenizer with one of them."""
 
 from tiny_tokenizers import byte_level
 

@@ -1,4 +1,4 @@
-"""Tiny random models with a tokenizer of bytes, and what the oracle says about a row under them."""
+"""Tiny random models with a byte tokenizer, and the rewards that the oracle computes from their logits."""
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaCo
 from endoreward_fast.head.head import without_cache
 from endoreward_fast.vocab.reference import token_rewards as oracle
 
-VOCAB = 384  # the head has a few rows more than the tokenizer, as real ones do
+VOCAB = 384  # more rows in the head than tokens, as in real models
 BOS, EOS, PAD = 256, 257, 258
 SIZES = dict(
     vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
@@ -35,7 +35,7 @@ MODELS = {
 
 
 def byte_tokenizer(**names):
-    """A byte a token, no merges: what is tested here is not the tokenizer."""
+    """Return a tokenizer with one token for each byte, without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,7 +63,7 @@ def random_rows(*lengths):
 
 
 def alone(scorer, ids, **options):
-    """The oracle on one row: full logits in float32, then the formulas."""
+    """Return the oracle's rewards for one row, from full logits in float32."""
     with torch.no_grad():
         logits = scorer.model(input_ids=ids[None], **without_cache(scorer.model)).logits.float()
     return oracle(logits, ids[None], **options)
@@ -84,7 +84,7 @@ def expected_score(scorer, ids, start, **options):
 
 
 def sampled_rewards(scorer, prompt, completion, ends):
-    """Token rewards of one sampled completion, from its own full logits; it is whole if it ends in one of `ends`."""
+    """Return the token rewards of one sampled completion, from full logits. The last token is terminal if in `ends`."""
     ids = torch.tensor([*prompt, *completion])
     mask = (torch.arange(len(ids)) >= len(prompt))[None]
     last = torch.zeros_like(mask)

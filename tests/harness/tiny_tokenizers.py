@@ -1,4 +1,4 @@
-"""Tokenizers of five kinds, trained here on a few lines, and texts that try their seams."""
+"""Tokenizers of five kinds, trained on a few lines, and texts that test where they merge."""
 
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -50,7 +50,7 @@ def byte_level(*, trim=False, prefix=False, bos=False):
 
 
 def merging_bytes():
-    """Byte-level BPE without pre-tokenization by words: it merges across anything."""
+    """Byte-level BPE without splitting into words first, so that it merges across word boundaries."""
     return trained(
         models.BPE(),
         trainers.BpeTrainer(
@@ -67,7 +67,7 @@ def merging_bytes():
 
 
 def unigram(scheme="first"):
-    """SentencePiece's Unigram: every text begins with a dummy space."""
+    """SentencePiece's Unigram, which adds a dummy space before a text."""
     return trained(
         models.Unigram(),
         trainers.UnigramTrainer(vocab_size=200, special_tokens=SPECIAL, unk_token="<unk>"),
@@ -78,7 +78,7 @@ def unigram(scheme="first"):
 
 
 def llama_like():
-    """SentencePiece's BPE as Llama 2 has it: the dummy space is a normalizer's, unknown characters fall to bytes."""
+    """SentencePiece's BPE as in Llama 2: a normalizer adds the dummy space, and unknown characters become bytes."""
     return trained(
         models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"),
         trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL + [f"<0x{i:02X}>" for i in range(256)]),
@@ -96,7 +96,7 @@ def llama_like():
 
 
 def word_piece():
-    """BERT's: lower case, continuation marked by ##, white space dropped."""
+    """BERT's WordPiece: lower case, ## before the continuation of a word, no white space."""
     return trained(
         models.WordPiece(unk_token="<unk>", continuing_subword_prefix="##"),
         trainers.WordPieceTrainer(vocab_size=300, special_tokens=SPECIAL, continuing_subword_prefix="##"),
@@ -129,7 +129,7 @@ PREFIXED = {
 LOSSY = {"word pieces": word_piece(), "words": words()}
 PLAIN = LOSSLESS["byte-level, trimmed offsets, BOS"]
 
-# Pieces of the corpus, whose merges a tokenizer knows, and anything else.
+# Fragments of the corpus, which the tokenizers merge. TEXT also has other characters.
 FRAGMENTS = [
     "un",
     "able",

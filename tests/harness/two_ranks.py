@@ -1,7 +1,7 @@
-"""EndoRewardModel on two processes that talk over gloo: what `test_own_loop.py` asks of FSDP2 and DDP, in one start.
+"""EndoRewardModel with FSDP, DDP and split heads, on two processes over gloo. `test_own_loop.py` starts them once.
 
-Each rank has rows of its own, and the loss is the mean of the ranks' losses. What that ought to give is worked out by
-one plain model which reads everybody's rows.
+Each rank has different rows, and the loss is the mean over ranks. The expected values come from one plain model that
+reads the rows of all ranks.
 """
 
 import functools
@@ -38,7 +38,7 @@ def tied():
 
 
 def rewards_of(scorer, rank, rows=slice(None)):
-    """Of this rank's two rows, or of one of them."""
+    """Return the rewards of this rank's two rows, or of one of them."""
     ids = torch.stack(random_rows(*[LENGTH] * 2 * WORLD))[2 * rank : 2 * rank + 2]
     mask = (torch.arange(LENGTH) >= 4).expand(2, -1).clone()
     mask[0, 7 + rank :] = False
@@ -52,7 +52,7 @@ def loss_of(rewards):
 
 @functools.cache
 def one_process(build_model):
-    """Every rank's rewards, and the gradients of the mean loss by parameter."""
+    """Return (rewards of every rank, {parameter: gradient of the mean loss})."""
     scorer = EndoRewardModel(build_model())
     rewards = [rewards_of(scorer, rank) for rank in range(WORLD)]
     (sum(map(loss_of, rewards)) / WORLD).backward()
@@ -60,7 +60,7 @@ def one_process(build_model):
 
 
 def inner(module):
-    """(name without those of the modules around it, parameter)"""
+    """Return [(name without the prefix of wrapping modules, parameter)]."""
     return [(name.rpartition("model.")[-1], p) for name, p in module.named_parameters()]
 
 
@@ -90,7 +90,7 @@ def shard(model, mesh, *, layers=True, head=False, root=None, keep=None, **optio
 
 
 def sharded(build_model, mesh, first, **options):
-    """An EndoRewardModel made first, and its model sharded then; or the other way round. No warning: a linear head."""
+    """Create an EndoRewardModel and shard its model, in this order if `first`. No warning may occur."""
     model = build_model()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -105,7 +105,7 @@ def fsdp2(build_model, rank, mesh, *, first, **options):
     scorer = sharded(build_model, mesh, first, **options)
     shapes = []
     scorer.head.module.register_forward_hook(lambda *args: shapes.append(args[-1].shape))
-    for _ in range(2):  # the second time everything has been sharded again
+    for _ in range(2):  # the second time after everything is sharded again
         rewards = rewards_of(scorer, rank)
         same(rewards, one_process(build_model)[0][rank], 1e-6)
         loss_of(rewards).backward()
@@ -140,7 +140,7 @@ def fsdp2_scores_text_and_padded_rows(rank, mesh):
     attended = (torch.arange(LENGTH) >= 3 - rank).long().expand(2, -1)
     with torch.no_grad():
         same(scorer(ids, attended), plain(ids, attended))
-    loss_of(rewards_of(scorer, rank)).backward()  # nothing of the scoring is in the way of training
+    loss_of(rewards_of(scorer, rank)).backward()  # scoring does not prevent training
     assert_gradients(scorer, untied)
 
 
@@ -198,7 +198,7 @@ def fsdp1(build_model, rank, mesh, *, first, **options):
         rewards = rewards_of(scorer, rank)
         same(rewards, one_process(build_model)[0][rank], 1e-6)
         loss_of(rewards).backward()
-        if options["use_orig_params"]:  # else there are no gradients by name
+        if options["use_orig_params"]:  # otherwise gradients have no names
             with FullyShardedDataParallel.summon_full_params(whole, with_grads=True):
                 assert_gradients(whole.module, build_model)
         whole.zero_grad()
@@ -285,7 +285,7 @@ CASES = {
 
 
 def run():
-    """{case: what went wrong, on either rank; "" where nothing did}"""
+    """Return {case: error on either rank, or ""}."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_rank, (folder,), nprocs=WORLD)
         found = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(WORLD)]

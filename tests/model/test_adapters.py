@@ -1,4 +1,4 @@
-"""Adapter folders as PEFT and TRL save them: scored as their base with the adapter merged in, or refused."""
+"""Adapter folders as PEFT and TRL save them score like the merged model, or are refused."""
 
 import importlib.util
 import json
@@ -36,7 +36,7 @@ def base(tmp_path_factory):
 
 
 def trained(model, folder, **config):
-    """The PEFT model whose adapter is saved in `folder`, its weights drawn at random: nothing of it is an identity."""
+    """Save an adapter with random weights in `folder`, so that no part of it is an identity. Return the PEFT model."""
     torch.manual_seed(1)
     found = peft.get_peft_model(model, peft.LoraConfig(**{"task_type": "CAUSAL_LM"} | LORA | config)).eval()
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_dtypes_and_places_of_the_tokenizer(base, adapter, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["../base", "base"])
-def test_a_relative_base_is_looked_for_here_and_beside_the_adapter(base, adapter, tmp_path, monkeypatch, name):
+def test_a_relative_base_is_found_here_or_beside_the_adapter(base, adapter, tmp_path, monkeypatch, name):
     moved = tmp_path / "adapter"
     shutil.copytree(adapter, moved)
     renamed(moved, base_model_name_or_path=name)
@@ -104,7 +104,7 @@ def test_a_relative_base_is_looked_for_here_and_beside_the_adapter(base, adapter
 
 
 def test_a_whole_model_beside_its_adapter(base, adapter, tmp_path):
-    """transformers then loads both from the one folder, and so do we, with the model's own checkpoint looked at."""
+    """transformers loads both from one folder. So do we, and the model's checkpoint is still checked."""
     shutil.copytree(base, tmp_path / "both")
     shutil.copytree(adapter, tmp_path / "both", dirs_exist_ok=True)
     renamed(tmp_path / "both", base_model_name_or_path="/elsewhere")
@@ -127,7 +127,7 @@ def refused(name, said, load=EndoRewardModel.from_pretrained, **options):
     assert name.name in str(caught.value)
 
 
-def test_what_is_wrong_with_an_adapter_is_one_line(base, adapter, tmp_path, monkeypatch):
+def test_a_faulty_adapter_is_an_error_of_one_line(base, adapter, tmp_path, monkeypatch):
     def changed(name, **changes):
         shutil.copytree(adapter, tmp_path / name)
         renamed(tmp_path / name, **changes)
@@ -206,7 +206,7 @@ def test_an_adapter_and_its_base_in_the_cache_of_the_hub(base, adapter, tmp_path
 
 
 def resized(model, rows, folder, **config):
-    """The adapter of a base whose vocabulary was changed to `rows` before it was trained."""
+    """Save an adapter of a base whose vocabulary was resized to `rows` before training."""
     model.resize_token_embeddings(rows, mean_resizing=False)
     return trained(model, folder, **config)
 

@@ -1,4 +1,4 @@
-"""What a model's name stands for: places, and the hash by which --resume and ranks know its weights again."""
+"""The place that a model's name stands for, and the hash by which --resume and ranks compare weights."""
 
 import json
 import random
@@ -20,7 +20,7 @@ def model(tmp_path):
     return folder
 
 
-def test_a_folder_is_known_by_what_is_in_it_wherever_it_lies(model, tmp_path, monkeypatch):
+def test_the_hash_of_a_folder_depends_on_its_content_and_not_its_place(model, tmp_path, monkeypatch):
     weights = weights_of(str(model))
     shutil.copytree(model, tmp_path / "copy")
     monkeypatch.chdir(tmp_path)
@@ -43,7 +43,7 @@ def of(model, name, change):
 
 
 def test_other_weights_have_another_hash(model):
-    """Also of the same size, as a model that was trained on has; a tokenizer and a template count as well."""
+    """Weights of the same size, as after further training, have another hash. Tokenizer and template count as well."""
     kept = weights_of(str(model))
     changes = {
         "config.json": lambda text: text.replace(b"llama", b"qwen2"),
@@ -56,7 +56,7 @@ def test_other_weights_have_another_hash(model):
     found = {of(model, name, change) for name, change in changes.items()}
     assert len({*found, kept}) == len(changes) + 1
     name = "model-00001.safetensors"
-    for tenth in range(10):  # where a tenth of the weights changed, as one matrix may have
+    for tenth in range(10):  # a change of any tenth of the weights, such as one matrix
         start = tenth * 300_000
         assert of(model, name, lambda data, s=start: data[:s] + bytes(300_000) + data[s + 300_000 :]) != kept
     assert of(model, name, lambda data: data + b"\0") != kept
@@ -64,7 +64,7 @@ def test_other_weights_have_another_hash(model):
     assert weights_of(str(model)) != kept
 
 
-def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
+def test_a_model_on_the_hub_is_identified_by_its_commit(monkeypatch, tmp_path):
     import huggingface_hub.constants
     import transformers.utils
 
@@ -75,7 +75,7 @@ def test_a_model_of_the_hub_is_known_by_its_commit(monkeypatch, tmp_path):
         asked.append((name, file, options))
         return str(path) if file == "config.json" else None
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # else the Hub is asked whether it is there
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no request checks the Hub
     monkeypatch.setattr(transformers.utils, "cached_file", cached)
     assert weights_of("some/model") == "commit 0123abcd" and asked[0] == ("some/model", "config.json", {})
     asked.clear()
@@ -104,13 +104,13 @@ def test_places(tmp_path, monkeypatch):
             place_of(nearly)
     (tmp_path / "model.safetensors").write_bytes(b"x")
     for odd, said in (("", "is empty"), ("~/model.safetensors", "name the folder"), ("m.gguf", "no such file"),
-                      ("~nobody-here/m", "no path"), ("y" * 5000, "no path")):  # fmt: skip
+                      ("~nobody-here/m", "not a path"), ("y" * 5000, "not a path")):  # fmt: skip
         with pytest.raises(EndoRewardError, match=said) as caught:
             place_of(odd)
         assert "\n" not in str(caught.value)
 
 
-def test_what_trainers_leave_beside_the_weights_does_not_count(model):
+def test_other_files_of_trainers_do_not_change_the_hash(model):
     weights = weights_of(str(model))
     for other in ("training_args.bin", "optimizer.bin", "model-Q4.gguf"):
         (model / other).write_bytes(b"GGUF")
@@ -121,7 +121,7 @@ def test_what_trainers_leave_beside_the_weights_does_not_count(model):
     assert weights_of(str(model), gguf_file="model-Q4.gguf") != weights
 
 
-def test_a_gguf_file_is_known_by_itself_and_the_tokenizer_beside_it(model):
+def test_the_hash_of_a_gguf_file_covers_it_and_its_tokenizer(model):
     for name, text in (("a.gguf", b"GGUF one"), ("b.gguf", b"GGUF two"), ("c.GGUF", b"nothing")):
         (model / name).write_bytes(text)
     found = weights_of(str(model / "a.gguf"))
@@ -131,7 +131,7 @@ def test_a_gguf_file_is_known_by_itself_and_the_tokenizer_beside_it(model):
     assert weights_of(str(model / "a.gguf")) == found
     (model / "tokenizer.json").write_text("[]")
     assert weights_of(str(model / "a.gguf")) != found
-    for odd, said in (({"gguf_file": "c.GGUF"}, "no GGUF file"), ({"gguf_file": "d.gguf"}, "there is no file"),
+    for odd, said in (({"gguf_file": "c.GGUF"}, "not a GGUF file"), ({"gguf_file": "d.gguf"}, "there is no file"),
                       ({"subfolder": "sub"}, "there is no folder")):  # fmt: skip
         with pytest.raises(EndoRewardError, match=said):
             weights_of(str(model), **odd)
@@ -139,7 +139,7 @@ def test_a_gguf_file_is_known_by_itself_and_the_tokenizer_beside_it(model):
         weights_of(str(model / "a.gguf"), gguf_file="b.gguf")
 
 
-def test_an_adapter_is_known_by_its_files_and_its_base(model, tmp_path):
+def test_the_hash_of_an_adapter_covers_its_base(model, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
 

@@ -1,4 +1,4 @@
-"""Models in one GGUF file: scored as the same weights in a folder, or refused in one line."""
+"""A model in a GGUF file scores like the same weights in a folder, or is refused in one line."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def their_name(key):
 
 
 def written(path, model, architecture="llama", left_out=()):
-    """`model`, a Llama, as llama.cpp's converter writes it: halves of each head's rotary rows are interleaved there."""
+    """Write a Llama model as llama.cpp's converter does, which interleaves the halves of each head's rotary rows."""
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -44,7 +44,7 @@ def written(path, model, architecture="llama", left_out=()):
     writer.add_vocab_size(config.vocab_size)
     words = sorted(TOKENIZER.get_vocab().items(), key=lambda item: item[1])
     tokens = [word for word, _ in words] + [f"<unused{i}>" for i in range(config.vocab_size - len(words))]
-    tokens[len(words)] = "ĀĀ"  # a merge has to be there, and this one is of two zero bytes
+    tokens[len(words)] = "ĀĀ"  # the file needs at least one merge; this one joins two zero bytes
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)
     writer.add_token_merges(["Ā Ā"])
@@ -75,7 +75,7 @@ def file(tmp_path_factory):
     return written(tmp_path_factory.mktemp("gguf") / "tiny.gguf", llama())
 
 
-def test_scores_are_those_of_the_same_weights_elsewhere(file):
+def test_scores_equal_those_of_the_original_model(file):
     expected = EndoRewardModel(llama().double(), TOKENIZER).score(ROWS)
     for name, options in ((file, {}), (str(file.parent), {"gguf_file": file.name})):
         loaded = EndoRewardModel.from_pretrained(name, device="cpu", **options)
@@ -100,7 +100,7 @@ def refused(path, said, **options):
     assert "\n" not in str(caught.value) and (path.name in str(caught.value))
 
 
-def test_what_is_wrong_with_a_file_is_one_line(file, tmp_path, monkeypatch):
+def test_a_faulty_file_is_an_error_of_one_line(file, tmp_path, monkeypatch):
     refused(written(tmp_path / "new.gguf", llama(), "starling9"), "starling9")
     refused(written(tmp_path / "clip.gguf", llama(), "clip"), "clip")
     refused(written(tmp_path / "part.gguf", llama(), left_out=("blk.1.attn_q", "output_norm")), "lacks 'model")
@@ -110,14 +110,14 @@ def test_what_is_wrong_with_a_file_is_one_line(file, tmp_path, monkeypatch):
         (tmp_path / f"{name}.gguf").write_bytes(content)
         refused(tmp_path / f"{name}.gguf", "cannot be loaded")
     (tmp_path / "text.gguf").write_text("no GGUF")
-    refused(tmp_path / "text.gguf", "no GGUF file")
+    refused(tmp_path / "text.gguf", "not a GGUF file")
     refused(tmp_path / "absent.gguf", "no such file")
     refused(tmp_path, "no file 'absent.gguf'", gguf_file="absent.gguf")
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     refused(file, "gguf is not installed: pip install gguf")
 
 
-def test_the_command_takes_its_path(file, tmp_path):
+def test_the_command_accepts_the_path_of_a_gguf_file(file, tmp_path):
     row = {"prompt": "a", "completion": "b"}
     source, out = put(tmp_path, row), tmp_path / "out.jsonl"
     run("score", source, "-m", file, "-o", out, "-q")

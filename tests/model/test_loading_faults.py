@@ -1,5 +1,7 @@
-"""Checkpoints that are damaged, quantised in an unknown way or not read whole, and models with code of their own: each
-is refused in one line that says what, where, and what to do."""
+"""Damaged checkpoints, unknown quantisation, unread tensors and models with their own code.
+
+Each is refused in one line that says what, where, and what to do.
+"""
 
 import json
 import shutil
@@ -42,7 +44,7 @@ def refused(folder, *said, load=EndoRewardModel.from_pretrained, **options):
     assert "\n" not in line and str(folder) in line and all(words in line for words in said), line
 
 
-def test_weights_that_are_cut_short_or_were_not_downloaded(folder):
+def test_truncated_weights_and_weights_that_were_not_downloaded(folder):
     path = folder / "model.safetensors"
     whole = path.read_bytes()
     for content in (b"", whole[:5], whole[:100], whole[:-1], whole + b"\0", b"\0" * 1000, b"<html>" * 50):
@@ -59,7 +61,7 @@ def test_weights_that_are_cut_short_or_were_not_downloaded(folder):
     refused(folder, "pytorch_model.bin is cut short: download it again")
 
 
-def test_a_shard_that_is_absent_or_cut_short(folder):
+def test_a_missing_or_truncated_shard(folder):
     (folder / "model.safetensors").unlink()
     MODELS["llama"]().save_pretrained(folder, max_shard_size="100KB")
     assert EndoRewardModel.from_pretrained(folder, device="cpu").score(ROWS[:1])[0].error is None
@@ -70,7 +72,7 @@ def test_a_shard_that_is_absent_or_cut_short(folder):
     refused(folder, f"{second.name}, which model.safetensors.index.json names, is not there")
 
 
-def test_a_quantisation_that_transformers_does_not_know_is_no_plain_weight(folder):
+def test_an_unknown_quantisation_is_refused(folder):
     for method in ("modelopt", "abacus", "four_over_six"):
         changed(folder, quantization_config={"quant_method": method})
         refused(folder, f"quantised by '{method}', which transformers does not know", "unquantised")
@@ -82,7 +84,7 @@ def test_a_quantisation_that_transformers_does_not_know_is_no_plain_weight(folde
 
 
 def test_tensors_that_a_layer_of_the_model_does_not_read(folder):
-    """As ModelOpt saves them: numbers of 8 bits and their scales, and nothing in config.json."""
+    """ModelOpt saves 8-bit numbers and their scales, with no entry in config.json."""
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj"
     scaled = weights | {f"{name}.weight_scale": torch.tensor(0.5), f"{name}.input_scale": torch.tensor(1.0)}
@@ -109,7 +111,7 @@ def test_weights_in_a_dtype_that_no_model_computes_in(folder):
             EndoRewardModel.from_pretrained(folder, device="cpu", dtype=dtype)
 
 
-def test_code_of_a_models_own_is_neither_run_nor_asked_for(folder, monkeypatch):
+def test_a_models_own_code_is_not_run_by_default(folder, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda question: pytest.fail("nobody is asked"))
     auto = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
     changed(folder, model_type="own_kind", auto_map=auto)
@@ -120,14 +122,14 @@ def test_code_of_a_models_own_is_neither_run_nor_asked_for(folder, monkeypatch):
         "from transformers import LlamaForCausalLM\nfrom .own_config import OwnConfig\n"
         "class OwnModel(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
-    refused(folder, "comes with code of its own", "trust_remote_code=True")
+    refused(folder, "comes with its own code", "trust_remote_code=True")
     found = EndoRewardModel.from_pretrained(folder, device="cpu", trust_remote_code=True)
     assert found.score(ROWS[:1])[0].error is None
     (folder / "own_config.py").write_text("import no_such_package_here\n" + (folder / "own_config.py").read_text())
     refused(folder, "no_such_package_here", "pip install no_such_package_here", trust_remote_code=True)
 
 
-def test_what_a_loaded_model_is_refused_for_names_where_it_lies(folder):
+def test_errors_after_loading_name_the_model(folder):
     larger = AutoTokenizer.from_pretrained(folder)
     larger.add_tokens([f"word{i}" for i in range(200)])
     larger.save_pretrained(folder)
@@ -154,7 +156,7 @@ def test_why_a_folder_has_no_tokenizer(folder, left, said):
 
 
 @pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json", "chat_template.jinja"])
-def test_the_template_of_a_processor_is_the_tokenizers(folder, file):
+def test_the_tokenizer_gets_the_template_of_its_processor(folder, file):
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
     (folder / file).write_text(template if file.endswith("jinja") else json.dumps({"chat_template": template}))
     assert EndoRewardModel.from_pretrained(folder, device="cpu").tokenizer.chat_template == template

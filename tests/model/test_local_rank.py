@@ -1,4 +1,4 @@
-"""Which device a model goes to under a launcher, on simulated machines."""
+"""The device of a model under a launcher, on simulated machines."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from endoreward_fast.model.devices import device_of
 
 @pytest.fixture
 def machine(monkeypatch):
-    """A machine with so many devices, seen by a local rank; the devices are never used."""
+    """Simulate a machine with this many devices, for one local rank. The devices are never used."""
 
     def simulated(count, rank=None, current=None):
         kind = torch.cuda
@@ -28,13 +28,13 @@ def machine(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [None, "auto", "cuda", "gpu", torch.device("cuda")])
-def test_a_kind_of_device_is_the_local_ranks(machine, asked):
+def test_a_device_type_means_the_device_of_the_local_rank(machine, asked):
     for rank in range(4):
         machine(4, str(rank))
         assert device_of(asked) == torch.device("cuda", rank)
     machine(2, "5")  # more ranks than devices
     assert device_of(asked) == torch.device("cuda", 1)
-    machine(1, "3")  # the launcher shows each rank its own device alone
+    machine(1, "3")  # the launcher shows each rank only its own device
     assert device_of(asked) == torch.device("cuda", 0)
     machine(4, "1", current=3)  # chosen by the process itself
     assert device_of(asked) == torch.device("cuda", 3)
@@ -44,7 +44,7 @@ def test_a_kind_of_device_is_the_local_ranks(machine, asked):
     assert device_of(asked) == torch.device("cuda")
 
 
-def test_what_is_named_in_full_is_what_is_taken(machine):
+def test_a_device_with_an_index_is_kept(machine):
     machine(4, "2")
     assert device_of("cuda:1") == torch.device("cuda:1") and device_of("cpu") == torch.device("cpu")
     assert device_of("meta").type == "meta"
@@ -53,14 +53,14 @@ def test_what_is_named_in_full_is_what_is_taken(machine):
 
 
 @pytest.mark.parametrize("rank", ["one", "", "-1", "1.0"])
-def test_a_local_rank_that_is_no_number(machine, rank):
+def test_a_local_rank_that_is_not_a_number_is_refused(machine, rank):
     machine(2, rank)
     with pytest.raises(EndoRewardError, match=f"LOCAL_RANK is {rank!r}"):
         device_of(None)
-    assert device_of("cpu") == torch.device("cpu")  # it plays no part
+    assert device_of("cpu") == torch.device("cpu")  # LOCAL_RANK has no effect on the CPU
 
 
-def test_other_accelerators_have_indices_alike(machine, monkeypatch):
+def test_other_accelerators_use_the_local_rank_too(machine, monkeypatch):
     machine(0, "3")
     monkeypatch.setattr(torch.xpu, "device_count", lambda: 2)
     monkeypatch.setattr(torch.xpu, "is_initialized", lambda: False)
@@ -68,8 +68,8 @@ def test_other_accelerators_have_indices_alike(machine, monkeypatch):
     assert device_of("mps") == torch.device("mps")  # there is only one
 
 
-def test_models_and_trainers_ask_for_it(machine, monkeypatch):
-    """Without a device of its own: EndoReward("pocket") in a trainer's script, before the trainer has chosen one."""
+def test_models_and_trainers_use_the_device_of_the_local_rank(machine, monkeypatch):
+    """For example EndoReward("pocket") in a trainer's script, before the trainer has chosen a device."""
     from endoreward_fast.integrations.generated import scorer_of
 
     machine(2, "1")
@@ -83,7 +83,7 @@ def test_models_and_trainers_ask_for_it(machine, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "said"), [("cuda:77", "cannot be used"), ("abacus", "cannot be used"), ("", "used")]
 )
-def test_no_such_device(device, said):
+def test_a_missing_device_is_an_error_of_one_line(device, said):
     with pytest.raises(EndoRewardError, match=said) as caught:
         device_of(device)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""EndoRewardModel.forward against the model's own full logits and the oracle, on tiny random models."""
+"""EndoRewardModel.forward against the oracle on the model's full logits, on tiny random models."""
 
 import math
 import warnings
@@ -26,7 +26,7 @@ def llama():
 
 
 @torch.no_grad()
-def test_forward_is_the_oracle_on_full_logits(scorer):
+def test_forward_equals_the_oracle_on_full_logits(scorer):
     (ids,) = random_rows(17)
     mask = torch.arange(17) >= 5
     for options in ({}, {"entropy": True}, {"alpha": 0.5}, {"terminal": torch.zeros(1, 17, dtype=torch.bool)}):
@@ -36,7 +36,7 @@ def test_forward_is_the_oracle_on_full_logits(scorer):
 
 
 @torch.no_grad()
-def test_full_logits_where_the_head_is_not_linear(llama):
+def test_a_head_that_is_not_linear_is_read_through_full_logits(llama):
     (ids,) = random_rows(9)
     model = MODELS["llama"]()
     model.lm_head = torch.nn.Sequential(model.lm_head, torch.nn.Softplus())
@@ -62,7 +62,7 @@ def padded(rows, side):
 def test_padding_changes_nothing(scorer, side):
     rows = random_rows(5, 19, 11, 2)
     ids, attended = padded(rows, side)
-    for row_mask in (None, torch.ones_like(ids, dtype=torch.bool)):  # a mask that covers padding, too
+    for row_mask in (None, torch.ones_like(ids, dtype=torch.bool)):  # the second mask includes padding
         rewards = scorer(ids, attended, row_mask)
         for i, row in enumerate(rows):
             same(type(rewards)(*(f[i][attended[i].bool()][None] for f in rewards[:3]), None), alone(scorer, row))
@@ -70,15 +70,15 @@ def test_padding_changes_nothing(scorer, side):
 
 
 @torch.no_grad()
-def test_positions_of_left_padding_may_be_given(scorer):
+def test_position_ids_of_left_padded_rows_may_be_given(scorer):
     ids, attended = padded(random_rows(5, 9), "left")
-    positions = (attended.cumsum(1) - 1).masked_fill(attended == 0, 1)  # as Hugging Face's generate makes them
+    positions = (attended.cumsum(1) - 1).masked_fill(attended == 0, 1)  # as in Hugging Face's generate
     same(scorer(ids, attended, position_ids=positions), scorer(ids, attended))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_packed_rows_are_their_sequences(family):
+def test_packed_rows_equal_their_separate_sequences(family):
     scorer = EndoRewardModel(MODELS[family](), TOKENIZER)
     rows = random_rows(5, 12, 1, 7)
     ids = torch.cat(rows)[None]
@@ -87,7 +87,7 @@ def test_packed_rows_are_their_sequences(family):
     parts = [field[0].split([len(row) for row in rows]) for field in rewards]
     for i, row in enumerate(rows):
         same(type(rewards)(*(part[i][None] for part in parts)), alone(scorer, row, entropy=True))
-    # the same with an attention mask, padding between and behind, and two such rows
+    # the same with an attention mask, with padding between and after the sequences, and with two such rows
     gap = [torch.full((2,), PAD)]
     pads, zeros = [rows[0], *gap, rows[1], *gap], torch.zeros(2, dtype=torch.long)
     more = torch.cat(pads)[None].expand(2, -1)
@@ -100,7 +100,7 @@ def test_packed_rows_are_their_sequences(family):
 
 
 @torch.no_grad()
-def test_a_packed_sequence_may_begin_at_position_one_behind_padding():
+def test_a_packed_sequence_may_begin_at_position_one_after_padding():
     scorer = EndoRewardModel(MODELS["llama"]())
     one, two = random_rows(4, 5)
     ids = torch.cat([one, torch.tensor([PAD]), two])[None]
@@ -121,7 +121,7 @@ def test_models_that_cannot_keep_sequences_apart_are_refused():
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     with pytest.raises(EndoRewardError, match=r"'mamba'.*packed row apart"):
         scorer(ids, position_ids=positions)
-    scorer(ids, position_ids=torch.arange(9)[None])  # one sequence is fine
+    scorer(ids, position_ids=torch.arange(9)[None])  # one sequence is accepted
 
 
 def test_models_that_need_padding_on_the_right_are_refused():
@@ -131,14 +131,14 @@ def test_models_that_need_padding_on_the_right_are_refused():
     scorer = EndoRewardModel(model)
     (ids,) = random_rows(6)
     attended = torch.ones(1, 6, dtype=torch.long)
-    whole = scorer(ids[None], attended)  # nothing is padded on the left: fine
+    whole = scorer(ids[None], attended)  # no padding on the left: accepted
     same(whole, alone(scorer, ids))
     attended[0, 0] = 0
     with pytest.raises(EndoRewardError, match="pad on the right"):
         scorer(ids[None], attended)
 
 
-def test_gradients_are_those_of_full_logits(scorer):
+def test_gradients_equal_those_of_full_logits(scorer):
     (ids,) = random_rows(8)
     weight = [p for p in scorer.model.parameters() if p.ndim == 2][-1]
     embedding = scorer.model.get_input_embeddings().weight
@@ -154,7 +154,7 @@ def test_gradients_are_those_of_full_logits(scorer):
 
 
 class Largest(TorchDispatchMode):
-    """Records the most elements that any operation put out."""
+    """Records the number of elements of the largest output of any operation."""
 
     def __init__(self):
         super().__init__()
@@ -174,18 +174,18 @@ def test_logits_never_exist():
     scorer = EndoRewardModel(model)
     ids = torch.stack(random_rows(length, length))
     weights = max(p.numel() for p in model.parameters())
-    assert weights < batch * length * vocab  # else the bound below says nothing
+    assert weights < batch * length * vocab  # otherwise the bound below would prove nothing
     with Largest() as seen:
         rewards = scorer(ids)
     assert seen.numel <= weights
     rewards.reward.sum().backward()
     with Largest() as eager, torch.no_grad():
         model(input_ids=ids)
-    assert eager.numel >= batch * length * vocab  # the instrument sees logits where there are some
+    assert eager.numel >= batch * length * vocab  # the recorder does see logits if there are any
 
 
 def test_default_mask_and_terminal(llama):
-    """All but the first token; the episode ends with the last; a mask's runs end episodes of their own."""
+    """All tokens but the first are scored, and the episode ends with the last. Each run of a mask ends an episode."""
     (ids,) = random_rows(8)
     with torch.no_grad():
         rewards = llama(ids[None])
@@ -198,7 +198,7 @@ def test_default_mask_and_terminal(llama):
         same(llama(ids[None], terminal=ends), alone(llama, ids, terminal=ends))
 
 
-def test_integer_masks_are_taken_and_wrong_shapes_named(llama):
+def test_integer_masks_are_accepted_and_wrong_shapes_are_named(llama):
     ids = torch.stack(random_rows(6, 6))
     mask = torch.tensor([[0, 0, 1, 1, 1, 0]] * 2)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""EndoRewardModel.forward in a training loop of one's own: under what torch and transformers wrap around a model."""
+"""EndoRewardModel.forward in a training loop, with the wrappers that torch and transformers put around a model."""
 
 import warnings
 
@@ -23,7 +23,7 @@ def llama(**changes):
 
 
 def gradients(module, rewards):
-    """Of a loss that every field has a part in, by parameter."""
+    """Return {parameter: gradient} of a loss that uses every field."""
     module.zero_grad()
     weights = torch.linspace(-1, 1, rewards.reward.shape[1])
     loss = (rewards.reward * weights).sum() + rewards.logprob.square().sum() + rewards.entropy.sum()
@@ -46,10 +46,11 @@ def pocket():
 
 
 @pytest.mark.parametrize("build_model", [MODELS["llama"], MODELS["gemma2"], pocket])
-def test_autocast_rewards_are_no_further_off_than_its_own_logits(build_model):
-    """Over the batch: with a softcap bf16 is rounded at other places, and single tokens are a matter of luck.
+def test_autocast_rewards_are_as_accurate_as_the_models_logits(build_model):
+    """The error is compared over the batch, because a softcap moves the rounding to bf16, and single tokens vary.
 
-    On a processor with bf16 units the others have the very bits of its logits; on another all are exact to float32.
+    On a processor with bf16 units, models without a softcap have bitwise the model's logits. On any other processor,
+    all are exact to float32.
     """
     scorer = EndoRewardModel(build_model())
     head = {"bias": scorer.head.bias, "logit_scale": scorer.head.logit_scale, "softcap": scorer.head.softcap}
@@ -72,7 +73,7 @@ def test_autocast_rewards_are_no_further_off_than_its_own_logits(build_model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_autocast_gradients_are_as_near_to_float32_as_those_of_its_own_logits(family):
+def test_autocast_gradients_are_as_accurate_as_through_full_logits(family):
     scorer = EndoRewardModel(MODELS[family]())
     exact = gradients(scorer, scorer(IDS, completion_mask=MASK, entropy=True))
     with torch.autocast("cpu", torch.bfloat16):
@@ -117,11 +118,11 @@ def test_gradient_checkpointing_changes_no_gradient_and_runs_the_head_once(famil
     rewards = scorer(IDS, completion_mask=MASK, entropy=True)
     assert runs == {"head": 1, "layer": 1}
     assert_same_gradients(gradients(scorer, rewards), expected)
-    assert runs == {"head": 1, "layer": 2}  # recomputed, and the head was not
+    assert runs == {"head": 1, "layer": 2}  # the layers are recomputed, but the head is not
 
 
-def test_dropout_is_the_models_own():
-    """In training mode a forward draws what the model would: no check beforehand takes from the random state."""
+def test_training_mode_draws_the_dropout_of_the_model():
+    """In training mode, forward draws the same dropout as the model, because no check before it uses random numbers."""
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=384, n_embd=32, n_layer=2, n_head=4, n_positions=128)
     scorer = EndoRewardModel(type(MODELS["gpt2"]())(config)).train()
@@ -139,7 +140,7 @@ def test_dropout_is_the_models_own():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_and_with_them_again(mode):
+def test_gradients_work_again_after_a_pass_without_them(mode):
     scorer = EndoRewardModel(llama())
     with_graph = scorer(IDS, completion_mask=MASK, entropy=True)
     with mode():
@@ -154,10 +155,10 @@ def test_without_gradients_and_with_them_again(mode):
 
 
 class Graphs:
-    """A backend for torch.compile that runs what was captured as it is, and counts."""
+    """A backend for torch.compile that counts graphs and runs them unchanged."""
 
     def __init__(self):
-        torch.compiler.reset()  # else what earlier tests compiled counts towards the limit for one function
+        torch.compiler.reset()  # otherwise graphs of earlier tests count towards the limit of one function
         self.count = 0
 
     def __call__(self, graph, inputs):
@@ -199,15 +200,15 @@ def test_compiled(compiled):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         scorer = compiled(graphs)
-    assert scorer.head.linear and graphs.count == 0  # the check at load compiles nothing
+    assert scorer.head.linear and graphs.count == 0  # the check at load does not compile
     wanted = {"completion_mask": MASK, "entropy": True}
     ours, expected = scorer(IDS, **wanted), plain(IDS, **wanted)
     same(ours, expected)
     found = {name.replace("_orig_mod.", ""): g for name, g in gradients(scorer, ours).items()}
     assert_same_gradients(found, gradients(plain, expected))
-    assert scorer.model(IDS).logits.shape == (2, LENGTH, 384)  # nobody else is given the empty ones
+    assert scorer.model(IDS).logits.shape == (2, LENGTH, 384)  # other callers do not get the empty logits
     counts = []
-    for length in (9, 10, 7):  # the second length is compiled for all that follow
+    for length in (9, 10, 7):  # the second length is compiled with a dynamic shape
         ids, wanted = IDS.flip(0)[:, :length], {"completion_mask": MASK[:, :length]}
         same(scorer(ids, **wanted), plain(ids, **wanted))
         counts.append(graphs.count)
@@ -215,7 +216,7 @@ def test_compiled(compiled):
 
 
 def test_compiled_model_that_has_run_before():
-    """What was compiled without the capture's hook is not taken for a pass with it."""
+    """A graph that was compiled without the capturing hook is not used for a pass with it."""
     scorer = model_first(Graphs())
     with torch.no_grad():
         for _ in range(2):
@@ -224,7 +225,7 @@ def test_compiled_model_that_has_run_before():
 
 
 def test_compiled_model_knows_packed_rows():
-    """Its own arguments are seen through the wrapper, which takes any: positions reach it."""
+    """The wrapper accepts any argument, so the inner model's arguments are read, and position_ids are passed."""
     scorer = wrapped_model_first(Graphs())
     with torch.no_grad():
         packed = scorer(IDS[:1], position_ids=(torch.arange(LENGTH) % 5)[None])
@@ -238,7 +239,7 @@ def test_compiled_model_knows_packed_rows():
 
 @pytest.fixture(scope="module")
 def ranks():
-    """What went wrong on two processes, by name of the case."""
+    """Return {case: error on either process, or ""}."""
     return two_ranks.run()
 
 

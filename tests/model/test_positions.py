@@ -1,4 +1,4 @@
-"""The most tokens of a row: a config's number gives way to max_length, a table of positions does not."""
+"""The most tokens of a row: max_length overrides a config's number, but not a table of positions."""
 
 import warnings
 
@@ -50,7 +50,7 @@ def refused(scorer, length, limit, **options):
         ({"rope_type": "default", "rope_theta": 10000.0}, 64, 64),
         (YARN, 64, 256),
         (YARN | {"original_max_position_embeddings": 64}, 64, 256),
-        (YARN | {"original_max_position_embeddings": 16}, 64, 64),  # the number includes the scaling already
+        (YARN | {"original_max_position_embeddings": 16}, 64, 64),  # the number already includes the scaling
         (YARN | {"original_max_position_embeddings": 32, "factor": 2.5}, 32, 80),
         (YARN | {"original_max_position_embeddings": 64, "factor": 0.5}, 64, 64),
         ({"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, 64, 128),
@@ -83,8 +83,8 @@ def test_scalings_of_real_configs_in_either_spelling():
     longrope = {"short_factor": [1.0] * 64, "long_factor": [2.0] * 64, "original_max_position_embeddings": 4096}
     yarn = {"factor": 4.0, "original_max_position_embeddings": 32768}
     for number, kind, about, limit in (
-        (131072, "llama3", llama3 | {"factor": 32.0}, 131072),  # Llama 3.2: the product is twice the number
-        (131072, "llama3", llama3 | {"factor": 8.0}, 131072),  # Llama 3.1: it is half of it
+        (131072, "llama3", llama3 | {"factor": 32.0}, 131072),  # Llama 3.2: the scaled original is twice the number
+        (131072, "llama3", llama3 | {"factor": 8.0}, 131072),  # Llama 3.1: it is half the number
         (8192, "llama3", llama3 | {"factor": 8.0}, 65536),
         (131072, "longrope", longrope, 131072),  # Phi 3
         (131072, "longrope", longrope | {"factor": 64.0}, 131072),
@@ -133,7 +133,7 @@ def test_a_tokenizers_number_says_whether_a_scaling_is_included_and_limits_no_ca
     ids=lambda rope: rope["rope_type"],
 )  # fmt: skip
 def test_a_longer_row_does_not_change_the_rotary_frequencies_of_a_shorter_one(rope):
-    """They depend on the longest row of a batch, and with dynamic scaling on those of earlier batches."""
+    """Frequencies depend on the longest row of a batch. With dynamic scaling they also depend on earlier batches."""
 
     def fresh():
         config = {"rope_parameters": rope | {"rope_theta": 10000.0}, "max_position_embeddings": NUMBER}
@@ -142,7 +142,7 @@ def test_a_longer_row_does_not_change_the_rotary_frequencies_of_a_shorter_one(ro
     lengths = (30, 200, NUMBER, 100, NUMBER + 1, 60, 100)
     expected = [fresh().score([row(length)])[0].score for length in lengths]
     scorer = fresh()
-    for _ in range(2):  # what is left of the first call changes nothing in the second
+    for _ in range(2):  # the first call does not change the second
         found = [result.score for result in scorer.score([row(length) for length in lengths])]
         assert found == pytest.approx(expected, rel=1e-4)
     assert [scorer.score([row(length)])[0].score for length in lengths] == pytest.approx(expected, rel=1e-4)
@@ -178,7 +178,7 @@ def test_scalings_by_the_kind_of_layer():
     assert limit(YARN | {"original_max_position_embeddings": 64}) == 256
 
 
-# sliding windows and ALiBi have no table either, and n_ctx, seq_length or a window is no limit
+# sliding windows and ALiBi have no table either; n_ctx, seq_length and window sizes are no limits
 @pytest.mark.parametrize(
     ("model_type", "sizes"),
     [
@@ -190,7 +190,7 @@ def test_scalings_by_the_kind_of_layer():
                   "max_position_embeddings": NUMBER}),
     ],
 )  # fmt: skip
-def test_max_length_wins_where_there_is_no_table(model_type, sizes):
+def test_max_length_overrides_the_limit_of_a_model_without_a_table(model_type, sizes):
     torch.manual_seed(0)
     scorer = EndoRewardModel(AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval())
     assert scorer.positions.table is None and scorer.max_positions in (NUMBER, None)
@@ -208,7 +208,7 @@ def test_max_length_wins_where_there_is_no_table(model_type, sizes):
         ("opt", {"vocab_size": 384, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
                  "word_embed_proj_dim": 32, "max_position_embeddings": NUMBER}),
         ("mpt", {"vocab_size": 384, "d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": NUMBER}),
-        # one row of its table is for padding, and it looks up one position ahead
+        # one row of its table is for padding, and it reads one position ahead
         ("prophetnet", {"vocab_size": 384, "hidden_size": 32, "num_decoder_layers": 1, "num_decoder_attention_heads": 2,
                         "decoder_ffn_dim": 48, "max_position_embeddings": NUMBER + 2}),
     ],
@@ -223,7 +223,7 @@ def test_a_table_is_never_read_beyond_its_end(model_type, sizes):
     refused(scorer, NUMBER + 1, NUMBER)
 
 
-def test_with_a_reference_the_shorter_table_counts():
+def test_the_shorter_table_of_model_and_reference_is_the_limit():
     torch.manual_seed(0)
     gpt2 = AutoConfig.for_model("gpt2", vocab_size=384, n_embd=32, n_layer=1, n_head=2, n_positions=40)
     reference = EndoRewardModel(AutoModelForCausalLM.from_config(gpt2).eval())
@@ -248,6 +248,6 @@ def test_reward_models_have_the_same_rule():
     assert words(DebertaV2ForSequenceClassification(relative), 90, max_length=90).error is None
 
 
-def test_a_table_in_a_vision_tower_limits_no_text():
+def test_a_table_in_a_vision_tower_does_not_limit_text():
     tower = torch.nn.ModuleDict({"vision_tower": torch.nn.ModuleDict({"position_embedding": torch.nn.Embedding(9, 4)})})
     assert Positions.of(tower, GemmaConfig(max_position_embeddings=NUMBER)) == Positions(NUMBER, None)

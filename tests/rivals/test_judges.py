@@ -1,4 +1,4 @@
-"""Judges and trained reward models as scorers: their formulas by hand, and what they refuse."""
+"""Judges and trained reward models: their formulas computed by hand, and what they refuse."""
 
 import math
 
@@ -54,7 +54,7 @@ def chat():
 
 @torch.no_grad()
 def reply_logprob(scorer, prompt, reply, alpha=1.0):
-    """Of the reply's tokens behind the prompt's, from full logits in float64."""
+    """Return the log-probability of the reply after the prompt, from full logits in float64."""
     start, ids = (TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in (prompt, prompt + reply))
     log_pi = torch.log_softmax(scorer.model(torch.tensor([ids])).logits[0].double() / alpha, -1)
     return sum(log_pi[t - 1, ids[t]].item() for t in range(len(start), len(ids)))
@@ -84,7 +84,7 @@ def test_the_verifier_is_alpha_log_pi_of_yes(plain, chat, alpha):
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_the_verifier_is_a_special_case_of_the_endogenous_reward(plain, alpha):
-    """That of the reply as the whole answer, less V of the question: sum r = alpha sum log pi + V(s_1)."""
+    """The reward of the reply as the whole answer, minus V of the question: sum r = alpha sum log pi + V(s_1)."""
     for row, verified in zip(ROWS, Verifier(plain).score(ROWS, alpha=alpha), strict=True):
         question = asked_in_text(VERIFIER, question=row["prompt"], answer=row["completion"].strip())
         rewritten = {"prompt": question, "completion": " Yes"}
@@ -110,7 +110,7 @@ def test_pointwise_is_the_mean_rating(plain):
 
 
 class Replies:
-    """A made-up model: `say(prompt, reply)` is the log-probability; counts what it is asked."""
+    """A fake model: `say(prompt, reply)` returns the log-probability. It records what it is asked."""
 
     tokenizer = None
 
@@ -134,7 +134,7 @@ def test_ratings_that_underflow_are_told_apart():
     rows = [{"prompt": "?", "completion": word} for word in rated]
     assert [round(r.score, 6) for r in Pointwise(Replies(say)).score(rows)] == [5.0, 1.0]
     impossible = Pointwise(Replies(lambda *_: -math.inf)).score(rows)[0]
-    assert impossible.score is None and impossible.error == "the model rules every reply out"
+    assert impossible.score is None and impossible.error == "the model gives every reply probability 0"
 
 
 def test_other_ratings():
@@ -148,7 +148,7 @@ def test_other_ratings():
 
 
 def liking(worth, bias=0.0):
-    """log pi of A and B that prefer the answer of more worth, and A by `bias`."""
+    """Return log pi of A and B, higher for the answer of higher worth, and higher for A by `bias`."""
 
     def say(prompt, reply):
         answers = [prompt.split(f"Answer {place}: ")[1].split("\n")[0] for place in "AB"]
@@ -158,7 +158,7 @@ def liking(worth, bias=0.0):
     return say
 
 
-def test_pairwise_cancels_a_liking_for_a_place():
+def test_pairwise_cancels_a_preference_for_a_position():
     worth = {"one": 1.0, "two": 0.4, "three": -2.0}
     rows = [{"prompt": "?", "completion": answer} for answer in worth]
     for bias in (0.0, 5.0):
@@ -169,7 +169,7 @@ def test_pairwise_cancels_a_liking_for_a_place():
         assert len(model.asked) == 3 * 2 * 2
 
 
-def test_pairwise_by_the_models_own_logits(plain):
+def test_pairwise_matches_the_logits_of_the_model(plain):
     scores = [r.score for r in Pairwise(plain).score(ROWS[3:])]
 
     def margin(first, second):
@@ -208,7 +208,7 @@ def test_equal_answers_tie_exactly_and_are_asked_about_once():
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_judges_say_what_they_cannot_judge_and_go_on(name, plain):
+def test_judges_report_rows_they_cannot_judge_and_continue(name, plain):
     rows = [
         {"prompt": "?", "completion": "one"},
         {"prompt_ids": [1], "completion_ids": [2]},
@@ -224,7 +224,7 @@ def test_judges_say_what_they_cannot_judge_and_go_on(name, plain):
 
 
 def knows(*known):
-    """A model whose tokenizer has a token for `known` alone; the rest is one unknown token."""
+    """A model whose tokenizer knows only `known`. All else is the unknown token."""
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(("<unk>", *known))}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
     return EndoRewardModel(build(LlamaConfig), PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
@@ -235,7 +235,7 @@ def knows(*known):
     [("verifier", ["No"], "'Yes'"), ("pointwise", ["1", "2", "3", "4"], "'5'"), ("pairwise", ["Yes"], "'A', 'B'")],
 )
 def test_a_reply_that_the_tokenizer_lacks_is_refused(name, known, lacking):
-    """As one unknown token, all ratings were 3 and all comparisons ties."""
+    """As unknown tokens, all ratings would be 3 and all comparisons ties."""
     judge = JUDGES[name]
     with pytest.raises(EndoRewardError, match=f"^{judge.method}: the model's tokenizer has no token for {lacking}$"):
         judge(knows(*known))
@@ -243,7 +243,7 @@ def test_a_reply_that_the_tokenizer_lacks_is_refused(name, known, lacking):
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_judges_pass_on_what_concerns_them(name):
+def test_judges_pass_on_the_options_that_apply(name):
     model = Replies(lambda *_: -1.0)
     options = {"alpha": 0.5, "system": "Be strict.", "max_length": 99, "signals": "all", "per_token": True}
     scores = dict(JUDGES[name](model).iter_scores(ROWS, **options))
@@ -263,7 +263,7 @@ def test_conversations_become_text():
     assert asked == {"[System: Sing.\n\nUser: Hi\n\nAssistant: Ho\n\nUser: Sum {1}?][2]", "[Hi][Ho]"}
 
 
-def test_a_row_chooses_text_or_chat_as_it_does_to_be_scored(chat):
+def test_a_question_is_text_or_chat_like_its_row(chat):
     texts = [Verifier(chat).score([ROW | extra])[0].score for extra in ({}, {"chat": False})]
     parts = {"question": "What is 2 + 3?", "answer": "5"}
     assert texts[1] == pytest.approx(reply_logprob(chat, asked_in_text(VERIFIER, **parts), " Yes"), rel=1e-5)
@@ -315,7 +315,7 @@ def test_batches_of_a_reward_model_keep_to_the_budget():
     assert few == pytest.approx([r.score for r in RewardModel(model, CHAT).score(ROWS)], rel=1e-4)
 
 
-def test_a_reward_model_goes_on_where_memory_runs_out():
+def test_a_reward_model_continues_when_memory_runs_out():
     model = classifier()
     wanted = [r.score for r in RewardModel(model, CHAT).score(ROWS)]
     lengths = [r.num_tokens for r in RewardModel(model, CHAT).score(ROWS)]
@@ -350,7 +350,7 @@ def test_a_reward_model_without_a_template_reads_text_and_refuses_messages():
 
 
 def leading_bos(template=None):
-    """A tokenizer that puts BOS before every text by itself."""
+    """Return a tokenizer that adds BOS before every text."""
     tokenizer = byte_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>")}
     around = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=list(ids.items()))
@@ -359,7 +359,7 @@ def leading_bos(template=None):
     return tokenizer
 
 
-def test_a_template_that_writes_bos_gets_one_only():
+def test_a_template_that_writes_bos_gets_only_one():
     model, tokenizer = classifier(), leading_bos("<s>" + TEMPLATE)
     text = as_chat(ROW)
     ids = tokenizer("<s>" + text, add_special_tokens=False)["input_ids"]
@@ -382,7 +382,7 @@ def test_an_encoder_as_reward_model_does_not_see_its_padding():
         assert result.score == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_a_reward_model_takes_a_system_prompt_and_an_empty_answer():
+def test_a_reward_model_accepts_a_system_prompt_and_an_empty_answer():
     model = classifier()
     (system,) = RewardModel(model, CHAT).score([ROW], system="Sing.")
     assert system.score == pytest.approx(output(model, "<|system|>Sing.</s>\n" + as_chat(ROW)), rel=1e-4)
@@ -390,7 +390,7 @@ def test_a_reward_model_takes_a_system_prompt_and_an_empty_answer():
     assert RewardModel(model, CHAT).score([empty])[0].score == pytest.approx(output(model, as_chat(empty)), rel=1e-4)
 
 
-def test_rows_that_a_reward_model_cannot_score_are_said():
+def test_rows_that_a_reward_model_cannot_score_get_an_error():
     scorer = RewardModel(classifier(), CHAT)
     rows = [ROW, {"prompt": "x" * 200, "completion": "y"}, {"prompt_ids": [1], "completion_ids": [2]}, {"prompt": "x"}]
     fine, long, ids, odd = scorer.score(rows)
@@ -408,7 +408,7 @@ def test_rows_that_a_reward_model_cannot_score_are_said():
     assert lost.score is None and "NaN" in lost.error
 
 
-def test_a_reward_model_scores_in_evaluation_mode_and_keeps_its_own():
+def test_a_reward_model_scores_in_evaluation_mode_and_restores_its_mode():
     model = classifier(attention_dropout=0.5).train()
     one, other = (RewardModel(model, CHAT).score([ROW])[0].score for _ in range(2))
     assert one == other and model.training and model.model.layers[0].training
@@ -429,7 +429,7 @@ def test_a_reward_model_is_loaded_by_name(folder):
     assert next(half.model.parameters()).dtype == torch.bfloat16
 
 
-def test_what_is_no_reward_model_is_refused_by_name(tmp_path, folder):
+def test_anything_but_a_reward_model_is_refused(tmp_path, folder):
     def saved(name, model, tokenizer=CHAT):
         model.save_pretrained(tmp_path / name)
         if tokenizer is not None:
@@ -492,7 +492,7 @@ def test_special_tokens_of_a_text_are_not_doubled_by_a_reward_models_tokenizer()
 
 
 @pytest.mark.parametrize("name", JUDGES)
-def test_an_empty_answer_that_the_template_refuses_stops_no_other_row(name):
+def test_an_empty_answer_that_the_template_refuses_does_not_stop_other_rows(name):
     tokenizer = byte_tokenizer()
     refusing = "{% if messages[0].role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}" + TEMPLATE
     tokenizer.chat_template = refusing
@@ -503,8 +503,8 @@ def test_an_empty_answer_that_the_template_refuses_stops_no_other_row(name):
     assert refused.score is None and "no tools here" in refused.error
 
 
-def test_an_empty_answer_has_a_verdict_where_the_model_has_an_end_for_it():
-    """GLM's models stop at the next turn's mark: their generation_config says so, not their tokenizer."""
+def test_an_empty_answer_is_judged_if_the_model_has_an_end_token():
+    """GLM's models stop at the mark of the next turn. Their generation_config says so, but not their tokenizer."""
     tokenizer = byte_tokenizer(eos_token=None)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
     tokenizer.chat_template = TEMPLATE.replace("</s>\n", "")

@@ -1,4 +1,4 @@
-"""What the methods that take rows refuse, in one line that says what was expected; and what they take."""
+"""The methods that take rows accept what they should, and refuse the rest in one line that says what was expected."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -30,7 +30,7 @@ def scorers():
 
 
 def named(x):
-    """A name for a test that is the same in every process: an iterator's address and a set's order are not."""
+    """Return a test id that is the same in every process, unlike an iterator's address or a set's order."""
     return type(x).__name__
 
 
@@ -48,7 +48,7 @@ def one_line(error):
      torch.zeros(2, 3), np.zeros(3), Path("rows.jsonl"), iter("hello"), [1, 2], ROW.items()],
     ids=named,
 )  # fmt: skip
-def test_what_is_no_list_of_rows_is_refused(scorers, name, rows):
+def test_anything_but_a_list_of_rows_is_refused(scorers, name, rows):
     for ask in (scorers[name].score, scorers[name].iter_scores):
         if isinstance(rows, type(iter("a"))):
             rows = iter("hello")
@@ -58,7 +58,7 @@ def test_what_is_no_list_of_rows_is_refused(scorers, name, rows):
 
 
 @EVERY
-def test_tables_name_the_call_that_makes_rows_of_them(scorers, name):
+def test_the_error_for_a_table_names_the_call_that_converts_it(scorers, name):
     pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     columns = {"prompt": ["2 + 3 ="] * 2, "completion": ["5", "6"]}
     for table, call in (
@@ -75,7 +75,7 @@ def test_tables_name_the_call_that_makes_rows_of_them(scorers, name):
 
 
 @EVERY
-def test_every_iterable_of_rows_is_taken_and_none_is_no_error(scorers, name):
+def test_every_iterable_of_rows_is_accepted_also_an_empty_one(scorers, name):
     rows = [ROW, ROW | {"completion": "6"}]
     wanted = scorers[name].score(rows)
     for given in (tuple(rows), (row for row in rows), map(dict, rows), dict(enumerate(rows)).values(), np.array(rows)):
@@ -84,7 +84,7 @@ def test_every_iterable_of_rows_is_taken_and_none_is_no_error(scorers, name):
 
 
 @EVERY
-def test_a_bad_row_among_good_ones_stops_no_other(scorers, name):
+def test_a_bad_row_does_not_stop_the_others(scorers, name):
     first, *bad, last = scorers[name].score([ROW, "a", None, 3, ["b"], b"c", {}, ROW])
     assert all(result.score is None and result.error and "\n" not in result.error for result in bad)
     assert first.score == last.score is not None
@@ -100,7 +100,7 @@ def test_an_unknown_option_is_named_with_the_nearest(scorers, name):
         for ask in (scorers[name].score, scorers[name].iter_scores):
             with pytest.raises(EndoRewardError, match=rf"^no option '{option}': did you mean '{near}'\?$"):
                 ask([ROW], **{option: 2})
-    with pytest.raises(EndoRewardError, match=r"^no option 'zzz': expected some of alpha, reduction, "):
+    with pytest.raises(EndoRewardError, match=r"^no option 'zzz': expected one of alpha, reduction, "):
         scorers[name].score([ROW], zzz=2)
 
 
@@ -115,19 +115,19 @@ def test_options_are_known_by_name():
 
 
 @pytest.mark.parametrize("completions", ["Paris", "", b"Paris", {"a": "Paris"}, None, 3], ids=named)
-def test_a_ranking_wants_a_list_of_completions(scorers, completions):
+def test_rank_requires_a_list_of_completions(scorers, completions):
     with pytest.raises(EndoRewardError, match=r"^completions is .*expected a list of completions such as") as error:
         scorers["model"].rank("Capital?", completions)
     assert one_line(error)
 
 
 @pytest.mark.parametrize("empty", [[], (), iter(())], ids=named)
-def test_a_ranking_of_nothing_is_refused(scorers, empty):
+def test_rank_refuses_an_empty_list(scorers, empty):
     with pytest.raises(EndoRewardError, match=r"^completions is empty: expected a list of completions"):
         scorers["model"].rank("Capital?", empty)
 
 
-def test_a_ranking_takes_any_iterable_and_hands_its_options_on(scorers):
+def test_rank_accepts_any_iterable_and_passes_its_options_on(scorers):
     counted = []
     wanted = scorers["model"].rank("2 + 3 =", ["5", "66"], on_tokens=counted.append, reduction="mean")
     assert sum(counted) and wanted == scorers["model"].rank("2 + 3 =", (c for c in ("5", "66")), reduction="mean")
@@ -139,21 +139,21 @@ def test_a_ranking_takes_any_iterable_and_hands_its_options_on(scorers):
 @pytest.mark.parametrize(
     "given, said",
     [
-        (("pocket", None), r"takes a loaded model, not its name: \w+\.from_pretrained\('pocket'\)"),
-        ((Path("a/folder"), TOKENIZER), r"takes a loaded model, not its name: \w+\.from_pretrained\('a/folder'\)"),
+        (("pocket", None), r"takes a loaded model, not its name: use \w+\.from_pretrained\('pocket'\)"),
+        ((Path("a/folder"), TOKENIZER), r"takes a loaded model, not its name: use \w+\.from_pretrained\('a/folder'\)"),
         ((TOKENIZER, None), r"model is a \w+: expected a loaded model"),
         ((None, TOKENIZER), r"model is a NoneType: expected a loaded model"),
         ((LlamaForSequenceClassification, None), r"model is a class LlamaForSequenceClassification: expected a loaded"),
         ((LlamaConfig(), None), r"model is a LlamaConfig: expected a loaded model"),
         (("scorer", None), r"model is a \w+: already is one|expected a loaded model"),
-        (("inner", "gpt2"), r"takes a loaded tokenizer, not its name: transformers\.AutoTokenizer\.from_pretrained"),
+        (("inner", "gpt2"), r"not its name: load it with transformers\.AutoTokenizer\.from_pretrained"),
         (("inner", Path("gpt2")), r"takes a loaded tokenizer, not its name"),
         (("inner", 3), r"tokenizer is a int: expected a tokenizer"),
         (("inner", TOKENIZER.backend_tokenizer), r"tokenizer is a Tokenizer: expected a tokenizer"),
     ],
     ids=named,
 )
-def test_a_name_or_anything_else_for_a_loaded_model_is_refused(scorers, owner, given, said):
+def test_anything_but_a_loaded_model_is_refused(scorers, owner, given, said):
     scorer = scorers["model" if owner is EndoRewardModel else "reward"]
     stands_for = {"scorer": scorer, "inner": scorer.model}
     with pytest.raises(EndoRewardError, match=said) as error:
@@ -162,7 +162,7 @@ def test_a_name_or_anything_else_for_a_loaded_model_is_refused(scorers, owner, g
 
 
 @pytest.mark.parametrize("given", ["pocket", None, 3, Path("pocket")], ids=named)
-def test_a_judge_wants_a_scorer(given):
+def test_a_judge_requires_a_scorer(given):
     with pytest.raises(EndoRewardError, match=r"^scorer is a \w+: expected an EndoRewardModel"):
         Verifier(given)
 
@@ -184,7 +184,7 @@ def test_device_and_dtype(scorers, name):
      {"append_eos": 2}, {"entropy": []}, {"signals": 3}, {"reference": "pocket"}, {"truncate": True}],
     ids=str,
 )  # fmt: skip
-def test_an_option_of_another_type_is_refused_before_any_row(scorers, options):
+def test_an_option_of_the_wrong_type_is_refused_before_any_row(scorers, options):
     (name,) = options
     for ask in (scorers["model"].score, scorers["reward"].score, lambda rows, **o: ScoreOptions(**o)):
         with pytest.raises(EndoRewardError, match=rf"^{name}=.*: expected ") as error:
@@ -192,18 +192,18 @@ def test_an_option_of_another_type_is_refused_before_any_row(scorers, options):
         assert one_line(error)
 
 
-def test_numbers_of_numpy_are_options():
+def test_numpy_numbers_are_accepted_as_options():
     ScoreOptions(alpha=np.float32(0.5), gamma=np.float64(0.9), max_length=np.int64(5), per_token=np.True_)
 
 
 @pytest.mark.parametrize("completions", [{"a", "b"}, frozenset("ab"), {"a": 1}.keys()], ids=named)
-def test_a_ranking_of_what_has_no_order_is_refused(scorers, completions):
+def test_rank_refuses_completions_without_an_order(scorers, completions):
     with pytest.raises(EndoRewardError, match=r"^completions is a \w+, which has no order: expected a list"):
         scorers["model"].rank("Capital?", completions)
 
 
 @pytest.mark.parametrize("owner", [EndoRewardModel, RewardModel])
-def test_what_is_no_name_of_a_model_is_refused(scorers, owner):
+def test_anything_but_the_name_of_a_model_is_refused(scorers, owner):
     loaded = scorers["model"].model
     for odd in (None, 3, b"pocket", loaded, LlamaConfig(), ["pocket"]):
         with pytest.raises(EndoRewardError, match=r"^name_or_path is a \w+: expected a folder, a Hub name") as error:

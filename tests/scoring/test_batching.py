@@ -32,13 +32,13 @@ def test_a_row_over_the_budget_runs_alone():
     assert list(batches([100, 7, 8], 10)) == [[0], [2], [1]]
 
 
-def test_a_budget_of_nothing_is_refused():
+def test_a_budget_below_one_is_refused():
     with pytest.raises(ValueError, match="max_tokens=0"):
         list(batches([1], 0))
 
 
 class Memory:
-    """Room for so many tokens, padding included."""
+    """A model with memory for so many tokens, including padding."""
 
     def __init__(self, room, lengths, error=torch.OutOfMemoryError):
         self.room, self.lengths, self.error = room, lengths, error
@@ -52,7 +52,7 @@ class Memory:
 
 
 @given(lengths=st.lists(st.integers(1, 200), max_size=40), budget=st.integers(1, 2000), room=st.integers(1, 2000))
-def test_where_memory_runs_out_batches_are_halved_and_no_row_is_lost(lengths, budget, room):
+def test_batches_are_halved_when_memory_runs_out_and_no_row_is_lost(lengths, budget, room):
     memory = Memory(room, lengths)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -68,7 +68,7 @@ def test_where_memory_runs_out_batches_are_halved_and_no_row_is_lost(lengths, bu
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
 def test_memory_runs_out_in_three_ways(error):
-    with pytest.warns(UserWarning, match="out of memory with max_tokens_per_batch=9: it is halved"):
+    with pytest.warns(UserWarning, match="out of memory with max_tokens_per_batch=9: batches are halved"):
         found = list(in_batches(Memory(4, [3, 3, 3], error).run, [3, 3, 3], 9, Room()))
     assert [result for _, result in found] == [[3]] * 3
 
@@ -81,7 +81,7 @@ def test_memory_runs_out_in_three_ways(error):
         "Triton Error [CUDA]: out of memory",
     ],
 )
-def test_memory_runs_out_beside_the_allocator(said):
+def test_memory_may_run_out_outside_the_allocator(said):
     def run(places):
         if len(places) > 1:
             raise RuntimeError(said)
@@ -91,8 +91,8 @@ def test_memory_runs_out_beside_the_allocator(said):
         assert [result for _, result in in_batches(run, [1, 1], 2, Room())] == [[0], [1]]
 
 
-def test_what_the_allocator_kept_is_given_back_before_the_next_try(monkeypatch):
-    """A smaller batch has other shapes: the blocks cached for the larger one are of no use to it."""
+def test_the_allocators_cache_is_emptied_before_the_next_try(monkeypatch):
+    """A smaller batch has other shapes, so it cannot use the blocks cached for the larger one."""
     done = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("emptied"))
@@ -108,8 +108,8 @@ def test_what_the_allocator_kept_is_given_back_before_the_next_try(monkeypatch):
     assert done == [2, "emptied", 1, 1]
 
 
-def test_what_memory_has_room_for_is_remembered_and_said_once():
-    """Windows of ten rows each, as the command has them: only the first runs out."""
+def test_the_smaller_budget_is_kept_and_warned_about_once():
+    """The command scores windows of rows, here of ten each. Only the first window runs out of memory."""
     room, memory = Room(), Memory(30, [10] * 10)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""Rows in, results out: EndoRewardModel.score and rank on tiny random models."""
+"""EndoRewardModel.score and rank, on tiny random models."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_scores_are_sums_over_the_completion(scorer):
     assert all(result.error is None for result in results)
 
 
-def test_a_score_does_not_depend_on_its_companions(scorer):
+def test_a_score_does_not_depend_on_its_batch(scorer):
     apart = scorer.score(ROWS, max_tokens_per_batch=1)
     for budget in (60, 8192):
         for one, other in zip(apart, scorer.score(ROWS, max_tokens_per_batch=budget), strict=True):
@@ -46,7 +46,7 @@ def test_a_score_does_not_depend_on_its_companions(scorer):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_run_alone_have_the_scores_they_have_alone_to_the_bit(dtype):
+def test_one_row_per_batch_gives_bitwise_the_score_of_the_row_alone(dtype):
     scorer = EndoRewardModel(MODELS["llama"]().to(dtype), TOKENIZER)
     assert scorer.score(ROWS, max_tokens_per_batch=1) == [scorer.score([row])[0] for row in ROWS]
 
@@ -62,7 +62,7 @@ def test_batches_keep_to_the_budget(llama, monkeypatch):
     monkeypatch.setattr(llama, "rewards_of_padded", watch)
     rows = [*ROWS, {"prompt_ids": [1], "completion_ids": []}]
     positions = [i for i, _ in llama.iter_scores(rows, max_tokens_per_batch=40, on_tokens=counted.append)]
-    assert sorted(positions) == list(range(len(rows))) and positions[0] == 6  # nothing to score needs no model
+    assert sorted(positions) == list(range(len(rows))) and positions[0] == 6  # a row without scored tokens comes first
     assert len(shapes) >= 3 and sum(shape > 40 for shape in shapes) == 1  # the 42-token row, alone
     assert sum(counted) == 17 + 42 + 15 + 6 + 8 + 32
 
@@ -104,7 +104,7 @@ def test_rank_puts_the_best_first_and_ties_in_order(llama):
         llama.rank("Count:", ["one", 2])
 
 
-def test_bad_rows_are_said_and_stop_no_other(llama):
+def test_bad_rows_get_an_error_and_do_not_stop_others(llama):
     rows = [
         {"prompt": "x"},
         ROWS[0],
@@ -132,7 +132,7 @@ def test_truncation_is_reported_and_bootstraps(llama):
     assert short.flags == ("truncated",) and short.num_tokens == 20 and short.score != whole.score
     assert llama.score([row], max_length=10_000)[0] == whole
     long = ROWS[0] | {"prompt": "x" * 200}
-    assert llama.score([long], max_length=10_000)[0].error is None  # rotary: 128 is a number, not a table
+    assert llama.score([long], max_length=10_000)[0].error is None  # rotary: the config's 128 is no limit
     table = EndoRewardModel(MODELS["gpt2"](), TOKENIZER)
     assert "limit is 128" in table.score([long], max_length=10_000)[0].error
 
@@ -171,7 +171,7 @@ def test_dropout_is_off_while_scoring():
         ({"max_tokens_per_batch": 0}, "max_tokens_per_batch=0"),
     ],
 )
-def test_options_that_cannot_work_are_refused_before_any_row(llama, options, said):
+def test_wrong_options_are_refused_before_any_row(llama, options, said):
     with pytest.raises(EndoRewardError, match=said):
         llama.iter_scores(ROWS, **options)
 
@@ -181,11 +181,11 @@ def test_an_unknown_option_is_named_with_the_one_that_was_meant(llama):
         llama.score(ROWS, temperature=1.0)
 
 
-def test_nan_is_no_score():
+def test_nan_is_an_error_and_not_a_score():
     model = MODELS["gpt2"]()
     scorer = EndoRewardModel(model, TOKENIZER)
     with torch.no_grad():
-        model.transformer.wpe.weight[10:] = math.nan  # after the check at load: a model gone wrong in training
+        model.transformer.wpe.weight[10:] = math.nan  # after the check at load, as when training diverges
     rows = [{"prompt_ids": [1], "completion_ids": [2, 3]}, {"prompt": "a" * 20, "completion": "b"}]
     short, long = scorer.score(rows, max_tokens_per_batch=1)
     assert short.error is None and math.isfinite(short.score)
@@ -194,7 +194,7 @@ def test_nan_is_no_score():
 
 def test_text_needs_a_tokenizer():
     scorer = EndoRewardModel(MODELS["llama"]())
-    assert "without one" in scorer.score(ROWS[:1])[0].error
+    assert "text needs a tokenizer" in scorer.score(ROWS[:1])[0].error
     (ids,) = scorer.score(ROWS[3:4], per_token=True)
     assert ids.error is None and ids.tokens.texts == ("", "", "")
 
@@ -214,7 +214,7 @@ def test_a_larger_vocabulary_is_refused_unless_special():
 
 
 def test_end_tokens_of_generation_count(llama):
-    """A completion that ends its turn with any of the model's end tokens gets no second one."""
+    """A completion that ends with any of the model's end tokens gets no second one."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["<turn>"], special_tokens=True)
     model = MODELS["llama"]()
@@ -224,8 +224,8 @@ def test_end_tokens_of_generation_count(llama):
     assert counts == [2, 2, 2]
 
 
-def test_rows_that_memory_has_no_room_for_are_said_and_stop_no_other(llama):
-    """A model with room for 60 tokens, padding included."""
+def test_rows_that_do_not_fit_into_memory_do_not_stop_others(llama):
+    """The model has memory for 60 tokens, including padding."""
     texts = ["a" * n for n in (5, 10, 20, 30, 80)]
     rows = [{"prompt": "p", "completion": text} for text in texts]
     wanted, failed = llama.score(rows), []
@@ -238,23 +238,23 @@ def test_rows_that_memory_has_no_room_for_are_said_and_stop_no_other(llama):
     handle = llama.model.register_forward_pre_hook(room, with_kwargs=True)
     llama.room = Room()
     try:
-        with pytest.warns(UserWarning, match="it is halved, again if need be"):
+        with pytest.warns(UserWarning, match="batches are halved until they fit"):
             found = llama.score(rows)
         times = len(failed)
         llama.score(rows[:4])
-        assert len(failed) == times  # it remembers
+        assert len(failed) == times  # the limit is kept
     finally:
         handle.remove()
         llama.room = Room()
     assert [row.score for row in found[:4]] == pytest.approx([row.score for row in wanted[:4]], abs=1e-4)
     assert found[4].score is None and found[4].num_tokens == wanted[4].num_tokens
-    said = f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit by themselves; max_length with truncate "
-    assert found[4].error == said + "(--max-length, --truncate) would cut them"
+    said = f"out of memory: {1 + wanted[4].num_tokens} tokens do not fit even alone; set max_length and truncate "
+    assert found[4].error == said + "(--max-length, --truncate) to cut the row"
 
 
-# ---------------------------------------------------------------- tokens of others among the completion's
+# --------------------------------------------------------------- completions with tokens that the policy did not choose
 def test_completion_mask_marks_the_scored_tokens(llama):
-    """The others are context; the token before them does not end the episode."""
+    """The other tokens are context. The episode does not end before them."""
     prompt, completion, mask = [1, 2, 3], [4, 5, 6, 7, 8, EOS], [1, 1, 0, 0, 1, 1]
     row = {"prompt_ids": prompt, "completion_ids": completion}
     longer = {"prompt_ids": prompt * 9, "completion_ids": completion * 2}
@@ -268,7 +268,7 @@ def test_completion_mask_marks_the_scored_tokens(llama):
     assert own.logprob == pytest.approx(sum(own.tokens.logprobs), abs=1e-4)
     assert own.signals["logprob"] == pytest.approx(own.logprob, abs=1e-4)
     [mean] = llama.score([row | {"completion_mask": torch.tensor(mask)}], reduction="mean", gamma=0.5)
-    discounted = sum(0.5**h * r for h, r in enumerate(own.tokens.rewards))  # own tokens count the steps
+    discounted = sum(0.5**h * r for h, r in enumerate(own.tokens.rewards))  # steps count scored tokens
     assert mean.score == pytest.approx(discounted / 4, abs=1e-4)
 
 
@@ -285,9 +285,9 @@ def test_completion_mask_is_cut_with_its_completion(llama):
 
 @pytest.mark.parametrize(
     "mask, words",
-    [([1], "1 entries, and completion_ids 2"), ([2, 1], "0 and 1"), ("10", "0 and 1"), ([0, 0], "no token"),
+    [([1], "1 entries, but completion_ids has 2"), ([2, 1], "0 and 1"), ("10", "0 and 1"), ([0, 0], "no token"),
      ([None, 1], "0 and 1")],
 )  # fmt: skip
-def test_a_completion_mask_that_fits_no_completion_is_an_error(llama, mask, words):
+def test_a_completion_mask_that_does_not_fit_is_an_error(llama, mask, words):
     [score] = llama.score([{"prompt_ids": [1], "completion_ids": [2, 3], "completion_mask": mask}])
     assert score.score is None and words in score.error and "\n" not in score.error

@@ -1,4 +1,4 @@
-"""The seam between prompt and completion, exact under tokenizers of five kinds."""
+"""The boundary between prompt and completion is exact for five kinds of tokenizers."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -19,7 +19,7 @@ from tiny_tokenizers import FRAGMENTS, LOSSLESS, LOSSY, PLAIN, PREFIXED, TEXT
 @example(prompt="", completion=" the cat")
 @example(prompt="a", completion=" ")
 @example(prompt="e", completion="\u0301")
-def test_the_pieces_spell_the_text_and_each_its_own_side(name, prompt, completion):
+def test_prompt_and_completion_tokens_each_decode_to_their_own_text(name, prompt, completion):
     tokenizer = LOSSLESS[name]
     before, after = split_ids(tokenizer, prompt, completion)
     assert before == tokenize(tokenizer, prompt)
@@ -33,8 +33,8 @@ def test_the_pieces_spell_the_text_and_each_its_own_side(name, prompt, completio
 @given(prompt=st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join), completion=TEXT)
 @example(prompt="un", completion="able")
 @example(prompt="the c", completion="at")
-def test_a_dummy_space_comes_once_at_most(name, prompt, completion):
-    """These lose white space or unknown characters; they must lose no more than they do with the whole text."""
+def test_a_dummy_space_is_added_at_most_once(name, prompt, completion):
+    """These tokenizers lose white space and unknown characters, but no more of them than from the whole text."""
     tokenizer = PREFIXED[name]
     before, after = split_ids(tokenizer, prompt, completion)
     assert before == tokenize(tokenizer, prompt)
@@ -46,7 +46,7 @@ def test_a_dummy_space_comes_once_at_most(name, prompt, completion):
 @pytest.mark.parametrize("name", LOSSLESS)
 @settings(max_examples=60, deadline=None)
 @given(prompt=TEXT, completion=TEXT)
-def test_where_the_whole_text_has_a_seam_its_tokens_are_kept(name, prompt, completion):
+def test_tokens_of_the_whole_text_are_kept_if_none_crosses_the_boundary(name, prompt, completion):
     tokenizer = LOSSLESS[name]
     before, after = split_ids(tokenizer, prompt, completion)
     whole = tokenize(tokenizer, prompt + completion)
@@ -65,7 +65,7 @@ def test_tokenizers_that_lose_characters_lose_none_of_the_completion(name, promp
 
 
 def test_the_space_before_a_merged_word_stays_with_the_prompt():
-    """Trimmed offsets say that " hello" begins at the h: to believe them is to score the prompt's space."""
+    """Trimmed offsets say that " hello" begins at the h. By them the space of the prompt would be scored."""
     before, after = split_ids(PLAIN, "the ", "cat")
     whole = tokenize(PLAIN, "the cat")
     assert before + after != whole and decode(PLAIN, [whole[-1]]) == " cat"
@@ -77,14 +77,14 @@ def test_word_pieces_continue_a_word():
     before, after = split_ids(tokenizer, "un", "able")
     assert tokenizer.convert_ids_to_tokens(after)[0].startswith("##")
     assert decode(tokenizer, before + after) == "unable"
-    # "una" + "ble": the whole has other pieces across the seam
+    # "una" + "ble": the whole text has a token that crosses the boundary
     before, after = split_ids(tokenizer, "una", "ble")
     assert decode(tokenizer, before + after) == "unable"
     assert decode(tokenizer, before) == "una"
 
 
 def test_unknown_characters_are_not_swallowed_by_the_prompt():
-    """Two unknown characters are one unknown token: equal ids would leave the completion with none."""
+    """Two neighbouring unknown characters are one token. By ids alone the completion would have no token."""
     tokenizer = PREFIXED["unigram, first"]
     before, after = split_ids(tokenizer, "the ☃", "☂")
     assert before == tokenize(tokenizer, "the ☃") and after == [tokenizer.unk_token_id]

@@ -1,4 +1,4 @@
-"""Chats -> tokens: the shapes of templates in use, and any text in them."""
+"""Chats are encoded exactly, for the shapes of templates in use and for any text."""
 
 import pytest
 from hypothesis import given, settings
@@ -56,7 +56,7 @@ def test_reasoning_is_scored_as_it_was_generated():
     kept = encode_row(chatting(EMPTY_THOUGHT), ROW | {"completion": thought})
     assert texts(PLAIN, kept) == (ASKED, thought + "<|end|>")
     assert kept.flags == ()
-    # Whether or not the text repeats the thinking block that the generation prompt has opened.
+    # The same, whether or not the text repeats the thinking block that the generation prompt opens.
     for completion in (thought.removeprefix("<think>\n"), thought):
         dropped = encode_row(chatting(DROPS_THOUGHT), ROW | {"completion": completion})
         assert texts(PLAIN, dropped) == (
@@ -65,7 +65,7 @@ def test_reasoning_is_scored_as_it_was_generated():
         assert dropped.flags == ("template_rewrites",)
 
 
-def test_a_completion_found_elsewhere_in_the_conversation_is_not_mistaken():
+def test_a_completion_that_also_occurs_earlier_is_scored_in_its_turn():
     """Searching the rendered text for the completion would hit the prompt, a header or the thinking block."""
     for word in ("the cat?", "user", "h", "think"):
         tokenizer = chatting(EMPTY_THOUGHT)
@@ -73,7 +73,7 @@ def test_a_completion_found_elsewhere_in_the_conversation_is_not_mistaken():
         assert texts(tokenizer, encoded) == (ASKED, f"<think>\n\n</think>\n\n{word}<|end|>")
 
 
-def test_plain_text_on_request_and_wherever_there_is_no_template():
+def test_text_is_plain_on_request_and_without_a_template():
     tokenizer = chatting(CHATML)
     for row, options in ((ROW, {"chat": False}), (ROW | {"chat": False}, {})):
         assert texts(tokenizer, encode_row(tokenizer, row, **options))[0] == "the cat?"
@@ -94,14 +94,14 @@ def test_a_system_prompt_precedes_the_rows_own():
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, IGNORES_SYSTEM])
-def test_a_template_without_a_system_turn_gets_it_in_the_users(template):
+def test_without_a_system_turn_the_system_prompt_leads_the_user_turn(template):
     tokenizer = chatting(template)
     encoded = encode_row(tokenizer, ROW, system="Be brief.")
     assert "user\nBe brief.\n\nthe cat?<|end|>" in texts(tokenizer, encoded)[0]
     assert encoded.flags == ("system_in_user",)
 
 
-def test_of_several_turns_the_last_is_scored():
+def test_only_the_last_of_several_turns_is_scored():
     tokenizer = chatting(CHATML)
     turns = [{"role": role, "content": role[0]} for role in ("assistant", "user", "assistant")]
     encoded = encode_row(tokenizer, {"prompt": "p", "completion": turns})
@@ -112,8 +112,8 @@ def test_of_several_turns_the_last_is_scored():
 @pytest.mark.parametrize(
     "template, end", [(CHATML, "<|end|>"), (TRIMMING, "<|end|>"), (LLAMA2, " </s>"), (NO_END, "</s>")]
 )
-def test_an_empty_turn_is_its_end(template, end):
-    """A model that says nothing ends its turn at once: one rule, whatever a template makes of white space."""
+def test_an_empty_turn_is_scored_as_its_end(template, end):
+    """A model that says nothing ends its turn at once. This holds even if the template trims white space."""
     tokenizer = chatting(template)
     for completion in ("", " ") if template == TRIMMING else ("",):
         encoded = encode_row(tokenizer, ROW | {"completion": completion})
@@ -143,13 +143,13 @@ USER = {"role": "user", "content": "u"}
         ({"prompt_ids": [1], "completion_ids": [True]}, "completion_ids: wanted"),
     ],
 )
-def test_a_malformed_row_is_named_in_one_line(row, said):
+def test_a_malformed_row_is_an_error_of_one_line(row, said):
     with pytest.raises(EndoRewardError, match=said) as caught:
         encode_row(chatting(CHATML), row)
     assert "\n" not in str(caught.value)
 
 
-def test_templates_that_refuse_or_say_nothing_are_the_rows_error():
+def test_a_template_that_refuses_is_an_error_of_the_row():
     with pytest.raises(EndoRewardError, match="no place for a system prompt, and no user turn"):
         encode_row(chatting(NO_SYSTEM), {"messages": [{"role": "system", "content": "s"}, ROW_ANSWER]})
     with pytest.raises(EndoRewardError, match="refuses the conversation: roles must alternate"):
@@ -169,7 +169,7 @@ ROW_ANSWER = {"role": "assistant", "content": "It sat."}
 
 @settings(max_examples=100, deadline=None)
 @given(prompt=TEXT, completion=TEXT.filter(str.strip), system=st.sampled_from([None, "S"]))
-def test_any_chat_is_the_template_and_the_completion_exactly(prompt, completion, system):
+def test_any_chat_splits_into_the_rendered_prompt_and_the_completion(prompt, completion, system):
     tokenizer = CHATTING
     encoded = encode_row(tokenizer, {"prompt": prompt, "completion": completion}, system=system)
     messages = [{"role": "system", "content": system}] if system else []

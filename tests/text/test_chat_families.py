@@ -1,4 +1,4 @@
-"""Every family's chat template: what is scored, against a rendering of its own; the scores, against float64 logits."""
+"""Every family's chat template: scored text against a separate rendering, and scores against float64 logits."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tools.template_families import ASKED, BEGIN, CALL, END, PAGE, ROWS, encoded
 
 SOURCES = sources()
 TODAY = date(2026, 11, 29)
-# By hand: the mark that ends a turn of text, and of a call where it is another.
+# Written by hand: the mark that ends a turn of text, and the one that ends a tool call if it differs.
 ENDS = {
     "cohere": "<|END_OF_TURN_TOKEN|>", "cohere2": "<|END_OF_TURN_TOKEN|>",
     "deepseek": "<｜end▁of▁sentence｜>", "diffusion_gemma": "<turn|>", "gemma4": "<turn|>", "gemma": "<end_of_turn>",
@@ -37,13 +37,13 @@ CALL_ENDS = {
     "diffusion_gemma": "<|tool_response>",
     "gemma4": "<|tool_response>",
 }
-# Templates that do not write a tool call at all, and those that then write no text beside it.
+# Templates that do not write tool calls, and templates that write no text beside a tool call.
 WITHOUT_CALLS = set(
     "cohere cohere2 deepseek_r1_distill gemma gemma3 idefics3 lfm2 llama3 llava_next phi3 phi3_5 qwen2_5_vl "
     "smolvlm".split()
 )
 OF_PARTS = {"idefics3", "llava_next", "smolvlm"}
-# Where the generation prompt opens a thinking block that the written turn has not: the header that both have.
+# The header shared by prompt and turn, if the generation prompt opens a thinking block and the written turn does not.
 OTHER_OPENINGS = {"deepseek": "<｜Assistant｜>", "qwen3_5_nothink": "<think>\n"}
 
 
@@ -60,13 +60,13 @@ def compiled(source):
         raise ValueError(message)
 
     env.globals |= {"raise_exception": refuse, "strftime_now": TODAY.strftime}
-    # transformers' own tag says which part a trainer trains on, and writes nothing.
+    # transformers' own tag marks the part that a trainer trains on. It writes nothing.
     source = re.sub(r"(\{%-?\s*)generation\b", r"\1if true", source)
     return env.from_string(re.sub(r"(\{%-?\s*)endgeneration\b", r"\1endif", source))
 
 
 def rendered(source, messages, *, tools=None, generate=False):
-    """The template by plain Jinja, with none of transformers or of this package."""
+    """Render the template with plain Jinja, without transformers and without this package."""
     return compiled(source).render(
         messages=messages,
         tools=tools,
@@ -78,7 +78,7 @@ def rendered(source, messages, *, tools=None, generate=False):
 
 
 def spelt(name, messages):
-    """Messages as this template wants them, by hand."""
+    """Return the messages in the form that this template expects, written by hand."""
     found = []
     for message in messages:
         message = dict(message)
@@ -103,7 +103,7 @@ def spelt(name, messages):
 
 
 def expected(name, kind):
-    """(prompt, completion), or None where the template does not write the turn."""
+    """Return (prompt, completion), or None if the template does not write the turn."""
     row, source = ROWS[kind], SOURCES[name]
     messages = spelt(name, row["messages"])
     calls = "tool_calls" in messages[-1]
@@ -134,14 +134,14 @@ def expected(name, kind):
 
 @pytest.fixture(scope="module")
 def found():
-    """{(template, kind): tokens of the row, or why there are none}, and the tokenizers."""
+    """Return {(template, kind): encoded row or error message}, and the tokenizers."""
     tokenizers = {name: tokenizer_of(source) for name, source in SOURCES.items()}
     rows = {(n, kind): e for n, tokenizer in tokenizers.items() for kind, e in encoded(n, tokenizer)}
     return tokenizers, rows
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_is_scored_is_what_the_template_writes(found, name):
+def test_the_scored_text_is_what_the_template_writes(found, name):
     tokenizers, rows = found
     for kind in ROWS:
         got, wanted = rows[name, kind], expected(name, kind)
@@ -156,10 +156,10 @@ def test_what_is_scored_is_what_the_template_writes(found, name):
         assert ids[: got.prompt_length] == prompt, kind
         if kind == "text + call" and name in WITHOUT_CALLS:
             assert "template_drops" in got.flags
-    assert not ROWS["plain"].get("tools") and CALL["tool_calls"]  # a row's own: nothing here is changed by it
+    assert not ROWS["plain"].get("tools") and CALL["tool_calls"]  # the row's tools do not change the shared constants
 
 
-def test_the_same_turn_in_another_spelling_is_the_same_tokens(found):
+def test_a_turn_in_another_form_has_the_same_tokens(found):
     _, rows = found
     for name in SOURCES:
         for kind, same in (("parts", "plain"), ("null", "call")):
@@ -170,7 +170,7 @@ def test_the_same_turn_in_another_spelling_is_the_same_tokens(found):
 
 
 def turns_of(name, tokenizer, messages, **row):
-    """(prompt, completion, flags) of a conversation, or None where the template refuses it."""
+    """Return (prompt, completion, flags) of a conversation, or None if the template refuses it."""
     try:
         got = encode_row(tokenizer, {"messages": messages, **row}, eos_ids=eos_ids(name, tokenizer), date="2026-11-29")
     except EndoRewardError as error:
@@ -180,8 +180,8 @@ def turns_of(name, tokenizer, messages, **row):
     return decode(tokenizer, ids[:at]), decode(tokenizer, ids[at:]), got.flags
 
 
-def test_what_an_earlier_turn_loses_is_flagged(found):
-    """Its reasoning, a tool call, a tool's result, a thought inside its text."""
+def test_a_loss_in_an_earlier_turn_is_flagged(found):
+    """The loss of reasoning, of a tool call, of a tool's result, and of reasoning inside the text."""
     tokenizers, _ = found
     result = {"role": "tool", "name": "add", "tool_call_id": "1", "content": 'TOLD "5"'}
     last = {"role": "assistant", "content": "It is 5."}
@@ -208,7 +208,7 @@ def test_what_an_earlier_turn_loses_is_flagged(found):
     assert lost == {"reasoning", "call", "thought in text"}
 
 
-def test_a_turn_that_only_thinks_is_scored_to_its_end(found):
+def test_a_turn_of_reasoning_alone_is_scored_to_its_end(found):
     tokenizers, _ = found
     for name, tokenizer in tokenizers.items():
         thinking = {"role": "assistant", "content": "", "reasoning_content": "SUMS"}
@@ -222,8 +222,8 @@ def test_a_turn_that_only_thinks_is_scored_to_its_end(found):
         assert "SUMS" in completion and "marks_in_text" not in flags and "no_generation_prompt" not in flags, name
 
 
-def test_a_thought_behind_a_tools_answer_is_scored(found):
-    """Some templates have no generation prompt there: the turn goes on."""
+def test_reasoning_after_a_tool_result_is_scored(found):
+    """Some templates have no generation prompt after a tool's result, because the turn continues."""
     tokenizers, _ = found
     name = "gemma4_v5"
     result = {"role": "tool", "name": "add", "tool_call_id": "1", "content": "5"}
@@ -239,8 +239,8 @@ FAMILIES = (
 ).split()
 
 
-def test_scores_are_the_models_own_logits_in_float64(found):
-    """18 families: r = z(s)[a] - LSE(z(s')), and 0 behind the last token, from full logits of the model in float64."""
+def test_scores_match_float64_logits(found):
+    """18 families: r = z(s)[a] - LSE(z(s')), with V = 0 after the last token, from full logits in float64."""
     tokenizers, rows = found
     config = LlamaConfig(
         vocab_size=448, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
@@ -267,7 +267,7 @@ def test_scores_are_the_models_own_logits_in_float64(found):
             assert result.score == pytest.approx(score, rel=1e-4, abs=1e-3), (name, kind)
 
 
-def test_the_page_shows_this_table():
+def test_docs_templates_has_this_table():
     page = PAGE.read_text(encoding="utf-8")
     shown = page.partition(BEGIN)[2].partition(END)[0]
     assert shown == table(), "python -m tools.template_families writes it"

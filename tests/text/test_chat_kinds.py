@@ -1,4 +1,4 @@
-"""Further members of the kinds of faults of chats: each turn beside the template's own rendering of it."""
+"""Variants of known faults with chats: each scored turn is compared with the template's rendering."""
 
 import pytest
 
@@ -18,7 +18,7 @@ FIRST_PART = CHATML.replace("m['content']", "m['content'][0]['text']")
 
 
 def written(template, messages, **row):
-    """(prompt, completion, flags)."""
+    """Return (prompt, completion, flags)."""
     tokenizer = chatting(template)
     encoded = encode_row(tokenizer, {"messages": messages, **row})
     ids, start = encoded.input_ids, encoded.prompt_length
@@ -30,8 +30,8 @@ def asked(text, role="user"):
 
 
 @pytest.mark.parametrize("block", ["<think>\n\n</think>\n\n", "<think></think>"])
-def test_an_empty_thought_that_the_generation_prompt_has_is_not_read_twice(block):
-    """Qwen3 without thinking: data often holds the empty block that its generation prompt writes too."""
+def test_an_empty_thinking_block_of_the_generation_prompt_is_not_repeated(block):
+    """Qwen3 without thinking: data often holds the empty block that the generation prompt also writes."""
     opening = THINKING.replace(
         "{{ m.content.sp", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content.sp"
     )
@@ -45,7 +45,7 @@ def test_white_space_that_a_template_trims_is_flagged():
         found = written(TRIMMING, [USER, SAT | {"content": text}])[1:]
         assert found == ("It sat.<|end|>", ("white_space",))
         assert written(CHATML, [USER, SAT | {"content": text}])[1:] == (f"{text}<|end|>", ())
-    assert written(TRIMMING, [USER | {"content": " the cat?\n"}, SAT])[2] == ()  # the prompt is what it writes
+    assert written(TRIMMING, [USER | {"content": " the cat?\n"}, SAT])[2] == ()  # a change of the prompt has no flag
 
 
 def test_several_system_turns():
@@ -61,26 +61,26 @@ def test_several_system_turns():
         written(first_only, [*rules, USER, SAT])
 
 
-def test_a_system_turn_that_says_nothing_is_none_where_there_is_no_place_for_it():
+def test_an_empty_system_turn_is_dropped_if_the_template_has_none():
     nothing = {"role": "system", "content": ""}
     assert written(NO_SYSTEM, [nothing, USER, SAT]) == written(NO_SYSTEM, [USER, SAT])
     assert written(CHATML, [nothing, USER, SAT])[0].startswith(asked("", "system"))
 
 
-def test_a_system_prompt_that_the_user_repeats_is_not_taken_for_written():
+def test_a_dropped_system_prompt_is_noticed_though_the_user_repeats_it():
     rule, user = {"role": "system", "content": "Be brief."}, USER | {"content": "Be brief. The cat?"}
     prompt, _, flags = written(IGNORES_SYSTEM, [rule, user, SAT])
     assert prompt.startswith(asked("Be brief.\n\nBe brief. The cat?")) and flags == ("system_in_user",)
 
 
-def test_an_earlier_turn_that_is_left_out_is_flagged_though_another_says_the_same():
+def test_a_dropped_earlier_turn_is_flagged_though_another_has_the_same_text():
     no_tools = CHATML.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'tool' %}")
     turns = [USER, SAT, {"role": "tool", "content": "the cat?"}, USER, SAT]
     assert "context_changed" in written(no_tools, turns)[2]
     assert written(CHATML, turns)[2] == ()
 
 
-def test_content_of_several_parts_is_whole_where_a_template_writes_one():
+def test_all_parts_are_scored_if_the_template_writes_only_the_first():
     parts = [{"type": "text", "text": text} for text in ("It ", "sat.")]
     found = written(FIRST_PART, [USER, SAT | {"content": parts}])[1:]
     assert found == ("It sat.<|end|>", ())
@@ -88,14 +88,14 @@ def test_content_of_several_parts_is_whole_where_a_template_writes_one():
 
 @pytest.mark.parametrize("append_eos", [True, False])
 @pytest.mark.parametrize("text", ["It sat.<|end|>", "It sat.<|end|>\n", "<|end|>"])
-def test_an_end_that_the_text_brings_is_scored_whether_or_not_one_is_added(text, append_eos):
+def test_an_end_in_the_text_is_scored_once_with_and_without_append_eos(text, append_eos):
     tokenizer = chatting(CHATML)
     encoded = encode_row(tokenizer, {"messages": [USER, SAT | {"content": text}]}, append_eos=append_eos)
     assert texts(tokenizer, encoded)[1] == text.strip() and "end_in_text" in encoded.flags
 
 
-def test_the_end_of_a_turn_that_a_template_writes_before_the_next_one_alone():
-    """Templates that leave the last turn open, by loop.last."""
+def test_an_end_that_is_only_written_before_a_next_turn_is_found():
+    """Some templates leave the last turn open (loop.last)."""
     template = CHATML.replace("<|end|>\n", "{% if not loop.last or m['role'] == 'user' %}<|end|>\n{% endif %}")
     for text in ("It sat.", ""):
         _, completion, flags = written(template, [USER, SAT | {"content": text}])
@@ -112,8 +112,8 @@ KEEPS_THOUGHT = CHATML.replace(
 CALLS = {"tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
 
 
-def test_a_thought_that_the_template_keeps_is_no_change_of_an_earlier_turn():
-    """Qwen3 takes it out of the text and writes it again."""
+def test_reasoning_that_the_template_keeps_is_not_flagged_as_changed():
+    """Qwen3 takes the reasoning out of the text and writes it again."""
     thinking = SAT | {"content": "<think>\nLook.\n</think>\n\nLet me see."} | CALLS
     turns = [USER, thinking, {"role": "tool", "content": "mat"}, SAT]
     assert written(KEEPS_THOUGHT, turns)[2] == ()
@@ -121,8 +121,8 @@ def test_a_thought_that_the_template_keeps_is_no_change_of_an_earlier_turn():
     assert written(drops, turns)[2] == ("context_changed",)
 
 
-def test_no_word_of_an_earlier_turn_is_scored_where_the_template_joins_turns():
-    """Gemma 4 writes what follows a tool's answer into the turn before it, and no end of that turn any more."""
+def test_an_earlier_turn_is_not_scored_if_the_template_joins_turns():
+    """Gemma 4 joins what follows a tool's result to the turn before it, and no longer writes that turn's end."""
     joins = (
         "{% for m in messages %}{% if m.role != 'assistant' or not joined %}<|user|>{{ m.role }}\n{% endif %}"
         "{{ m.content }}{% if m.role == 'user' or loop.last %}<|end|>\n{% endif %}{% endfor %}"
@@ -135,8 +135,8 @@ def test_no_word_of_an_earlier_turn_is_scored_where_the_template_joins_turns():
 
 
 @pytest.mark.parametrize("template", [CHATML, TRIMMING, THINKING], ids=["as it is", "trimming", "thinking"])
-def test_a_completion_goes_on_with_the_assistants_turn_that_the_prompt_has_begun(template):
-    """A prefill, as transformers' continue_final_message writes it."""
+def test_a_completion_continues_the_assistant_turn_of_the_prompt(template):
+    """A prefill gives the same prompt as transformers' continue_final_message."""
     tokenizer = chatting(template)
     begun = [USER, {"role": "assistant", "content": "It sat on"}]
     opening = tokenizer.apply_chat_template(begun, continue_final_message=True, tokenize=False)

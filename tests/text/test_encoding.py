@@ -1,4 +1,4 @@
-"""Rows of plain text and of ids -> tokens, with limits."""
+"""Rows of plain text and of token ids are encoded, within limits of length."""
 
 import pytest
 
@@ -11,7 +11,7 @@ def plain(row, tokenizer=PLAIN, **options) -> Encoded:
     return encode_row(tokenizer, row, **options)
 
 
-def test_plain_text_has_what_the_tokenizer_adds_and_one_eos():
+def test_plain_text_gets_the_tokenizers_special_tokens_and_one_eos():
     encoded = plain({"prompt": "the cat", "completion": " sat"})
     assert texts(PLAIN, encoded) == ("<s>the cat", " sat</s>")
     assert encoded.terminal and encoded.truncated == 0 and encoded.flags == () and encoded.note is None
@@ -23,7 +23,7 @@ def test_plain_text_has_what_the_tokenizer_adds_and_one_eos():
 
 
 def test_trailing_special_tokens_are_not_put_into_the_middle():
-    """BERT's tokenizer ends a text with [SEP]: it belongs behind the prompt no more than behind the completion."""
+    """BERT's tokenizer ends a text with [SEP]. It is added neither to the prompt nor to the completion."""
     tokenizer = LOSSY["word pieces"]
     encoded = encode_row(tokenizer, {"prompt": "the cat", "completion": "sat"})
     tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
@@ -45,11 +45,11 @@ def test_an_empty_completion_is_the_token_that_ends_it():
         assert nothing.prompt_length == len(nothing.input_ids) and nothing.flags == ("empty",)
 
 
-def test_special_tokens_that_a_text_has_already_are_not_added_again():
+def test_special_tokens_in_a_text_are_not_added_again():
     assert texts(PLAIN, plain({"prompt": "<s>the", "completion": " cat</s>"})) == ("<s>the", " cat</s>")
 
 
-def test_before_an_empty_prompt_goes_bos_or_the_first_token_is_not_scored():
+def test_an_empty_prompt_becomes_bos_or_the_first_token_is_not_scored():
     assert texts(PLAIN, plain({"prompt": "", "completion": "the"})) == ("<s>", "the</s>")
     assert texts(PLAIN, plain({"prompt_ids": [], "completion_ids": [9, 10]}))[0] == "<s>"
     own = plain({"prompt_ids": [], "completion_ids": [PLAIN.bos_token_id, 10]})
@@ -71,7 +71,7 @@ def test_token_ids_stay_as_they_are():
 # Limits
 
 
-def test_a_row_over_the_limit_is_refused_unless_told_where_to_cut():
+def test_a_row_over_the_limit_is_refused_without_truncate():
     row = {"prompt_ids": list(range(10, 20)), "completion_ids": list(range(30, 36))}
     assert encode_row(None, row, max_length=16).truncated == 0
     with pytest.raises(EndoRewardError, match="16 tokens, the limit is 15"):
@@ -88,8 +88,8 @@ def test_cutting_the_prompt_keeps_bos_and_one_token():
     bos = PLAIN.bos_token_id
     row = {"prompt_ids": [bos, 10, 11, 12], "completion_ids": [20, 21]}
     assert plain(row, max_length=4, truncate="prompt").input_ids == [bos, 12, 20, 21]
-    with pytest.raises(EndoRewardError, match="no room beside the completion's 2"):
+    with pytest.raises(EndoRewardError, match="no room for the completion's 2"):
         plain(row, max_length=3, truncate="prompt")
     assert encode_row(None, row, max_length=3, truncate="prompt").input_ids == [12, 20, 21]
-    with pytest.raises(EndoRewardError, match="no room beside the prompt's 4"):
+    with pytest.raises(EndoRewardError, match="no room for the prompt's 4"):
         plain(row, max_length=4, truncate="completion")

@@ -1,4 +1,4 @@
-"""Preference pairs that are dialogues in one text, as hh-rlhf has them."""
+"""Preference pairs that are dialogues in one text, as in hh-rlhf."""
 
 import pytest
 
@@ -13,7 +13,7 @@ ASKED = "\n\nHuman: Why?\n\nAssistant: Which one?\n\nHuman: The sky.\n\nAssistan
 @pytest.mark.parametrize(
     ("chosen", "rejected"),
     [
-        (" It scatters blue.", " It scatters red."),  # words that both share are the answer's, not the prompt's
+        (" It scatters blue.", " It scatters red."),  # shared words belong to the answers, not to the prompt
         (" Blue.", " Blue"),
         (" Blue.", ""),
         (" Blue.", " Blue."),
@@ -27,13 +27,13 @@ def test_what_follows_the_last_shared_speaker_is_scored(chosen, rejected):
     assert task.flags == ("split_at_speaker",) and set(task.flags) <= set(FLAGS)
 
 
-def test_answers_that_part_earlier_are_split_at_the_speaker_before():
+def test_answers_that_differ_earlier_are_split_at_the_speaker_before():
     first = "\n\nHuman: Why?\n\nAssistant:"
     task = plan({"chosen": f"{first} Blue.\n\nHuman: So?\n\nAssistant: a", "rejected": f"{first} Red."})
     assert [s["prompt"] for s in task.samples] == [first, first] and task.flags == ("split_at_speaker",)
 
 
-def test_text_without_speakers_and_a_prompt_of_its_own_are_read_as_before():
+def test_text_without_speakers_or_with_a_prompt_is_not_split_at_one():
     task = plan({"chosen": "Human: hi Assistant: there", "rejected": "Human: hi Assistant: then so"})
     assert task.samples[0]["prompt"] == "Human: hi Assistant:" and task.flags == ()
     assert plan({"prompt": ASKED, "chosen": " a", "rejected": " b"}).flags == ()

@@ -1,4 +1,4 @@
-"""What users have reported of tools that do this job: each kind of fault, held to float64 of the model's own logits."""
+"""Faults that users have reported about other tools, one test for each kind, against the model's float64 logits."""
 
 import json
 
@@ -37,7 +37,10 @@ def model():
 
 
 def float64_score(model, tokenizer, prompt, completion):
-    """sum of z(s)[a] - LSE(z(s')), with no value after the last token; the marks keep the two texts apart."""
+    """Return the sum of z(s)[a] - LSE(z(s')), without the value after the last token.
+
+    Prompt and completion are tokenized separately: a special token stands between them.
+    """
     before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = torch.tensor([[*before, *tokenizer(completion, add_special_tokens=False)["input_ids"]]])
     exact = MODELS["llama"]().double()
@@ -85,8 +88,8 @@ def test_a_turn_is_all_of_its_fields(model, name, special):
         assert "end_in_text" in result.flags
 
 
-def test_arguments_that_are_json_of_nothing(model):
-    """A template that wants an object gets one, also of {}."""
+def test_empty_tool_arguments_become_an_empty_object(model):
+    """A template that expects an object gets one, even an empty one."""
     items = QWEN_LIKE.replace("c.function.arguments | tojson", "c.function.arguments.items() | list | length")
     call = {"type": "function", "function": {"name": "now", "arguments": "{}"}}
     row = {
@@ -97,8 +100,8 @@ def test_arguments_that_are_json_of_nothing(model):
     assert decode(tokenizer, encoded.input_ids[encoded.prompt_length :]) == "Now:<call>0</call><|im_end|>"
 
 
-def test_an_earlier_turn_that_is_written_otherwise_once_it_is_not_the_last():
-    """Qwen3 writes a thinking block into the last turn alone: the prompt is the policy's, the turn only the last."""
+def test_an_earlier_turn_that_changes_before_a_next_one_is_not_scored():
+    """Qwen3 writes a thinking block into the last turn only. The prompt is the one that the policy was given."""
     last_only = QWEN_LIKE.replace("{{ m.content }}", "{% if loop.last %}<think></think>{% endif %}{{ m.content }}")
     tokenizer = chat_tokenizer(last_only)
     turns = [{"role": role, "content": text} for role, text in (("user", "?"), ("assistant", "a"), ("assistant", "b"))]
@@ -109,7 +112,7 @@ def test_an_earlier_turn_that_is_written_otherwise_once_it_is_not_the_last():
     assert decode(tokenizer, encoded.input_ids[encoded.prompt_length :]) == "<think></think>b<|im_end|>"
 
 
-def test_what_a_row_gives_its_template_is_in_the_prompt(model):
+def test_tools_and_template_arguments_of_a_row_are_in_its_prompt(model):
     tokenizer, tools = chat_tokenizer(WITH_TOOLS), [{"name": "add"}]
     row = {"prompt": "?", "completion": "4"}
     wanted = float64_score(model, tokenizer, f'Tools: [{{"name": "add"}}]\n{asked()}', "4<|im_end|>")
@@ -123,7 +126,7 @@ def test_what_a_row_gives_its_template_is_in_the_prompt(model):
     assert "template_ignores" in ignored.flags
 
 
-def test_a_date_is_the_day_that_is_told(model):
+def test_a_template_writes_the_date_that_is_set(model):
     tokenizer = chat_tokenizer(DATED)
     row = {"prompt": "?", "completion": "4"}
     (result,) = EndoRewardModel(model, tokenizer).score([row], date="2024-02-29")
@@ -155,7 +158,7 @@ def test_a_message_that_cannot_be_written_is_an_error_of_its_row(model):
         assert result.score is None and said in result.error and "\n" not in result.error, said
 
 
-def test_arguments_that_a_table_filled_in_with_nulls():
+def test_null_arguments_from_a_table_are_flagged():
     tokenizer = chat_tokenizer(QWEN_LIKE.replace("<call>", "<call>{{ c.function.name }}"))
 
     def encoded(**function):
@@ -171,7 +174,7 @@ def test_arguments_that_a_table_filled_in_with_nulls():
     assert "null_fields" in encoded(arguments={"zone": None}).flags and "null_fields" not in without.flags
 
 
-def test_a_processor_is_told_from_its_tokenizer(model):
+def test_a_processor_is_refused_as_a_tokenizer(model):
     class Processor:
         def __init__(self):
             self.tokenizer = chat_tokenizer(QWEN_LIKE)
@@ -197,7 +200,7 @@ def test_a_processor_is_told_from_its_tokenizer(model):
         (["--date", "2023-02-29"], "wanted a day as YYYY-MM-DD"),
     ],
 )
-def test_what_is_given_to_the_template_is_checked_at_once(flags, said, tmp_path, monkeypatch):
+def test_wrong_tools_arguments_and_dates_are_refused_in_one_line(flags, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tools.txt").write_text("tools")
     result = run("score", put(tmp_path, {"prompt": "p", "completion": "c"}), *flags, "-q", code=2)
@@ -220,8 +223,8 @@ def turn(**fields):
     return {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", **fields}]}
 
 
-def test_reasoning_under_two_names_is_said_once():
-    """vLLM and OpenRouter give it as `reasoning` and as `reasoning_content`."""
+def test_reasoning_under_two_names_is_kept_once():
+    """vLLM and OpenRouter return it both as `reasoning` and as `reasoning_content`."""
     tokenizer = chat_tokenizer(QWEN_LIKE)
     once, twice = (
         encode_row(tokenizer, turn(content="4", reasoning_content="add", **more)) for more in ({}, {"reasoning": "add"})
@@ -238,8 +241,8 @@ def test_an_empty_list_of_parts_is_no_content():
         assert encode_row(tokenizer, turn(content=[], **more)) == encode_row(tokenizer, turn(content="", **more))
 
 
-def test_what_no_template_writes_is_not_taken_for_an_empty_turn(model):
-    """OpenAI's refusal stands in a field of its own; its old calls and its audio do too."""
+def test_a_field_that_no_template_writes_is_not_an_empty_turn(model):
+    """In OpenAI's API, a refusal, an old function call and audio have separate fields."""
     scorer = EndoRewardModel(model, chat_tokenizer(QWEN_LIKE))
     for fields, said in (
         ({"content": "", "function_call": {"name": "f", "arguments": "{}"}}, "function_call: wanted tool_calls"),
