@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EndoRewardError
-from ..text.flags import in_words
 from ..text.messages import spoken
+from ..text.row_flags import in_words
 from ..view.heatmap import Card, Row, Token, best_of, clipped, counted, limit_of_rows, number, page, visible
 from ..view.notebook import tokens_of
 from ..view.palette import DARK, LEVELS, level_of, terminal_256

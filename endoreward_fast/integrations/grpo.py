@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import EndoRewardError
-from ..model.layout import PaddingLast
+from ..model.batch_layout import PaddingLast
 from ..model.model import EndoRewardModel
 from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import rewards_to_go

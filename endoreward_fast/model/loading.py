@@ -19,7 +19,7 @@ from .checkpoint import located
 from .devices import device_of
 from .dtypes import DTYPES, dtype_name
 from .hub import OPTIONS
-from .intact import fault_of, refuse_misread, refuse_unknown_quantisation, why_no_tokenizer
+from .integrity import fault_of, refuse_misread, refuse_unknown_quantisation, why_no_tokenizer
 from .kinds import CAUSAL, CLASSIFIER, Kind
 from .processor import with_template_of_processor
 

@@ -34,12 +34,12 @@ from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, Ranked, RowScore, Scores, TokenTable, in_order
 from ..scoring.score import score_rows
 from ..signals import TokenStats, linear_token_stats, token_stats
-from ..text.flags import NOTHING_TO_SCORE
+from ..text.row_flags import NOTHING_TO_SCORE
 from ..text.rows import Row
 from ..types import TokenRewards
 from ..vocab.checks import as_bool, check_input_ids, check_tensors
+from .batch_layout import LayoutCheck, PaddingLast, lay_out
 from .checkpoint import pocket_path
-from .layout import LayoutCheck, PaddingLast, lay_out
 from .loading import load, naming
 from .positions import Positions, forget_longer_rows
 from .vocabulary import refuse_larger_vocabulary, refuse_other_vocabulary

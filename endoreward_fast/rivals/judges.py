@@ -20,7 +20,7 @@ from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, RowScore, Scores, in_order
 from ..scoring.score import encoder_for
 from ..text.boundary import tokenize
-from ..text.flags import NOTHING_TO_SCORE
+from ..text.row_flags import NOTHING_TO_SCORE
 from ..text.rows import Row, prompt_and_completion
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..text.flags import in_words
+from ..text.row_flags import in_words
 from ..view.notebook import html_of_table
 
 

@@ -14,7 +14,7 @@ from ..returns import sequence_score
 from ..signals import SIGNALS
 from ..text.boundary import token_texts
 from ..text.encoding import Encoded, Encoder
-from ..text.flags import NOTHING_TO_SCORE
+from ..text.row_flags import NOTHING_TO_SCORE
 from ..text.rows import Row
 from ..types import TokenRewards
 from .batching import does_not_fit, in_batches

@@ -35,7 +35,7 @@ from typing import Any, Literal
 from ..errors import EndoRewardError
 from .boundary import split_ids, tokenize
 from .chat import render
-from .flags import in_words
+from .row_flags import in_words
 from .rows import Row, begun_turn, dialogue, ids_of, mask_of, prompt_and_completion, refuse_no_row, switch_of
 from .template import Extras, Template, as_date
 

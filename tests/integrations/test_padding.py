@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig
 
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.integrations.trl import EndoReward
-from endoreward_fast.model.layout import PaddingLast
+from endoreward_fast.model.batch_layout import PaddingLast
 from endoreward_fast.vocab.reference import token_rewards as oracle
 from tiny_models import EOS, TOKENIZER, VOCAB, build, gpt2, same
 

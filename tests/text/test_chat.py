@@ -18,7 +18,7 @@ from chat_templates import (
 )
 from endoreward_fast.errors import EndoRewardError
 from endoreward_fast.text.encoding import Encoded, encode_row
-from endoreward_fast.text.flags import FLAGS
+from endoreward_fast.text.row_flags import FLAGS
 from tiny_tokenizers import PLAIN, TEXT, texts
 
 MUTE = "<|user|>hello"

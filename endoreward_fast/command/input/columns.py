@@ -57,7 +57,7 @@ class Task:
     layout: Any
     """positions in `samples`, in the shape of the scores: an int, a list, or {"chosen": ..., "rejected": ...}"""
     flags: tuple[str, ...] = ()
-    """keys of text.flags.FLAGS that say how the row was read; they hold for every sample"""
+    """keys of text.row_flags.FLAGS that say how the row was read; they hold for every sample"""
 
 
 def arrange(layout: Any, value: Callable[[int], Any]) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET
-from ...text.flags import NOTHING_TO_SCORE
+from ...text.row_flags import NOTHING_TO_SCORE
 from ..input.columns import MissingColumns, Task, arrange, plan
 from ..input.files import Record, Source
 from .monitor import Aside, Monitor
