@@ -33,11 +33,11 @@ def test_python_runs_and_prints_what_is_shown(block, capsys, tmp_path, monkeypat
 
 
 def test_reinforce_raises_the_mean_reward(capsys):
-    """It rises by 0.33 to 0.54 (five seeds) from the first four steps to the last four."""
+    """It rises by 0.38 to 0.46 (three seeds) from the first three steps to the last three."""
     exec(REINFORCE.text, {})
     rewards = [float(reward) for reward in re.findall(r"reward (\S+),", capsys.readouterr().out)]
-    assert len(rewards) == 16
-    assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.15
+    assert len(rewards) == 8
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.15
 
 
 def test_python_that_cannot_run_here_says_what_it_needs():
