@@ -27,7 +27,7 @@ from .flags.panels import of_input, of_output, takes
 from .input.files import STDIN, open_source
 from .input.formats import JSON, JSON_LINES, refuse_other_format
 from .run import pipeline
-from .run.interrupted import end, going_on, kept_until_written
+from .run.interrupted import end, kept_until_written, resume_hint
 from .run.jobs import ANSWERS, Engine, Job, here, nothing_left
 from .run.monitor import Monitor, one_line, say
 from .run.ranks import Rank, help_out, lead
@@ -183,7 +183,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
             pipeline.check_usable(first, source.name)
         run = _engine(job, flags, rank, settings, idle=not first)
         monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model)
-        with going_on(arguments, sink, monitor), monitor:
+        with resume_hint(arguments, sink, monitor), monitor:
             if note:
                 monitor.note(note)
             if done != Done():

@@ -14,7 +14,7 @@ import pytest
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
 from endoreward_fast.command.evaluate import side_by_side
 from endoreward_fast.command.run import pipeline
-from endoreward_fast.command.run.interrupted import command_that_goes_on
+from endoreward_fast.command.run.interrupted import resume_command
 
 ROOT = Path(__file__).resolve().parents[2]
 BOTH = {"id": 7, "prompt": "p", "completion": "abc", "chosen": "a", "rejected": "bb"}
@@ -197,9 +197,9 @@ def test_the_command_to_continue_includes_the_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     wanted = "-m endoreward_fast score in -o out --resume"
-    assert command_that_goes_on(("score", "in", "-o", "out")) == f"torchrun --nproc-per-node 4 {wanted}"
+    assert resume_command(("score", "in", "-o", "out")) == f"torchrun --nproc-per-node 4 {wanted}"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    told = command_that_goes_on(("score", "in", "-o", "out"))
+    told = resume_command(("score", "in", "-o", "out"))
     assert told == f"your launcher on each machine, as before, {wanted}"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
 from endoreward_fast.command.run import pipeline
-from endoreward_fast.command.run.interrupted import command_that_goes_on
+from endoreward_fast.command.run.interrupted import resume_command
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def test_no_command_to_continue_without_a_file_or_before_the_first_row(scorer, t
 
 
 def test_the_command_to_continue_keeps_arguments_unchanged():
-    told = command_that_goes_on(("score", "--overwrite", "-o", "x  y", "--", "-in.jsonl"))
+    told = resume_command(("score", "--overwrite", "-o", "x  y", "--", "-in.jsonl"))
     assert told == "endoreward score -o $'x\\x20\\x20y' --resume -- -in.jsonl"
-    assert command_that_goes_on(("rank", "f", "--resume")) == "endoreward rank f --resume"
+    assert resume_command(("rank", "f", "--resume")) == "endoreward rank f --resume"
 
 
 @pytest.mark.parametrize(

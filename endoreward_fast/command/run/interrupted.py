@@ -20,7 +20,7 @@ ENDS = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
 """signals of a closed terminal and of cluster schedulers"""
 
 
-def command_that_goes_on(arguments: Sequence[str]) -> str:
+def resume_command(arguments: Sequence[str]) -> str:
     """Return the shell command of `arguments`, with --resume and without --overwrite."""
     given = [argument for argument in arguments if argument != "--overwrite"]
     if "--resume" not in given:
@@ -54,14 +54,14 @@ def _escaped(character: str) -> str:
 
 
 @contextmanager
-def going_on(arguments: Sequence[str], sink: Sink, monitor: Monitor) -> Iterator[None]:
+def resume_hint(arguments: Sequence[str], sink: Sink, monitor: Monitor) -> Iterator[None]:
     """If the block is interrupted, print the command that continues the run."""
     try:
         with signals_end():
             yield
     except (KeyboardInterrupt, SystemExit):
         if sink.begun:
-            monitor.say(f"{sink.name} keeps the rows scored so far. To continue: {command_that_goes_on(arguments)}")
+            monitor.say(f"{sink.name} keeps the rows scored so far. To continue: {resume_command(arguments)}")
         raise
 
 
