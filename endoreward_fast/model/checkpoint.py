@@ -1,4 +1,4 @@
-"""What a model's name stands for: a folder, a GGUF file, the Hub, or the model that is built in.
+"""What a model's name stands for: a folder, a GGUF file, the Hub, a package, or the model that is built in.
 
 Torch is not needed to know.
 """
@@ -10,7 +10,9 @@ from typing import Any
 
 from ..errors import EndoRewardError
 from .adapters import adapter_at
+from .gguf_files import MAGIC
 from .hub import commit_of, reachable, refuse_no_hub_name
+from .packaged import PACKAGED, folder_of, source_of
 
 POCKET = "pocket"
 FILES = (
@@ -22,7 +24,6 @@ WEIGHTS = ("*.safetensors", "*.bin")
 """and of a folder that is not read by a GGUF file"""
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 """what trainers leave beside them"""
-MAGIC = b"GGUF"
 SAMPLES, SAMPLE = 64, 4096
 """pieces of each file that are hashed, and their bytes: to read terabytes of weights would take longer than to score"""
 
@@ -34,11 +35,18 @@ def pocket_path() -> Path:
 
 def on_this_machine(name: str) -> bool:
     """Whether a model's name stands for a folder or a GGUF file here. EndoRewardError: it can be no model's name."""
+    if name in PACKAGED:
+        return source_of(name).is_file()
     return (name != POCKET and _is_gguf(_path(name))) or os.path.isdir(place_of(name))
 
 
 def place_of(name: str) -> str:
-    """The folder that `name` stands for, or else its name on the Hub. EndoRewardError: it can be neither."""
+    """The folder that `name` stands for, or else its name on the Hub. EndoRewardError: it can be neither.
+
+    A model of a package is converted into a folder, once.
+    """
+    if name in PACKAGED:
+        return str(folder_of(name))
     if not name.strip():
         raise EndoRewardError("the model's name is empty: give a folder, a name of the Hub or a GGUF file")
     folder = pocket_path() if name == POCKET else _path(name)
@@ -49,7 +57,7 @@ def place_of(name: str) -> str:
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or folder.suffix == ".gguf":
         kind = "file" if folder.suffix == ".gguf" else "folder"
         raise EndoRewardError(f"model {name!r}: there is no such {kind}")
-    refuse_no_hub_name(name, (POCKET,))
+    refuse_no_hub_name(name, (POCKET, *PACKAGED))
     return name
 
 
@@ -64,7 +72,7 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             raise EndoRewardError(f"model {name!r}: {key} is a {type(options[key]).__name__}: expected text")
         options |= {key: os.fspath(options[key])} if key in options else {}
     path = _path(name)
-    if name != POCKET and _is_gguf(path):
+    if name not in (POCKET, *PACKAGED) and _is_gguf(path):
         if "gguf_file" in options:
             raise EndoRewardError(f"model {name!r} is a GGUF file: there is no gguf_file inside one")
         return os.path.abspath(path.parent), options | {"gguf_file": path.name}
@@ -89,6 +97,9 @@ def weights_of(name: str, **options: Any) -> str:
     Files go in by name, size and SAMPLES pieces. `options`: revision, subfolder, gguf_file and the like, as in
     EndoRewardModel.from_pretrained. Raises EndoRewardError: there is no such model.
     """
+    if name in PACKAGED:
+        source_of(name)
+        return PACKAGED[name].weights
     place, options = located(name, options)
     if os.path.isdir(place):
         found = _hash_of(Path(place, options.get("subfolder", "")), options.get("gguf_file"))
