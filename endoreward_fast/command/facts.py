@@ -24,7 +24,7 @@ science | Which planet do we live on? | We live on {}. | Earth | Mars | Venus | 
 science | What does the Earth go around? | The Earth goes around {}. | the Sun | the Moon | Mars | Jupiter
 science | What is frozen water called? | Frozen water is called {}. | ice | steam | sand | salt
 science | At what temperature does water boil? | Water boils at {} degrees Celsius. | 100 | 20 | 50 | 500
-people | Who wrote Romeo and Juliet? | It was {}. | William Shakespeare | Charles Dickens | Mark Twain | Jane Austen
+people | Who wrote Romeo and Juliet? | It was {}. | William Shakespeare | Charles Dickens | Virginia Woolf | Leo Tolstoy
 people | Who found the law of gravity? | It was {}. | Isaac Newton | Charles Darwin | Marie Curie | Louis Pasteur
 people | Who painted the Mona Lisa? | It was {}. | Leonardo da Vinci | Vincent van Gogh | Pablo Picasso | Claude Monet
 people | Who was the first man on the Moon? | It was {}. | Neil Armstrong | Elvis Presley | Tom Hanks | Bill Gates
