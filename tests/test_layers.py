@@ -1,4 +1,4 @@
-"""Imports run one way, downwards: from a room of the package to the rooms that it may know, and never in a circle."""
+"""Imports run one way, downwards: from a folder of the package to those that it may know, and never in a circle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "endoreward_fast"
-# A room, or a file at the top, and what it may import besides itself. What is only for type checkers counts.
+# A folder, or a file at the top, and what it may import besides itself. Imports for type checkers count.
 MAY_IMPORT = {
     "errors": "",
     "kernels": "",
@@ -28,11 +28,11 @@ MAY_IMPORT = {
     "__main__": "command",
 }
 FACE = "__init__"
-"""hands on names from every room"""
+"""the package's own __init__, which imports from every folder"""
 
 
 def modules() -> dict[str, Path]:
-    """{"vocab.rows": its file}; a room's own __init__ is named after the room."""
+    """{"vocab.rows": its file}; a folder's own __init__ is named after the folder."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -62,14 +62,14 @@ def imports(name: str, path: Path) -> set[str]:
     return found
 
 
-def room(name: str) -> str:
+def folder(name: str) -> str:
     return name.partition(".")[0]
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != FACE])
-def test_a_file_imports_only_from_rooms_below(name):
-    allowed = {room(name), *MAY_IMPORT[room(name)].split()}
-    beyond = {other for other in imports(name, MODULES[name]) if room(other) not in allowed}
+def test_a_file_imports_only_from_folders_below(name):
+    allowed = {folder(name), *MAY_IMPORT[folder(name)].split()}
+    beyond = {other for other in imports(name, MODULES[name]) if folder(other) not in allowed}
     assert not beyond, f"{name} imports {', '.join(sorted(beyond))}"
 
 
@@ -78,15 +78,15 @@ def test_no_file_imports_itself_by_way_of_others():
     list(TopologicalSorter(graph).static_order())  # raises CycleError, which names the circle
 
 
-def test_the_rooms_have_an_order_and_every_arrow_is_used():
-    rooms = {name: set(below.split()) for name, below in MAY_IMPORT.items()}
-    list(TopologicalSorter(rooms).static_order())
-    used = {(room(name), room(other)) for name, path in MODULES.items() for other in imports(name, path)}
-    unused = {(one, other) for one, below in rooms.items() for other in below} - used
-    assert not unused and set(MAY_IMPORT) == {room(name) for name in MODULES} - {FACE} | {"kernels"}
+def test_the_folders_have_an_order_and_every_arrow_is_used():
+    folders = {name: set(below.split()) for name, below in MAY_IMPORT.items()}
+    list(TopologicalSorter(folders).static_order())
+    used = {(folder(name), folder(other)) for name, path in MODULES.items() for other in imports(name, path)}
+    unused = {(one, other) for one, below in folders.items() for other in below} - used
+    assert not unused and set(MAY_IMPORT) == {folder(name) for name in MODULES} - {FACE} | {"kernels"}
 
 
-def test_every_room_says_what_lives_there():
+def test_every_folder_says_what_lives_there():
     for name, path in MODULES.items():
         if path.name == "__init__.py" and "kernels" not in name:
             assert ast.get_docstring(ast.parse(path.read_text())), f"{path} has no docstring"

@@ -4,8 +4,8 @@
 
 hidden (B, T, D) is the input of the output embedding. It contains everything that a family does before that: MiniCPM3
 divides, BERT-like heads transform. The steps after it are the family's `HeadRecipe`, from the table in recipes.py. The
-check in check.py compares the recipe with the model's own logits. A model that disagrees is still scored from its own
-full logits, and a warning says so.
+check in self_check.py compares the recipe with the model's own logits. A model that disagrees is still scored from its
+own full logits, and a warning says so.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""Finds a model's head and inspects it without running it: its module, its kind and its weights."""
+"""Find a model's head and inspect it without running it: its module, its kind and its weights."""
 
 from typing import Any
 

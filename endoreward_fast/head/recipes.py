@@ -1,6 +1,6 @@
 """The table of what each model family does between its output head and its final logits.
 
-The table was read from the modeling files of transformers 5.23. check.py compares it with each loaded model.
+The table was read from the modeling files of transformers 5.23. self_check.py compares it with each loaded model.
 """
 
 from dataclasses import dataclass

@@ -14,7 +14,7 @@ turn.py finds where the turn begins and ends. This module prepares the messages 
 checks what the template does with them.
 
 If the template drops a part of a turn, the turn is scored as the template writes it, except that a turn of text alone
-is scored as given, because a policy generated it. Every such change is a flag (flags.py), in earlier turns too.
+is scored as given, because a policy generated it. Every such change is a flag (row_flags.py), in earlier turns too.
 """
 
 from collections.abc import Collection, Sequence

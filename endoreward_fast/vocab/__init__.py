@@ -1,6 +1,7 @@
-"""The pass over the vocabulary, with one file per implementation.
+"""The pass over the vocabulary, in several implementations.
 
-`reference` is the oracle. `chunked`, `compiled`, `fused` and `workspace` are the fast implementations; `rows` holds the
-types and the row plan that they share. `checks` refuses bad arguments. `shard_layout` describes a vocabulary that is
-split over ranks, and `sharded` runs a pass on one shard. `ops` registers the passes with torch.
+`reference` is the oracle. `chunked` (with `chunked_backward` and `chunked_tiles`), `compiled`, `fused` and `workspace`
+are the fast implementations; `rows` holds the types and the row plan that they share. `checks` refuses bad arguments.
+`shard_layout` describes a vocabulary that is split over ranks, and `sharded` runs a pass on one shard. `ops` registers
+the passes with torch.
 """

@@ -1,4 +1,4 @@
-"""Finds the rows of a split head that this process holds, and refuses heads that sharded.py cannot read."""
+"""Find the rows of a split head that this process holds, and refuse heads that sharded.py cannot read."""
 
 from typing import Any, NamedTuple
 

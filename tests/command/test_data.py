@@ -13,6 +13,7 @@ import pytest
 from endoreward_fast.command.input.columns import MissingColumns, arrange, plan
 from endoreward_fast.command.input.files import DEEPEST, open_source
 from endoreward_fast.errors import EndoRewardError
+from written import put
 
 ROWS = [{"prompt": "p é", "completion": "c\u2028d"}, {"prompt": "q", "completion": "e\nf"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -27,12 +28,6 @@ def rows(path):
     records = read(path)
     assert [r.error for r in records] == [None] * len(records)
     return [r.row for r in records]
-
-
-def put(folder, name, data):
-    path = folder / name
-    path.write_bytes(data if isinstance(data, bytes) else data.encode())
-    return path
 
 
 FORMATS = {
