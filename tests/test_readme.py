@@ -5,13 +5,16 @@ import re
 import pytest
 import torch
 
-from pages import ROOT, blocks, commands, perform, runs_here
+from endoreward_fast import EndoRewardError
+from endoreward_fast.model.packaged import source_of
+from pages import NEEDS, ROOT, blocks, commands, perform, runs_here
 
 PAGE = ROOT / "README.md"
 PYTHON = blocks(PAGE, "python")
 (BEFORE_AND_AFTER,) = (block for block in PYTHON if "# before" in block.text)
 (TRL,) = (block for block in PYTHON if "GRPOTrainer(" in block.text)
-EXAMPLES = [block for block in PYTHON if block not in (BEFORE_AND_AFTER, TRL)]
+(REAL,) = (block for block in PYTHON if '"smollm2"' in block.text)
+EXAMPLES = [block for block in PYTHON if block not in (BEFORE_AND_AFTER, TRL, REAL)]
 WORDS = 900
 
 
@@ -31,6 +34,16 @@ def test_examples_run_and_print_what_is_shown(block, capsys):
     exec(block.text, {})
     if block.prints is not None:
         assert capsys.readouterr().out == block.prints
+
+
+def test_a_real_model_prints_what_is_shown(capsys):
+    assert NEEDS in REAL.text
+    try:
+        source_of("smollm2")
+    except EndoRewardError as error:
+        pytest.skip(str(error))
+    exec(REAL.text, {})
+    assert capsys.readouterr().out == REAL.prints
 
 
 def test_the_quickstart_shows_its_output():

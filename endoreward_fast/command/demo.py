@@ -7,30 +7,34 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import EndoRewardError
+from ..model.checkpoint import POCKET
 from ..pocket.quiz import CORRUPTIONS, Passage, Problem, corrupted, passages, problems, steered
 from .evaluate.evaluation import Accuracy, wilson
+from .facts import facts
 from .flags.options import ModelFlags
 from .run import pipeline
 from .run.monitor import Monitor
 
 PASSAGES, PROBLEMS, STEERED = 40, 220, 60
+OF_REAL_MODEL = 6  # passages and steered pairs; thousands of completions would take minutes on a CPU
 SHOWN = 3  # printed examples of each kind
-REAL_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"
+REAL_MODEL = "smollm2"
 
 Sample = dict[str, Any]
 
 
 def show(flags: ModelFlags) -> None:
     """Load the model, score the three parts of the demonstration and print the results."""
-    form = "plain"
+    form, toy = "plain", flags.model == POCKET
     print("endoreward demo: a demonstration of the reward inside a language model.")
     pipeline.before_loading(replace(flags, model_by_default=False))  # the model is printed below
     scorer = pipeline.load_scorer(flags)
     if flags.chat is not False and getattr(getattr(scorer, "tokenizer", None), "chat_template", None):
         form = "chat"
-    texts = passages(PASSAGES)
-    quiz = problems(PROBLEMS)
-    pairs = steered(STEERED)
+    # The toy knows what it was trained on, and a real model what everybody knows.
+    texts = passages(PASSAGES if toy else OF_REAL_MODEL)
+    quiz = problems(PROBLEMS) if toy else facts()
+    pairs = steered(STEERED if toy else OF_REAL_MODEL)
     parts = [
         [s for i, p in enumerate(texts) for s in _passage_samples(p, i)],
         [s for p in quiz for s in _problem_samples(p, form)],
@@ -40,13 +44,17 @@ def show(flags: ModelFlags) -> None:
         scores = _scores(scorer, [s for part in parts for s in part], flags, monitor)
     ends = [len(parts[0]), len(parts[0]) + len(parts[1])]
     print(f"Model: {flags.model}.  Score: {flags.reduction} of token rewards, alpha {flags.alpha:g}.")
+    if not toy:
+        _show_tokens(scorer, quiz[0], form, flags)
     _show_passages(texts, _rows(scores[: ends[0]], 1 + len(CORRUPTIONS)))
     _show_problems(quiz, _rows(scores[ends[0] : ends[1]], 4))
     _show_steered(pairs, _rows(scores[ends[1] :], 4))
-    print(f"\nMeasured on {len(scores)} completions, held out from the built-in model's training.")
-    if flags.model == "pocket":
+    if toy:
+        print(f"\nMeasured on {len(scores)} completions, held out from the built-in model's training.")
         print("`pocket` is a toy of a few MB. It shows how the method behaves, not how good it can be.")
         print(f"To use a real model:\n\n  endoreward demo --model {REAL_MODEL}")
+    else:
+        print(f"\nMeasured on {len(scores)} completions.")
 
 
 def _scores(scorer: pipeline.Scorer, samples: list[Sample], flags: ModelFlags, monitor: Monitor) -> list[float]:
@@ -58,6 +66,22 @@ def _scores(scorer: pipeline.Scorer, samples: list[Sample], flags: ModelFlags, m
         monitor.advance(1)
         monitor.on_row(str(i), None)
     return scores
+
+
+def _show_tokens(scorer: pipeline.Scorer, problem: Problem, form: str, flags: ModelFlags) -> None:
+    """Print each token of the right answer and of a wrong one."""
+    _title("Rewards of tokens, in nats")
+    print(f"\n  {problem.question}")
+    samples = _problem_samples(problem, form)[:2]
+    results = dict(scorer.iter_scores(samples, per_token=True, **flags.scoring()))
+    for i, answer in enumerate((problem.answer, problem.wrong[0])):
+        table = results[i].tokens
+        if table is None:
+            raise EndoRewardError(f"the demonstration's answer {answer!r} could not be scored: {results[i].error}")
+        print(f"    {'token':<20}{'reward':>9}{'log-prob':>10}{'V before':>10}")
+        for text, *numbers in zip(table.texts, table.rewards, table.logprobs, table.values, strict=True):
+            print("    {!r:<20}{:>9.2f}{:>10.2f}{:>10.2f}".format(text, *numbers))
+        print(f"    {'score':<20}{results[i].score:>9.2f}\n")
 
 
 def _rows(scores: list[float], width: int) -> list[list[float]]:

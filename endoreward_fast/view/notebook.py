@@ -13,9 +13,6 @@ from .heatmap import Card, Row, Token, fragment
 if TYPE_CHECKING:
     from torch import Tensor
 
-LONGEST = 4
-"""bytes in the longest UTF-8 character, hence the most tokens that can spell one"""
-
 
 class Table(Protocol):
     """The fields of a TokenTable that are drawn."""
@@ -79,13 +76,15 @@ def _alpha(tokens: list[Token]) -> float:
 
 
 def _merge_characters(tokens: list[Token]) -> list[Token]:
-    """Merge tokens without text into the next token with text, where together they spell one character."""
+    """Merge tokens without text into the next token with text, if together they spell a character."""
     found: list[Token] = []
     parts: list[Token] = []
     for token in tokens:
         parts.append(token)
         if token.text:
-            whole = len(parts) <= LONGEST and not token.text[0].isascii()
+            # A token without text holds a byte or more of a character that is not ASCII. What the next token with
+            # text shows may begin before that character, with a space for example, and go on behind it.
+            whole = not token.text.isascii() and len(parts) <= len(token.text.encode("utf-8", "replace"))
             found += [_merged(parts)] if whole else parts
             parts = []
     return found + parts

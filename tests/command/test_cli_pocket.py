@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.command.cli import app
+from endoreward_fast.command.facts import facts
 
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "endoreward_fast" / "pocket"
@@ -149,7 +150,27 @@ def test_demo_measures_better_than_chance():
         low, chance = accuracies[name]
         assert low > chance, (name, low)
     assert "demonstration" in text
-    assert "endoreward demo --model Qwen/Qwen2.5-0.5B-Instruct" in text
+    assert "endoreward demo --model smollm2" in text
+
+
+def test_demo_asks_any_other_model_what_everybody_knows():
+    """And shows its tokens: a real model was not trained on the built-in model's problems."""
+    text = run("demo", "-m", POCKET, "-q").stdout
+    tokens = re.findall(r"^    ('.*') +(-?\d+\.\d\d) +(-?\d+\.\d\d) +(-?\d+\.\d\d)$", text, re.MULTILINE)
+    scores = [float(score) for score in re.findall(r"^    score +(-?\d+\.\d\d)$", text, re.MULTILINE)]
+    assert len(scores) == 2 and sum(float(reward) for _, reward, *_ in tokens) == pytest.approx(sum(scores), abs=0.2)
+    assert "What is the capital of France?" in text and f"  {len(facts())} trials" in text
+    assert "toy" not in text and "held out" not in text
+
+
+def test_facts_have_four_answers_of_like_length():
+    quiz = facts()
+    assert len(quiz) >= 20 and len({problem.question for problem in quiz}) == len(quiz)
+    for problem in quiz:
+        answers = (problem.answer, *problem.wrong)
+        words = [len(answer.split()) for answer in answers]
+        assert len({*answers}) == 4 and max(words) - min(words) <= 1, problem
+        assert max(map(len, answers)) <= min(map(len, answers)) + 8 and len(problem.answer) < 40, problem
 
 
 @pytest.mark.skipif(not RM_BENCH.exists(), reason="RM-Bench's files are not at ../shared/data/rm-bench")

@@ -138,6 +138,9 @@ CASES = {  # for each line of the page's table: how to make such a model, and a 
     ],
     "an adapter that holds only one of two resized tables": [(one_table, "save_embedding_layers=True")],
     "a GGUF file of an architecture that transformers does not know": [],  # test_gguf.py
+    "`smollm2` without its package, or with another version of it": [],  # test_packaged.py, with the next two
+    "a damaged GGUF file in the package": [],
+    "a cache folder that cannot be written": [],
     "a tokenizer with more tokens than the model's head": [(more_words, "the model's output head only 384")],
     "a model with its own code, by default": [
         (lambda f: changed(f, model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),

@@ -204,6 +204,23 @@ def test_tokens_that_spell_one_character_are_merged():
     assert len(tokens_of(replace(table, texts=("",) * n))) == n
 
 
+@pytest.mark.parametrize(
+    ("texts", "merged"),
+    [
+        (("Hi", "", " \N{GRINNING FACE}", "!"), (1, 2, 1)),  # a space belongs to the emoji's first token
+        (("(", "", "", " \N{CHECK MARK} ok"), (1, 3)),
+        (("", "", "", "", "", "\N{ROCKET}\N{ROCKET}"), (6,)),  # a token ends one emoji and begins the next
+        (("", "", "", "", "", "\N{ROCKET}"), (1,) * 6),  # six tokens are more than its bytes
+        (("", " ", "ok"), (1, 1, 1)),
+        (("", "", "\N{REPLACEMENT CHARACTER}"), (3,)),  # cut off inside a character
+    ],
+)
+def test_tokens_without_text_belong_to_the_character_that_they_begin(texts, merged):
+    ones = (1.0,) * len(texts)
+    found = tokens_of(TokenTable(tuple(range(len(texts))), texts, ones, ones, ones))
+    assert tuple(token.count for token in found) == merged
+
+
 def test_an_emoji_is_one_token_of_the_heatmap():
     scorer = EndoRewardModel.from_pretrained("pocket")
     [result] = scorer.score([{"prompt": "Hi", "completion": "go \N{ROCKET} é"}], per_token=True)

