@@ -1,1 +1,1 @@
-"""The command `endoreward`: a folder each for flags, input, run and evaluate, and a file each for demo and show."""
+"""The command `endoreward`: a folder each for flags, input, run and evaluate, and files for demo (with facts) and show."""
