@@ -1,1 +1,1 @@
-"""The command `endoreward`: a folder each for flags, input, run and evaluate, and files for demo (with facts) and show."""
+"""The command `endoreward`: folders for flags, input, run and evaluate; files for demo, its facts, and show."""
