@@ -152,10 +152,15 @@ class LayoutCheck:
                     layout.inputs.pop("position_ids")
             alone = self.states(self.arguments(lay_out(real, None, None)))[0]
             among = self.states(self.arguments(layout))[:, -count:]
-        error = (among - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
-        # A leak is from 1e-3 (tiny random models) to 1; rounding is of the order of eps. Experts may flip: the median.
-        tf32 = alone.is_cuda and torch.get_float32_matmul_precision() != "highest"
-        return bool(error.median() <= max(4e-3 if tf32 else 1e-4, 4 * torch.finfo(alone.dtype).eps))
+        return same_states(among, alone)
+
+
+def same_states(among: Tensor, alone: Tensor) -> bool:
+    """Whether tokens have the states (T, D) among others that they have alone, but for rounding."""
+    error = (among - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
+    # A leak is from 1e-3 (tiny random models) to 1; rounding is of the order of eps. Experts may flip: the median.
+    tf32 = alone.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return bool(error.median() <= max(4e-3 if tf32 else 1e-4, 4 * torch.finfo(alone.dtype).eps))
 
 
 def accepted_arguments(model: nn.Module) -> set[str]:

@@ -31,6 +31,7 @@ from ..scoring.arguments import (
 )
 from ..scoring.batching import Room
 from ..scoring.options import ScoreOptions
+from ..scoring.past import Past
 from ..scoring.results import OnTokens, Ranked, RowScore, Scores, TokenTable, in_order
 from ..scoring.score import score_rows
 from ..signals import TokenStats, linear_token_stats, token_stats
@@ -39,6 +40,7 @@ from ..text.rows import Row
 from ..types import TokenRewards
 from ..vocab.checks import as_bool, check_input_ids, check_tensors
 from .checkpoint import pocket_path
+from .continuing import Continuing
 from .layout import LayoutCheck, PaddingLast, lay_out
 from .loading import load, naming
 from .positions import Positions, forget_longer_rows
@@ -66,6 +68,7 @@ class EndoRewardModel(nn.Module):
         self.tokenizer = tokenizer
         self.head = Head(model)
         self.layouts = LayoutCheck(model, self._states)
+        self.continuing = Continuing(model, self.head)
         self.positions = Positions.of(model, self._text_config(), tokenizer)
         self.room = Room()  # of scoring; a new one forgets that memory ran out
         if tokenizer is not None:
@@ -148,8 +151,9 @@ class EndoRewardModel(nn.Module):
         needs its padding on the right.
         """
         arguments, scored, ends = self._laid_out(input_ids, attention_mask, completion_mask, terminal, position_ids)
-        wanted = {"alpha": alpha, "entropy": entropy, "impl": impl}
-        return self._read(token_rewards, linear_token_rewards, arguments, scored, ends, **wanted)
+        return self._read(
+            token_rewards, linear_token_rewards, arguments, scored, ends, alpha=alpha, entropy=entropy, impl=impl
+        )
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module's own returns Any
@@ -165,13 +169,14 @@ class EndoRewardModel(nn.Module):
 
     def rewards_of_padded(
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0,
-        attention_mask: Tensor | None = None, entropy: bool = False,
+        attention_mask: Tensor | None = None, entropy: bool = False, states: Tensor | None = None,
     ) -> TokenRewards:  # fmt: skip
         """`forward` of rows whose masks are right already: `scored` holds no padding and no first token.
 
         attention_mask   (B, T), for rows that are padded on the left. They are run with their padding moved to the
                          right, which no causal model minds, and the result is moved back. Rows padded on the right
                          need none: a causal model's tokens do not see what is behind them
+        states           (B, T, D), what `read_on` found of these tokens: the model does not run
         """
         if attention_mask is not None:
             rows = PaddingLast(attention_mask)
@@ -180,8 +185,8 @@ class EndoRewardModel(nn.Module):
             entropies = None if found.entropy is None else rows.back(found.entropy)
             return TokenRewards(rows.back(found.reward), rows.back(found.logprob), rows.back(found.value), entropies)
         return self._read(
-            token_rewards, linear_token_rewards, {"input_ids": input_ids}, scored, terminal, alpha=alpha,
-            entropy=entropy,
+            token_rewards, linear_token_rewards, {"input_ids": input_ids}, scored, terminal, states=states,
+            alpha=alpha, entropy=entropy,
         )  # fmt: skip
 
     def ready_for(self, input_ids: Tensor) -> None:
@@ -189,9 +194,24 @@ class EndoRewardModel(nn.Module):
         if self.positions.keeps_frequencies(input_ids.shape[1]):
             forget_longer_rows(self.model, input_ids.to(self.device))
 
-    def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
+    def stats_of_padded(
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, states: Tensor | None = None
+    ) -> TokenStats:  # fmt: skip
         """`stats` of such rows, padded on the right."""
-        return self._read(token_stats, linear_token_stats, {"input_ids": input_ids}, scored, terminal, alpha=alpha)
+        return self._read(
+            token_stats, linear_token_stats, {"input_ids": input_ids}, scored, terminal, states=states, alpha=alpha
+        )  # fmt: skip
+
+    def obstacle_to_sharing(self) -> str | None:
+        """Why a prefix of several rows is not read once for all of them; None if it is. See continuing.py."""
+        return self.continuing.obstacle()
+
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
+        """Read tokens (B, S), padded on the right, of which (B,) `lengths` are real, behind the rows of `past`."""
+        width = input_ids.shape[1] + (0 if past is None else past.hidden.shape[1])
+        if self.positions.keeps_frequencies(width):
+            forget_longer_rows(self.model, input_ids)
+        return self.continuing.read_on(input_ids, lengths, past)
 
     def score(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
@@ -265,9 +285,12 @@ class EndoRewardModel(nn.Module):
 
     def _read(
         self, of_logits: Callable[..., Read], of_hidden: Callable[..., Read], arguments: dict[str, Tensor],
-        scored: Tensor, terminal: Tensor | None, **wanted: Any,
+        scored: Tensor, terminal: Tensor | None, *, states: Tensor | None = None, **wanted: Any,
     ) -> Read:  # fmt: skip
-        """One forward pass and one over the vocabulary: `of_hidden`, or `of_logits` where the head is not linear."""
+        """One forward pass and one over the vocabulary: `of_hidden`, or `of_logits` where the head is not linear.
+
+        With `states`, which a forward pass has found, only the latter.
+        """
 
         def read(states: Tensor) -> Read:
             tokens = arguments["input_ids"].to(states.device)
@@ -280,7 +303,7 @@ class EndoRewardModel(nn.Module):
                 softcap=self.head.softcap, vocab_size=self.head.vocab_size, **wanted,
             )  # fmt: skip
 
-        return self._run(arguments, read)
+        return self._run(arguments, read) if states is None else read(states)
 
     def _run(self, arguments: dict[str, Tensor], reader: Callable[[Tensor], Found]) -> Found:
         """reader((B, T, D) hidden states fed to the head), or ((B, T, V) final logits) where it is not linear."""

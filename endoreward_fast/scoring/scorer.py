@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..signals import TokenStats
 from ..types import TokenRewards
 from .batching import Room
+from .past import Past
 
 
 class Limit(Protocol):
@@ -43,9 +44,18 @@ class Scorer(Protocol):
         """Drop what batches before this one, (B, T), have left in the model."""
 
     def rewards_of_padded(
-        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, entropy: bool = False
-    ) -> TokenRewards:
-        """Rewards (B, T) of rows that are padded on the right."""
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, entropy: bool = False,
+        states: Tensor | None = None,
+    ) -> TokenRewards:  # fmt: skip
+        """Rewards (B, T) of rows that are padded on the right; from their `states` (B, T, D), if they are known."""
 
-    def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
+    def stats_of_padded(
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, states: Tensor | None = None
+    ) -> TokenStats:  # fmt: skip
         """All that signals are made of, likewise."""
+
+    def obstacle_to_sharing(self) -> str | None:
+        """Why tokens cannot be read behind others, if so."""
+
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
+        """Read (B, S) tokens, padded on the right, the real ones (B,) `lengths`, behind `past` (B rows)."""
