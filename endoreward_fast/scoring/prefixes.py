@@ -6,7 +6,7 @@ nest: a system prompt, a question behind it, an answer behind that. A row that i
 a judge's second reply) needs no pass: in a causal model, its states are among the other row's states.
 
 Segments run level by level, and those of one level run together in batches, because one prompt at a time is slower than
-no sharing if prompts are short (RM-Bench: 0.88). Each level costs a pass, and copies its prefix for every row behind it.
+no sharing if prompts are short (RM-Bench: 0.88). Each level costs a pass, and copies its prefix for each row.
 A prefix therefore has to save LEAST_SAVED tokens and to be LEAST_LENGTH long, and there are at most DEPTH levels.
 """
 
