@@ -222,9 +222,11 @@ class EndoRewardModel(nn.Module):
         per_token, texts, entropy, signals, reference
 
         A row that cannot be scored gets an `error` and stops no other. Runs in evaluation mode and without autograd,
-        in batches of like length. A row's companions change its score only by the rounding of the model's matmuls. Seen
-        on a CPU, alone against in a batch, 240 rows of the embedded model: at most 2e-5 in float32 and 0.19 in bfloat16
-        (half of the rows: 0), of scores from -82 to 19; a larger model in bfloat16: 0.51, of a score of -0.99.
+        in batches of like length. A prefix that rows share, such as the prompt of several completions, is read once if
+        the model can go on behind its cache (`obstacle_to_sharing`). A row's companions change its score only by the
+        rounding of the model's matmuls. Seen on a CPU, alone against in a batch, 240 rows of the embedded model: at
+        most 2e-5 in float32 and 0.19 in bfloat16 (half of the rows: 0), of scores from -82 to 19; a larger model in
+        bfloat16: 0.51, of a score of -0.99.
         dtype="float32" makes it small; max_tokens_per_batch=1 runs each row alone, which leaves none.
         """
         return in_order(self.iter_scores(rows, on_tokens=on_tokens, **options))

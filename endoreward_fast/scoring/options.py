@@ -42,8 +42,8 @@ class ScoreOptions:
     append_eos: bool = True
     """end completions of text with an end-of-sequence or end-of-turn token"""
     max_tokens_per_batch: int = 8192
-    """padding included; a longer row runs alone. Where memory runs out it is halved, for the scorer's later calls too
-    (`EndoRewardModel.room`)"""
+    """padding included, and what is held of a prefix that rows share; a longer row runs alone. Where memory runs out it
+    is halved, for the scorer's later calls too (`EndoRewardModel.room`)"""
     per_token: bool = False
     """fill RowScore.tokens"""
     texts: bool = True

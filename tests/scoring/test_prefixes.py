@@ -22,7 +22,7 @@ from endoreward_fast import EndoRewardModel
 from endoreward_fast.rivals.judges import JUDGES
 from endoreward_fast.scoring.batching import Room, batches
 from endoreward_fast.scoring.prefixes import DEPTH, LEAST_LENGTH, LEAST_SAVED, plan
-from tiny_models import EOS, MODELS, TOKENIZER, build
+from tiny_models import EOS, MODELS, TOKENIZER, VOCAB, build
 
 CONTINUES = {
     "llama": MODELS["llama"],
@@ -176,6 +176,27 @@ def test_models_that_do_not_go_on_behind_a_cache_read_whole_rows_and_say_so_once
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agree(scorer.score(ROWS), wanted)
+
+
+class OddHead(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_compiled_models_and_those_read_through_their_own_logits_read_whole_rows():
+    compiled = EndoRewardModel(MODELS["llama"](), TOKENIZER)
+    compiled.model.compile()
+    with pytest.warns(UserWarning, match="it is compiled"):
+        assert compiled.obstacle_to_sharing()
+    model = MODELS["llama"]()
+    wanted = EndoRewardModel(model, TOKENIZER).score(ROWS)
+    odd = OddHead(64, VOCAB, bias=False)
+    odd.weight = model.lm_head.weight
+    model.lm_head = odd
+    with pytest.warns(UserWarning, match="using its full logits"):
+        own = EndoRewardModel(model, TOKENIZER)
+    with pytest.warns(UserWarning, match="read through its own logits"):
+        agree(own.score(ROWS), wanted)
 
 
 def test_nothing_is_asked_where_nothing_is_shared():
