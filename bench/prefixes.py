@@ -146,12 +146,13 @@ def case(model: str, name: str, scorer: EndoRewardModel, rows: list[dict], round
     }  # fmt: skip
 
 
-def run(rounds: int, file: Path, size: int, budgets: list[int], folder: Path | None) -> None:
+def run(rounds: int, file: Path, size: int, budgets: list[int], folder: Path | None, only: str) -> None:
     torch.set_num_threads(1)
     models = {"pocket": EndoRewardModel.from_pretrained("pocket"), "llama, 30M": EndoRewardModel(llama())}
     jobs = [
         (model, name, budget)
         for budget in budgets for model in models for name in workloads(VOCAB, file, size)
+        if only in f"{model}, {name}"
     ]  # fmt: skip
     cases = []
     print(f"{'':42}{'computed':>9}{'promised':>9}{'took':>7}{'quartiles':>12}{'/ promise':>10}{'again':>7}")
@@ -177,5 +178,6 @@ if __name__ == "__main__":
     parser.add_argument("--data", type=Path, default=RM_BENCH)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--only", default="", help="part of a model's and workload's name")
     args = parser.parse_args()
-    run(args.rounds, args.data, args.prompts, args.budgets, args.out)
+    run(args.rounds, args.data, args.prompts, args.budgets, args.out, args.only)

@@ -10,6 +10,10 @@ Result = TypeVar("Result")
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "error: out of memory", "Triton Error [CUDA]: out of memory", "_ALLOC_FAILED")
 """said by what has no exception of its own for it: the CPU's allocator, the driver, a kernel's launch, cuBLAS, cuDNN"""
 
+EVEN, ENOUGH = 0.8, 256
+"""Rows behind others differ more in length. From ENOUGH tokens on, a batch takes no row below EVEN of its longest: four
+prompts of RM-Bench were padded by 29% without this."""
+
 
 def batches(
     lengths: Sequence[int],
@@ -34,6 +38,7 @@ def batches(
         if batch and (
             (len(batch) + 1) * max(1, lengths[batch[0]] + widest) > max_tokens
             or kind(lengths[i]) != kind(lengths[batch[0]])
+            or (behind and len(batch) * lengths[batch[0]] >= ENOUGH and lengths[i] < EVEN * lengths[batch[0]])
         ):
             yield batch
             batch, widest = [], held[i]
