@@ -1,1 +1,1 @@
-"""The command `endoreward`: a folder each for flags, input, run and evaluate, and a file each for demo and show."""
+"""The command `endoreward`: folders for flags, input, run and evaluate; files for demo, its facts, and show."""
