@@ -158,11 +158,16 @@ class LayoutCheck:
                     layout.inputs.pop("position_ids")
             alone = self.states(self.arguments(lay_out(real, None, None)))[0]
             among = self.states(self.arguments(layout))[:, -count:]
-        error = (among - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
-        # A leak gives an error of 1e-3 (tiny random models) to 1, and rounding one of about eps. The median, because a
-        # token of a mixture of experts may be routed to another expert.
-        tf32 = alone.is_cuda and torch.get_float32_matmul_precision() != "highest"
-        return bool(error.median() <= max(4e-3 if tf32 else 1e-4, 4 * torch.finfo(alone.dtype).eps))
+        return same_states(among, alone)
+
+
+def same_states(among: Tensor, alone: Tensor) -> bool:
+    """Return whether the states (T, D) of tokens among others equal those alone, up to rounding."""
+    error = (among - alone).float().norm(dim=-1) / alone.float().norm(dim=-1)
+    # A leak gives an error of 1e-3 (tiny random models) to 1, and rounding one of about eps. The median, because a
+    # token of a mixture of experts may be routed to another expert.
+    tf32 = alone.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return bool(error.median() <= max(4e-3 if tf32 else 1e-4, 4 * torch.finfo(alone.dtype).eps))
 
 
 def accepted_arguments(model: nn.Module) -> set[str]:

@@ -31,6 +31,7 @@ from ..scoring.arguments import (
 )
 from ..scoring.batching import Room
 from ..scoring.options import ScoreOptions
+from ..scoring.past import Past
 from ..scoring.results import OnTokens, Ranked, RowScore, Scores, TokenTable, in_order
 from ..scoring.score import score_rows
 from ..signals import TokenStats, linear_token_stats, token_stats
@@ -40,6 +41,7 @@ from ..types import TokenRewards
 from ..vocab.checks import as_bool, check_input_ids, check_tensors
 from .batch_layout import LayoutCheck, PaddingLast, lay_out
 from .checkpoint import pocket_path
+from .continuing import Continuing
 from .loading import load, naming
 from .positions import Positions, forget_longer_rows
 from .vocabulary import refuse_larger_vocabulary, refuse_other_vocabulary
@@ -66,6 +68,7 @@ class EndoRewardModel(nn.Module):
         self.tokenizer = tokenizer
         self.head = Head(model)
         self.layouts = LayoutCheck(model, self._states)
+        self.continuing = Continuing(model, self.head)
         self.positions = Positions.of(model, self._text_config(), tokenizer)
         self.room = Room()  # assign a new Room() to restore the batch size after memory ran out
         if tokenizer is not None:
@@ -151,8 +154,9 @@ class EndoRewardModel(nn.Module):
         support that.
         """
         arguments, scored, ends = self._laid_out(input_ids, attention_mask, completion_mask, terminal, position_ids)
-        wanted = {"alpha": alpha, "entropy": entropy, "impl": impl}
-        return self._read(token_rewards, linear_token_rewards, arguments, scored, ends, **wanted)
+        return self._read(
+            token_rewards, linear_token_rewards, arguments, scored, ends, alpha=alpha, entropy=entropy, impl=impl
+        )
 
     if TYPE_CHECKING:
         __call__ = forward  # nn.Module.__call__ returns Any
@@ -170,13 +174,14 @@ class EndoRewardModel(nn.Module):
 
     def rewards_of_padded(
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0,
-        attention_mask: Tensor | None = None, entropy: bool = False,
+        attention_mask: Tensor | None = None, entropy: bool = False, states: Tensor | None = None,
     ) -> TokenRewards:  # fmt: skip
         """Do the same as `forward`, without its checks: `scored` must exclude padding and first tokens.
 
         attention_mask   (B, T), for rows that are padded on the left. The padding is moved to the right, which does not
                          change the states of a causal model, and the result is moved back. Rows padded on the right
                          need no mask, because a causal model's tokens do not see later ones
+        states           (B, T, D), the states of these tokens from `read_on`; the model then does not run
         """
         if attention_mask is not None:
             rows = PaddingLast(attention_mask)
@@ -185,8 +190,8 @@ class EndoRewardModel(nn.Module):
             entropies = None if found.entropy is None else rows.back(found.entropy)
             return TokenRewards(rows.back(found.reward), rows.back(found.logprob), rows.back(found.value), entropies)
         return self._read(
-            token_rewards, linear_token_rewards, {"input_ids": input_ids}, scored, terminal, alpha=alpha,
-            entropy=entropy,
+            token_rewards, linear_token_rewards, {"input_ids": input_ids}, scored, terminal, states=states,
+            alpha=alpha, entropy=entropy,
         )  # fmt: skip
 
     def ready_for(self, input_ids: Tensor) -> None:
@@ -194,9 +199,24 @@ class EndoRewardModel(nn.Module):
         if self.positions.keeps_frequencies(input_ids.shape[1]):
             forget_longer_rows(self.model, input_ids.to(self.device))
 
-    def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
+    def stats_of_padded(
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, states: Tensor | None = None
+    ) -> TokenStats:  # fmt: skip
         """Do the same as `stats`, without its checks, for rows that are padded on the right."""
-        return self._read(token_stats, linear_token_stats, {"input_ids": input_ids}, scored, terminal, alpha=alpha)
+        return self._read(
+            token_stats, linear_token_stats, {"input_ids": input_ids}, scored, terminal, states=states, alpha=alpha
+        )  # fmt: skip
+
+    def obstacle_to_sharing(self) -> str | None:
+        """Return why a prefix of several rows is not read once for all of them; None if it is. See continuing.py."""
+        return self.continuing.obstacle()
+
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
+        """Read tokens (B, S), padded on the right, of which (B,) `lengths` are real, behind the rows of `past`."""
+        width = input_ids.shape[1] + (0 if past is None else past.hidden.shape[1])
+        if self.positions.keeps_frequencies(width):
+            forget_longer_rows(self.model, input_ids)
+        return self.continuing.read_on(input_ids, lengths, past)
 
     def score(
         self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
@@ -207,7 +227,8 @@ class EndoRewardModel(nn.Module):
                   append_eos, max_tokens_per_batch, per_token, texts, entropy, signals, reference, ...
 
         A row that cannot be scored gets an `error`; the others are still scored. The model runs in evaluation mode,
-        without autograd, on batches of similar length.
+        without autograd, on batches of similar length. A prefix that rows share, such as the prompt of several
+        completions, is read once if the model can continue behind its cache (`obstacle_to_sharing`).
 
         The batch changes a row's score only by the rounding of matmuls. Measured on a CPU with 240 rows of the embedded
         model and scores from -82 to 19: a row alone and in a batch differ by at most 2e-5 in float32, and by at most
@@ -272,9 +293,12 @@ class EndoRewardModel(nn.Module):
 
     def _read(
         self, of_logits: Callable[..., Read], of_hidden: Callable[..., Read], arguments: dict[str, Tensor],
-        scored: Tensor, terminal: Tensor | None, **wanted: Any,
+        scored: Tensor, terminal: Tensor | None, *, states: Tensor | None = None, **wanted: Any,
     ) -> Read:  # fmt: skip
-        """Run the model, then `of_hidden` on hidden states, or `of_logits` on logits if the head is not linear."""
+        """Run the model, then `of_hidden` on hidden states, or `of_logits` on logits if the head is not linear.
+
+        With `states`, the model does not run.
+        """
 
         def read(states: Tensor) -> Read:
             tokens = arguments["input_ids"].to(states.device)
@@ -287,7 +311,7 @@ class EndoRewardModel(nn.Module):
                 softcap=self.head.softcap, vocab_size=self.head.vocab_size, **wanted,
             )  # fmt: skip
 
-        return self._run(arguments, read)
+        return self._run(arguments, read) if states is None else read(states)
 
     def _run(self, arguments: dict[str, Tensor], reader: Callable[[Tensor], Found]) -> Found:
         """Return `reader` of the head's input (B, T, D), or of the final logits (B, T, V) if the head is not linear."""

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from itertools import takewhile
 from typing import TypeVar
 
 import torch
@@ -11,25 +10,42 @@ Result = TypeVar("Result")
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "error: out of memory", "Triton Error [CUDA]: out of memory", "_ALLOC_FAILED")
 """parts of RuntimeError messages that mean out of memory: the CPU allocator, the CUDA driver, Triton, cuBLAS, cuDNN"""
 
+EVEN, ENOUGH = 0.8, 256
+"""Rows behind others differ more in length. From ENOUGH tokens on, a batch takes no row below EVEN of its longest: four
+prompts of RM-Bench were padded by 29% without this."""
+
 
 def batches(
-    lengths: Sequence[int], max_tokens: int, kind: Callable[[int], object] = lambda length: None
+    lengths: Sequence[int],
+    max_tokens: int,
+    kind: Callable[[int], object] = lambda length: None,
+    behind: Sequence[int] | None = None,
 ) -> Iterator[list[int]]:
     """Yield batches as lists of positions in `lengths`. Rows of similar length share a batch.
 
     A batch, padded to its longest row, holds at most `max_tokens` tokens. A longer row gets a batch of its own. The
     longest rows come first, so that a lack of memory shows at once. All rows of a batch have the same `kind(length)`.
+    `behind` is the number of tokens that are held before each row. They count like the row's own.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}: expected at least 1")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        count = max(1, max_tokens // max(1, lengths[order[start]]))
-        ours = kind(lengths[order[start]])
-        batch = list(takewhile(lambda i: kind(lengths[i]) == ours, order[start : start + count]))  # noqa: B023
+    held = [0] * len(lengths) if behind is None else behind
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], -held[i]))
+    batch: list[int] = []
+    most = 0
+    for i in order:
+        widest = max(most, held[i])
+        if batch and (
+            (len(batch) + 1) * max(1, lengths[batch[0]] + widest) > max_tokens
+            or kind(lengths[i]) != kind(lengths[batch[0]])
+            or (behind and len(batch) * lengths[batch[0]] >= ENOUGH and lengths[i] < EVEN * lengths[batch[0]])
+        ):
+            yield batch
+            batch, widest = [], held[i]
+        batch.append(i)
+        most = widest
+    if batch:
         yield batch
-        start += len(batch)
 
 
 class Room:
@@ -60,6 +76,7 @@ def in_batches(
     max_tokens: int,
     room: Room,
     kind: Callable[[int], object] = lambda length: None,
+    behind: Sequence[int] | None = None,
 ) -> Iterator[tuple[list[int], Result | None]]:
     """Run every batch, and yield (positions, run(positions)). Each position occurs once.
 
@@ -69,14 +86,17 @@ def in_batches(
     left = list(range(len(lengths)))
     while left:
         done: set[int] = set()
-        for batch in batches([lengths[i] for i in left], room.within(max_tokens), kind):
+        held = None if behind is None else [behind[i] for i in left]
+        for batch in batches([lengths[i] for i in left], room.within(max_tokens), kind, held):
             places = [left[i] for i in batch]
             result = _if_it_fits(run, places)
             if result is None and len(places) > 1:
-                room.ran_out(len(places) * lengths[places[0]], max_tokens)
+                width = lengths[places[0]] + (0 if behind is None else max(behind[i] for i in places))
+                room.ran_out(len(places) * width, max_tokens)
                 break
             done.update(places)
             yield places, result
+            result = None  # it may hold memory that the next batch needs
         left = [i for i in left if i not in done]
 
 

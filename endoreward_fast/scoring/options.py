@@ -42,8 +42,8 @@ class ScoreOptions:
     append_eos: bool = True
     """end completions of text with an end-of-sequence or end-of-turn token"""
     max_tokens_per_batch: int = 8192
-    """including padding; a longer row runs alone. It is halved if memory runs out, also for later calls
-    (`EndoRewardModel.room`)"""
+    """including padding, and the states that are held of shared prefixes; a longer row runs alone. It is halved if
+    memory runs out, also for later calls (`EndoRewardModel.room`)"""
     per_token: bool = False
     """fill RowScore.tokens"""
     texts: bool = True

@@ -1,11 +1,12 @@
 """Score rows: encode, batch by length, run, reduce. `EndoRewardModel.score` and the command line use this."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import EndoRewardError
@@ -19,12 +20,14 @@ from ..text.rows import Row
 from ..types import TokenRewards
 from .batching import does_not_fit, in_batches
 from .options import ScoreOptions
+from .prefixes import LEAST_LENGTH, Segment, plan
 from .results import OnTokens, RowScore, Scores, TokenTable
 from .scorer import Scorer
+from .shared import Held, Levels
 
 
 def score_rows(scorer: Scorer, rows: Sequence[Row], options: ScoreOptions, on_tokens: OnTokens) -> Scores:
-    """Yield (position in rows, score). Rows that cannot be scored come first, then batches, the longest rows first."""
+    """Yield (position in rows, score): rows without a score, rows that share prefixes, then others, longest first."""
     encoder = encoder_for(scorer, options)
     vocab_size = min(model.vocab_size for model in _models(scorer, options))
     ready: list[tuple[int, Encoded]] = []
@@ -35,18 +38,65 @@ def score_rows(scorer: Scorer, rows: Sequence[Row], options: ScoreOptions, on_to
         else:
             yield position, result
 
-    def run(batch: list[int]) -> list[RowScore]:
-        return _score_batch(scorer, [ready[i][1] for i in batch], options)
-
-    def frequencies(length: int) -> list[tuple[int, ...]]:
-        return [model.positions.frequencies(length) for model in _models(scorer, options)]
-
     lengths = [len(encoded.input_ids) for _, encoded in ready]
-    for batch, scores in in_batches(run, lengths, options.max_tokens_per_batch, scorer.room, frequencies):
+    for batch, scores in _scored(scorer, [encoded for _, encoded in ready], options):
         if on_tokens is not None:
             on_tokens(sum(lengths[i] for i in batch))
         for i, score in zip(batch, scores or [_does_not_fit(ready[i][1]) for i in batch], strict=True):
             yield ready[i][0], score
+
+
+def _scored(
+    scorer: Scorer, rows: list[Encoded], options: ScoreOptions
+) -> Iterator[tuple[list[int], list[RowScore] | None]]:
+    """(rows, their scores): those that share prefixes, then the others. None: memory has no room for a row."""
+    models = _models(scorer, options)
+
+    def frequencies(length: int) -> list[tuple[int, ...]]:
+        return [model.positions.frequencies(length) for model in models]
+
+    def run(places: list[int]) -> list[RowScore]:
+        return _score_batch(scorer, [rows[alone[i]] for i in places], options)
+
+    shared, alone = _plan(models, rows, frequencies, options)
+    levels = Levels(
+        lambda segments, above, parents: _read_on(models, rows, segments, above, parents),
+        lambda segments, held: _score_ends(scorer, rows, segments, held, options),
+        options.max_tokens_per_batch, scorer.room,
+    )  # fmt: skip
+    for places, scores in levels.results(shared):
+        if scores is None:
+            alone += places  # it may fit where no cache is held
+        else:
+            yield places, scores
+    lengths = [len(rows[i].input_ids) for i in alone]
+    for places, scores in in_batches(run, lengths, options.max_tokens_per_batch, scorer.room, frequencies):
+        yield [alone[i] for i in places], scores
+
+
+def _plan(
+    models: list[Scorer], rows: list[Encoded], frequencies: Callable[[int], object], options: ScoreOptions
+) -> tuple[list[Segment], list[int]]:
+    """The prefixes that rows share, and the rows that run by themselves.
+
+    Rows whose length changes their rotary frequencies share nothing, and neither do rows under a budget that holds no
+    prefix: max_tokens_per_batch=1 runs each row alone.
+    """
+    usual = frequencies(1)
+    alike = [i for i, row in enumerate(rows) if frequencies(len(row.input_ids)) == usual]
+    everyone = list(range(len(rows)))
+    if len(alike) < 2 or options.max_tokens_per_batch < LEAST_LENGTH:
+        return [], everyone
+    shared = [segment for segment in plan([_read_tokens(row) for row in rows], alike) if not segment.alone]
+    if not shared or any(model.obstacle_to_sharing() is not None for model in models):
+        return [], everyone
+    sharing = {row for segment in shared for row in segment.rows()}
+    return shared, [i for i in everyone if i not in sharing]
+
+
+def _read_tokens(row: Encoded) -> list[int]:
+    """The tokens whose states a score is made of: after a terminal token, V(s') is 0."""
+    return row.input_ids[:-1] if row.terminal else row.input_ids
 
 
 def _does_not_fit(encoded: Encoded) -> RowScore:
@@ -100,17 +150,60 @@ def evaluating(model: Scorer | nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _score_batch(scorer: Scorer, batch: list[Encoded], options: ScoreOptions) -> list[RowScore]:
+def _read_on(
+    models: list[Scorer], rows: list[Encoded], segments: Sequence[Segment], above: Held | None, parents: list[int]
+) -> Held:
+    """Read segments behind the rows `parents` of what is held above, with every model."""
+    lengths = [segment.stop - segment.start for segment in segments]
+    tokens = [rows[s.row].input_ids[s.start : s.stop] for s in segments]
+    ids = torch.tensor([row + rows[0].input_ids[:1] * (max(lengths) - len(row)) for row in tokens], dtype=torch.long)
+    held = []
+    for i, model in enumerate(models):
+        given, real, chosen = (t.to(model.device) for t in (ids, torch.tensor(lengths), torch.tensor(parents)))
+        with evaluating(model):
+            held.append(model.read_on(given, real, None if above is None else above[i].of(chosen)))
+    return held
+
+
+def _score_ends(
+    scorer: Scorer, rows: list[Encoded], segments: Sequence[Segment], held: Held, options: ScoreOptions
+) -> list[RowScore]:
+    """Score the rows that end in segments from the states that are held of them."""
+    ending = [(n, row) for n, segment in enumerate(segments) for row in segment.rows()]
+    first = (held[0].stops - held[0].lengths).tolist()  # column of a segment's first token
+    width = max(first[n] + len(rows[row].input_ids) for n, row in ending)
+    count = max(len(segments), options.max_tokens_per_batch // width)  # of riders there may be any number
+    scores = []
+    for part in (ending[i : i + count] for i in range(0, len(ending), count)):
+        batch = [rows[row] for _, row in part]
+        cut = min(first[n] + encoded.prompt_length - 1 for (n, _), encoded in zip(part, batch, strict=True))
+        offsets = [first[n] - cut for n, _ in part]
+        stop = max(offset + len(encoded.input_ids) for offset, encoded in zip(offsets, batch, strict=True))
+        with evaluating(scorer):
+            places = torch.tensor([n for n, _ in part])
+            states = [past.hidden[:, cut : cut + stop][places.to(past.hidden.device)] for past in held]
+            # No state was computed behind a last token that ends the episode.
+            states = [F.pad(found, (0, 0, 0, stop - found.shape[1])) for found in states]
+        scores += _score_batch(scorer, batch, options, offsets, states)
+    return scores
+
+
+def _score_batch(
+    scorer: Scorer, batch: list[Encoded], options: ScoreOptions, offsets: Sequence[int] = (),
+    states: Sequence[Tensor] = (),
+) -> list[RowScore]:  # fmt: skip
+    """Score rows, each `offsets` columns further right, from the `states` of every model if they are known."""
+    offsets = offsets or [0] * len(batch)
     with evaluating(scorer):  # must not enclose a yield: the caller's code would run in this mode
-        padded = _pad(batch)
-        for model in _models(scorer, options):
+        padded = _pad(batch, offsets)
+        for model in _models(scorer, options) if not states else ():
             model.ready_for(padded[0])
-        rewards, mask, signals = _read(scorer, *padded, options)
+        rewards, mask, signals = _read(scorer, *padded, options, states)
         totals = sequence_score(
             rewards.reward, mask, reduction=options.reduction, gamma=options.gamma, floor=options.floor
         )
         columns = torch.stack([totals.double(), rewards.logprob.double().sum(1), *signals]).tolist()
-        tables = _tables(scorer, batch, rewards, options) if options.per_token else [None] * len(batch)
+        tables = _tables(scorer, batch, offsets, rewards, options) if options.per_token else [None] * len(batch)
     results = []
     for encoded, table, score, logprob, *values in zip(batch, tables, *columns, strict=True):
         count = encoded.num_scored
@@ -123,62 +216,70 @@ def _score_batch(scorer: Scorer, batch: list[Encoded], options: ScoreOptions) ->
 
 
 def _read(
-    scorer: Scorer, input_ids: Tensor, scored: Tensor, terminal: Tensor, options: ScoreOptions
-) -> tuple[TokenRewards, Tensor, list[Tensor]]:
+    scorer: Scorer, input_ids: Tensor, scored: Tensor, terminal: Tensor, options: ScoreOptions,
+    states: Sequence[Tensor],
+) -> tuple[TokenRewards, Tensor, list[Tensor]]:  # fmt: skip
     """Return rewards (B, T), the mask on the same device, and each signal as float64 (B,), from one pass."""
     inputs = [t.to(scorer.device) for t in (input_ids, scored, terminal)]
+    ours, theirs = (states[0], states[-1]) if states else (None, None)
     if not options.signals:
-        rewards = scorer.rewards_of_padded(*inputs, alpha=options.alpha, entropy=options.entropy)
+        rewards = scorer.rewards_of_padded(*inputs, alpha=options.alpha, entropy=options.entropy, states=ours)
         return rewards, inputs[1].to(rewards.reward.device), []
-    stats = scorer.stats_of_padded(*inputs, alpha=options.alpha)
+    stats = scorer.stats_of_padded(*inputs, alpha=options.alpha, states=ours)
     other = None
     if options.reference is not None and any(SIGNALS[name].needs_reference for name in options.signals):
-        other = _logprob(options.reference, input_ids, scored, terminal, options.alpha).to(stats.lse.device)
+        other = _logprob(options.reference, input_ids, scored, terminal, options.alpha, theirs).to(stats.lse.device)
     return stats.rewards(), stats.mask, [SIGNALS[name].score(stats, other).double() for name in options.signals]
 
 
 def _logprob(
-    model: Scorer, input_ids: Tensor, scored: Tensor, terminal: Tensor, alpha: float
+    model: Scorer, input_ids: Tensor, scored: Tensor, terminal: Tensor, alpha: float, states: Tensor | None
 ) -> Tensor:  # fmt: skip
     with evaluating(model):
         inputs = (t.to(model.device) for t in (input_ids, scored, terminal))
-        return model.rewards_of_padded(*inputs, alpha=alpha).logprob
+        return model.rewards_of_padded(*inputs, alpha=alpha, states=states).logprob
 
 
-def _pad(batch: list[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (ids, scored, terminal), each (B, T) and padded on the right.
+def _pad(batch: list[Encoded], offsets: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (ids, scored, terminal), each (B, T) and padded.
+
+    A row's first token is in column `offset`. If that is negative, so many of its first tokens are left out.
 
     A row is padded with its own first token. Any id of the vocabulary would do, but some models warn about their
     padding token when there is no attention mask.
     """
-    width = max(len(encoded.input_ids) for encoded in batch)
-    rows = [encoded.input_ids + encoded.input_ids[:1] * (width - len(encoded.input_ids)) for encoded in batch]
-    place = torch.arange(width)
+    width = max(offset + len(encoded.input_ids) for encoded, offset in zip(batch, offsets, strict=True))
+    rows = []
+    for encoded, offset in zip(batch, offsets, strict=True):
+        ids, fill = encoded.input_ids, encoded.input_ids[:1]
+        rows.append(fill * max(0, offset) + ids[max(0, -offset) :] + fill * (width - offset - len(ids)))
+    starts = torch.tensor([[offset] for offset in offsets])
+    place = torch.arange(width) - starts
     lengths = torch.tensor([[len(encoded.input_ids)] for encoded in batch])
     scored = (place < lengths) & (place >= torch.tensor([[encoded.prompt_length] for encoded in batch]))
-    for i, encoded in enumerate(batch):
+    for i, (encoded, offset) in enumerate(zip(batch, offsets, strict=True)):
         if encoded.completion_mask is not None:
-            stop = encoded.prompt_length + len(encoded.completion_mask)
-            scored[i, encoded.prompt_length : stop] = torch.tensor(encoded.completion_mask)
+            start = encoded.prompt_length + offset
+            scored[i, start : start + len(encoded.completion_mask)] = torch.tensor(encoded.completion_mask)
     terminal = (place == lengths - 1) & torch.tensor([[encoded.terminal] for encoded in batch])
     return torch.tensor(rows), scored, terminal
 
 
 def _tables(
-    scorer: Scorer, batch: list[Encoded], rewards: TokenRewards, options: ScoreOptions
+    scorer: Scorer, batch: list[Encoded], offsets: Sequence[int], rewards: TokenRewards, options: ScoreOptions
 ) -> list[TokenTable]:  # fmt: skip
     wanted = [rewards.reward, rewards.logprob, rewards.value]
     if options.entropy and rewards.entropy is not None:
         wanted.append(rewards.entropy)
     fields = torch.stack(wanted).tolist()
     tables = []
-    for i, encoded in enumerate(batch):
+    for i, (encoded, offset) in enumerate(zip(batch, offsets, strict=True)):
         start, stop = encoded.prompt_length, len(encoded.input_ids)
         ids = encoded.input_ids[start:]
         named = ("",) * len(ids)
         if options.texts and scorer.tokenizer is not None:
             named = token_texts(scorer.tokenizer, encoded.input_ids, start)
-        columns = (ids, named, *(field[i][start:stop] for field in fields))
+        columns = (ids, named, *(field[i][offset + start : offset + stop] for field in fields))
         chosen = encoded.completion_mask or (True,) * len(ids)
         tables.append(TokenTable(*(tuple(compress(column, chosen)) for column in columns)))
     return tables

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..signals import TokenStats
 from ..types import TokenRewards
 from .batching import Room
+from .past import Past
 
 
 class Limit(Protocol):
@@ -43,9 +44,18 @@ class Scorer(Protocol):
         """Drop the state that earlier batches have left in the model, before this batch (B, T) is read."""
 
     def rewards_of_padded(
-        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, entropy: bool = False
-    ) -> TokenRewards:
-        """Return rewards (B, T) of rows that are padded on the right."""
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, entropy: bool = False,
+        states: Tensor | None = None,
+    ) -> TokenRewards:  # fmt: skip
+        """Return rewards (B, T) of rows that are padded on the right, from their `states` (B, T, D) if given."""
 
-    def stats_of_padded(self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0) -> TokenStats:
-        """Return the statistics from which all signals are computed, for rows that are padded on the right."""
+    def stats_of_padded(
+        self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, states: Tensor | None = None
+    ) -> TokenStats:  # fmt: skip
+        """Return the statistics from which all signals are computed, likewise."""
+
+    def obstacle_to_sharing(self) -> str | None:
+        """Return why tokens cannot be read behind others; None if they can."""
+
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
+        """Read (B, S) tokens, padded on the right, the real ones (B,) `lengths`, behind `past` (B rows)."""
