@@ -93,7 +93,7 @@ def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for n, name in enumerate(names) if name in names[:n])
-        raise ValueError(f"the key {twice!r} is twice in one object: keep one")
+        raise ValueError(f"the key {twice!r} occurs twice in one object: keep one")
     return found
 
 

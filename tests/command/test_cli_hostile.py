@@ -42,7 +42,7 @@ def refused(*args):
     ("text", "error"),
     [
         (DEEP, "not valid JSON ("),
-        ('[{"name": "a", "name": "b"}]', "the key 'name' stands twice in one object: keep one"),
+        ('[{"name": "a", "name": "b"}]', "the key 'name' occurs twice in one object: keep one"),
         ('[{"name": NaN}]', "tools[0].name: NaN and infinity are not valid JSON"),
         ('[{"name": 1e999}]', "tools[0].name: NaN and infinity are not valid JSON"),
         ('[{"name": "\\ud800"}]', "tools[0].name: character 1 is half of a surrogate pair"),
@@ -76,7 +76,7 @@ def test_unreadable_tools_are_refused_and_a_byte_order_mark_is_accepted(scorer, 
     ("text", "error"),
     [
         (DEEP, "not valid JSON ("),
-        ('{"mood": 1, "mood": 2}', "the key 'mood' stands twice"),
+        ('{"mood": 1, "mood": 2}', "the key 'mood' occurs twice"),
         ('{"mood": NaN}', "mood: NaN and infinity are not valid JSON"),
         ('{"mood": "\\ud800"}', "mood: character 1 is half of a surrogate pair"),
         ("null", "found null"),
@@ -96,7 +96,7 @@ def test_invalid_template_variables_are_refused(text, error, scorer, tmp_path):
     ("columns", "error"),
     [
         ({"tools": DEEP}, "tools: not valid JSON"),
-        ({"tools": '[{"a": 1, "a": 2}]'}, "tools: not valid JSON (the key 'a' stands twice"),
+        ({"tools": '[{"a": 1, "a": 2}]'}, "tools: not valid JSON (the key 'a' occurs twice"),
         ({"tools": [{"a": float("nan")}]}, "tools[0].a: NaN and infinity are not valid JSON"),
         ({"tools": float("nan")}, "tools: wanted a list of JSON objects"),
         ({"tools": [{"a": "\ud800"}]}, "tools[0].a: character 1 is half of a surrogate pair"),

@@ -24,10 +24,10 @@ SPELT = [
     ("other", '[{"role": "user"}]', '[{"role": "user"}]'),
 ]  # fmt: skip
 DAMAGED = [
-    ("tools", "[{'a': 1, 'a': 2}]", "the key 'a' stands twice in one object: keep one"),
-    ("tools", '[{"a": 1, "a": 2}]', "the key 'a' stands twice in one object: keep one"),
-    ("messages", "[{'role': 'user', 'content': 'u', 'content': 'v'}]", "the key 'content' stands twice"),
-    ("messages", "[{'role': 'user', 'content': [{'x': ({'y': 1, 'y': 2},)}]}]", "the key 'y' stands twice"),
+    ("tools", "[{'a': 1, 'a': 2}]", "the key 'a' occurs twice in one object: keep one"),
+    ("tools", '[{"a": 1, "a": 2}]', "the key 'a' occurs twice in one object: keep one"),
+    ("messages", "[{'role': 'user', 'content': 'u', 'content': 'v'}]", "the key 'content' occurs twice"),
+    ("messages", "[{'role': 'user', 'content': [{'x': ({'y': 1, 'y': 2},)}]}]", "the key 'y' occurs twice"),
     ("tools", "nan", "tools: wanted a list or an object"),
     ("tools", "f, g", "tools: wanted a list or an object"),
     ("chat_template_kwargs", "{'a': 1", "chat_template_kwargs: wanted a list or an object"),

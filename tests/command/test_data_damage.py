@@ -137,8 +137,8 @@ def test_rows_before_the_damage_come_before_the_file_is_read_to_its_end(tmp_path
 @pytest.mark.parametrize(
     ("line", "error"),
     [
-        ('{"prompt": "p", "prompt": "q", "completion": "c"}', "the key 'prompt' stands twice in one object: keep one"),
-        ('{"messages": [{"role": "user", "role": "assistant", "content": "c"}]}', "the key 'role' stands twice"),
+        ('{"prompt": "p", "prompt": "q", "completion": "c"}', "the key 'prompt' occurs twice in one object: keep one"),
+        ('{"messages": [{"role": "user", "role": "assistant", "content": "c"}]}', "the key 'role' occurs twice"),
         ('{"prompt": "p", "completion": "c"} {"prompt": "q"}', "not valid JSON (Extra data"),
         ('\ufeff{"prompt": "p", "completion": "c"}', "not valid JSON (Unexpected UTF-8 BOM"),
         ('{"prompt": "p", "completion": "c', "not valid JSON ("),
@@ -176,8 +176,8 @@ ROW = '{"prompt": "p", "completion": "c"}'
     [
         (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x", "2": "y"}}), "has row '1'"),
         (json.dumps({"prompt": {"0": "a", "1": "b"}, "completion": {"0": "x"}}), "has row '1'"),
-        ('{"prompt": {"0": "a", "0": "b"}, "completion": {"0": "x"}}', "the key '0' stands twice"),
-        ('{"prompt": ["a"], "completion": ["x"], "prompt": ["b"]}', "the key 'prompt' stands twice"),
+        ('{"prompt": {"0": "a", "0": "b"}, "completion": {"0": "x"}}', "the key '0' occurs twice"),
+        ('{"prompt": ["a"], "completion": ["x"], "prompt": ["b"]}', "the key 'prompt' occurs twice"),
         (f'{{"data": [{ROW}], "test": [{ROW}]}}', 'has rows under "data" and under "test"'),
         (f"[{ROW}]\n[{ROW}]\n", "not valid JSON (Extra data"),
         (f"[{ROW}] trailing", "not valid JSON (Extra data"),
@@ -193,7 +193,7 @@ def test_a_damaged_json_document_is_refused(data, error, tmp_path):
 
 def test_a_repeated_key_fails_its_row_only(tmp_path):
     found, ended = read(tmp_path, "a.json", f'[{ROW}, {{"prompt": "p", "prompt": "q"}}, {ROW}]')
-    assert ended is None and found[1].startswith("the key 'prompt' stands twice") and found[0] == found[2]
+    assert ended is None and found[1].startswith("the key 'prompt' occurs twice") and found[0] == found[2]
 
 
 # ---------------------------------------------------------------- gzip and Parquet

@@ -126,7 +126,7 @@ def _by_index(columns: dict[str, dict[str, Any]], name: str) -> list[dict[str, A
 
 def _refuse_ambiguous(value: dict[str, Any], name: str) -> None:
     if isinstance(value, Ambiguous):
-        raise EndoRewardError(f"{name}: the key {value.key!r} stands twice in one object: keep one")
+        raise EndoRewardError(f"{name}: the key {value.key!r} occurs twice in one object: keep one")
 
 
 def _are_rows(value: object) -> bool:

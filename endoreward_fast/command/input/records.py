@@ -31,7 +31,7 @@ def record(where: str, row: object) -> Record:
     if _is_deeper(row, DEEPEST):
         return Record(where, None, f"nested more than {DEEPEST} levels deep")
     if (twice := _ambiguous(row)) is not None:
-        return Record(where, None, f"the key {twice.key!r} stands twice in one object: keep one")
+        return Record(where, None, f"the key {twice.key!r} occurs twice in one object: keep one")
     return Record(where, row)
 
 
