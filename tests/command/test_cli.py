@@ -8,22 +8,8 @@ from pathlib import Path
 import pytest
 
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
-from endoreward_fast.command.run import pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def scorer(monkeypatch):
-    made = LengthScorer()
-    made.loaded = []
-
-    def load(flags):
-        made.loaded.append(flags)
-        return made
-
-    monkeypatch.setattr(pipeline, "load_scorer", load)
-    return made
 
 
 # --- rows in, rows out

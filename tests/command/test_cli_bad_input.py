@@ -9,23 +9,9 @@ from typer.testing import CliRunner
 
 from cli_harness import PAIR, LengthScorer, put, rows_of, run
 from endoreward_fast.command.cli import app
-from endoreward_fast.command.run import pipeline
 from endoreward_fast.command.run.monitor import ERRORS_SHOWN
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def scorer(monkeypatch):
-    made = LengthScorer()
-    made.loaded = []
-
-    def load(flags):
-        made.loaded.append(flags)
-        return made
-
-    monkeypatch.setattr(pipeline, "load_scorer", load)
-    return made
 
 
 def test_malformed_lines_are_reported_and_the_rest_is_scored(scorer, tmp_path):

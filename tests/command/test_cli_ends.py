@@ -22,18 +22,10 @@ PREFERENCES = [{"n": n, "prompt": "p", "chosen": "a", "rejected": "bb"} for n in
 COMMANDS = ("score", "rank", "eval", "show", "plot")
 
 
-@pytest.fixture
-def scorer(monkeypatch):
-    made = LengthScorer()
-    made.loaded = 0
-
-    def load(flags):
-        made.loaded += 1
-        return made
-
-    monkeypatch.setattr(pipeline, "load_scorer", load)
+@pytest.fixture(autouse=True)
+def weights(monkeypatch):
+    """No model is looked for: its weights have a made-up name."""
     monkeypatch.setattr(side_by_side, "weights_of", lambda name, **where: "weights")
-    return made
 
 
 # ---------------------------------------------------------------- where results go
@@ -45,7 +37,7 @@ def test_an_impossible_output_is_one_line_before_a_model_is_loaded(command, outp
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
     result = run(command, put(tmp_path, BOTH).name, "-o", output, code=2)
-    assert result.stderr.count("\n") == 1 and result.stderr.startswith("endoreward: ") and scorer.loaded == 0
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("endoreward: ") and scorer.loaded == []
     assert ("--output is empty" if output == "" else f"cannot write {output}: ") in result.stderr
 
 
@@ -59,7 +51,7 @@ def test_files_written_beside_an_output_must_not_be_inputs(side, scorer, tmp_pat
     before = source.read_text()
     said = run("score", source, "-o", tmp_path / "out.jsonl", code=2).stderr
     assert f"{source} is the input, and would be written beside {tmp_path / 'out.jsonl'}" in said
-    assert source.read_text() == before and not (tmp_path / "out.jsonl").exists() and scorer.loaded == 0
+    assert source.read_text() == before and not (tmp_path / "out.jsonl").exists() and scorer.loaded == []
 
 
 @pytest.mark.parametrize("command", ["score", "rank", "eval", "show"])
@@ -243,7 +235,7 @@ def test_the_wrong_kind_of_comparison_model_is_refused_before_loading(scorer, tm
         (("--reward-model", tmp_path), "cannot be loaded: Unrecognized model"),
         (("--reference-model", tmp_path, "--signals", "all"), "cannot be loaded: Unrecognized model"),
     ):
-        assert error in run("eval", source, *flags, "-q", code=2).stderr and scorer.loaded == 0
+        assert error in run("eval", source, *flags, "-q", code=2).stderr and scorer.loaded == []
 
 
 def test_a_missing_device_is_refused_before_a_model_is_looked_up(tmp_path):

@@ -11,17 +11,9 @@ import zipfile
 
 import pytest
 
-from cli_harness import LengthScorer, rows_of, run
+from cli_harness import rows_of, run
 from endoreward_fast.command.input.files import open_source
-from endoreward_fast.command.run import pipeline
 from written import put, read
-
-
-@pytest.fixture
-def scorer(monkeypatch):
-    made = LengthScorer()
-    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: made)
-    return made
 
 
 def table(*lines, delimiter=","):

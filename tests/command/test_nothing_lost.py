@@ -7,23 +7,8 @@ import signal
 
 import pytest
 
-from cli_harness import PAIR, LengthScorer, put, rows_of, run
-from endoreward_fast.command.run import pipeline
+from cli_harness import PAIR, put, rows_of, run
 from endoreward_fast.command.run.interrupted import resume_command
-
-
-@pytest.fixture
-def scorer(monkeypatch):
-    made = LengthScorer()
-    made.loaded = 0
-
-    def load(flags):
-        made.loaded += 1
-        return made
-
-    monkeypatch.setattr(pipeline, "load_scorer", load)
-    return made
-
 
 PREFERENCE = {"prompt": "p", "chosen": "a", "rejected": "bb"}
 ROWS = [{**PAIR, "n": n} for n in range(5)]
@@ -41,7 +26,7 @@ def test_a_non_empty_output_is_refused_before_a_model_is_loaded(command, flag, r
     out.write_text("mine\n")
     said = run(command, source, flag, out, code=2).stderr
     assert f"{out} exists and is not empty" in said and "--overwrite" in said and said.count("\n") == 1
-    assert ("--resume" in said) == resumes and out.read_text() == "mine\n" and scorer.loaded == 0
+    assert ("--resume" in said) == resumes and out.read_text() == "mine\n" and scorer.loaded == []
 
 
 def test_overwrite_replaces_an_output_and_an_empty_one_needs_no_flag(scorer, tmp_path):

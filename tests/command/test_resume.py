@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cli_harness import LengthScorer, put, rows_of, run
+from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError
 from endoreward_fast.command.flags.options import EngineFlags
 from endoreward_fast.command.run import pipeline
@@ -19,13 +19,6 @@ from endoreward_fast.command.run.resume import IRRELEVANT, Done, key_of, rows_do
 from endoreward_fast.command.run.sink import Sink, _lock
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture
-def scorer(monkeypatch):
-    made = LengthScorer()
-    monkeypatch.setattr(pipeline, "load_scorer", lambda flags: made)
-    return made
 
 
 def rows(count):

@@ -4,7 +4,6 @@ Each is refused in one line that says what, where, and what to do.
 """
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -13,23 +12,9 @@ from transformers import AutoTokenizer
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.rivals.reward_model import RewardModel
-from tiny_models import MODELS, ROWS, TOKENIZER
+from tiny_models import MODELS, ROWS
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 123456\n"
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("faults") / "llama"
-    MODELS["llama"]().save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "model")
-    return tmp_path / "model"
 
 
 def changed(folder, file="config.json", **changes):

@@ -24,7 +24,7 @@ from transformers import (
 from endoreward_fast import EndoRewardError, EndoRewardModel, RewardModel
 from endoreward_fast.command.flags.options import ModelFlags
 from endoreward_fast.scoring.arguments import LoadKwargs
-from tiny_models import MODELS, ROWS, TOKENIZER
+from tiny_models import MODELS, ROWS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "models.md").read_text()
@@ -34,19 +34,6 @@ TAKEN, REFUSED = (
 )
 TINY = {"vocab_size": 384, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 T5 = {"vocab_size": 384, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    MODELS["llama"]().save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 def changed(folder, file="config.json", **changes):
