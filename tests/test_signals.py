@@ -294,7 +294,7 @@ def test_one_forward_and_one_pass_over_the_vocabulary(llama, monkeypatch):
     inner = signals.linear_vocab_stats
     monkeypatch.setattr(signals, "linear_vocab_stats", lambda *a, **o: count("vocabulary") or inner(*a, **o))
     monkeypatch.setattr(
-        "endoreward_fast.model.model.linear_token_rewards", lambda *a, **o: pytest.fail("the vocabulary is read twice")
+        "endoreward_fast.model.reader.linear_token_rewards", lambda *a, **o: pytest.fail("the vocabulary is read twice")
     )
     hooks = [llama.model.register_forward_hook(lambda *_: count("model"))]
     llama.score(ROWS, signals="all")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from typing_extensions import Unpack
 
-from ..model.model import EndoRewardModel, RowScore
+from ..model.model import EndoRewardModel
 from ..scoring.arguments import ScoreKwargs
+from ..scoring.results import RowScore
 
 Ids = Sequence[int]
 Own = Sequence[int]

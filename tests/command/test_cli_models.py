@@ -11,7 +11,7 @@ from endoreward_fast.command.flags.options import EngineFlags, EvalFlags
 from endoreward_fast.command.run import pipeline
 from endoreward_fast.command.run.jobs import Job
 from endoreward_fast.model import checkpoint
-from endoreward_fast.model.model import pocket_path
+from endoreward_fast.model.checkpoint import pocket_path
 
 ROW = {"prompt": "What is 2 + 3?", "completion": "5"}
 

@@ -21,9 +21,8 @@ from .sink import compact
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from ...model.model import RowScore
     from ...scoring.arguments import ScoreKwargs
-    from ...scoring.results import OnTokens
+    from ...scoring.results import OnTokens, RowScore
     from ..flags.options import EvalFlags, ModelFlags, RowFlags
 
 WINDOW = 32
