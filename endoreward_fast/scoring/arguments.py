@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .scorer import Scorer
 
 
+USUAL_TOKENS = 8192
+"""tokens that a batch holds if max_tokens_per_batch is not given"""
+
+
 class ScoreKwargs(TypedDict, total=False):
     """The fields of `ScoreOptions` as keyword arguments. `ScoreOptions` documents them."""
 
@@ -29,7 +33,7 @@ class ScoreKwargs(TypedDict, total=False):
     max_length: int | None
     truncate: Truncate
     append_eos: bool
-    max_tokens_per_batch: int
+    max_tokens_per_batch: int | None
     per_token: bool
     texts: bool
     entropy: bool

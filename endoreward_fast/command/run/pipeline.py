@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET
+from ...scoring.arguments import USUAL_TOKENS
 from ...text.row_flags import NOTHING_TO_SCORE
 from ..input.columns import MissingColumns, Task, arrange, plan
 from ..input.files import Record, Source
@@ -148,7 +149,7 @@ def windows(source: Source, command: str, flags: RowFlags) -> Iterator[list[Item
     raised.
     """
     items: list[Item] = []
-    size, full = 0, WINDOW * flags.max_tokens_per_batch
+    size, full = 0, WINDOW * (flags.max_tokens_per_batch or USUAL_TOKENS)
     try:
         for record in source.records:
             item = _item(record, command)
