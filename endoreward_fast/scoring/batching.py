@@ -8,8 +8,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from .arguments import USUAL_TOKENS
-
 Result = TypeVar("Result")
 OUT_OF_MEMORY = ("DefaultCPUAllocator", "error: out of memory", "Triton Error [CUDA]: out of memory", "_ALLOC_FAILED")
 """parts of RuntimeError messages that mean out of memory: the CPU allocator, the CUDA driver, Triton, cuBLAS, cuDNN"""
@@ -40,7 +38,7 @@ class Budget(NamedTuple):
         return self if tokens is None else Budget(min(tokens, self.held), min(tokens, self.computed), self.fixed)
 
 
-ON_CPU, ELSEWHERE = Budget(USUAL_TOKENS, 2048), Budget(USUAL_TOKENS, USUAL_TOKENS)
+ON_CPU, ELSEWHERE = Budget(8192, 2048), Budget(8192, 8192)
 
 
 def batches(

@@ -25,14 +25,23 @@ from .results import OnTokens, RowScore, Scores, TokenTable
 from .scorer import Scorer
 from .shared import Held, Levels
 
+EncodedRows = list[Encoded | RowScore]
+"""the tokens of each row, or why it has no score"""
 
-def score_rows(scorer: Scorer, rows: Sequence[Row], options: ScoreOptions, on_tokens: OnTokens) -> Scores:
-    """Yield (position in rows, score): rows without a score, rows that share prefixes, then others, longest first."""
+
+def encode_rows(scorer: Scorer, rows: Sequence[Row | Encoded | RowScore], options: ScoreOptions) -> EncodedRows:
+    """Return the tokens of each row, or a RowScore that says why it has no score. Encoded rows are left as they are."""
     encoder = encoder_for(scorer, options)
     vocab_size = min(model.vocab_size for model in _models(scorer, options))
+    return [row if isinstance(row, Encoded | RowScore) else _encode(encoder, row, vocab_size) for row in rows]
+
+
+def score_rows(
+    scorer: Scorer, rows: Sequence[Row | Encoded | RowScore], options: ScoreOptions, on_tokens: OnTokens
+) -> Scores:  # fmt: skip
+    """Yield (position in rows, score): rows without a score, rows that share prefixes, then others, longest first."""
     ready: list[tuple[int, Encoded]] = []
-    for position, row in enumerate(rows):
-        result = _encode(encoder, row, vocab_size)
+    for position, result in enumerate(encode_rows(scorer, rows, options)):
         if isinstance(result, Encoded):
             ready.append((position, result))
         else:
