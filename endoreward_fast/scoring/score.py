@@ -1,6 +1,7 @@
 """Score rows: encode, batch by length, run, reduce. `EndoRewardModel.score` and the command line use this."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
@@ -97,8 +98,13 @@ def _plan(
     everyone = list(range(len(rows)))
     if len(alike) < 2 or budget.held < LEAST_LENGTH:
         return [], everyone
-    shared = [segment for segment in plan([_read_tokens(row) for row in rows], alike) if not segment.alone]
-    if not shared or any(model.obstacle_to_sharing() is not None for model in models):
+    tokens = [_read_tokens(row) for row in rows]
+    shared = [segment for segment in plan(tokens, alike) if not segment.alone]
+    if shared and any(model.obstacle_to_sharing() is not None for model in models):
+        # A row that is a prefix of another, such as the next reply to a judge's question, needs no cache.
+        apart = plan(tokens, alike, least=sys.maxsize) if all(model.states_last() for model in models) else []
+        shared = [segment for segment in apart if not segment.alone]
+    if not shared:
         return [], everyone
     sharing = {row for segment in shared for row in segment.rows()}
     return shared, [i for i in everyone if i not in sharing]

@@ -178,6 +178,24 @@ def test_models_that_do_not_go_on_behind_a_cache_read_whole_rows_and_say_so_once
         agree(scorer.score(ROWS), wanted)
 
 
+@pytest.mark.parametrize("name", DOES_NOT)
+@pytest.mark.filterwarnings("ignore:.*reads every row whole")
+def test_a_question_is_read_once_for_all_replies_without_a_cache_too(name):
+    scorer = EndoRewardModel(DOES_NOT[name](), TOKENIZER)
+    scorer.obstacle_to_sharing()
+    rows = [{"prompt": "Name a colour.", "completion": c} for c in ("red", "blue, or green")]
+    judge = JUDGES["pointwise"](scorer, "{question} {answer} Good?")
+    read = []
+    handle = scorer.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    found = [r.score for r in judge.score(rows)]
+    handle.remove()
+    assert sum(read) == len(rows)
+    wanted = [judge.score([r], max_tokens_per_batch=1)[0].score for r in rows]
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
 class OddHead(torch.nn.Linear):
     def forward(self, x):
         return super().forward(x)
