@@ -46,6 +46,9 @@ class Whole(EndoRewardModel):
     def obstacle_to_sharing(self) -> str | None:
         return "it is what sharing is compared with"
 
+    def states_last(self) -> bool:
+        return False
+
 
 def llama() -> LlamaForCausalLM:
     config = LlamaConfig(
@@ -114,7 +117,7 @@ def computed(scorer: EndoRewardModel, rows: list[dict], **options) -> tuple[int,
     return sum(real), sum(seen), scores
 
 
-def case(model: str, name: str, scorer: EndoRewardModel, rows: list[dict], rounds: int, budget: int) -> dict:
+def case(model: str, name: str, scorer: EndoRewardModel, rows: list[dict], rounds: int, budget: int | None) -> dict:
     whole = Whole(scorer.model, scorer.tokenizer)
     options = {"max_tokens_per_batch": budget}
     scorer.score(rows[:2], **options)  # the model is asked here, once
@@ -146,7 +149,7 @@ def case(model: str, name: str, scorer: EndoRewardModel, rows: list[dict], round
     }  # fmt: skip
 
 
-def run(rounds: int, file: Path, size: int, budgets: list[int], folder: Path | None, only: str) -> None:
+def run(rounds: int, file: Path, size: int, budgets: list[int | None], folder: Path | None, only: str) -> None:
     torch.set_num_threads(1)
     models = {"pocket": EndoRewardModel.from_pretrained("pocket"), "llama, 30M": EndoRewardModel(llama())}
     jobs = [
@@ -163,7 +166,7 @@ def run(rounds: int, file: Path, size: int, budgets: list[int], folder: Path | N
         took = found["arms"]["shared"]
         quartiles = f"{took['ratio_low']:.2f}-{took['ratio_high']:.2f}"
         print(
-            f"{model + ', ' + name + f' ({budget})':42}{found['computed'] / found['distinct']:9.3f}"
+            f"{model + ', ' + name + (f' ({budget})' if budget else ''):42}{found['computed'] / found['distinct']:9.3f}"
             f"{found['promised']:9.3f}{took['ratio']:7.3f}{quartiles:>12}"
             f"{found['over_promise']['ratio']:10.3f}{found['arms']['again']['ratio']:7.3f}",
             flush=True,
@@ -177,7 +180,7 @@ if __name__ == "__main__":
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--data", type=Path, default=RM_BENCH)
     parser.add_argument("--prompts", type=int, default=PROMPTS)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[2048, 8192])
+    parser.add_argument("--budgets", type=int, nargs="+", default=[None], help="max_tokens_per_batch; default: its own")
     parser.add_argument("--only", default="", help="part of a model's and workload's name")
     args = parser.parse_args()
     run(args.rounds, args.data, args.prompts, args.budgets, args.out, args.only)

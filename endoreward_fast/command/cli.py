@@ -181,7 +181,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
         if first and done == Done():  # the rest of a resumed run may consist of rows that cannot be scored
             pipeline.check_usable(first, source.name)
-        run = _engine(job, flags, rank, settings, idle=not first)
+        run = _engine(job, flags, rank, settings, idle=not first, waits=not Path(file).is_file())
         monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model)
         with resume_hint(arguments, sink, monitor), monitor:
             if note:
@@ -197,15 +197,21 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
         raise typer.Exit(BAD_INPUT)
 
 
-def _engine(job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dict[str, Any]], *, idle: bool) -> Engine:
-    """Return the engine that scores the rows. Raises EndoRewardError if it cannot run. `idle`: no rows are left."""
+def _engine(
+    job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dict[str, Any]], *, idle: bool, waits: bool
+) -> Engine:
+    """Return the engine that scores the rows. Raises EndoRewardError if it cannot run.
+
+    idle    no rows are left
+    waits   reading may wait for input, as from a pipe
+    """
     if not rank.alone:
         return lead(job, rank, settings()["weights"], idle=idle)
     if idle:
         return nothing_left
     pipeline.before_loading(flags)
     if flags.engine == LOCAL:
-        return here(job)
+        return here(job, ahead=not waits)
     from .run.on_ray import on_ray
 
     return on_ray(job, flags)

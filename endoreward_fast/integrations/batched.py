@@ -66,7 +66,7 @@ class BatchedReward:
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, alpha: float = 1.0, reduction: Literal["sum", "mean"] = "sum",
-        gamma: float = 1.0, floor: float = 0.0, max_tokens_per_batch: int = 8192, unscored: float = UNSCORED,
+        gamma: float = 1.0, floor: float = 0.0, max_tokens_per_batch: int | None = None, unscored: float = UNSCORED,
     ) -> None:  # fmt: skip
         if not (isinstance(unscored, int | float) and math.isfinite(unscored) and unscored < 0):
             raise EndoRewardError(f"unscored={unscored!r}: expected a finite number below 0 and below every score")

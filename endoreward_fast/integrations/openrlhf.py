@@ -42,7 +42,7 @@ class EndoReward:
 
     def __init__(
         self, model: Any, tokenizer: Any = None, *, alpha: float = 1.0, reduction: Literal["sum", "mean"] = "sum",
-        gamma: float = 1.0, floor: float = 0.0, max_tokens_per_batch: int = 8192, unscored: float = UNSCORED,
+        gamma: float = 1.0, floor: float = 0.0, max_tokens_per_batch: int | None = None, unscored: float = UNSCORED,
     ) -> None:  # fmt: skip
         self.reward = BatchedReward(
             model, _loaded(tokenizer), alpha=alpha, reduction=reduction, gamma=gamma, floor=floor,

@@ -98,7 +98,7 @@ class EndoReward:
         self, model: Any = None, tokenizer: Any = None, *, alpha: float = 1.0,
         reduction: Literal["sum", "mean"] = "sum", gamma: float = 1.0, floor: float = 0.0, system: str | None = None,
         chat_template: str | None = None, chat_template_kwargs: Mapping[str, Any] = MappingProxyType({}),
-        max_tokens_per_batch: int = 8192, tools: Sequence[Any] | None = None,
+        max_tokens_per_batch: int | None = None, tools: Sequence[Any] | None = None,
     ) -> None:  # fmt: skip
         self.options = ScoreOptions(
             alpha=alpha, reduction=reduction, gamma=gamma, floor=floor, max_tokens_per_batch=max_tokens_per_batch

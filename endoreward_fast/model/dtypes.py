@@ -4,7 +4,9 @@ from difflib import get_close_matches
 
 from ..errors import EndoRewardError
 
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+FASTEST = "fastest"
+"""stands for bfloat16 where the device computes in it, else float32"""
+DTYPES = ("auto", FASTEST, "float32", "bfloat16", "float16", "float64")
 ALIASES = {
     "bf16": "bfloat16", "fp16": "float16", "half": "float16", "f16": "float16", "fp32": "float32", "f32": "float32",
     "float": "float32", "fp64": "float64", "f64": "float64", "double": "float64",

@@ -15,8 +15,8 @@ from torch import nn
 from ..errors import EndoRewardError, first_line
 from .adapters import CONFIG, Adapter, adapter_at, attach, refuse_without_peft, replaced_by_adapter
 from .checkpoint import located
-from .devices import device_of
-from .dtypes import DTYPES, dtype_name
+from .devices import device_of, fastest_dtype
+from .dtypes import DTYPES, FASTEST, dtype_name
 from .gguf_files import refuse_without_readers, with_split
 from .hub import OPTIONS, file_of
 from .integrity import fault_of, refuse_misread, refuse_unknown_quantisation, why_no_tokenizer
@@ -99,8 +99,10 @@ def _find(kind: Kind, name: str, options: dict[str, Any]) -> _Found:
 def _load(kind: Kind, name: str, dtype: Dtype, device: Device, options: dict[str, Any]) -> Loaded:
     # If trust_remote_code is not set, transformers asks at the terminal whether to run the model's own code.
     wanted, options = _dtype(dtype, {"trust_remote_code": False} | options)
-    if not any(options.get(key) is not None for key in SPREAD):
-        device_of(device)  # raises before anything is read
+    spread = any(options.get(key) is not None for key in SPREAD)
+    target = device_of(None if spread else device)  # raises before anything is read
+    if wanted == FASTEST:
+        wanted = fastest_dtype(target)
     found = _find(kind, name, options)
     options, adapter, base, base_options = found.options, found.adapter, found.base, found.base_options
     config = found.config
@@ -289,4 +291,4 @@ def _of(dtype: Dtype) -> torch.dtype | str:
     if not isinstance(dtype, str | None):
         raise EndoRewardError(f"dtype is a {type(dtype).__name__}: expected {', '.join(DTYPES)}, or a torch.dtype")
     name = "auto" if dtype is None else dtype_name(dtype)
-    return "auto" if name == "auto" else getattr(torch, name)
+    return name if name in ("auto", FASTEST) else getattr(torch, name)

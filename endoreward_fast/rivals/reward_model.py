@@ -14,7 +14,7 @@ from ..model.kinds import refuse_other_than_one_output
 from ..model.loading import load_classifier, naming
 from ..model.positions import Positions, forget_longer_rows
 from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name, refuse_no_name
-from ..scoring.batching import Room, does_not_fit, in_batches
+from ..scoring.batching import Budget, Room, does_not_fit, in_batches
 from ..scoring.options import ScoreOptions
 from ..scoring.results import OnTokens, RowScore, Scores, in_order
 from ..scoring.score import evaluating
@@ -106,7 +106,7 @@ class RewardModel:
                 ready.append((position, *self._encode(row, chosen, encoder)))
             except EndoRewardError as error:
                 yield position, RowScore(None, 0, None, error=str(error))
-        budget = 1 if self.pad is None else chosen.max_tokens_per_batch
+        budget = Budget.of(1 if self.pad is None else chosen.max_tokens_per_batch, self.device)
         lengths = [len(ids) for _, ids, _ in ready]
 
         def run(batch: list[int]) -> list[float]:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from ..errors import EndoRewardError
-from ..text.encoding import Truncate
+from ..text.encoding import Encoded, Truncate
 from ..text.rows import Row
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class ScoreKwargs(TypedDict, total=False):
     max_length: int | None
     truncate: Truncate
     append_eos: bool
-    max_tokens_per_batch: int
+    max_tokens_per_batch: int | None
     per_token: bool
     texts: bool
     entropy: bool
@@ -116,7 +116,7 @@ def list_of_rows(rows: Iterable[Row]) -> list[Row]:
     if isinstance(rows, Mapping):
         raise EndoRewardError(f"rows is one {type(rows).__name__}: expected {ROWS}; for a single row, give [row]")
     listed: list[Row] = _listed("rows", rows, ROWS)
-    if listed and not any(isinstance(row, Mapping) for row in listed):
+    if listed and not any(isinstance(row, Mapping | Encoded) or hasattr(row, "error") for row in listed):
         raise EndoRewardError(f"rows holds {type(listed[0]).__name__}, not rows: expected {ROWS}")
     return listed
 

@@ -41,9 +41,10 @@ class ScoreOptions:
     """a longer row: None makes it an error; "prompt" or "completion" is cut (see `encode_row`)"""
     append_eos: bool = True
     """end completions of text with an end-of-sequence or end-of-turn token"""
-    max_tokens_per_batch: int = 8192
-    """including padding, and the states that are held of shared prefixes; a longer row runs alone. It is halved if
-    memory runs out, also for later calls (`EndoRewardModel.room`)"""
+    max_tokens_per_batch: int | None = None
+    """including padding, and the states that are held of shared prefixes; a longer row runs alone. None: 8192 tokens,
+    of which a CPU computes 2048 at a time, because larger passes are slower there. It is halved if memory runs out,
+    also for later calls (`EndoRewardModel.room`)"""
     per_token: bool = False
     """fill RowScore.tokens"""
     texts: bool = True
@@ -90,7 +91,11 @@ class ScoreOptions:
             ("chat", self.chat in (None, True, False), "True, False or None"),
             ("truncate", self.truncate in (None, "prompt", "completion"), "None, 'prompt' or 'completion'"),
             ("max_length", self.max_length is None or _is_count(self.max_length), "a whole number, 1 or more, or None"),
-            ("max_tokens_per_batch", _is_count(self.max_tokens_per_batch), "a whole number, 1 or more"),
+            (
+                "max_tokens_per_batch",
+                self.max_tokens_per_batch is None or _is_count(self.max_tokens_per_batch),
+                "a whole number, 1 or more, or None",
+            ),
             ("reference", self.reference is None or hasattr(self.reference, "rewards_of_padded"), "an EndoRewardModel"),
             *((name, getattr(self, name) in (True, False), "True or False") for name in SWITCHES),
         ):

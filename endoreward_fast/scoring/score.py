@@ -1,6 +1,7 @@
 """Score rows: encode, batch by length, run, reduce. `EndoRewardModel.score` and the command line use this."""
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import compress
@@ -18,21 +19,30 @@ from ..text.encoding import Encoded, Encoder
 from ..text.row_flags import NOTHING_TO_SCORE
 from ..text.rows import Row
 from ..types import TokenRewards
-from .batching import does_not_fit, in_batches
+from .batching import Budget, does_not_fit, in_batches
 from .options import ScoreOptions
 from .prefixes import LEAST_LENGTH, Segment, plan
 from .results import OnTokens, RowScore, Scores, TokenTable
 from .scorer import Scorer
 from .shared import Held, Levels
 
+EncodedRows = list[Encoded | RowScore]
+"""the tokens of each row, or why it has no score"""
 
-def score_rows(scorer: Scorer, rows: Sequence[Row], options: ScoreOptions, on_tokens: OnTokens) -> Scores:
-    """Yield (position in rows, score): rows without a score, rows that share prefixes, then others, longest first."""
+
+def encode_rows(scorer: Scorer, rows: Sequence[Row | Encoded | RowScore], options: ScoreOptions) -> EncodedRows:
+    """Return the tokens of each row, or a RowScore that says why it has no score. Encoded rows are left as they are."""
     encoder = encoder_for(scorer, options)
     vocab_size = min(model.vocab_size for model in _models(scorer, options))
+    return [row if isinstance(row, Encoded | RowScore) else _encode(encoder, row, vocab_size) for row in rows]
+
+
+def score_rows(
+    scorer: Scorer, rows: Sequence[Row | Encoded | RowScore], options: ScoreOptions, on_tokens: OnTokens
+) -> Scores:  # fmt: skip
+    """Yield (position in rows, score): rows without a score, rows that share prefixes, then others, longest first."""
     ready: list[tuple[int, Encoded]] = []
-    for position, row in enumerate(rows):
-        result = _encode(encoder, row, vocab_size)
+    for position, result in enumerate(encode_rows(scorer, rows, options)):
         if isinstance(result, Encoded):
             ready.append((position, result))
         else:
@@ -58,11 +68,12 @@ def _scored(
     def run(places: list[int]) -> list[RowScore]:
         return _score_batch(scorer, [rows[alone[i]] for i in places], options)
 
-    shared, alone = _plan(models, rows, frequencies, options)
+    budget = Budget.of(options.max_tokens_per_batch, scorer.device)
+    shared, alone = _plan(models, rows, frequencies, budget)
     levels = Levels(
         lambda segments, above, parents: _read_on(models, rows, segments, above, parents),
-        lambda segments, held: _score_ends(scorer, rows, segments, held, options),
-        options.max_tokens_per_batch, scorer.room,
+        lambda segments, held: _score_ends(scorer, rows, segments, held, budget.computed, options),
+        budget, scorer.room,
     )  # fmt: skip
     for places, scores in levels.results(shared):
         if scores is None:
@@ -70,12 +81,12 @@ def _scored(
         else:
             yield places, scores
     lengths = [len(rows[i].input_ids) for i in alone]
-    for places, scores in in_batches(run, lengths, options.max_tokens_per_batch, scorer.room, frequencies):
+    for places, scores in in_batches(run, lengths, budget, scorer.room, frequencies):
         yield [alone[i] for i in places], scores
 
 
 def _plan(
-    models: list[Scorer], rows: list[Encoded], frequencies: Callable[[int], object], options: ScoreOptions
+    models: list[Scorer], rows: list[Encoded], frequencies: Callable[[int], object], budget: Budget
 ) -> tuple[list[Segment], list[int]]:
     """The prefixes that rows share, and the rows that run by themselves.
 
@@ -85,10 +96,15 @@ def _plan(
     usual = frequencies(1)
     alike = [i for i, row in enumerate(rows) if frequencies(len(row.input_ids)) == usual]
     everyone = list(range(len(rows)))
-    if len(alike) < 2 or options.max_tokens_per_batch < LEAST_LENGTH:
+    if len(alike) < 2 or budget.held < LEAST_LENGTH:
         return [], everyone
-    shared = [segment for segment in plan([_read_tokens(row) for row in rows], alike) if not segment.alone]
-    if not shared or any(model.obstacle_to_sharing() is not None for model in models):
+    tokens = [_read_tokens(row) for row in rows]
+    shared = [segment for segment in plan(tokens, alike) if not segment.alone]
+    if shared and any(model.obstacle_to_sharing() is not None for model in models):
+        # A row that is a prefix of another, such as the next reply to a judge's question, needs no cache.
+        apart = plan(tokens, alike, least=sys.maxsize) if all(model.states_last() for model in models) else []
+        shared = [segment for segment in apart if not segment.alone]
+    if not shared:
         return [], everyone
     sharing = {row for segment in shared for row in segment.rows()}
     return shared, [i for i in everyone if i not in sharing]
@@ -166,13 +182,13 @@ def _read_on(
 
 
 def _score_ends(
-    scorer: Scorer, rows: list[Encoded], segments: Sequence[Segment], held: Held, options: ScoreOptions
+    scorer: Scorer, rows: list[Encoded], segments: Sequence[Segment], held: Held, most: int, options: ScoreOptions
 ) -> list[RowScore]:
     """Score the rows that end in segments from the states that are held of them."""
     ending = [(n, row) for n, segment in enumerate(segments) for row in segment.rows()]
     first = (held[0].stops - held[0].lengths).tolist()  # column of a segment's first token
     width = max(first[n] + len(rows[row].input_ids) for n, row in ending)
-    count = max(len(segments), options.max_tokens_per_batch // width)  # of riders there may be any number
+    count = max(len(segments), most // width)  # of riders there may be any number
     scores = []
     for part in (ending[i : i + count] for i in range(0, len(ending), count)):
         batch = [rows[row] for _, row in part]

@@ -57,5 +57,8 @@ class Scorer(Protocol):
     def obstacle_to_sharing(self) -> str | None:
         """Return why tokens cannot be read behind others; None if they can."""
 
+    def states_last(self) -> bool:
+        """Return whether states that `read_on` has returned can be scored later."""
+
     def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
         """Read (B, S) tokens, padded on the right, the real ones (B,) `lengths`, behind `past` (B rows)."""

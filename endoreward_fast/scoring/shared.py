@@ -8,7 +8,7 @@ behind them. What a batch of prefixes holds is dropped before the next one runs.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
-from .batching import Room, in_batches
+from .batching import Budget, Room, in_batches
 from .past import Past
 from .prefixes import Segment
 
@@ -27,16 +27,16 @@ class Levels(Generic[Result]):
 
     def __init__(
         self, read: Callable[[Sequence[Segment], Held | None, list[int]], Held],
-        finish: Callable[[Sequence[Segment], Held], list[Result]], max_tokens: int, room: Room,
+        finish: Callable[[Sequence[Segment], Held], list[Result]], budget: Budget, room: Room,
     ) -> None:  # fmt: skip
         self.read, self.finish = read, finish
-        self.max_tokens, self.room = max_tokens, room
+        self.budget, self.room = budget, room
 
     def results(
         self, segments: Sequence[Segment], above: Held | None = None, parents: Sequence[int] = ()
     ) -> Iterator[tuple[list[int], list[Result] | None]]:
         """(rows, their results), every row once; None in place of results where memory has no room for a segment."""
-        left = max(1, self.max_tokens - sum(past.size for past in above or ()))
+        left = max(1, self.budget.held - sum(past.size for past in above or ()))
         parents = parents or [0] * len(segments)
         prefixes = [i for i, segment in enumerate(segments) if segment.behind]
         ends = [i for i, segment in enumerate(segments) if not segment.behind]
@@ -59,12 +59,12 @@ class Levels(Generic[Result]):
             yield [row for i in places for row in segments[i].rows()], found
 
     def _batches(
-        self, run: Callable[[list[int]], Found], segments: Sequence[Segment], chosen: list[int], max_tokens: int
+        self, run: Callable[[list[int]], Found], segments: Sequence[Segment], chosen: list[int], most: int
     ) -> Iterator[tuple[list[int], Found | None]]:
         lengths = [segments[i].stop - segments[i].start for i in chosen]
         starts = [segments[i].start for i in chosen]
         for places, found in in_batches(
-            lambda batch: run([chosen[i] for i in batch]), lengths, max_tokens, self.room, behind=starts
+            lambda batch: run([chosen[i] for i in batch]), lengths, self.budget.within(most), self.room, behind=starts
         ):
             yield [chosen[i] for i in places], found
             found = None

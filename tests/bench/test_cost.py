@@ -14,6 +14,7 @@ from bench.cost.formulas import Batch, Decoder
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.kernels.combine import Partials
 from endoreward_fast.model.checkpoint import pocket_path
+from endoreward_fast.scoring.batching import Budget
 from endoreward_fast.scoring.options import ScoreOptions
 from endoreward_fast.vocab import chunked, sharded, workspace
 
@@ -140,7 +141,7 @@ def test_constants_equal_the_packages():
     per_shard = {"start", "size", "mask"}  # one number for each shard, not for each row
     assert len({*sharded.Shards._fields} - per_shard) == formulas.WIRE_FLOATS
     assert (4 * workspace.FORWARD_TILE, workspace.PIECE) == (formulas.TILE, formulas.PIECE)
-    assert ScoreOptions().max_tokens_per_batch == BATCH.tokens
+    assert Budget.of(ScoreOptions().max_tokens_per_batch, torch.device("cuda")).computed == BATCH.tokens
 
 
 def test_memory_formulas_equal_the_allocations():

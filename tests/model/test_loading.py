@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.model import devices
 from endoreward_fast.model.dtypes import dtype_name
 from endoreward_fast.rivals.reward_model import RewardModel
 from tiny_models import MODELS, ROWS, TOKENIZER
@@ -47,6 +48,15 @@ def test_dtypes(saved, dtype):
     expected = torch.float32 if dtype in ("auto", None) else torch.bfloat16
     assert loaded.head.weight.dtype == expected and loaded.device.type == "cpu"
     assert all(result.error is None for result in loaded.score(ROWS))
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_the_fastest_dtype_is_bfloat16_where_the_device_computes_in_it(saved, monkeypatch, units):
+    monkeypatch.setattr(devices, "has_bf16_units", lambda: units)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: units)
+    wanted = torch.bfloat16 if units else torch.float32
+    assert EndoRewardModel.from_pretrained(str(saved), dtype="fastest", device="cpu").dtype == wanted
+    assert devices.fastest_dtype(torch.device("cuda")) == wanted
 
 
 def test_without_a_tokenizer_a_warning_says_so(saved, tmp_path):

@@ -298,7 +298,7 @@ def test_a_reward_model_gives_its_output_for_the_whole_conversation(pad):
     counted = []
     found = dict(RewardModel(model, CHAT).iter_scores(ROWS, on_tokens=counted.append))
     batches = [shape[0] for shape in seen]
-    assert batches == ([1] * 5 if pad is None else [5])
+    assert sum(batches) == 5 and (max(batches) > 1) == (pad is not None)
     for i, row in enumerate(ROWS):
         assert found[i].score == pytest.approx(output(model, as_chat(row)), rel=1e-4, abs=1e-5)
         assert found[i].num_tokens == len(CHAT(as_chat(row), add_special_tokens=False)["input_ids"])
@@ -311,7 +311,7 @@ def test_batches_of_a_reward_model_keep_to_the_budget():
     seen = []
     model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
     few = [r.score for r in RewardModel(model, CHAT).score(ROWS, max_tokens_per_batch=100)]
-    assert len(seen) == 3 and max(seen) <= 100
+    assert 1 < len(seen) < 5 and max(seen) <= 100
     assert few == pytest.approx([r.score for r in RewardModel(model, CHAT).score(ROWS)], rel=1e-4)
 
 

@@ -180,7 +180,7 @@ def test_device_and_dtype(scorers, name):
     "options",
     [{"alpha": "1"}, {"alpha": None}, {"alpha": float("nan")}, {"gamma": None}, {"gamma": "0.9"}, {"floor": "0"},
      {"system": ["Be brief."]}, {"chat": "yes"}, {"max_length": "5"}, {"max_length": 5.5}, {"max_length": 0},
-     {"max_tokens_per_batch": 1e4}, {"max_tokens_per_batch": None}, {"per_token": "yes"}, {"texts": None},
+     {"max_tokens_per_batch": 1e4}, {"max_tokens_per_batch": "8192"}, {"per_token": "yes"}, {"texts": None},
      {"append_eos": 2}, {"entropy": []}, {"signals": 3}, {"reference": "pocket"}, {"truncate": True}],
     ids=str,
 )  # fmt: skip

@@ -20,7 +20,7 @@ from transformers import (
 
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.rivals.judges import JUDGES
-from endoreward_fast.scoring.batching import Room, batches
+from endoreward_fast.scoring.batching import Room
 from endoreward_fast.scoring.prefixes import DEPTH, LEAST_LENGTH, LEAST_SAVED, plan
 from tiny_models import EOS, MODELS, TOKENIZER, VOCAB, build
 
@@ -176,6 +176,24 @@ def test_models_that_do_not_go_on_behind_a_cache_read_whole_rows_and_say_so_once
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agree(scorer.score(ROWS), wanted)
+
+
+@pytest.mark.parametrize("name", DOES_NOT)
+@pytest.mark.filterwarnings("ignore:.*reads every row whole")
+def test_a_question_is_read_once_for_all_replies_without_a_cache_too(name):
+    scorer = EndoRewardModel(DOES_NOT[name](), TOKENIZER)
+    scorer.obstacle_to_sharing()
+    rows = [{"prompt": "Name a colour.", "completion": c} for c in ("red", "blue, or green")]
+    judge = JUDGES["pointwise"](scorer, "{question} {answer} Good?")
+    read = []
+    handle = scorer.model.register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    found = [r.score for r in judge.score(rows)]
+    handle.remove()
+    assert sum(read) == len(rows)
+    wanted = [judge.score([r], max_tokens_per_batch=1)[0].score for r in rows]
+    assert found == pytest.approx(wanted, abs=1e-4)
 
 
 class OddHead(torch.nn.Linear):
@@ -364,16 +382,3 @@ def test_many_rows_that_each_begin_the_next_are_one():
 def test_a_comb_of_rows_has_no_more_levels_than_allowed():
     rows = [[1] * n + [2, n] for n in range(10, 600)]
     assert sorted(check(plan(rows), rows)) == list(range(len(rows)))
-
-
-@given(
-    lengths=st.lists(st.integers(0, 50), max_size=40), held=st.integers(0, 60), budget=st.integers(1, 300),
-    seed=st.integers(0, 9),
-)  # fmt: skip
-def test_batches_count_what_is_held_before_a_row(lengths, held, budget, seed):
-    behind = [random.Random(seed + i).randint(0, held) for i in range(len(lengths))]
-    found = list(batches(lengths, budget, behind=behind))
-    assert sorted(i for batch in found for i in batch) == list(range(len(lengths)))
-    for batch in found:
-        width = max(lengths[i] for i in batch) + max(behind[i] for i in batch)
-        assert len(batch) * width <= budget or len(batch) == 1

@@ -54,7 +54,8 @@ class ModelFlags:
     dtype: Annotated[
         str,
         of_model(
-            help="auto (the checkpoint's dtype), float32, bfloat16, float16 or float64; bf16 and the like work too.",
+            help="auto (the checkpoint's dtype), fastest (bfloat16 if the device computes in it, else float32), "
+            "float32, bfloat16, float16 or float64; bf16 and the like work too.",
             callback=dtype_name,
         ),
     ] = "auto"
@@ -73,8 +74,11 @@ class ModelFlags:
     gamma: Annotated[float, of_scoring(help="Discount per token, at most 1.")] = 1.0
     floor: Annotated[float, of_scoring(help="Lower bound of a token's discounted weight.")] = 0.0
     max_tokens_per_batch: Annotated[
-        int, of_scoring(help="Tokens in a batch, padding included. 1 scores each row alone.")
-    ] = 8192
+        int | None,
+        of_scoring(
+            help="Tokens in a batch, padding included; 1 scores each row alone. Default: what suits the device."
+        ),
+    ] = None
     quiet: Annotated[bool, of_output("--quiet", "-q", help="Print errors only: no progress, no notes.")] = False
     model_by_default: bool = False
     """whether the command line named no model; not a flag"""
@@ -97,7 +101,8 @@ class ModelFlags:
             raise EndoRewardError(f"--gamma must be above 0 and at most 1, got {self.gamma}")
         if not (self.floor >= 0 and math.isfinite(self.floor)):
             raise EndoRewardError(f"--floor must be 0 or more, got {self.floor}")
-        at_least_one("--max-tokens-per-batch", self.max_tokens_per_batch)
+        if self.max_tokens_per_batch is not None:
+            at_least_one("--max-tokens-per-batch", self.max_tokens_per_batch)
 
     @property
     def models(self) -> dict[str, str]:

@@ -13,7 +13,7 @@ from ...errors import EndoRewardError
 from ..flags.options import EngineFlags
 from . import pipeline
 from .monitor import Monitor
-from .pipeline import Item, Scorer
+from .pipeline import Encoder, Item, Scorer
 from .sink import to_line
 
 ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {"score": pipeline.scored_row, "rank": pipeline.ranked_row}
@@ -82,16 +82,24 @@ class Job:
     flags: EngineFlags
     per_token: bool = False
 
-    def load(self) -> Scorer:
+    def load(self) -> Encoder:
         """Load the model. Call this after the cheap checks."""
         return pipeline.load_scorer(self.flags)
 
-    def score(self, items: list[Item], scorer: Scorer, write: Write, monitor: Monitor | Finished) -> None:
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of scoring."""
+        return {**self.flags.scoring(), "per_token": self.per_token}
+
+    def score(
+        self, items: list[Item], scorer: Scorer, write: Write, monitor: Monitor | Finished,
+        samples: list[Any] | None = None,
+    ) -> None:  # fmt: skip
         """Score one window. Each row is written as soon as all rows before it are done."""
-        answer, options = ANSWERS[self.command], {**self.flags.scoring(), "per_token": self.per_token}
+        answer = ANSWERS[self.command]
         pipeline.score_items(
-            items, scorer, options, lambda item: write(to_line(answer(item, per_token=self.per_token))), monitor,
-            strict=self.flags.strict,
+            items, scorer, self.options, lambda item: write(to_line(answer(item, per_token=self.per_token))), monitor,
+            strict=self.flags.strict, samples=samples,
         )  # fmt: skip
 
     def finish(self, number: int, items: list[Item], scorer: Scorer) -> Finished:
@@ -150,14 +158,14 @@ def nothing_left(windows: Iterator[list[Item]], write: Write, monitor: Monitor) 
     """Do nothing: the Engine for a run whose rows are all done. It needs no model."""
 
 
-def here(job: Job) -> Engine:
-    """Load the model and return the Engine that scores in this process."""
+def here(job: Job, *, ahead: bool) -> Engine:
+    """Load the model and return the Engine that scores in this process. `ahead`: see `pipeline.encoded`."""
     scorer = job.load()
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
-        for items in windows:
+        for items, samples in pipeline.encoded(windows, scorer, job.options, ahead=ahead):
             with warnings_to(monitor.note):
-                job.score(items, scorer, write, monitor)
+                job.score(items, scorer, write, monitor, samples)
 
     return run
 

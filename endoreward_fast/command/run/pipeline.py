@@ -6,6 +6,7 @@ import itertools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,13 +29,15 @@ if TYPE_CHECKING:
 WINDOW = 32
 """Characters of a window per token of a batch. At four characters per token, a window fills eight batches: enough to
 sort rows by length, and few enough to write results early"""
+BATCH = 8192
+"""tokens that a batch holds if --max-tokens-per-batch is not given"""
 NO_MODEL = (
     f"no --model: using {POCKET}, the embedded demonstration model with 3 million weights; name yours with --model"
 )
 
 
 class Scorer(Protocol):
-    """The part of EndoRewardModel that the command uses."""
+    """The part of EndoRewardModel that the command uses. Only the model itself encodes; judges read text."""
 
     def iter_scores(
         self, rows: list[dict[str, Any]], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
@@ -42,7 +45,14 @@ class Scorer(Protocol):
         """Yield (position in rows, score) as batches finish, in any order."""
 
 
-def load_scorer(flags: ModelFlags) -> Scorer:
+class Encoder(Scorer, Protocol):
+    """A Scorer whose rows can be encoded before they are scored."""
+
+    def encode(self, rows: list[dict[str, Any]], **options: Unpack[ScoreKwargs]) -> list[Any]:
+        """Return what `iter_scores` takes in place of rows."""
+
+
+def load_scorer(flags: ModelFlags) -> Encoder:
     """Load the model that `flags` name. Imports torch and transformers: call this after the cheap checks."""
     from ...model.model import EndoRewardModel
 
@@ -148,7 +158,7 @@ def windows(source: Source, command: str, flags: RowFlags) -> Iterator[list[Item
     raised.
     """
     items: list[Item] = []
-    size, full = 0, WINDOW * flags.max_tokens_per_batch
+    size, full = 0, WINDOW * (flags.max_tokens_per_batch or BATCH)
     try:
         for record in source.records:
             item = _item(record, command)
@@ -196,6 +206,32 @@ def checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
     return batches
 
 
+def samples_of(items: list[Item]) -> list[dict[str, Any]]:
+    """Return the rows to score. Scorers that compare completions compare those of one group: an item."""
+    return [{**sample, "group": n} for n, item in enumerate(items) if item.task for sample in item.task.samples]
+
+
+def encoded(
+    windows: Iterator[list[Item]], scorer: Encoder, options: Mapping[str, Any], *, ahead: bool
+) -> Iterator[tuple[list[Item], list[Any]]]:
+    """Yield windows with their encoded samples.
+
+    ahead   read and encode the next window in a thread while the caller scores this one. Reading must not wait, as a
+            pipe does: an interrupt then waits for it
+    """
+
+    def read() -> tuple[list[Item], list[Any]] | None:
+        items = next(windows, None)
+        samples = samples_of(items) if items else []
+        return None if items is None else (items, scorer.encode(samples, **options) if samples else [])
+
+    with ThreadPoolExecutor(1, thread_name_prefix="encode") as thread:
+        following: Callable[[], tuple[list[Item], list[Any]] | None] = read
+        while (window := following()) is not None:
+            following = thread.submit(read).result if ahead else read
+            yield window
+
+
 def score_items(
     items: list[Item],
     scorer: Scorer,
@@ -204,14 +240,16 @@ def score_items(
     monitor: Monitor | Aside,
     *,
     strict: bool = False,
+    samples: list[Any] | None = None,
 ) -> None:
     """Score one window and `write` its rows in order, each as soon as all before it are done.
+
+    samples   `samples_of(items)`, which may be encoded
 
     If Ctrl-C or an error stops it, every row that is completely scored is written first.
     """
     owners = [(item, i) for item in items if item.task for i in range(len(item.task.samples))]
-    # Scorers that compare completions compare those of one group: a row.
-    samples = [{**sample, "group": n} for n, item in enumerate(items) if item.task for sample in item.task.samples]
+    samples = samples_of(items) if samples is None else samples
     waiting = deque(items)
     monitor.advance(sum(item.done for item in items))
 
