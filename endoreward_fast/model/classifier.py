@@ -38,11 +38,12 @@ class ClassifierHead:
         return reader(body(**arguments).last_hidden_state)
 
     def scores(self, states: Tensor) -> Tensor:
-        """Return the scores (N,) of states (N, D)."""
+        """Return the scores (N,) of states (N, D). Equal states have equal scores, which a matmul does not promise."""
         if self.module is None:
             raise TypeError("this classifier has no last layer with one output")
-        found: Tensor = self.module(states.to(self.module.weight.device))
-        return found[:, 0]
+        weight, bias = self.module.weight[0].float(), self.module.bias
+        found = (states.to(weight.device).float() * weight).sum(-1)
+        return (found if bias is None else found + bias.float()).to(states.dtype)
 
     def _is_its_output(self) -> bool:
         tokens = check_tokens(self._model)[:1]

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from .batching import Budget, Room, in_batches
+from .batching import Budget, Room, does_not_fit, in_batches
 from .evaluating import evaluating
 from .past import Past
 from .prefixes import LEAST_LENGTH, Segment, plan
@@ -57,6 +59,33 @@ class Shared:
             self._frequencies,
         ):  # fmt: skip
             yield [alone[i] for i in places], results
+
+    def states(self) -> Tensor | None:
+        """Return the first model's states of all rows, padded on the right: (B, longest, D). None: nothing is shared.
+
+        Raises torch.OutOfMemoryError if memory has no room for a row.
+        """
+        lengths = list(map(len, self.tokens))
+        if not self._plan(lengths):
+            return None
+
+        def ends(segments: Sequence[Segment], held: Held) -> list[Tensor]:
+            first = (held[0].stops - held[0].lengths).tolist()
+            return [
+                held[0].hidden[n, first[n] : first[n] + lengths[row]]
+                for n, segment in enumerate(segments) for row in segment.rows()
+            ]  # fmt: skip
+
+        def whole(rows: list[int]) -> list[Tensor]:
+            segments = [Segment(row, 0, lengths[row]) for row in rows]
+            return ends(segments, self._read(segments, None, []))
+
+        found: dict[int, Tensor] = {}
+        for rows, states in self.results(whole, ends, lengths):
+            if states is None:
+                raise torch.OutOfMemoryError(does_not_fit(lengths[rows[0]]))
+            found.update(zip(rows, states, strict=True))
+        return pad_sequence([found[row] for row in range(len(lengths))], batch_first=True)
 
     def _frequencies(self, length: int) -> list[tuple[int, ...]]:
         return [model.positions.frequencies(length) for model in self.models]
