@@ -24,7 +24,7 @@ from ..model.batch_layout import PaddingLast
 from ..model.model import EndoRewardModel
 from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import rewards_to_go
-from ..scoring.score import evaluating
+from ..scoring.evaluating import evaluating
 from .advantages import token_advantages
 from .generated import Ids, Own
 from .trl import EndoReward, Scored

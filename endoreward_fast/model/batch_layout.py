@@ -89,7 +89,7 @@ class PaddingLast:
 
     def __init__(self, attention_mask: Tensor) -> None:
         attended = attention_mask.bool()
-        self.shape = attended.shape
+        self.shape, self.lengths = attended.shape, attended.sum(1)
         self.order = (~attended).int().argsort(dim=1, stable=True)[:, : int(attended.sum(1).amax())]
 
     def move(self, rows: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ other states. So a model is asked once: two rows, each behind its own prefix, mu
 """
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..head.gathered import weights_come_and_go
-from ..head.head import Head
 from ..head.module import describe, is_compiled
 from ..head.self_check import check_tokens, left_as_it_was
 from ..scoring.past import Past
@@ -22,10 +22,19 @@ from .batch_layout import accepted_arguments, same_states
 NEEDED = ("past_key_values", "use_cache", "attention_mask")
 
 
+class ReadsStates(Protocol):
+    """The head of a model, such as `Head`."""
+
+    @property
+    def linear(self) -> bool: ...
+    def read(self, model: nn.Module, arguments: dict[str, Any], reader: Callable[[Tensor], Tensor]) -> Tensor:
+        """Run the model and return reader(states)."""
+
+
 class Continuing:
     """A model that reads tokens behind others."""
 
-    def __init__(self, model: nn.Module, head: Head) -> None:
+    def __init__(self, model: nn.Module, head: ReadsStates) -> None:
         self.model, self.head = model, head
         self._asked = False
         self._reason: str | None = None

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..functional import Impl, linear_token_rewards, token_rewards
 from ..head.gathered import weights_come_and_go
 from ..head.head import Head, logits_of
-from ..scoring.batching import Room
+from ..scoring.batching import Budget, Room
 from ..scoring.past import Past
+from ..scoring.shared import Shared
 from ..signals import TokenStats, linear_token_stats, token_stats
 from ..types import TokenRewards
 from ..vocab.checks import as_bool, check_input_ids, check_tensors
@@ -114,14 +115,16 @@ class TokenReader(nn.Module):
         """Do the same as `forward`, without its checks: `scored` must exclude padding and first tokens.
 
         attention_mask   (B, T), for rows that are padded on the left. The padding is moved to the right, which does not
-                         change the states of a causal model, and the result is moved back. Rows padded on the right
-                         need no mask, because a causal model's tokens do not see later ones
+                         change the states of a causal model, and the result is moved back. A prefix of several rows
+                         is then read once. Rows padded on the right need no mask, because a causal model's tokens do
+                         not see later ones
         states           (B, T, D), the states of these tokens from `read_on`; the model then does not run
         """
         if attention_mask is not None:
             rows = PaddingLast(attention_mask)
-            moved = (rows.move(x) for x in (input_ids, scored, terminal))
-            found = self.rewards_of_padded(*moved, alpha=alpha, entropy=entropy)
+            moved = [rows.move(x) for x in (input_ids, scored, terminal)]
+            states = self._shared_states(moved[0], rows.lengths)
+            found = self.rewards_of_padded(*moved, alpha=alpha, entropy=entropy, states=states)
             entropies = None if found.entropy is None else rows.back(found.entropy)
             return TokenRewards(rows.back(found.reward), rows.back(found.logprob), rows.back(found.value), entropies)
         return self._read(
@@ -160,6 +163,19 @@ class TokenReader(nn.Module):
     def states_last(self) -> bool:
         """Return whether states can be scored after the pass that gave them. FSDP gathers the head only within it."""
         return not weights_come_and_go(self.model)
+
+    def _shared_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor | None:
+        """Return the states (B, T, D) of rows padded on the right, or None if the rows share no prefix.
+
+        States of a cache have no gradient, so nothing is shared where autograd records.
+        """
+        if torch.is_grad_enabled() or not lengths.numel() or not bool(lengths.all()):
+            return None
+        tokens = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
+        budget = Budget(
+            2 * input_ids.numel(), input_ids.numel()
+        )  # the batch fits, so its prefixes and copies of them do
+        return Shared([self], tokens, budget, self.room).states()
 
     def _laid_out(
         self, input_ids: Tensor, attention_mask: Tensor | None, completion_mask: Tensor | None,

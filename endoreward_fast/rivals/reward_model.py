@@ -1,7 +1,7 @@
 """Trained reward models, for comparison: transformers' sequence classifiers with the methods of EndoRewardModel."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from typing import Any
 
@@ -10,14 +10,19 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..errors import EndoRewardError
+from ..model.classifier import ClassifierHead
+from ..model.continuing import Continuing
 from ..model.kinds import refuse_other_than_one_output
 from ..model.loading import load_classifier, naming
 from ..model.positions import Positions, forget_longer_rows
 from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name, refuse_no_name
-from ..scoring.batching import Budget, Room, does_not_fit, in_batches
+from ..scoring.batching import Budget, Room, does_not_fit
+from ..scoring.evaluating import evaluating
 from ..scoring.options import ScoreOptions
+from ..scoring.past import Past
+from ..scoring.prefixes import Segment
 from ..scoring.results import OnTokens, RowScore, Scores, in_order
-from ..scoring.score import evaluating
+from ..scoring.shared import Held, Shared
 from ..text.boundary import tokenize
 from ..text.chat import conversation
 from ..text.encoding import Encoder, wants_chat
@@ -47,6 +52,8 @@ class RewardModel:
         text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.pad: int | None = text_config.pad_token_id
         self.positions = Positions.of(model, text_config, tokenizer, firm=True)
+        self.head = ClassifierHead(model)
+        self.continuing = Continuing(model, self.head)
 
     @property
     def max_length(self) -> int | None:
@@ -107,12 +114,16 @@ class RewardModel:
             except EndoRewardError as error:
                 yield position, RowScore(None, 0, None, error=str(error))
         budget = Budget.of(1 if self.pad is None else chosen.max_tokens_per_batch, self.device)
-        lengths = [len(ids) for _, ids, _ in ready]
+        tokens = [ids for _, ids, _ in ready]
+        lengths = list(map(len, tokens))
 
         def run(batch: list[int]) -> list[float]:
-            return self._classify([ready[i][1] for i in batch])
+            return self._classify([tokens[i] for i in batch])
 
-        for batch, scores in in_batches(run, lengths, budget, self.room, self.positions.frequencies):
+        def finish(segments: Sequence[Segment], held: Held) -> list[float]:
+            return self._classify_ends(tokens, segments, held[0])
+
+        for batch, scores in Shared([self], tokens, budget, self.room).results(run, finish, lengths):
             if on_tokens is not None:
                 on_tokens(sum(lengths[i] for i in batch))
             for i, score in zip(batch, scores or [None] * len(batch), strict=True):
@@ -159,6 +170,38 @@ class RewardModel:
         if limit is None or len(ids) <= limit:
             return ids, flags
         return _cut(ids, limit, options.truncate), (*flags, "truncated")
+
+    def obstacle_to_sharing(self) -> str | None:
+        """Return why a prefix of several rows is not read once for all of them; None if it is."""
+        return self.continuing.obstacle()
+
+    def states_last(self) -> bool:
+        """Return whether a row's score is in the states of a longer row that begins with it.
+
+        An encoder's are not: its tokens see later ones. Continuing behind a cache shows that a model's do not.
+        """
+        return self.obstacle_to_sharing() is None
+
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
+        """Read tokens (B, S), padded on the right, of which (B,) `lengths` are real, behind the rows of `past`."""
+        return self.continuing.read_on(input_ids, lengths, past)
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The model's modules, as nn.Module has them."""
+        return self.model.modules()
+
+    def eval(self) -> "RewardModel":
+        """Set the model to evaluation mode, as nn.Module.eval does."""
+        self.model.eval()
+        return self
+
+    def _classify_ends(self, tokens: list[list[int]], segments: Sequence[Segment], past: Past) -> list[float]:
+        """Return the scores of the rows that end in segments, from the state of each row's last token."""
+        first = (past.stops - past.lengths).tolist()  # column of a segment's first token
+        ending = [(n, first[n] + len(tokens[row]) - 1) for n, segment in enumerate(segments) for row in segment.rows()]
+        with evaluating(self.model):
+            states = past.hidden[[n for n, _ in ending], [place for _, place in ending]]
+            return self.head.scores(states).double().tolist()
 
     def _classify(self, rows: list[list[int]]) -> list[float]:
         width = max(map(len, rows))

@@ -1,17 +1,14 @@
 """Score rows: encode, batch by length, run, reduce. `EndoRewardModel.score` and the command line use this."""
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from itertools import compress
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import EndoRewardError
-from ..head.gathered import weights_come_and_go
 from ..returns import sequence_score
 from ..signals import SIGNALS
 from ..text.boundary import token_texts
@@ -19,12 +16,13 @@ from ..text.encoding import Encoded, Encoder
 from ..text.row_flags import NOTHING_TO_SCORE
 from ..text.rows import Row
 from ..types import TokenRewards
-from .batching import Budget, does_not_fit, in_batches
+from .batching import Budget, does_not_fit
+from .evaluating import evaluating
 from .options import ScoreOptions
-from .prefixes import LEAST_LENGTH, Segment, plan
+from .prefixes import Segment
 from .results import OnTokens, RowScore, Scores, TokenTable
 from .scorer import Scorer
-from .shared import Held, Levels
+from .shared import Held, Shared
 
 EncodedRows = list[Encoded | RowScore]
 """the tokens of each row, or why it has no score"""
@@ -61,53 +59,17 @@ def _scored(
 ) -> Iterator[tuple[list[int], list[RowScore] | None]]:
     """(rows, their scores): those that share prefixes, then the others. None: memory has no room for a row."""
     models = _models(scorer, options)
-
-    def frequencies(length: int) -> list[tuple[int, ...]]:
-        return [model.positions.frequencies(length) for model in models]
+    budget = Budget.of(options.max_tokens_per_batch, scorer.device)
 
     def run(places: list[int]) -> list[RowScore]:
-        return _score_batch(scorer, [rows[alone[i]] for i in places], options)
+        return _score_batch(scorer, [rows[i] for i in places], options)
 
-    budget = Budget.of(options.max_tokens_per_batch, scorer.device)
-    shared, alone = _plan(models, rows, frequencies, budget)
-    levels = Levels(
-        lambda segments, above, parents: _read_on(models, rows, segments, above, parents),
-        lambda segments, held: _score_ends(scorer, rows, segments, held, budget.computed, options),
-        budget, scorer.room,
-    )  # fmt: skip
-    for places, scores in levels.results(shared):
-        if scores is None:
-            alone += places  # it may fit where no cache is held
-        else:
-            yield places, scores
-    lengths = [len(rows[i].input_ids) for i in alone]
-    for places, scores in in_batches(run, lengths, budget, scorer.room, frequencies):
-        yield [alone[i] for i in places], scores
+    def finish(segments: Sequence[Segment], held: Held) -> list[RowScore]:
+        return _score_ends(scorer, rows, segments, held, budget.computed, options)
 
-
-def _plan(
-    models: list[Scorer], rows: list[Encoded], frequencies: Callable[[int], object], budget: Budget
-) -> tuple[list[Segment], list[int]]:
-    """The prefixes that rows share, and the rows that run by themselves.
-
-    Rows whose length changes their rotary frequencies share nothing, and neither do rows under a budget that holds no
-    prefix: max_tokens_per_batch=1 runs each row alone.
-    """
-    usual = frequencies(1)
-    alike = [i for i, row in enumerate(rows) if frequencies(len(row.input_ids)) == usual]
-    everyone = list(range(len(rows)))
-    if len(alike) < 2 or budget.held < LEAST_LENGTH:
-        return [], everyone
-    tokens = [_read_tokens(row) for row in rows]
-    shared = [segment for segment in plan(tokens, alike) if not segment.alone]
-    if shared and any(model.obstacle_to_sharing() is not None for model in models):
-        # A row that is a prefix of another, such as the next reply to a judge's question, needs no cache.
-        apart = plan(tokens, alike, least=sys.maxsize) if all(model.states_last() for model in models) else []
-        shared = [segment for segment in apart if not segment.alone]
-    if not shared:
-        return [], everyone
-    sharing = {row for segment in shared for row in segment.rows()}
-    return shared, [i for i in everyone if i not in sharing]
+    return Shared(models, [_read_tokens(row) for row in rows], budget, scorer.room).results(
+        run, finish, [len(row.input_ids) for row in rows]
+    )
 
 
 def _read_tokens(row: Encoded) -> list[int]:
@@ -146,39 +108,6 @@ def _encode(encoder: Encoder, row: Row, vocab_size: int) -> Encoded | RowScore:
     if encoded.prompt_length == len(encoded.input_ids):
         return RowScore(None, 0, None, encoded.flags, NOTHING_TO_SCORE)
     return encoded
-
-
-@contextmanager
-def evaluating(model: Scorer | nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode and without autograd. Each module's own mode is restored afterwards.
-
-    Inference mode is fastest. FSDP gets no_grad instead, because it keeps the buffers into which it gathers weights,
-    and a tensor created in inference mode cannot be used in a training step.
-    """
-    without_autograd = torch.no_grad if weights_come_and_go(model) else torch.inference_mode
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with without_autograd():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _read_on(
-    models: list[Scorer], rows: list[Encoded], segments: Sequence[Segment], above: Held | None, parents: list[int]
-) -> Held:
-    """Read segments behind the rows `parents` of what is held above, with every model."""
-    lengths = [segment.stop - segment.start for segment in segments]
-    tokens = [rows[s.row].input_ids[s.start : s.stop] for s in segments]
-    ids = torch.tensor([row + rows[0].input_ids[:1] * (max(lengths) - len(row)) for row in tokens], dtype=torch.long)
-    held = []
-    for i, model in enumerate(models):
-        given, real, chosen = (t.to(model.device) for t in (ids, torch.tensor(lengths), torch.tensor(parents)))
-        with evaluating(model):
-            held.append(model.read_on(given, real, None if above is None else above[i].of(chosen)))
-    return held
 
 
 def _score_ends(

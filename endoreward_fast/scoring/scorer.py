@@ -22,7 +22,27 @@ class Limit(Protocol):
         """Return a key of this row length. Only rows with equal keys share a batch."""
 
 
-class Scorer(Protocol):
+class Reader(Protocol):
+    """A model that reads tokens, and keeps what others can be read behind."""
+
+    @property
+    def positions(self) -> Limit: ...
+    @property
+    def device(self) -> torch.device: ...
+    def modules(self) -> Iterator[nn.Module]: ...
+    def eval(self) -> Any: ...
+
+    def obstacle_to_sharing(self) -> str | None:
+        """Return why tokens cannot be read behind others; None if they can."""
+
+    def states_last(self) -> bool:
+        """Return whether states that `read_on` has returned can be scored later."""
+
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
+        """Read (B, S) tokens, padded on the right, the real ones (B,) `lengths`, behind `past` (B rows)."""
+
+
+class Scorer(Reader, Protocol):
     """A causal language model that gives the rewards of tokens, such as `EndoRewardModel`."""
 
     @property
@@ -30,15 +50,9 @@ class Scorer(Protocol):
     @property
     def room(self) -> Room: ...
     @property
-    def positions(self) -> Limit: ...
-    @property
     def vocab_size(self) -> int: ...
     @property
     def eos_ids(self) -> Collection[int]: ...
-    @property
-    def device(self) -> torch.device: ...
-    def modules(self) -> Iterator[nn.Module]: ...
-    def eval(self) -> Any: ...
 
     def ready_for(self, input_ids: Tensor) -> None:
         """Drop the state that earlier batches have left in the model, before this batch (B, T) is read."""
@@ -53,12 +67,3 @@ class Scorer(Protocol):
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, states: Tensor | None = None
     ) -> TokenStats:  # fmt: skip
         """Return the statistics from which all signals are computed, likewise."""
-
-    def obstacle_to_sharing(self) -> str | None:
-        """Return why tokens cannot be read behind others; None if they can."""
-
-    def states_last(self) -> bool:
-        """Return whether states that `read_on` has returned can be scored later."""
-
-    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
-        """Read (B, S) tokens, padded on the right, the real ones (B,) `lengths`, behind `past` (B rows)."""

@@ -5,12 +5,19 @@ and so does a row's own copy of its prefix. Prefixes take at most half of the bu
 behind them. What a batch of prefixes holds is dropped before the next one runs.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import TypeVar
 
-from .batching import Budget, Room, in_batches
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .batching import Budget, Room, does_not_fit, in_batches
+from .evaluating import evaluating
 from .past import Past
-from .prefixes import Segment
+from .prefixes import LEAST_LENGTH, Segment, plan
+from .scorer import Reader
 
 Result = TypeVar("Result")
 Found = TypeVar("Found")
@@ -18,34 +25,111 @@ Held = list[Past]
 """of each model, the rows that were read in one batch"""
 
 
-class Levels(Generic[Result]):
-    """Results of the rows that end in segments.
+class Shared:
+    """Rows of tokens, which models read so that a prefix of several rows is read once.
 
-    read      (segments, what is held above, the row of it that each segment follows) -> what they hold then
-    finish    (segments, what they hold) -> results of the rows that end in them, in the order of `Segment.rows`
+    Rows whose length changes their rotary frequencies share nothing, and neither do rows under a budget that holds no
+    prefix: max_tokens_per_batch=1 runs each row alone.
     """
 
-    def __init__(
-        self, read: Callable[[Sequence[Segment], Held | None, list[int]], Held],
-        finish: Callable[[Sequence[Segment], Held], list[Result]], budget: Budget, room: Room,
-    ) -> None:  # fmt: skip
-        self.read, self.finish = read, finish
+    def __init__(self, models: Sequence[Reader], tokens: list[list[int]], budget: Budget, room: Room) -> None:
+        self.models, self.tokens = models, tokens
         self.budget, self.room = budget, room
 
     def results(
-        self, segments: Sequence[Segment], above: Held | None = None, parents: Sequence[int] = ()
-    ) -> Iterator[tuple[list[int], list[Result] | None]]:
-        """(rows, their results), every row once; None in place of results where memory has no room for a segment."""
+        self, run: Callable[[list[int]], list[Result]], finish: Callable[[Sequence[Segment], Held], list[Result]],
+        lengths: Sequence[int],
+    ) -> Iterator[tuple[list[int], list[Result] | None]]:  # fmt: skip
+        """(rows, their results), every row once; None in place of results where memory has no room for a row.
+
+        run       rows -> their results, read whole
+        finish    (segments, what they hold) -> results of the rows that end in them, in the order of `Segment.rows`
+        lengths   of each row, as `run` reads it
+        """
+        shared = self._plan(lengths)
+        sharing = {row for segment in shared for row in segment.rows()}
+        alone = [i for i in range(len(lengths)) if i not in sharing]
+        for places, results in self._levels(finish, shared, None, [0] * len(shared)):
+            if results is None:
+                alone += places  # it may fit where no cache is held
+            else:
+                yield places, results
+        for places, results in in_batches(
+            lambda batch: run([alone[i] for i in batch]), [lengths[i] for i in alone], self.budget, self.room,
+            self._frequencies,
+        ):  # fmt: skip
+            yield [alone[i] for i in places], results
+
+    def states(self) -> Tensor | None:
+        """Return the first model's states of all rows, padded on the right: (B, longest, D). None: nothing is shared.
+
+        Raises torch.OutOfMemoryError if memory has no room for a row.
+        """
+        lengths = list(map(len, self.tokens))
+        if not self._plan(lengths):
+            return None
+
+        def ends(segments: Sequence[Segment], held: Held) -> list[Tensor]:
+            first = (held[0].stops - held[0].lengths).tolist()
+            return [
+                held[0].hidden[n, first[n] : first[n] + lengths[row]]
+                for n, segment in enumerate(segments) for row in segment.rows()
+            ]  # fmt: skip
+
+        def whole(rows: list[int]) -> list[Tensor]:
+            segments = [Segment(row, 0, lengths[row]) for row in rows]
+            return ends(segments, self._read(segments, None, []))
+
+        found: dict[int, Tensor] = {}
+        for rows, states in self.results(whole, ends, lengths):
+            if states is None:
+                raise torch.OutOfMemoryError(does_not_fit(lengths[rows[0]]))
+            found.update(zip(rows, states, strict=True))
+        return pad_sequence([found[row] for row in range(len(lengths))], batch_first=True)
+
+    def _frequencies(self, length: int) -> list[tuple[int, ...]]:
+        return [model.positions.frequencies(length) for model in self.models]
+
+    def _plan(self, lengths: Sequence[int]) -> list[Segment]:
+        """Return the roots of what rows share."""
+        usual = self._frequencies(1)
+        alike = [i for i, length in enumerate(lengths) if self._frequencies(length) == usual]
+        if len(alike) < 2 or self.budget.held < LEAST_LENGTH:
+            return []
+        shared = [segment for segment in plan(self.tokens, alike) if not segment.alone]
+        if shared and any(model.obstacle_to_sharing() is not None for model in self.models):
+            # A row that is a prefix of another, such as the next reply to a judge's question, needs no cache.
+            apart = plan(self.tokens, alike, least=sys.maxsize) if all(m.states_last() for m in self.models) else []
+            shared = [segment for segment in apart if not segment.alone]
+        return shared
+
+    def _read(self, segments: Sequence[Segment], above: Held | None, parents: list[int]) -> Held:
+        """Read segments behind the rows `parents` of what is held above, with every model."""
+        lengths = [segment.stop - segment.start for segment in segments]
+        tokens = [self.tokens[s.row][s.start : s.stop] for s in segments]
+        fill = self.tokens[segments[0].row][:1]
+        ids = torch.tensor([row + fill * (max(lengths) - len(row)) for row in tokens], dtype=torch.long)
+        held = []
+        for i, model in enumerate(self.models):
+            given, real, chosen = (t.to(model.device) for t in (ids, torch.tensor(lengths), torch.tensor(parents)))
+            with evaluating(model):
+                held.append(model.read_on(given, real, None if above is None else above[i].of(chosen)))
+        return held
+
+    def _levels(
+        self, finish: Callable[[Sequence[Segment], Held], list[Result]], segments: Sequence[Segment],
+        above: Held | None, parents: Sequence[int],
+    ) -> Iterator[tuple[list[int], list[Result] | None]]:  # fmt: skip
+        """(rows, their results) of the rows that end in segments; None where memory has no room for a segment."""
         left = max(1, self.budget.held - sum(past.size for past in above or ()))
-        parents = parents or [0] * len(segments)
         prefixes = [i for i, segment in enumerate(segments) if segment.behind]
         ends = [i for i, segment in enumerate(segments) if not segment.behind]
 
         def read(places: list[int]) -> Held:
-            return self.read([segments[i] for i in places], above, [parents[i] for i in places])
+            return self._read([segments[i] for i in places], above, [parents[i] for i in places])
 
-        def finish(places: list[int]) -> list[Result]:
-            return self.finish([segments[i] for i in places], read(places))
+        def finished(places: list[int]) -> list[Result]:
+            return finish([segments[i] for i in places], read(places))
 
         for places, held in self._batches(read, segments, prefixes, max(1, left // 2)):
             here = [segments[i] for i in places]
@@ -53,9 +137,9 @@ class Levels(Generic[Result]):
                 yield [row for segment in here for row in segment.rows()], None
                 continue
             behind = [(n, segment) for n, prefix in enumerate(here) for segment in prefix.behind]
-            yield from self.results([segment for _, segment in behind], held, [n for n, _ in behind])
+            yield from self._levels(finish, [segment for _, segment in behind], held, [n for n, _ in behind])
             del held
-        for places, found in self._batches(finish, segments, ends, left):
+        for places, found in self._batches(finished, segments, ends, left):
             yield [row for i in places for row in segments[i].rows()], found
 
     def _batches(

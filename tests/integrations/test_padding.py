@@ -88,6 +88,37 @@ def test_padding_on_the_left_is_moved_to_the_right(model):
         assert all(x[i][~attended[i].bool()].eq(0).all() for x in found)
 
 
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.filterwarnings("ignore:.*reads every row whole")
+def test_a_prompt_of_several_rows_padded_on_the_left_is_read_once(cache):
+    """As in GRPO: two prompts of unequal length, four completions each, one of them empty, two of them equal."""
+    scorer = EndoRewardModel(gpt2())
+    if not cache:
+        scorer.model.compile()  # which keeps a model from being read behind a cache
+        scorer.model._compiled_call_impl = scorer.model._call_impl
+    prompts, completions = ([*range(5, 35)], [*range(40, 60)]), ([7, 8], [9], [], [7, 8])
+    rows = [(prompt, completion) for prompt in prompts for completion in completions]
+    ids, attended = torch.zeros(8, 32, dtype=torch.long), torch.zeros(8, 32, dtype=torch.long)
+    scored = torch.zeros(8, 32, dtype=torch.bool)
+    for i, (prompt, completion) in enumerate(rows):
+        start = 30 - len(prompt)
+        ids[i, start : 30 + len(completion)] = torch.tensor(prompt + completion)
+        attended[i, start : 30 + len(completion)] = 1
+        scored[i, 30 : 30 + len(completion)] = True
+    inputs = (ids, scored, torch.zeros_like(scored))
+    with torch.enable_grad():
+        wanted = scorer.rewards_of_padded(*inputs, attention_mask=attended)  # nothing is shared
+    scorer.obstacle_to_sharing()
+    read = []
+    scorer.model.register_forward_pre_hook(lambda _, args, given: read.append(given["input_ids"]), with_kwargs=True)
+    with torch.no_grad():
+        found = scorer.rewards_of_padded(*inputs, attention_mask=attended)
+    for ours, expected in zip(found[:3], wanted[:3], strict=True):
+        torch.testing.assert_close(ours, expected.detach(), rtol=1e-4, atol=1e-4)
+    computed = sum(x.numel() for x in read)
+    assert computed <= (90 if cache else 130) < ids.numel()  # padding included
+
+
 def test_rows_are_moved_and_moved_back():
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1]])
     ids = torch.arange(12).view(3, 4)

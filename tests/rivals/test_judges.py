@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    Gemma2Config,
+    GPT2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -292,13 +294,19 @@ def as_chat(row):
 
 @pytest.mark.parametrize("pad", [PAD, None, EOS])
 def test_a_reward_model_gives_its_output_for_the_whole_conversation(pad):
-    model = classifier(pad)
-    seen = []
-    model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["input_ids"].shape), with_kwargs=True)
-    counted = []
-    found = dict(RewardModel(model, CHAT).iter_scores(ROWS, on_tokens=counted.append))
-    batches = [shape[0] for shape in seen]
-    assert sum(batches) == 5 and (max(batches) > 1) == (pad is not None)
+    model, seen, counted = classifier(pad), [], []
+    reward = RewardModel(model, CHAT)
+    reward.obstacle_to_sharing()  # asks the model once
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _, args, given: seen.append((args[0] if args else given["input_ids"]).shape), with_kwargs=True
+    )
+    found = dict(reward.iter_scores(ROWS, on_tokens=counted.append))
+    handle.remove()
+    if pad is None:
+        assert [shape[0] for shape in seen] == [1] * 5
+    else:  # all begin with the same mark, and the first two with the same question
+        assert max(shape[0] for shape in seen) > 1
+        assert sum(shape.numel() for shape in seen) < sum(r.num_tokens for r in found.values())
     for i, row in enumerate(ROWS):
         assert found[i].score == pytest.approx(output(model, as_chat(row)), rel=1e-4, abs=1e-5)
         assert found[i].num_tokens == len(CHAT(as_chat(row), add_special_tokens=False)["input_ids"])
@@ -306,11 +314,18 @@ def test_a_reward_model_gives_its_output_for_the_whole_conversation(pad):
     assert len({round(r.score, 4) for r in found.values()}) == 5
 
 
+class Whole(RewardModel):
+    """Reads every row whole."""
+
+    def obstacle_to_sharing(self):
+        return "it is what sharing is compared with"
+
+
 def test_batches_of_a_reward_model_keep_to_the_budget():
     model = classifier()
     seen = []
     model.register_forward_pre_hook(lambda _, __, kw: seen.append(kw["input_ids"].numel()), with_kwargs=True)
-    few = [r.score for r in RewardModel(model, CHAT).score(ROWS, max_tokens_per_batch=100)]
+    few = [r.score for r in Whole(model, CHAT).score(ROWS, max_tokens_per_batch=100)]
     assert 1 < len(seen) < 5 and max(seen) <= 100
     assert few == pytest.approx([r.score for r in RewardModel(model, CHAT).score(ROWS)], rel=1e-4)
 
@@ -326,12 +341,62 @@ def test_a_reward_model_continues_when_memory_runs_out():
 
     model.register_forward_pre_hook(room, with_kwargs=True)
     with pytest.warns(UserWarning, match="out of memory"):
-        found = RewardModel(model, CHAT).score(ROWS)
+        found = Whole(model, CHAT).score(ROWS)
     for row, score, length in zip(found, wanted, lengths, strict=True):
         if length < max(lengths):
             assert row.score == pytest.approx(score, rel=1e-4)
         else:
             assert row.score is None and row.error == does_not_fit(length)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("budget", [None, 40, 100])
+def test_a_reward_model_reads_a_question_once_for_all_answers(kind, budget):
+    configs = {"gpt2": GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=2, num_labels=1, pad_token_id=PAD)}
+    sizes = SIZES | {"vocab_size": 300, "num_labels": 1, "pad_token_id": PAD}
+    configs["llama"] = LlamaConfig(**sizes)
+    configs["gemma2"] = Gemma2Config(**sizes, sliding_window=8, query_pre_attn_scalar=16)
+    torch.manual_seed(1)
+    model = AutoModelForSequenceClassification.from_config(configs[kind]).eval()
+    rows = [{"prompt": "Which of these is a colour?", "completion": c} for c in ("red", "Paris", "", "red", "reddish")]
+    reward, read = RewardModel(model, CHAT), []
+    assert reward.obstacle_to_sharing() is None
+    wanted = [r.score for r in Whole(model, CHAT).score(rows)]
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _, args, given: read.append((args[0] if args else given["input_ids"]).numel()), with_kwargs=True
+    )
+    found = reward.score(rows, max_tokens_per_batch=budget)
+    handle.remove()
+    assert [r.score for r in found] == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+    if budget is None:
+        assert sum(read) < 0.6 * sum(r.num_tokens for r in found)
+
+
+def test_a_classifier_whose_output_is_not_its_last_layers_is_read_whole():
+    """Here the output is twice the layer's. A classifier that sees later tokens (an encoder) is read whole, too."""
+    model = classifier()
+    model.register_forward_hook(lambda _, __, found: setattr(found, "logits", 2 * found.logits))
+    with pytest.warns(UserWarning, match="reads every row whole"):
+        found = [r.score for r in RewardModel(model, CHAT).score(ROWS)]
+    assert found == pytest.approx([output(model, as_chat(row)) for row in ROWS], rel=1e-4, abs=1e-5)
+
+
+def test_a_reward_model_that_has_no_memory_for_a_cache_reads_rows_whole():
+    model = classifier()
+    reward, longest = RewardModel(model, CHAT), max(len(CHAT(as_chat(row)).input_ids) for row in ROWS)
+    reward.obstacle_to_sharing()
+    wanted = [r.score for r in Whole(model, CHAT).score(ROWS)]
+
+    def room(_, args, given):
+        past, ids = given.get("past_key_values"), args[0] if args else given["input_ids"]
+        held = 0 if past is None else past.get_seq_length() * len(ids)
+        if ids.numel() + held > longest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.base_model.register_forward_pre_hook(room, with_kwargs=True)
+    with pytest.warns(UserWarning, match="out of memory"):
+        found = [r.score for r in reward.score(ROWS)]
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-5)
 
 
 def test_a_reward_model_without_a_template_reads_text_and_refuses_messages():
