@@ -10,16 +10,16 @@ summed log-probability of the completion. Arms, with the same weights and thread
     llama.cpp                    llama-cpp-python: float32 copies of the file's weights; and the file itself (4 bits)
     endoreward_fast              EndoRewardModel.score, with prefixes shared and not shared
 
-Each arm's numbers are checked, its batch size is chosen among three, and then it is timed in interleaved rounds. Times
-are processor seconds; wall times are recorded too. Memory is measured in a separate process for each arm. Writes
-bench/results/scoring.json, .svg and .png. The default takes 12 to 15 minutes on one core without bfloat16 units for
-matrices (AMX).
+For each arm, a batch size is chosen among three on half of the rows. A separate process measures its memory and checks
+its scores. Then all arms are timed in interleaved rounds, in processor seconds; wall times are recorded too. Writes
+bench/results/scoring.json, .svg and .png.
 """
 
 import argparse
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,9 +64,8 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             case_job = replace(case_job, gguf=str(folder / "float32.gguf"))
             llama.in_float32(gguf, Path(case_job.gguf))
         loaded, rows = case_job.load()
-        case = measure.run_case(dtype, loaded, case_job.arms(), rows, expected, args.rounds)
-        for name, found in case["arms"].items():
-            found["extra_mib"] = in_a_process(case_job, name, found["size"])
+        weigh = partial(in_a_process, case_job)
+        case = measure.run_case(dtype, loaded, case_job.arms(), rows, expected, args.rounds, weigh)
         cases.append(case)
         timing.write("scoring", environment, cases, args.out)
         print(shown.table(case), flush=True)

@@ -21,7 +21,7 @@ CELLS = 256
 
 
 def load(path: Path, full: bool) -> Callable[[Sequence[Row], int], list[float]]:
-    """Return the function that scores rows, `size` of them in a batch. full: keep keys and values in float32."""
+    """Return the function that scores rows, `size` of them in a batch. full: compute attention in float32."""
     import llama_cpp
 
     logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
@@ -52,7 +52,8 @@ def _context(model: Any, sequences: int, longest: int, full: bool) -> Iterator[A
     params.n_batch = sequences * longest
     params.n_seq_max = sequences
     params.n_threads = params.n_threads_batch = torch.get_num_threads()
-    if full:
+    if full:  # its flash attention rounds keys and values to float16, whatever their type: 0.05 nats in 164
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
     context = llama_cpp.llama_init_from_model(model, params)
     if not context:

@@ -1,12 +1,13 @@
 """Check every arm's numbers, choose its batch size, time the arms in interleaved rounds, and weigh them.
 
-An arm is timed only if all its scores, with every batch size, agree with ours in float32. Scores in float32 must agree
-within its noise. In bfloat16 the arms round differently, so their gap to the float32 scores is bounded loosely. Both
-gaps are reported.
+An arm is timed only if its scores agree with ours in float32, with every batch size that is tried. Scores in float32
+must agree within its noise. In bfloat16 the arms round differently, so their gap to the float32 scores is bounded
+loosely. Both gaps are reported.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -15,6 +16,15 @@ from bench.prefixes import Processor
 from bench.scoring.arms import OURS_WHOLE, Arm, Loaded, Score
 from bench.scoring.rows import Row
 
+
+class Weighed(NamedTuple):
+    """What the process returns that measures an arm's memory."""
+
+    extra_mib: float
+    scores: list[float]
+
+
+Weigh = Callable[[str, int], Weighed]
 NOISE = {"float32": (1e-3, 1e-5), "bfloat16": (1.0, 0.02)}
 """nats, and share of the score, by which a score may differ from ours in float32"""
 
@@ -56,7 +66,7 @@ def gap(found: Sequence[float], expected: Sequence[float], dtype: str) -> float:
 
 
 def tuned(score: Score, arm: Arm, rows: Sequence[Row], expected: Sequence[float], dtype: str) -> dict:
-    """Return {"size", "tried": {size: processor seconds}, "gap"}: one checked pass for each batch size."""
+    """Return {"size", "unit", "tried": {size: processor seconds}, "gap"}: one checked pass for each batch size."""
     tried, apart, clock = {}, 0.0, Processor()
     for size in arm.sizes:
         watched = Watched(lambda size=size: score(rows, size))
@@ -65,32 +75,48 @@ def tuned(score: Score, arm: Arm, rows: Sequence[Row], expected: Sequence[float]
     return {"size": min(tried, key=tried.get), "unit": arm.unit, "tried": tried, "gap": apart}
 
 
+def checked(
+    name: str, arm: Arm, score: Score, rows: Sequence[Row], expected: Sequence[float], dtype: str, weigh: Weigh
+) -> dict:
+    """Return what is known of an arm before it is timed. Raises WrongNumbers if its scores are not `expected`.
+
+    The batch size is chosen on the first half of the rows, to save time. All rows are checked in the process that
+    measures memory.
+    """
+    half = -(-len(rows) // 2)
+    found = tuned(score, arm, rows[:half], expected[:half], dtype)
+    weighed = weigh(name, found["size"])
+    apart = max(found["gap"], gap(weighed.scores, expected, dtype))
+    return found | {"gap": apart, "extra_mib": weighed.extra_mib, "version": arm.version}
+
+
 def run_case(
     dtype: str, loaded: Loaded, arms: Mapping[str, Arm], rows: Sequence[Row], expected: Sequence[float], rounds: int,
-    enough: Callable[[int], bool] = lambda rounds: False,
+    weigh: Weigh,
 ) -> dict:  # fmt: skip
-    """Return the case's record: every arm with its times; `absent` and `refused` arms with the reason."""
-    found: dict[str, dict] = {}
+    """Return the record of one dtype: every arm with its times; `absent` and `refused` arms with the reason.
+
+    `weigh` returns peak memory and scores of an arm, by its name and batch size.
+    """
     absent = {name: arm.missing for name, arm in arms.items() if arm.missing is not None}
-    refused, calls = {}, {}
-    for name, arm in arms.items():
-        if name in absent:
-            continue
-        score = arm.load(loaded)
-        score(rows[:1], arm.sizes[0])  # what an arm does once only
+    found: dict[str, dict] = {}
+    refused: dict[str, str] = {}
+    calls: dict[str, Watched] = {}
+    for name in (name for name in arms if name not in absent):
+        score = arms[name].load(loaded)
+        score(rows[:1], arms[name].sizes[0])  # what an arm does once only
         try:
-            found[name] = tuned(score, arm, rows, expected, dtype)
+            found[name] = checked(name, arms[name], score, rows, expected, dtype, weigh)
         except WrongNumbers as error:
             refused[name] = str(error)
             continue
         calls[name] = Watched(lambda score=score, size=found[name]["size"]: score(rows, size))
+    times = timing.interleave(calls, rounds, Processor())
     tokens = sum(row.tokens for row in rows)
-    times = timing.interleave(calls, rounds, Processor(), enough)
     for name, seconds in times.items():
         spread = timing.spread(seconds, times[OURS_WHOLE])
         found[name]["gap"] = max(found[name]["gap"], gap(calls[name].found, expected, dtype))
         found[name] |= spread | {
-            "version": arms[name].version,
             "tokens_per_s": tokens / spread["median_s"],
             "tokens_per_s_low": tokens / spread["high_s"],
             "tokens_per_s_high": tokens / spread["low_s"],
@@ -98,7 +124,7 @@ def run_case(
         }
     return {
         "dtype": dtype, "rows": len(rows), "tokens": tokens, "scored": sum(len(row.completion) for row in rows),
-        "distinct": distinct(rows), "rounds": len(next(iter(times.values()), [])), "threads": torch.get_num_threads(),
+        "distinct": distinct(rows), "rounds": rounds, "threads": torch.get_num_threads(),
         "arms": found, "absent": absent, "refused": refused,
     }  # fmt: skip
 
