@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--out", type=Path, default=timing.RESULTS)
     args = parser.parse_args(arguments)
+    if not args.data.is_file():
+        raise SystemExit(f"bench.scoring: there is no file {args.data}: name one of RM-Bench's with --data")
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as folder:
         run(args, Path(folder))
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         loaded, rows = case_job.load()
         weigh = partial(in_a_process, case_job)
         case = measure.run_case(dtype, loaded, case_job.arms(), rows, expected, args.rounds, weigh)
-        cases.append(case)
+        cases.append({"model": args.model, "data": args.data.name, "prompts": args.prompts} | case)
         timing.write("scoring", environment, cases, args.out)
         print(shown.table(case), flush=True)
 

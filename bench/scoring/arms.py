@@ -8,6 +8,7 @@ import copy
 import importlib
 import importlib.metadata
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +137,7 @@ def _lm_eval(loaded: Loaded) -> Score:
     """Call `_loglikelihood_tokens`, which `loglikelihood` calls once it has tokenized its requests."""
     from lm_eval.models.huggingface import HFLM
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
     harness = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, backend="causal", device="cpu")
 
     def score(rows: Sequence[Row], size: int) -> list[float]:

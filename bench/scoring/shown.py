@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 from bench.harness.charts import INK, MUTED, OURS_COLOURS
 
 OTHERS = "#b9c2cc"
-DTYPES = {"float32": "float32", "bfloat16": "bfloat16"}
 
 
 def table(case: dict) -> str:
@@ -24,8 +23,6 @@ def table(case: dict) -> str:
         f"  {'':40}{'tokens/s':>9}{'quartiles':>12}{'wall':>8}{'time':>7}{'batch':>13}{'MiB':>8}{'gap':>10}",
     ]
     for name, arm in case["arms"].items():
-        if "tokens_per_s" not in arm:
-            continue
         quartiles = f"{arm['tokens_per_s_low']:.0f}-{arm['tokens_per_s_high']:.0f}"
         wall = case["tokens"] / arm["wall"]["median_s"]
         lines.append(

@@ -186,6 +186,11 @@ def test_the_whole_run_writes_record_table_and_picture(tmp_path, monkeypatch, ca
     assert f"<!-- {OURS} -->" in svg.read_text() and png.stat().st_size > 10_000
 
 
+def test_data_that_is_not_there_is_one_line():
+    with pytest.raises(SystemExit, match=r"there is no file no\.json: name one of RM-Bench's with --data"):
+        command.main(["--data", "no.json"])
+
+
 def test_a_gguf_file_is_copied_with_float32_weights(tmp_path):
     source, target = tmp_path / "tiny.gguf", tmp_path / "copy.gguf"
     written(source, MODELS["llama"]())
