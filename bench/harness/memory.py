@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from bench.harness import peers as registry
 from bench.harness import shapes
+
+RETURNING = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""environment in which the allocator gets every block over 64 KiB from the system, and returns it when it is freed"""
 
 
 def weigh(case, names) -> dict[str, float]:
@@ -29,9 +33,14 @@ def extra_mib(case, name: str) -> float:
     inputs = case.for_peer(name, registry.make_inputs(case.subject, shape, case.rows, case.torch_dtype))
     if name == "torch.compile":  # exclude the compiler's memory
         peer.run(inputs)
+    return risen_mib(lambda: peer.run(inputs))
+
+
+def risen_mib(call: Callable[[], object]) -> float:
+    """Return by how many MiB resident memory rises at its peak during the call."""
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to VmRSS
     before = _status_kib("VmRSS")
-    peer.run(inputs)
+    call()
     return (_status_kib("VmHWM") - before) / 1024
 
 
@@ -44,9 +53,7 @@ def _status_kib(field: str) -> int:
 
 def in_a_process(case, env: dict[str, str] | None = None, weigh: str | None = None) -> dict:
     """Run the case in a fresh interpreter, which prints its result as the last line. Return the result."""
-    settings = dict(os.environ) | (env or {})
-    if weigh:  # get every block over 64 KiB from the system, and return it when freed
-        settings |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    settings = dict(os.environ) | (env or {}) | (RETURNING if weigh else {})
     command = [sys.executable, "-m", "bench.harness.one", json.dumps(asdict(case)), *([weigh] if weigh else [])]
     run = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     if run.returncode:
