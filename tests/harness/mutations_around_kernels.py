@@ -36,8 +36,8 @@ CHUNKED = {
     ),
     "the scale forgotten behind a bias": Mutation(
         "vocab/chunked_tiles.py",
-        "out.addmm_(self.hidden, self.weight.T, beta=scale, alpha=scale)",
-        "out.addmm_(self.hidden, self.weight.T, beta=1.0, alpha=scale)",
+        "z.addmm_(self.hidden, weight, beta=scale, alpha=scale)",
+        "z.addmm_(self.hidden, weight, beta=1.0, alpha=scale)",
         f"{PROPERTIES}::test_within_the_budget[chunked-linear-rewards]",
     ),
     "entropy left out of the chunked gradient": Mutation(
