@@ -4,6 +4,7 @@ A tile is (rows, vocab) float32. Its buffers fit the cores' caches, so that only
 from main memory. The sizes were chosen by measurement; bench/NOTES.md has the figures.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,8 +12,13 @@ import torch
 from torch import Tensor
 
 MIB = 1 << 20
-EXP_IS_ZERO = -200.0  # exp(-200) is 0 in float32
+EXP_IS_ZERO = -200.0  # exp(-200) and exp2(-200) are 0 in float32
 LOW_PRECISION = (torch.bfloat16, torch.float16)
+# Most columns that are reduced together. From 32K columns on, torch shares the sum of a single row among its threads,
+# and the row's bits would depend on whether it is alone in the batch.
+CHUNK = 8192
+# torch starts another thread for every GRAIN elements, and its elementwise loops take VECTORS elements at a time.
+GRAIN, VECTORS = 32768, 32
 
 
 @dataclass(frozen=True)
@@ -22,16 +28,22 @@ class Limits:
     tile: int  # one (rows, vocab) buffer; the forward holds two, the backward three
     native_tile: int  # the same for a forward with a native low-precision matmul, which runs faster on wider tiles
     rows: int  # rows of a linear tile
+    tall_tile: int  # the tile of a float32 forward with more than 2 * rows rows; reduced in parts of `tile`
+    tall_rows: int  # its rows
+    product: int  # columns of one float32 matmul of 2 to `rows` rows; a tile is filled by several
     copy: int  # one upcast copy: a chunk of weight, a tile of hidden or the accumulator of a gradient
     rows_per_sweep: int  # rows that share one sweep over the vocabulary; bounds the partials of the chunks
 
 
 # For any N, all buffers together stay under 64 MiB on the CPU and under 256 MiB on a GPU.
-CPU_LIMITS = Limits(tile=MIB // 2, native_tile=4 * MIB, rows=512, copy=2 * MIB, rows_per_sweep=2048)
-GPU_LIMITS = Limits(tile=16 * MIB, native_tile=16 * MIB, rows=2048, copy=8 * MIB, rows_per_sweep=16384)
-# Most columns that are reduced together. From 32K columns on, torch shares the sum of a single row among its threads,
-# and the row's bits would depend on whether it is alone in the batch.
-CHUNK = 8192
+CPU_LIMITS = Limits(
+    tile=MIB // 2, native_tile=4 * MIB, rows=512, tall_tile=8 * MIB, tall_rows=2048, product=1024, copy=2 * MIB,
+    rows_per_sweep=2048,
+)  # fmt: skip
+GPU_LIMITS = Limits(
+    tile=16 * MIB, native_tile=16 * MIB, rows=2048, tall_tile=16 * MIB, tall_rows=2048, product=CHUNK, copy=8 * MIB,
+    rows_per_sweep=16384,
+)  # fmt: skip
 FEW_ROWS = 16  # up to this many rows a native bfloat16 matmul wins on any CPU: reading `weight` dominates
 
 
@@ -52,23 +64,46 @@ def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     # At most half of all logits: the system clears new memory first, which does not pay off for little work.
     tile = min(limits_for(device).tile, num_rows * vocab // 2)
     rows = even_share(num_rows, max(1, tile // chunk))
-    return Tiles(rows, chunk * max(1, tile // (rows * chunk)), chunk)
+    # Even pieces leave no small last tile. They also avoid widths of a power of two, which take 1.3 times as long.
+    return Tiles(rows, chunk * even_share(vocab // chunk, max(1, tile // (rows * chunk))), chunk)
 
 
 def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False) -> Tiles:
-    """Return the tile shape of the linear path: as wide as the limits on tiles and on upcast copies allow."""
+    """Return the tile shape of the linear path: as wide as the limits on tiles and on upcast copies allow.
+
+    Only a tile of few rows holds several chunks: there, many small calls would cost as much as the matmul.
+    """
     limits = limits_for(hidden.device)
     num_rows, dim = hidden.shape
     most_rows, most_vocab, tile = limits.rows, min(CHUNK, weight.shape[0]), limits.tile
     in_float32 = hidden.dtype == weight.dtype == torch.float32
     if uses_native_matmul(hidden, weight) and not backward:
         tile = limits.native_tile
+        if num_rows <= FEW_ROWS:
+            most_vocab = weight.shape[0]
     elif not in_float32:  # operands are upcast, or accumulated in the backward
         most_rows = min(most_rows, max(1, limits.copy // dim))
         most_vocab = min(most_vocab, max(1, limits.copy // dim))
+    elif num_rows == 1 and not backward:
+        most_vocab, tile = weight.shape[0], limits.native_tile
+    elif num_rows > 2 * limits.rows and not backward:
+        most_rows, tile = limits.tall_rows, limits.tall_tile
     rows = even_share(num_rows, most_rows)
     vocab = min(most_vocab, max(1, tile // rows))
-    return Tiles(rows, vocab, vocab)
+    if vocab > CHUNK:
+        vocab -= vocab % CHUNK
+    return Tiles(rows, vocab, min(vocab, CHUNK))
+
+
+def parts(tile: tuple[int, int], chunk: int, size: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a tile (rows, columns) into parts of about `size` elements: whole chunks, or one that is narrower."""
+    rows, columns = tile
+    whole = columns - columns % chunk
+    height = even_share(rows, max(1, size // chunk))
+    width = chunk * max(1, size // (height * chunk))
+    for part_rows in spans(0, rows, height):
+        for part_columns in [*spans(0, whole, width), *spans(whole, columns, chunk)]:
+            yield part_rows, part_columns
 
 
 def even_share(total: int, most: int) -> int:
@@ -88,13 +123,22 @@ def length(span: slice) -> int:
 
 
 class Buffer:
-    """Memory that is allocated once and reused as contiguous (rows, columns) views."""
+    """Memory that is allocated once and reused as contiguous views."""
 
     def __init__(self, size: int, device: torch.device, dtype: torch.dtype = torch.float32):
-        self._flat = torch.empty(size, device=device, dtype=dtype)
+        self._flat = torch.empty(size + 2 * VECTORS * torch.get_num_threads(), device=device, dtype=dtype)
 
-    def view(self, rows: int, columns: int) -> Tensor:
-        return self._flat[: rows * columns].view(rows, columns)
+    def view(self, *shape: int) -> Tensor:
+        return self._flat[: math.prod(shape)].view(shape)
+
+    def padded(self, count: int) -> Tensor:
+        """Return the first `count` elements, and so many more that every thread of torch's gets whole vectors.
+
+        The elements that a thread has left over behind its last vector go through another exp2, with other last bits.
+        Which elements these are depends on the batch.
+        """
+        threads = max(1, min(torch.get_num_threads(), -(-count // GRAIN)))
+        return self._flat[: threads * VECTORS * -(-count // (threads * VECTORS))]
 
 
 class LogitRows:
@@ -178,12 +222,13 @@ class LinearTile:
         self._inputs = (hidden, weight, bias)
         self._scale, self._softcap = logit_scale, softcap
         self._native = uses_native_matmul(hidden, weight)
-        self._on_cpu = hidden.device.type == "cpu"
-        dim, device = hidden.shape[1], hidden.device
+        limits = limits_for(device := hidden.device)
+        self._width = limits.product if 1 < tiles.rows <= limits.rows else tiles.vocab
+        dim = hidden.shape[1]
         self._weight_copy = None if self._keeps(weight) else Buffer(tiles.vocab * dim, device)
         self._hidden_copy = None if self._keeps(hidden) else Buffer(tiles.rows * dim, device)
-        rounded = self._native and self._on_cpu
-        self._rounded = Buffer(tiles.rows * tiles.vocab, device, hidden.dtype) if rounded else None
+        self.native_on_cpu = self._native and device.type == "cpu"  # its bfloat16 matmul has no float32 output
+        self._rounded = Buffer(tiles.rows * tiles.vocab, device, hidden.dtype) if self.native_on_cpu else None
         self.weight = self.hidden = self._bias = None
 
     def _keeps(self, operand: Tensor) -> bool:
@@ -197,34 +242,40 @@ class LinearTile:
     def load_hidden(self, rows: slice) -> None:
         self.hidden = _loaded(self._inputs[0][rows], self._hidden_copy)
 
-    def native_logits(self) -> Tensor | None:
-        """Return the tile in the inputs' low precision if it is just the CPU's native product; otherwise None."""
-        if self._rounded is None or self._bias is not None or self._softcap is not None or self._scale != 1.0:
+    def native_product(self) -> Tensor | None:
+        """Return hidden @ weight.T in the inputs' low precision if that is the CPU's native product; otherwise None."""
+        if self._rounded is None:
             return None
-        out = self._rounded.view(self.hidden.shape[0], self.weight.shape[0])
-        return torch.mm(self.hidden, self.weight.T, out=out)
+        return torch.mm(self.hidden, self.weight.T, out=self._rounded.view(self.hidden.shape[0], self.weight.shape[0]))
+
+    def native_logits(self) -> Tensor | None:
+        """Return the tile as `native_product` if the logits are nothing else; otherwise None."""
+        plain = self._bias is None and self._softcap is None and self._scale == 1.0
+        return self.native_product() if plain else None
 
     def logits(self, out: Tensor) -> Tensor:
         """Write the final logits of the loaded operands to out (rows, vocab) and return it."""
-        scale = self._scale if self._softcap is None else self._scale / self._softcap
+        if self._rounded is not None:
+            return self.finish(out.copy_(self.native_product()), slice(None))
         if self._native:
-            self._native_product(out)
-            if self._bias is not None:
-                out.add_(self._bias)
-            if scale != 1.0:
-                out.mul_(scale)
-        elif self._bias is not None:
-            out.copy_(self._bias.expand_as(out))
-            out.addmm_(self.hidden, self.weight.T, beta=scale, alpha=scale)
-        else:
-            out.addmm_(self.hidden, self.weight.T, beta=0, alpha=scale)
+            return self.finish(torch.mm(self.hidden, self.weight.T, out_dtype=torch.float32, out=out), slice(None))
+        scale = self._scale if self._softcap is None else self._scale / self._softcap
+        for columns in spans(0, len(self.weight), self._width):
+            z, weight = out[:, columns], self.weight[columns].T
+            if self._bias is None:
+                z.addmm_(self.hidden, weight, beta=0, alpha=scale)
+            else:
+                z.copy_(self._bias[columns].expand_as(z))
+                z.addmm_(self.hidden, weight, beta=scale, alpha=scale)
         return out if self._softcap is None else out.tanh_().mul_(self._softcap)
 
-    def _native_product(self, out: Tensor) -> None:
-        if self._on_cpu:  # the CPU's bfloat16 matmul has no float32 output
-            out.copy_(torch.mm(self.hidden, self.weight.T, out=self._rounded.view(*out.shape)))
-        else:
-            torch.mm(self.hidden, self.weight.T, out_dtype=torch.float32, out=out)
+    def finish(self, z: Tensor, columns: slice) -> Tensor:
+        """Turn `columns` of a native product, in float32, into logits, in place."""
+        if self._bias is not None:
+            z.add_(self._bias[columns])
+        if self._softcap is None:
+            return z if self._scale == 1.0 else z.mul_(self._scale)
+        return z.mul_(self._scale / self._softcap).tanh_().mul_(self._softcap)
 
 
 def _loaded(operand: Tensor, copy: Buffer | None) -> Tensor:

@@ -17,14 +17,14 @@ CHUNKED = {
     ),
     "the caller's logits as a workspace": Mutation(
         "vocab/chunked.py",
-        "buffer.view(length(rows), length(columns)).copy_(source.load(rows, columns))",
-        "source.load(rows, columns).float().contiguous()",
+        "y = torch.sub(z, peak.unsqueeze(-1), out=work.y.view(*shape))",
+        "y = work.y.view(*shape).copy_(z.sub_(peak.unsqueeze(-1)))",
         f"{HARD}::test_strides_are_honoured_and_inputs_left_alone[unaligned-chunked]",
     ),
     "arithmetic in the logits' own dtype": Mutation(
         "vocab/chunked.py",
-        "buffer.view(length(rows), length(columns)).copy_(source",
-        "torch.empty(length(rows), length(columns), dtype=logits.dtype).copy_(source",
+        "z = work.y.view(length(rows), length(columns)).copy_(z)",
+        "pass",
         f"{PROPERTIES}::test_low_precision_logits_equal_the_same_numbers_in_float32[chunked]",
     ),
     "no pieces of no rows": Mutation(
@@ -36,8 +36,8 @@ CHUNKED = {
     ),
     "the scale forgotten behind a bias": Mutation(
         "vocab/chunked_tiles.py",
-        "out.addmm_(self.hidden, self.weight.T, beta=scale, alpha=scale)",
-        "out.addmm_(self.hidden, self.weight.T, beta=1.0, alpha=scale)",
+        "z.addmm_(self.hidden, weight, beta=scale, alpha=scale)",
+        "z.addmm_(self.hidden, weight, beta=1.0, alpha=scale)",
         f"{PROPERTIES}::test_within_the_budget[chunked-linear-rewards]",
     ),
     "entropy left out of the chunked gradient": Mutation(

@@ -1,5 +1,7 @@
 """The chunked path, forward and backward, against the fp64 oracle under the error budget, and its hard cases."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -250,6 +252,19 @@ def test_a_row_alone_equals_the_row_in_a_batch_of_stored_logits():
     assert all(torch.equal(a[217:218], b) for a, b in zip(whole, one, strict=True))
 
 
+@pytest.mark.parametrize("threads", [2, 3, 5])
+def test_a_row_has_the_same_bits_for_any_number_of_threads(threads):
+    """torch gives each thread a share of a tile; exp2 has other last bits behind the last whole vector of a share."""
+    z, targets = torch.randn(37, 20003), random_targets(37, 20003)
+    before, one = torch.get_num_threads(), stats_of(z[9:10], targets[9:10])
+    try:
+        torch.set_num_threads(threads)
+        whole = stats_of(z, targets)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a[9:10], b) for a, b in zip(whole, one, strict=True))
+
+
 def test_inputs_are_not_written_to_and_runs_repeat_bitwise():
     hidden, weight, bias = torch.randn(9, 32), torch.randn(2000, 32), torch.randn(2000)
     targets = random_targets(9, 2000)
@@ -293,7 +308,8 @@ def test_bf16_gradients_by_separate_sweeps_equal_those_of_one_sweep(monkeypatch)
 
     monkeypatch.setattr(chunked_tiles, "has_bf16_units", lambda: False)
     together = run()
-    small = chunked_tiles.Limits(tile=4096, native_tile=4096, rows=16, copy=20 * 64, rows_per_sweep=32)
+    few = {"tile": 4096, "native_tile": 4096, "tall_tile": 4096, "rows": 16, "tall_rows": 16, "product": 64}
+    small = replace(chunked_tiles.CPU_LIMITS, **few, copy=20 * 64, rows_per_sweep=32)
     monkeypatch.setattr(chunked_tiles, "CPU_LIMITS", small)
     for one, blocks in zip(together, run(), strict=True):
         torch.testing.assert_close(one, blocks, rtol=2**-7, atol=1e-4)
