@@ -153,7 +153,14 @@ def draw(found: dict[str, dict[str, Any]], note: str, path: Path) -> None:
         axes[1].plot([100 * level[n].value for n in LEVELS], [y] * 3, color=output.GUIDE, lw=1.2, zorder=1)
         for name, marker in zip(LEVELS, ("o", "|", "s"), strict=True):
             axes[1].plot(
-                100 * level[name].value, y, marker, color=output.IMITATION, ms=5, label=None if y else name, ls="none"
+                100 * level[name].value,
+                y,
+                marker,
+                color=output.IMITATION,
+                ms=6,
+                mew=1.5,
+                label=None if y else name,
+                ls="none",
             )
     axes[1].axvline(50, color=output.GUIDE, ls="--", lw=1)
     axes[1].set_yticks(range(len(levels)), [])
