@@ -28,11 +28,11 @@ def arguments(doc: str, seeds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def write(name: str, settings: dict, results: dict, folder: Path) -> Path:
-    """Write folder/paper-<name>.json. Return its path."""
+def write(name: str, settings: dict, results: dict, folder: Path, module: str = "") -> Path:
+    """Write folder/paper-<name>.json. Return its path. `module` is that of the command, if its name is another."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"paper-{name}.json"
-    record = {"command": f"python -m bench.paper.{name}", "environment": environment(), "settings": settings}
+    record = {"command": f"python -m bench.paper.{module or name}", "environment": environment(), "settings": settings}
     path.write_text(json.dumps(record | {"results": results}, indent=1, default=_plain) + "\n")
     return path
 

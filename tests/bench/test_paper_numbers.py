@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+LEVELS, REPORTED = ("easy", "normal", "hard"), ("chat", "safety")
 PAGES = {name: " ".join((ROOT / name).read_text().split()) for name in ("docs/evidence.md", "bench/paper/README.md")}
 
 
@@ -47,3 +48,20 @@ def test_theory(page):
     wanted += [f"H^{policy['imitation']['value']:.2f}"]
     wanted += ["H^{value:.2f} [{low:.2f}, {high:.2f}]".format(**policy["endogenous"])]
     assert not [w for w in wanted if w not in PAGES[page]]
+
+
+def test_rm_bench():
+    methods = on_file("rm-bench-smollm2")["methods"]
+    levels = {name: row["rm_bench"]["overall"] for name, row in methods.items()}
+    plain, discounted, brief = "endogenous", "reward, gamma 0.93", "shorter answer"
+    wanted = [points(levels[name][level]["accuracy"]) for name in (plain, brief) for level in LEVELS]
+    shares = [levels[name]["average"] for name in (plain, discounted)]
+    wanted += ["{} [{}, {}]".format(*(points(share[key]) for key in ("accuracy", "low", "high"))) for share in shares]
+    near = [methods[name]["within_10"]["mean"] for name in (plain, discounted)]
+    wanted += ["{} [{}, {}]".format(*(points(share[key]) for key in ("value", "low", "high"))) for share in near]
+    wanted += ["{} [{}, {}]".format(*(points(methods[discounted]["minus_sum"][k]) for k in ("value", "low", "high")))]
+    domains = {name: methods[name]["rm_bench"]["domains"] for name in (plain, discounted)}
+    wanted += [points(domains[name][domain]["average"]["accuracy"]) for name in domains for domain in REPORTED]
+    assert not [w for w in wanted if w not in PAGES["bench/paper/README.md"]]
+    code = [row["rm_bench"]["domains"]["code"]["average"] for row in methods.values()]
+    assert all(share["low"] < 0.5 < share["high"] for share in code)
