@@ -151,7 +151,10 @@ def case(model: str, name: str, scorer: EndoRewardModel, rows: list[dict], round
 
 def run(rounds: int, file: Path, size: int, budgets: list[int | None], folder: Path | None, only: str) -> None:
     torch.set_num_threads(1)
-    models = {"pocket": EndoRewardModel.from_pretrained("pocket"), "llama, 30M": EndoRewardModel(llama())}
+    models = {
+        "pocket": EndoRewardModel.from_pretrained("pocket"), "llama, 30M": EndoRewardModel(llama()),
+        "smollm2": EndoRewardModel.from_pretrained("smollm2"),
+    }  # fmt: skip
     jobs = [
         (model, name, budget)
         for budget in budgets for model in models for name in workloads(VOCAB, file, size)
