@@ -65,3 +65,16 @@ def test_rm_bench():
     assert not [w for w in wanted if w not in PAGES["bench/paper/README.md"]]
     code = [row["rm_bench"]["domains"]["code"]["average"] for row in methods.values()]
     assert all(share["low"] < 0.5 < share["high"] for share in code)
+
+
+def test_gsm8k():
+    results = on_file("gsm8k-smollm2")
+    methods, picks = results["methods"], results["picks"]
+    shares = [methods["endogenous"][figure] for figure in ("accuracy", "within_10")]
+    shares += [methods[name]["accuracy"] for name in ("self-certainty", "author of the solution")]
+    wanted = ["{}% [{}, {}]".format(*(points(share[key]) for key in ("value", "low", "high"))) for share in shares]
+    wanted += [points(methods["shorter answer"]["accuracy"]["value"])]
+    wanted += [points(found["best_of_4"]["value"]) for found in (methods["endogenous"], picks["random pick"])]
+    assert not [w for w in wanted if w not in PAGES["bench/paper/README.md"]]
+    best = max((n for n in methods if n != "author of the solution"), key=lambda n: methods[n]["accuracy"]["value"])
+    assert best == "self-certainty" and len(methods) == 30
