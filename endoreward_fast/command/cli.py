@@ -181,7 +181,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
         if first and done == Done():  # the rest of a resumed run may consist of rows that cannot be scored
             pipeline.check_usable(first, source.name)
-        run = _engine(job, flags, rank, settings, idle=not first, waits=not Path(file).is_file())
+        run = _engine(job, flags, rank, settings, idle=not first, waits=file == STDIN or not Path(file).is_file())
         monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model)
         with resume_hint(arguments, sink, monitor), monitor:
             if note:

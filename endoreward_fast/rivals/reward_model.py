@@ -196,9 +196,15 @@ class RewardModel:
         return self
 
     def _classify_ends(self, tokens: list[list[int]], segments: Sequence[Segment], past: Past) -> list[float]:
-        """Return the scores of the rows that end in segments, from the state of each row's last token."""
+        """Return the scores of the rows that end in segments, from the state of each row's last token.
+
+        As in transformers, that is the last one other than the padding token, which may also end a conversation.
+        """
         first = (past.stops - past.lengths).tolist()  # column of a segment's first token
-        ending = [(n, first[n] + len(tokens[row]) - 1) for n, segment in enumerate(segments) for row in segment.rows()]
+        ending = [
+            (n, first[n] + max((i for i, token in enumerate(tokens[row]) if token != self.pad), default=0))
+            for n, segment in enumerate(segments) for row in segment.rows()
+        ]  # fmt: skip
         with evaluating(self.model):
             states = past.hidden[[n for n, _ in ending], [place for _, place in ending]]
             return self.head.scores(states).double().tolist()
