@@ -1,6 +1,7 @@
 """Curves of a training: their running mean, and the step at which the policy has collapsed."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,28 +15,32 @@ def smooth(curve: Sequence[float], width: int = WIDTH) -> np.ndarray:
     return np.array([c[max(0, i - width + 1) : i + 1].mean() for i in range(len(c))])
 
 
-def collapse(curves: Mapping[str, Sequence[float]], width: int = WIDTH) -> dict[str, int | None]:
-    """Return the steps, counted from 1, at which accuracy has fallen and entropy is gone; None if that never happens.
+@dataclass(frozen=True)
+class Collapse:
+    """The steps, counted from 1, at which a policy has collapsed. None: never."""
 
-    arXiv 2603.08660: every intrinsic reward sharpens the policy, so accuracy rises and then falls. All values are
-    running means over `width` steps, and the start is the first mean that covers `width` steps.
+    accuracy: int | None
+    """from which accuracy stays below its start to the end, for at least WIDTH steps"""
+    rose: bool
+    """whether accuracy was above its start before, as under every intrinsic reward in arXiv 2603.08660"""
+    entropy: int | None
+    """from which entropy stays below SHARP of its start to the end. Each question then has one answer, so there is
+    hardly a gradient left; accuracy can still be high"""
 
-        accuracy   the first step from which accuracy stays below its start to the end, for at least `width` steps,
-                   after it was above
-        entropy    the first step from which entropy stays below SHARP of its start to the end. The policy then gives
-                   one answer to each question: there is no gradient left, and accuracy can still be high
+
+def collapse(curves: Mapping[str, Sequence[float]], width: int = WIDTH) -> Collapse:
+    """Return where the curves "accuracy" and "entropy" collapse.
+
+    Both are running means over `width` steps. The start is the first mean that covers `width` steps.
     """
     accuracy, entropy = (smooth(curves[name], width)[width - 1 :] for name in ("accuracy", "entropy"))
-    found: dict[str, int | None] = {"accuracy": None, "entropy": None}
     if len(accuracy) == 0:
-        return found
-    below = _always(accuracy < accuracy[0])
-    if below is not None and len(accuracy) - below >= width and accuracy[:below].max() > accuracy[0]:
-        found["accuracy"] = below + width
-    gone = _always(entropy < SHARP * entropy[0])
-    if gone is not None:
-        found["entropy"] = gone + width
-    return found
+        return Collapse(None, False, None)
+    fell, gone = _always(accuracy < accuracy[0]), _always(entropy < SHARP * entropy[0])
+    if fell is not None and len(accuracy) - fell < width:
+        fell = None
+    rose = bool((accuracy[:fell] > accuracy[0]).any())
+    return Collapse(None if fell is None else fell + width, rose, None if gone is None else gone + width)
 
 
 def _always(true: np.ndarray) -> int | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.paper import output
-from bench.paper.curves import collapse, smooth
+from bench.paper.curves import Collapse, collapse, smooth
 
 ARMS = {
     "endogenous": "endogenous reward",
@@ -32,7 +32,7 @@ CURVES = {
 def table_of(runs: list[dict]) -> dict[str, dict]:
     """Return {arm: {"quiz", "others": {"before", "after", "gain": {measure: [mean, lowest, highest of seeds]}}}}.
 
-    "collapse" holds the steps of `curves.collapse`, one for each seed.
+    "collapse" holds a `curves.Collapse` for each seed.
     """
 
     def over_seeds(values: list[float]) -> list[float]:
@@ -41,8 +41,7 @@ def table_of(runs: list[dict]) -> dict[str, dict]:
     found: dict[str, dict] = {}
     for arm in dict.fromkeys(r["arm"] for r in runs):
         mine = [r for r in runs if r["arm"] == arm]
-        steps = [collapse(r["curves"]) for r in mine]
-        found[arm] = {"collapse": {name: [step[name] for step in steps] for name in ("accuracy", "entropy")}}
+        found[arm] = {"collapse": [collapse(r["curves"]) for r in mine]}
         measures = [m for m in MEASURES if m in mine[0]["quiz"]["before"]]
         for name in ("quiz", "others"):
             cells = {
@@ -75,15 +74,12 @@ def report(found: dict[str, dict], name: str) -> str:
 
 def report_collapse(found: dict[str, dict]) -> str:
     header = ("collapse: step, by seed", "accuracy stays below its start", "entropy stays below a tenth of its start")
-    rows = [
-        (ARMS[arm], *(_steps(cells["collapse"][name]) for name in ("accuracy", "entropy")))
-        for arm, cells in found.items()
-    ]
-    return output.table(header, rows)
+    return output.table(header, [(ARMS[arm], *_steps(cells["collapse"])) for arm, cells in found.items()])
 
 
-def _steps(steps: list[int | None]) -> str:
-    return ", ".join("none" if step is None else str(step) for step in steps)
+def _steps(collapses: list[Collapse]) -> tuple[str, str]:
+    fell = [f"{c.accuracy or 'none'}{'' if c.rose or not c.accuracy else ' (never rose)'}" for c in collapses]
+    return ", ".join(fell), ", ".join(str(c.entropy or "none") for c in collapses)
 
 
 def draw(runs: list[dict], found: dict[str, dict], note: str, path: Path) -> None:
@@ -130,11 +126,11 @@ def sentence(found: dict[str, dict], runs: list[dict]) -> str:
                 f"Whatever their form, greedy answers to other questions end in the right word in {before}% before and "
                 f"{after}% after."
             )
-        if any(cells["collapse"]["entropy"] + cells["collapse"]["accuracy"]):
-            parts.append(
-                f"Steps of collapse, by seed: entropy {_steps(cells['collapse']['entropy'])}, accuracy "
-                f"{_steps(cells['collapse']['accuracy'])}."
-            )
+        fell, gone = _steps(cells["collapse"])
+        parts.append(
+            f"Step, by seed, from which accuracy in training stays below its start: {fell}; entropy below a tenth of it: "
+            f"{gone}."
+        )
     lengths = [smooth(r["curves"]["length"]) for r in runs if r["arm"] == "endogenous"]
     if lengths:
         first, last = (np.mean([c[i] for c in lengths]) for i in (4 if len(lengths[0]) > 4 else 0, -1))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.paper import output, policies, questions, ranking, rl, rl_report, steering
-from bench.paper.curves import collapse
+from bench.paper.curves import Collapse, collapse
 from endoreward_fast.model.checkpoint import pocket_path
 from endoreward_fast.pocket.quiz import problems
 
@@ -24,36 +24,40 @@ def curves(accuracy, entropy=None):
 
 def test_a_policy_whose_accuracy_rises_and_then_falls_has_collapsed():
     rise_and_fall = [0.5] * 5 + [0.8] * 5 + [0.2] * 10
-    found = collapse(curves(rise_and_fall))
-    assert found == {"accuracy": 13, "entropy": None}  # steps 9 to 13: (2 * 0.8 + 3 * 0.2) / 5 is the first below 0.5
-    assert collapse(curves(rise_and_fall), width=1) == {"accuracy": 11, "entropy": None}
+    # steps 9 to 13: (2 * 0.8 + 3 * 0.2) / 5 is the first mean below 0.5
+    assert collapse(curves(rise_and_fall)) == Collapse(accuracy=13, rose=True, entropy=None)
+    assert collapse(curves(rise_and_fall), width=1) == Collapse(accuracy=11, rose=True, entropy=None)
+
+
+def test_a_fall_without_a_rise_is_told_apart():
+    assert collapse(curves([0.5] * 5 + [0.2] * 15)) == Collapse(accuracy=6, rose=False, entropy=None)
+    assert collapse(curves([0.5] * 5 + [0.2] * 6 + [0.9] * 9)) == Collapse(accuracy=None, rose=True, entropy=None)
 
 
 @pytest.mark.parametrize(
     "accuracy",
     [
         [0.5] * 5 + [0.8] * 15,  # rises and stays
-        [0.5] * 5 + [0.2] * 15,  # falls, but never rose
         [0.5] * 5 + [0.8] * 5 + [0.2] * 6 + [0.9] * 6,  # falls and recovers
         [0.5] * 5 + [0.8] * 8 + [0.1] * 5,  # below its start for two means: could be noise
         [0.5] * 20,
     ],
 )
 def test_a_policy_whose_accuracy_does_not_stay_down_has_not_collapsed(accuracy):
-    assert collapse(curves(accuracy))["accuracy"] is None
+    assert collapse(curves(accuracy)).accuracy is None
 
 
 def test_entropy_has_collapsed_where_it_stays_below_a_tenth():
     steady = [0.5] * 12
-    assert collapse(curves(steady, [1.0] * 6 + [0.0] * 6))["entropy"] == 11
-    assert collapse(curves(steady, [1.0] * 6 + [0.11] * 6))["entropy"] is None
-    assert collapse(curves(steady, [1.0] * 5 + [0.0] * 5 + [1.0, 0.0]))["entropy"] is None  # it came back
-    assert collapse(curves(steady, [0.0] * 12))["entropy"] is None
+    assert collapse(curves(steady, [1.0] * 6 + [0.0] * 6)).entropy == 11
+    assert collapse(curves(steady, [1.0] * 6 + [0.11] * 6)).entropy is None
+    assert collapse(curves(steady, [1.0] * 5 + [0.0] * 5 + [1.0, 0.0])).entropy is None  # it came back
+    assert collapse(curves(steady, [0.0] * 12)).entropy is None
 
 
 @pytest.mark.parametrize("steps", [0, 1, 4, 5])
 def test_short_curves_have_no_collapse(steps):
-    assert collapse(curves([0.5] * steps)) == {"accuracy": None, "entropy": None}
+    assert collapse(curves([0.5] * steps)) == Collapse(None, False, None)
 
 
 # --- questions
@@ -202,7 +206,7 @@ def test_finished_runs_are_kept_and_those_of_another_setup_refused(tmp_path, mon
 def test_the_table_names_the_step_of_collapse():
     runs = [fake_run("endogenous", seed, replace(rl.REAL, steps=20)) for seed in range(2)]
     found = rl.table_of(runs)
-    assert found["endogenous"]["collapse"] == {"accuracy": [12, 12], "entropy": [10, 10]}
+    assert found["endogenous"]["collapse"] == [Collapse(accuracy=12, rose=True, entropy=10)] * 2
     assert found["endogenous"]["quiz"]["gain"]["number"] == [0, 0, 0]
-    assert "12, 12" in rl_report.report_collapse(found) and "accuracy 12, 12" in rl.sentence(found, runs)
+    assert "12, 12" in rl_report.report_collapse(found) and "below its start: 12, 12;" in rl.sentence(found, runs)
     assert "number, before" in rl.report(found, "quiz")
