@@ -128,8 +128,8 @@ def sentence(found: dict[str, dict], runs: list[dict]) -> str:
             )
         fell, gone = _steps(cells["collapse"])
         parts.append(
-            f"Step, by seed, from which accuracy in training stays below its start: {fell}; entropy below a tenth of it: "
-            f"{gone}."
+            f"Step, by seed, from which accuracy in training stays below its start: {fell}. Step from which entropy is "
+            f"below a tenth: {gone}."
         )
     lengths = [smooth(r["curves"]["length"]) for r in runs if r["arm"] == "endogenous"]
     if lengths:

@@ -208,5 +208,5 @@ def test_the_table_names_the_step_of_collapse():
     found = rl.table_of(runs)
     assert found["endogenous"]["collapse"] == [Collapse(accuracy=12, rose=True, entropy=10)] * 2
     assert found["endogenous"]["quiz"]["gain"]["number"] == [0, 0, 0]
-    assert "12, 12" in rl_report.report_collapse(found) and "below its start: 12, 12;" in rl.sentence(found, runs)
+    assert "12, 12" in rl_report.report_collapse(found) and "below its start: 12, 12." in rl.sentence(found, runs)
     assert "number, before" in rl.report(found, "quiz")
