@@ -243,15 +243,20 @@ def main(arguments: list[str]) -> None:
     jobs = [(arm, seed) for seed in range(args.seed, args.seed + args.seeds) for arm in setup.arms]
     with ProcessPoolExecutor(setup.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         runs = list(pool.map(kept, *zip(*jobs, strict=True), repeat(setup), repeat(args.runs)))
+    summarise(runs, setup, args.seed, args.seeds, args.out)
+
+
+def summarise(runs: list[dict], setup: Setup, seed: int, seeds: int, folder: Path) -> None:
+    """Print the tables, and write the record and the picture."""
     found = table_of(runs)
     parts = report(found, "quiz"), report(found, "others"), report_collapse(found), sentence(found, runs)
     print("\n\n".join(parts))
     tasks = TASKS if setup.model == output.POCKET else ("add",)
-    settings = asdict(setup) | {"tasks": tasks, "seed": args.seed, "seeds": args.seeds, "kl": BETA}
-    print(output.write("rl", settings, {"table": found, "runs": runs, "sentence": sentence(found, runs)}, args.out))
-    note = f"{args.seeds} seeds; lines: means of 5 steps; bands, whiskers: lowest and highest. KL {BETA}, "
+    settings = asdict(setup) | {"tasks": tasks, "seed": seed, "seeds": seeds, "kl": BETA}
+    print(output.write("rl", settings, {"table": found, "runs": runs, "sentence": parts[-1]}, folder))
+    note = f"{seeds} seeds; lines: means of 5 steps; bands, whiskers: lowest and highest. KL {BETA}, "
     note += f"groups of {setup.group}."
-    draw(runs, found, note, args.out / f"paper-{output.named('rl', setup.model)}")
+    draw(runs, found, note, folder / f"paper-{output.named('rl', setup.model)}")
 
 
 if __name__ == "__main__":
