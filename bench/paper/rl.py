@@ -243,19 +243,21 @@ def main(arguments: list[str]) -> None:
     jobs = [(arm, seed) for seed in range(args.seed, args.seed + args.seeds) for arm in setup.arms]
     with ProcessPoolExecutor(setup.workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         runs = list(pool.map(kept, *zip(*jobs, strict=True), repeat(setup), repeat(args.runs)))
-    summarise(runs, setup, args.seed, args.seeds, args.out)
+    summarise(runs, setup, args.out)
 
 
-def summarise(runs: list[dict], setup: Setup, seed: int, seeds: int, folder: Path) -> None:
-    """Print the tables, and write the record and the picture."""
+def summarise(runs: list[dict], setup: Setup, folder: Path) -> None:
+    """Print the tables, and write the record and the picture. Arms may have different numbers of seeds."""
     found = table_of(runs)
     parts = report(found, "quiz"), report(found, "others"), report_collapse(found), sentence(found, runs)
     print("\n\n".join(parts))
     tasks = TASKS if setup.model == output.POCKET else ("add",)
-    settings = asdict(setup) | {"tasks": tasks, "seed": seed, "seeds": seeds, "kl": BETA}
+    seeds = {arm: sum(r["arm"] == arm for r in runs) for arm in found}
+    fewest, most = min(seeds.values()), max(seeds.values())
+    settings = asdict(setup) | {"tasks": tasks, "seed": min(r["seed"] for r in runs), "seeds": most, "kl": BETA}
     print(output.write("rl", settings, {"table": found, "runs": runs, "sentence": parts[-1]}, folder))
-    note = f"{seeds} seeds; lines: means of 5 steps; bands, whiskers: lowest and highest. KL {BETA}, "
-    note += f"groups of {setup.group}."
+    shown = f"{most} seeds" if fewest == most else "; ".join(f"{arm}: {n} seeds" for arm, n in seeds.items())
+    note = f"{shown}; lines: means of 5 steps; bands, whiskers: lowest and highest. KL {BETA}, groups of {setup.group}."
     draw(runs, found, note, folder / f"paper-{output.named('rl', setup.model)}")
 
 

@@ -176,7 +176,9 @@ def sentence_of_real(found: dict[str, dict]) -> str:
     )
 
 
-def draw(found: dict[str, dict], note: str, path: Path, low: float = -26, high: float = 20) -> None:
+def draw(
+    found: dict[str, dict], note: str, path: Path, low: float = -26, high: float = 20, legend: str = "upper right"
+) -> None:
     """Draw the table of shares, and the margins whose sign it counts, from `low` to `high`."""
     figure, (left, right) = output.panels(1, 2, width=5.4, height=3.4)
     shares = torch.tensor([[100 * row["reward"][form].value for form in FORMS] for row in found.values()])
@@ -206,7 +208,7 @@ def draw(found: dict[str, dict], note: str, path: Path, low: float = -26, high: 
     output.title(right, "how far the instruction moves it")
     left.tick_params(length=0, labelsize=9)
     left.spines[:].set_visible(False)
-    print(output.picture(figure, [right], note, path, legend="upper right"))
+    print(output.picture(figure, [right], note, path, legend))
 
 
 def main(arguments: list[str]) -> None:
@@ -221,7 +223,7 @@ def main(arguments: list[str]) -> None:
     settings = {"model": args.model, "seed": args.seed, "n": n, "systems": SYSTEMS}
     print(output.write("steering", settings, found | {"followed": followed(found), "sentence": said}, args.out))
     margins = torch.cat([row["margin"] for row in found.values()])
-    limits = () if toy else (margins.min().floor().item(), margins.max().ceil().item())
+    limits = () if toy else (margins.min().floor().item(), margins.max().ceil().item(), "upper left")
     note = f"{args.model}, {n} {'held-out ' if toy else ''}sums, seed {args.seed}; 95% intervals."
     draw(found, note, args.out / f"paper-{output.named('steering', args.model)}", *limits)
 
