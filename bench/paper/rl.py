@@ -14,7 +14,7 @@ Other arms have the same budget:
 
     pocket       the embedded model: sums, subtractions and counting from its held-out split; all weights are trained
     smollm2      a real model, or any other name: sums of numbers below 20 after one example. The last 10 layers are
-                 trained in fp32, the others stay frozen in bf16, so that a step of 16 answers takes two cores 12
+                 trained in fp32, the others stay frozen in bf16, so that a step of 16 answers takes one core 12
                  seconds. The token level is left out unless `--arms` names it.
 
 The accuracy of a sampled answer is computed exactly, as the probability of the right answer and its end token. An

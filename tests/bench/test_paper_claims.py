@@ -229,3 +229,12 @@ def test_the_stored_record_is_complete(name):
     assert record["results"]["sentence"] and record["settings"]["model"] == "pocket"
     if name == "rl":
         assert record["settings"]["seeds"] == 3 and set(record["results"]["table"]) == set(rl.ARMS)
+
+
+@pytest.mark.parametrize("name", ["ranking", "rl", "steering"])
+def test_the_stored_record_of_a_real_model_is_complete(name):
+    record = json.loads((RESULTS / f"paper-{name}-smollm2.json").read_text())
+    assert record["results"]["sentence"] and record["settings"]["model"] == "smollm2"
+    assert record["command"] == f"python -m bench.paper.{name} --model smollm2"
+    if name == "rl":
+        assert record["settings"]["seeds"] == 3 and set(record["results"]["table"]) == set(rl.REAL.arms)
