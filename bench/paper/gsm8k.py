@@ -166,13 +166,13 @@ def main(arguments: list[str]) -> None:
         beside[judge] = {n: some.numbers(each, scores["endogenous"][at], args.seed) for n, each in methods.items()}
         settings["judges"][judge] = {"prompts": len(at), "processor_seconds": round(verdicts.seconds, 1)}
         print(f"{len(at)} problems of {len(mixed)}, in random order\n{table(beside[judge], {})}\n", flush=True)
-    name = f"gsm8k-{args.model.replace('/', '+')}" + ("" if args.form == "plain" else f"-{args.form}")
+    claim = "gsm8k" if args.form == "plain" else f"gsm8k-{args.form}"
     results = {
         "methods": found, "picks": picks, "judges": beside, "sentence": sentence(found, picks, args.model)
     }  # fmt: skip
-    print(output.write(name, settings, results, args.out, module="gsm8k"))
+    print(output.write(claim, settings, results, args.out, module="gsm8k"))
     note = f"{args.model}, {args.dtype}, {len(mixed)} problems, four solutions each ({args.form}); 95% intervals."
-    draw(found, picks, note, args.out / f"paper-{name}")
+    draw(found, picks, note, args.out / f"paper-{output.named(claim, args.model)}")
 
 
 if __name__ == "__main__":

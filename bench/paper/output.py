@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import textwrap
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import matplotlib
 import numpy as np
 
 from bench.harness.environment import environment
+from endoreward_fast import EndoRewardModel
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -17,6 +19,7 @@ import matplotlib.pyplot as plt
 from bench.harness.charts import INK, MUTED, quiet
 
 RESULTS = Path(__file__).parents[1] / "results"
+POCKET = "pocket"
 IMITATION, ENDOGENOUS, OTHER, GUIDE = "#3d5a80", "#d1495b", "#edae49", "#b9c2cc"
 
 
@@ -28,11 +31,32 @@ def arguments(doc: str, seeds: int) -> argparse.ArgumentParser:
     return parser
 
 
-def write(name: str, settings: dict, results: dict, folder: Path, module: str = "") -> Path:
-    """Write folder/paper-<name>.json. Return its path. `module` is that of the command, if its name is another."""
+def with_model(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add --model to a parser, for the claims about a model."""
+    parser.add_argument("--model", default=POCKET, help="pocket, smollm2, or another model's name or folder")
+    return parser
+
+
+def load(name: str) -> EndoRewardModel:
+    """Load a model: a real one in bfloat16, because two cores read it twice as fast so."""
+    return EndoRewardModel.from_pretrained(name, dtype=None if name == POCKET else "bfloat16")
+
+
+def named(claim: str, model: str = POCKET) -> str:
+    """Return the name of a claim's files: "rl" for the embedded model, "rl-smollm2" for another."""
+    return claim if model == POCKET else f"{claim}-{re.sub(r'[^A-Za-z0-9._-]+', '-', model).strip('-')}"
+
+
+def write(claim: str, settings: dict, results: dict, folder: Path, module: str = "") -> Path:
+    """Write folder/paper-<claim>.json, with the model's name for another than the embedded one. Return its path.
+
+    `module` is that of the command, if its name is not the claim's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"paper-{name}.json"
-    record = {"command": f"python -m bench.paper.{module or name}", "environment": environment(), "settings": settings}
+    model = settings.get("model", POCKET)
+    path = folder / f"paper-{named(claim, model)}.json"
+    command = f"python -m bench.paper.{module or claim}" + (f" --model {model}" if model != POCKET else "")
+    record = {"command": command, "environment": environment(), "settings": settings}
     path.write_text(json.dumps(record | {"results": results}, indent=1, default=_plain) + "\n")
     return path
 

@@ -62,3 +62,13 @@ def right(problems: Sequence[Problem], found: Sequence[Sequence[Answer]]) -> tor
         [[float(a.ended and a.text == p.answer) for a in row] for p, row in zip(problems, found, strict=True)],
         dtype=torch.float64,
     )
+
+
+def last_word_right(problems: Sequence[Problem], found: Sequence[Sequence[Answer]]) -> torch.Tensor:
+    """Return (problems, samples) float64: 1 where the last word equals the right answer's, without a full stop."""
+    rows = zip(problems, found, strict=True)
+    return torch.tensor([[float(_last(a.text) == _last(p.answer)) for a in row] for p, row in rows]).double()
+
+
+def _last(text: str) -> str:
+    return text.rstrip(" .").split(" ")[-1]

@@ -1,15 +1,19 @@
 r"""`python -m bench.paper.ranking`: rank right answers against wrong ones by every reward that needs no verifier.
 
 The claim (Li et al., arXiv 2506.23235, Tables 1 and 5): the endogenous reward ranks at least as well as trained reward
-models and as the same model asked to judge. Here, the embedded model ranks answers to its held-out problems. Each right
-answer is compared with three wrong ones of similar length. The methods are every signal of signals.py from one pass,
-the model as verifier and as judge, and a reward model trained from the same weights with a scalar head and the
-Bradley-Terry loss on the training split. The reference of the log-ratio is a model with random weights, because there
-is no second model.
+models and as the same model asked to judge. Here, a model ranks answers. Each right answer is compared with three wrong
+ones of similar length. The methods are every signal of signals.py from one pass, the model as verifier and as judge,
+and a reward model trained from the same weights with a scalar head and the Bradley-Terry loss on the training split.
+The reference of the log-ratio is a model with random weights, because there is no second model.
+
+    --model pocket     the embedded model, on its held-out problems
+    --model smollm2    a real model, or any other name: facts that any model knows and generated arithmetic
+                       (`questions.known`). No reward model is trained from it: two cores would take hours
 
     accuracy     share of a problem's wrong answers that score below the right one, averaged over problems, with
                  Wilson's 95% interval (one problem is one trial)
     shorter, equal, longer      the same for wrong answers with fewer, as many or more tokens than the right one
+    tasks        the accuracy for the problems of each task alone
     length bias  for two wrong answers of different length to one problem, how often the shorter scores higher: 50%
                  without a bias. The plain sum falls with every token, so more than 50% is expected.
 """
@@ -17,12 +21,14 @@ is no second model.
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from bench.paper import output
+from bench.paper.questions import known
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.command.evaluate.evaluation import Accuracy, wilson
 from endoreward_fast.model.checkpoint import pocket_path
@@ -31,7 +37,7 @@ from endoreward_fast.rivals.judges import JUDGES
 from endoreward_fast.rivals.reward_model import RewardModel
 from endoreward_fast.signals import SIGNALS
 
-PER_TASK, STEPS, PAIRS, RATE = 20, 120, 16, 1e-4
+PER_TASK, PER_TASK_OF_REAL, STEPS, PAIRS, RATE = 20, 12, 120, 16, 1e-4
 LENGTHS = ("shorter", "equal", "longer")
 BIAS = "shorter of two wrong"
 TRAINED = "trained reward model"
@@ -47,10 +53,11 @@ def samples(rows: Sequence[Problem]) -> list[dict]:
 
 
 def untrained(scorer: EndoRewardModel, seed: int) -> EndoRewardModel:
-    """Return a model of the embedded model's shape with random weights."""
+    """Return a model of the same shape with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return EndoRewardModel(type(scorer.model)(scorer.model.config).eval(), scorer.tokenizer)
+        made = type(scorer.model)(scorer.model.config).to(scorer.model.dtype)
+        return EndoRewardModel(made.eval(), scorer.tokenizer)
 
 
 def trained(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> RewardModel:
@@ -86,15 +93,23 @@ def trained(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> RewardMod
     return RewardModel(model.eval(), tokenizer)
 
 
-def every_score(rows: Sequence[Problem], seed: int, steps: int = STEPS) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def asked_of(model: str, per_task: int, seed: int) -> list[Problem]:
+    """Return the problems that a model can be asked."""
+    return problems(per_task * len(TASKS), seed) if model == output.POCKET else known(per_task, seed)
+
+
+def every_score(
+    rows: Sequence[Problem], seed: int, steps: int = STEPS, model: str = output.POCKET
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Return {method: scores (problems, 4), right answer first} and the answers' lengths in tokens (problems, 4)."""
-    scorer, asked = EndoRewardModel.from_pretrained("pocket"), samples(rows)
+    scorer, asked = output.load(model), samples(rows)
     read = scorer.score(asked, signals="all", reference=untrained(scorer, seed))
     found = {name: [row.signals[name] for row in read] for name in SIGNALS}
     for name, judge in JUDGES.items():
         found[f"judge, {name}"] = [row.score for row in judge(scorer).score(asked)]
-    school = problems(PAIRS * steps, seed, "train")
-    found[TRAINED] = [row.score for row in trained(school, seed, steps).score(asked)]
+    if model == output.POCKET:
+        school = problems(PAIRS * steps, seed, "train")
+        found[TRAINED] = [row.score for row in trained(school, seed, steps).score(asked)]
     table = {name: torch.tensor(scores, dtype=torch.float64).view(len(rows), -1) for name, scores in found.items()}
     return table, torch.tensor([row.num_tokens for row in read]).view(len(rows), -1)
 
@@ -110,6 +125,16 @@ def accuracies(scores: torch.Tensor, lengths: torch.Tensor) -> dict[str, Accurac
         share = ((won & taken).sum(1) / taken.sum(1).clamp(min=1))[some].double()
         out[name] = wilson(share.mean().item() if some.any() else float("nan"), int(some.sum()))
     return out
+
+
+def by_task(rows: Sequence[Problem], scores: dict[str, torch.Tensor]) -> dict[str, dict[str, Accuracy]]:
+    """Return {task: {method: accuracy over its problems}}."""
+    found: dict[str, dict[str, Accuracy]] = {}
+    for task in dict.fromkeys(p.task for p in rows):
+        mine = torch.tensor([p.task == task for p in rows])
+        won = {name: (t[mine, :1] > t[mine, 1:]).double().mean().item() for name, t in scores.items()}
+        found[task] = {name: wilson(share, int(mine.sum())) for name, share in won.items()}
+    return found
 
 
 def shorter_wins(scores: torch.Tensor, lengths: torch.Tensor) -> Accuracy:
@@ -131,7 +156,36 @@ def report(found: dict[str, dict[str, Accuracy]]) -> str:
     return output.table(header, [(name, *(percent(row[k]) for k in columns)) for name, row in found.items()])
 
 
+def report_tasks(tasks: dict[str, dict[str, Accuracy]]) -> str:
+    sizes = {task: next(iter(row.values())).rows for task, row in tasks.items()}
+    header = ("accuracy, %, by task (problems)", *(f"{task} ({n})" for task, n in sizes.items()))
+    methods = next(iter(tasks.values()))
+    rows = [(name, *(f"{100 * row[name].value:.1f}" for row in tasks.values())) for name in methods]
+    return output.table(header, rows)
+
+
+def sentence_of_real(
+    found: dict[str, dict[str, Accuracy]], tasks: dict[str, dict[str, Accuracy]], reference: str = "log-ratio"
+) -> str:
+    """Summarise the results of a real model."""
+    judges = {name: found[f"judge, {name}"]["all"] for name in JUDGES}
+    best = max(judges, key=lambda name: judges[name].value)
+    signals = {name: row["all"] for name, row in found.items() if name in SIGNALS and name != reference}
+    top = max(signals, key=lambda name: signals[name].value)
+    each = ", ".join(f"{task} {100 * row['endogenous'].value:.1f}" for task, row in tasks.items())
+    return output.paragraph(
+        f"The endogenous reward ranks a wrong answer below the right one in {percent(found['endogenous']['all'])}% of",
+        f"comparisons, and the summed log-probability in {percent(found['logprob']['all'])}%. By task: {each}.",
+        f"The best signal is {top} with {percent(signals[top])}%. Self-certainty reaches",
+        f"{percent(found['self-certainty']['all'])}%. The model as its own judge ({best}) reaches",
+        f"{percent(judges[best])}% at best. Length bias: of two wrong answers, the shorter has the higher sum in",
+        f"{percent(found['endogenous'][BIAS])}% and the higher mean log-probability in",
+        f"{percent(found['mean-logprob'][BIAS])}%. No reward model was trained.",
+    )
+
+
 def sentence(found: dict[str, dict[str, Accuracy]], pairs: int) -> str:
+    """Summarise the results of the embedded model."""
     best = max((found[f"judge, {name}"]["all"] for name in JUDGES), key=lambda share: share.value)
     shown = {name: percent(found[name]["all"]) for name in found}
     overall = json.loads((output.RESULTS / "rm-bench-pocket.json").read_text())["rm_bench"]["overall"]
@@ -156,7 +210,7 @@ def _colour(name: str) -> str:
     return output.ENDOGENOUS if name in ("endogenous", "centred") else output.IMITATION
 
 
-def draw(found: dict[str, dict[str, Accuracy]], note: str, folder) -> None:
+def draw(found: dict[str, dict[str, Accuracy]], note: str, path: Path) -> None:
     figure, (left, right) = output.panels(1, 2, width=5.4, height=4.2)
     names = list(reversed(found))
     for y, name in enumerate(names):
@@ -175,31 +229,30 @@ def draw(found: dict[str, dict[str, Accuracy]], note: str, folder) -> None:
     right.set_yticks(range(len(names)), [])
     right.set_xlabel("% of pairs of wrong answers (no bias: 50)")
     output.title(right, "length bias: the shorter of two wrong answers wins")
-    print(output.picture(figure, [left, right], note, folder / "paper-ranking", legend="lower right"))
+    print(output.picture(figure, [left, right], note, path, legend="lower right"))
 
 
 def main(arguments: list[str]) -> None:
-    parser = output.arguments(__doc__, seeds=1)
-    parser.add_argument("--per-task", type=int, default=PER_TASK, help="held-out problems of each of the 11 tasks")
+    parser = output.with_model(output.arguments(__doc__, seeds=1))
+    parser.add_argument("--per-task", type=int, help="problems of each generated task (pocket: 20 of 11; else 12 of 4)")
     parser.add_argument("--steps", type=int, default=STEPS, help="steps of the trained reward model's training")
     args = parser.parse_args(arguments)
-    rows = problems(args.per_task * len(TASKS), args.seed)
-    scores, lengths = every_score(rows, args.seed, args.steps)
+    toy = args.model == output.POCKET
+    rows = asked_of(args.model, args.per_task or (PER_TASK if toy else PER_TASK_OF_REAL), args.seed)
+    scores, lengths = every_score(rows, args.seed, args.steps, args.model)
     found = {name: accuracies(t, lengths) | {BIAS: shorter_wins(t, lengths)} for name, t in scores.items()}
-    pairs = args.steps * PAIRS
-    print(report(found) + "\n\n" + sentence(found, pairs))
+    tasks = by_task(rows, scores)
+    said = sentence(found, args.steps * PAIRS) if toy else sentence_of_real(found, tasks)
+    print("\n\n".join((report(found), report_tasks(tasks), said)))
     settings = {
-        "model": "pocket",
-        "seed": args.seed,
-        "problems": len(rows),
-        "tasks": TASKS,
-        "reward_model_pairs": pairs,
-    }
-    print(output.write("ranking", settings, {"methods": found, "sentence": sentence(found, pairs)}, args.out))
-    note = (
-        f"pocket, {len(rows)} held-out problems of 11 tasks, three wrong answers each, seed {args.seed}; 95% intervals."
-    )
-    draw(found, note, args.out)
+        "model": args.model, "seed": args.seed, "problems": len(rows), "tasks": tuple(tasks),
+        "reward_model_pairs": args.steps * PAIRS if toy else 0,
+    }  # fmt: skip
+    print(output.write("ranking", settings, {"methods": found, "tasks": tasks, "sentence": said}, args.out))
+    kind = "held-out problems" if toy else "problems"
+    note = f"{args.model}, {len(rows)} {kind} of {len(tasks)} tasks, three wrong answers each, seed {args.seed}; "
+    note += "95% intervals."
+    draw(found, note, args.out / f"paper-{output.named('ranking', args.model)}")
 
 
 if __name__ == "__main__":

@@ -196,14 +196,13 @@ def main(arguments: list[str]) -> None:
         beside[judge] = {n: some.numbers(each, scores["endogenous"][at], args.seed) for n, each in methods.items()}
         settings["judges"][judge] = {"prompts": len(at), "processor_seconds": round(verdicts.seconds, 1)}
         print(f"{len(at)} prompts of {len(rows)}, in random order\n{table(beside[judge])}\n", flush=True)
-    name = f"rm-bench-{args.model.replace('/', '+')}"
     results = {
         "methods": plain(found), "judges": {judge: plain(some) for judge, some in beside.items()}, "paper": PAPER,
         "sentence": sentence(found, args.model),
     }  # fmt: skip
-    print(output.write(name, settings, results, args.out, module="rm_bench"))
+    print(output.write("rm-bench", settings, results, args.out, module="rm_bench"))
     note = f"{args.model}, {args.dtype}, {len(rows)} prompts with three right and three wrong answers; 95% intervals."
-    draw(found, note, args.out / f"paper-{name}")
+    draw(found, note, args.out / f"paper-{output.named('rm-bench', args.model)}")
 
 
 if __name__ == "__main__":

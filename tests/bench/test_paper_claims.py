@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -150,7 +151,7 @@ def test_every_arm_trains_and_records_all_curves(arm):
     pytest.importorskip("trl", reason="TRL asks for Python 3.11")
     quiz, others = rl.questions(0, 8, 4)
     assert len({p.key for p in (*quiz, *others)}) == 12
-    model, curves = rl.train(arm, 0, quiz, steps=3)
+    model, curves = rl.train(arm, 0, quiz, replace(rl.TOY, steps=3))
     before = EndoRewardModel.from_pretrained("pocket").model
     assert any(not torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
     assert {name: len(curve) for name, curve in curves.items()} == dict.fromkeys(rl.CURVES, 3)
@@ -166,7 +167,7 @@ def test_an_arm_trains_on_its_own_reward_alone(arm, monkeypatch):
 
     asked = []
     monkeypatch.setattr(trl.GRPOTrainer, "train", lambda trainer: asked.append(trainer))
-    rl.train(arm, 0, rl.questions(0, 8, 4)[0], steps=1)
+    rl.train(arm, 0, rl.questions(0, 8, 4)[0], replace(rl.TOY, steps=1))
     [trainer] = asked
     weights = dict(zip(trainer.reward_func_names, trainer.reward_weights.tolist(), strict=True))
     own = {"endogenous": "endo_reward", "token level": "endo_reward"}.get(arm, arm)
@@ -194,7 +195,7 @@ def test_accuracy_of_a_sampled_answer_is_its_probability(pocket):
     assert abs(found["sampled"] - sampled.mean().item()) < 4 * spread
 
 
-def fake_run(arm, seed, steps, quiz, others):
+def fake_run(arm, seed, setup):
     gain = {"endogenous": 0.1, "verifiable": 0.2}.get(arm, 0.0) + 0.01 * seed
     before = {"sampled": 0.5, "greedy": 0.7}
     of = {"before": before, "after": {"sampled": 0.5 + gain, "greedy": 0.71}}
@@ -203,7 +204,7 @@ def fake_run(arm, seed, steps, quiz, others):
         "seed": seed,
         "quiz": of,
         "others": of,
-        "curves": dict.fromkeys(rl.CURVES, [float(seed)] * steps),
+        "curves": dict.fromkeys(rl.CURVES, [float(seed)] * setup.steps),
     }
 
 
@@ -228,3 +229,12 @@ def test_the_stored_record_is_complete(name):
     assert record["results"]["sentence"] and record["settings"]["model"] == "pocket"
     if name == "rl":
         assert record["settings"]["seeds"] == 3 and set(record["results"]["table"]) == set(rl.ARMS)
+
+
+@pytest.mark.parametrize("name", ["ranking", "rl", "steering"])
+def test_the_stored_record_of_a_real_model_is_complete(name):
+    record = json.loads((RESULTS / f"paper-{name}-smollm2.json").read_text())
+    assert record["results"]["sentence"] and record["settings"]["model"] == "smollm2"
+    assert record["command"] == f"python -m bench.paper.{name} --model smollm2"
+    if name == "rl":
+        assert record["settings"]["seeds"] == 3 and set(record["results"]["table"]) == set(rl.REAL.arms)

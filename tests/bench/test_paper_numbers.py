@@ -78,3 +78,16 @@ def test_gsm8k():
     assert not [w for w in wanted if w not in PAGES["bench/paper/README.md"]]
     best = max((n for n in methods if n != "author of the solution"), key=lambda n: methods[n]["accuracy"]["value"])
     assert best == "self-certainty" and len(methods) == 30
+
+
+def test_a_real_model():
+    page = PAGES["bench/paper/README.md"]
+    methods, steered = on_file("ranking-smollm2")["methods"], on_file("steering-smollm2")
+    wanted = [points(methods[name]["all"]["value"]) for name in ("endogenous", "self-certainty", "judge, verifier")]
+    wanted += [
+        points(steered["followed"]["value"]),
+        f"digits in {100 * steered['words']['reward']['digits']['value']:.0f}%",
+    ]
+    for cells in on_file("rl-smollm2")["table"].values():
+        wanted += [points(cells[name]["gain"][m][0]) for name in ("quiz", "others") for m in ("sampled", "greedy")]
+    assert not [w for w in wanted if w not in page]
