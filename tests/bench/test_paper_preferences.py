@@ -218,9 +218,9 @@ def arguments(tmp_path, *more):
 
 
 def record_of(tmp_path, name, printed):
-    text = (tmp_path / "out" / f"paper-{name}-pocket.json").read_text()
+    text = (tmp_path / "out" / f"paper-{name}.json").read_text()
     assert json.loads(text)["results"]["sentence"] in printed
-    assert (tmp_path / "out" / f"paper-{name}-pocket.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / f"paper-{name}.png").stat().st_size > 10_000
     return json.loads(text)
 
 
