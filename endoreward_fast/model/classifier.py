@@ -46,12 +46,19 @@ class ClassifierHead:
         return (found if bias is None else found + bias.float()).to(states.dtype)
 
     def _is_its_output(self) -> bool:
+        """Whether it is the score of the last token, and of the last before a padding token that ends a row."""
         tokens = check_tokens(self._model)[:1]
+        config: Any = self._model.config
+        pad = (config.get_text_config() if hasattr(config, "get_text_config") else config).pad_token_id
+        ended = [] if pad is None else [torch.cat([tokens, torch.full_like(tokens[:, :1], pad)], 1)]
         try:
             with left_as_it_was(self._model), torch.no_grad():
-                whole = self._model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :1]
-                states = self.read(self._model, {"input_ids": tokens, "use_cache": False}, lambda states: states)
-                return same_states(self.scores(states[:, -1])[:, None], whole)
+                for row in (tokens, *ended):
+                    whole = self._model(input_ids=row, attention_mask=torch.ones_like(row)).logits[:, :1]
+                    states = self.read(self._model, {"input_ids": row, "use_cache": False}, lambda states: states)
+                    if not same_states(self.scores(states[:, tokens.shape[1] - 1])[:, None], whole):
+                        return False
+                return True
         except Exception:  # whatever a model says of arguments that are not its own: its rows are then read whole
             return False
 
