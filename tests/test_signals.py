@@ -296,12 +296,13 @@ def test_one_forward_and_one_pass_over_the_vocabulary(llama, monkeypatch):
     monkeypatch.setattr(
         "endoreward_fast.model.reader.linear_token_rewards", lambda *a, **o: pytest.fail("the vocabulary is read twice")
     )
+    rows = [ROWS[0], ROWS[2]]  # of similar length, so they are one batch
     hooks = [llama.model.register_forward_hook(lambda *_: count("model"))]
-    llama.score(ROWS, signals="all")
+    llama.score(rows, signals="all")
     assert calls == {"model": 1, "reference": 0, "vocabulary": 1}
     monkeypatch.undo()
     hooks.append(second.model.register_forward_hook(lambda *_: count("reference")))
-    llama.score(ROWS, signals="all", reference=second)
+    llama.score(rows, signals="all", reference=second)
     assert calls["model"] == 2 and calls["reference"] == 1
     for hook in hooks:
         hook.remove()

@@ -81,7 +81,10 @@ def test_only_the_first_errors_are_printed_and_the_rest_counted(scorer, tmp_path
         (["score", "in.jsonl", "--gamma", "0"], "--gamma must be above 0 and at most 1, got 0.0"),
         (["score", "in.jsonl", "--gamma", "1.5"], "--gamma must be above 0 and at most 1, got 1.5"),
         (["score", "in.jsonl", "--floor", "-1"], "--floor must be 0 or more"),
-        (["score", "in.jsonl", "--dtype", "int8"], "--dtype must be auto, float32, bfloat16, float16 or float64, got"),
+        (
+            ["score", "in.jsonl", "--dtype", "int8"],
+            "--dtype must be auto, fastest, float32, bfloat16, float16 or float64, got",
+        ),
         (["score", "in.jsonl", "--truncate", "left"], "--truncate must be prompt or completion, got 'left'"),
         (["score", "in.jsonl", "--limit", "0"], "--limit must be 1 or more, got 0"),
         (["score", "in.jsonl", "--max-tokens-per-batch", "0"], "--max-tokens-per-batch must be 1 or more"),

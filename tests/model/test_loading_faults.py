@@ -92,7 +92,9 @@ def test_weights_in_a_dtype_that_no_model_computes_in(folder):
         found = EndoRewardModel.from_pretrained(folder, device="cpu", dtype="float32").score(ROWS[:1])[0]
         assert found.score == pytest.approx(expected, rel=0.5)
     for dtype in (torch.float8_e4m3fn, "float8_e4m3fn"):
-        with pytest.raises(EndoRewardError, match=r"^dtype '?(torch\.)?float8_e4m3fn'?: expected auto, float32, "):
+        with pytest.raises(
+            EndoRewardError, match=r"^dtype '?(torch\.)?float8_e4m3fn'?: expected auto, fastest, float32, "
+        ):
             EndoRewardModel.from_pretrained(folder, device="cpu", dtype=dtype)
 
 
