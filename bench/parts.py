@@ -98,10 +98,10 @@ def rates(scorer: Timed, states: int) -> dict[str, float]:
     largest, head = max(weights, key=torch.Tensor.numel).detach(), scorer.head.weight.detach()
     hidden = torch.randn(2048, largest.shape[1], dtype=largest.dtype)
     few = torch.randn(min(512, states), head.shape[1], dtype=head.dtype)
-    block = torch.empty(64 * 2**20, dtype=torch.uint8)
+    block, copy = (torch.zeros(64 * 2**20, dtype=torch.uint8) for _ in range(2))
     return {
         "flops": 2 * hidden.shape[0] * largest.numel() / fastest(lambda: hidden @ largest.T),
-        "bytes": 2 * block.numel() / fastest(block.clone),
+        "bytes": 2 * block.numel() / fastest(lambda: copy.copy_(block)),
         "head": states / len(few) * fastest(lambda: few @ head.T),
     }
 
