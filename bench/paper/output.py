@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import math
 import re
 import textwrap
 from pathlib import Path
@@ -57,16 +58,21 @@ def write(claim: str, settings: dict, results: dict, folder: Path, module: str =
     path = folder / f"paper-{named(claim, model)}.json"
     command = f"python -m bench.paper.{module or claim}" + (f" --model {model}" if model != POCKET else "")
     record = {"command": command, "environment": environment(), "settings": settings}
-    path.write_text(json.dumps(record | {"results": results}, indent=1, default=_plain) + "\n")
+    path.write_text(json.dumps(_finite(record | {"results": results}), indent=1, allow_nan=False) + "\n")
     return path
 
 
-def _plain(value):
+def _finite(value):
+    """Return a value as plain JSON, with None for a number that is not finite: JSON has none."""
     if dataclasses.is_dataclass(value):
-        return dataclasses.asdict(value)
+        value = dataclasses.asdict(value)
     if hasattr(value, "tolist"):
-        return value.tolist()
-    raise TypeError(f"cannot write a {type(value).__name__} to JSON")
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def paragraph(*parts: str) -> str:

@@ -172,9 +172,8 @@ class TokenReader(nn.Module):
         if torch.is_grad_enabled() or not lengths.numel() or not bool(lengths.all()):
             return None
         tokens = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
-        budget = Budget(
-            2 * input_ids.numel(), input_ids.numel()
-        )  # the batch fits, so its prefixes and copies of them do
+        # The caller's batch fits. What is held besides are prefixes, and a copy of one for each row.
+        budget = Budget(2 * input_ids.numel(), input_ids.numel())
         return Shared([self], tokens, budget, self.room).states()
 
     def _laid_out(

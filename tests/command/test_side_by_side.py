@@ -89,7 +89,7 @@ def test_eval_says_how_often_a_completion_is_read(pocket, reward_model, tmp_path
     pairs = put(tmp_path, *({**row, "rejected": row["rejected"][0]} for row in PAIRS))
     said = run("eval", pairs, "--signals", "all", "--judge", "all", "--reward-model", reward_model).stderr
     assert (
-        "every completion is read more than once: 1 by the model; 1 by the judge, verifier; 5 by the judge, pointwise; "
+        "every completion is read more than once: 1 by the model; 1 by the judge, verifier; 1 by the judge, pointwise; "
         "2 for each rival by the judge, pairwise; 1 by the reward model"
     ) in said
     said = run("eval", pairs, "--signals", "all", "--reference-model", "pocket").stderr

@@ -87,15 +87,15 @@ def panel(flags: EvalFlags) -> Panel:
         elsewhere = replace(flags, model=flags.reference_model, **dict.fromkeys(SOURCE))
         options["reference"] = pipeline.load_scorer(elsewhere)
     judges = pipeline.load_judges(flags.judges, scorer)
-    rivals = [Rival(f"judge, {name}", judge, _readings(name, judge)) for name, judge in judges.items()]
+    rivals = [Rival(f"judge, {name}", judge, _readings(name)) for name, judge in judges.items()]
     if flags.reward_model:
         rivals.append(Rival(REWARD_MODEL, pipeline.load_reward_model(flags, flags.reward_model)))
     return Panel(scorer, options, flags.compared, tuple(rivals), plain)
 
 
-def _readings(name: str, judge: Any) -> str:
-    # A judge's question is read once with each possible reply.
-    return f"{len(judge.possible())}{' for each rival' if name == PAIRWISE else ''}"
+def _readings(name: str) -> str:
+    # A question is read once for all replies. A pair is asked about in both orders.
+    return "2 for each rival" if name == PAIRWISE else "1"
 
 
 def models(flags: EvalFlags) -> dict[str, dict[str, str]]:
