@@ -174,7 +174,7 @@ class TokenReader(nn.Module):
         tokens = [row[:length] for row, length in zip(input_ids.tolist(), lengths.tolist(), strict=True)]
         # The caller's batch fits. What is held besides are prefixes, and a copy of one for each row.
         budget = Budget(2 * input_ids.numel(), input_ids.numel())
-        return Shared([self], tokens, budget, self.room).states()
+        return Shared([self], tokens, lengths.tolist(), budget, self.room).states()
 
     def _laid_out(
         self, input_ids: Tensor, attention_mask: Tensor | None, completion_mask: Tensor | None,

@@ -123,7 +123,7 @@ class RewardModel:
         def finish(segments: Sequence[Segment], held: Held) -> list[float]:
             return self._classify_ends(tokens, segments, held[0])
 
-        for batch, scores in Shared([self], tokens, budget, self.room).results(run, finish, lengths):
+        for batch, scores in Shared([self], tokens, lengths, budget, self.room).results(run, finish):
             if on_tokens is not None:
                 on_tokens(sum(lengths[i] for i in batch))
             for i, score in zip(batch, scores or [None] * len(batch), strict=True):
@@ -200,7 +200,7 @@ class RewardModel:
 
         As in transformers, that is the last one other than the padding token, which may also end a conversation.
         """
-        first = (past.stops - past.lengths).tolist()  # column of a segment's first token
+        first = past.first
         ending = [
             (n, first[n] + max((i for i, token in enumerate(tokens[row]) if token != self.pad), default=0))
             for n, segment in enumerate(segments) for row in segment.rows()

@@ -28,6 +28,12 @@ class Past(NamedTuple):
         """Tokens that are held, padding included."""
         return self.hidden.shape[0] * self.hidden.shape[1]
 
+    @property
+    def first(self) -> list[int]:
+        """The column of each row's first token."""
+        found: list[int] = (self.stops - self.lengths).tolist()
+        return found
+
     def of(self, rows: Tensor) -> "Past":
         """These rows (N,), as wide as the longest of them, padded on the left."""
         stops, lengths = self.stops[rows], self.lengths[rows]

@@ -67,9 +67,8 @@ def _scored(
     def finish(segments: Sequence[Segment], held: Held) -> list[RowScore]:
         return _score_ends(scorer, rows, segments, held, budget.computed, options)
 
-    return Shared(models, [_read_tokens(row) for row in rows], budget, scorer.room).results(
-        run, finish, [len(row.input_ids) for row in rows]
-    )
+    tokens, lengths = [_read_tokens(row) for row in rows], [len(row.input_ids) for row in rows]
+    return Shared(models, tokens, lengths, budget, scorer.room).results(run, finish)
 
 
 def _read_tokens(row: Encoded) -> list[int]:
@@ -115,7 +114,7 @@ def _score_ends(
 ) -> list[RowScore]:
     """Score the rows that end in segments from the states that are held of them."""
     ending = [(n, row) for n, segment in enumerate(segments) for row in segment.rows()]
-    first = (held[0].stops - held[0].lengths).tolist()  # column of a segment's first token
+    first = held[0].first
     width = max(first[n] + len(rows[row].input_ids) for n, row in ending)
     count = max(len(segments), most // width)  # of riders there may be any number
     scores = []

@@ -30,32 +30,35 @@ class Shared:
 
     Rows whose length changes their rotary frequencies share nothing, and neither do rows under a budget that holds no
     prefix: max_tokens_per_batch=1 runs each row alone.
+
+    tokens    of each row, as far as their states are needed
+    lengths   of each row, as it is read whole
     """
 
-    def __init__(self, models: Sequence[Reader], tokens: list[list[int]], budget: Budget, room: Room) -> None:
-        self.models, self.tokens = models, tokens
+    def __init__(
+        self, models: Sequence[Reader], tokens: list[list[int]], lengths: Sequence[int], budget: Budget, room: Room
+    ) -> None:  # fmt: skip
+        self.models, self.tokens, self.lengths = models, tokens, lengths
         self.budget, self.room = budget, room
+        self.roots = self._plan()
 
     def results(
-        self, run: Callable[[list[int]], list[Result]], finish: Callable[[Sequence[Segment], Held], list[Result]],
-        lengths: Sequence[int],
-    ) -> Iterator[tuple[list[int], list[Result] | None]]:  # fmt: skip
+        self, run: Callable[[list[int]], list[Result]], finish: Callable[[Sequence[Segment], Held], list[Result]]
+    ) -> Iterator[tuple[list[int], list[Result] | None]]:
         """(rows, their results), every row once; None in place of results where memory has no room for a row.
 
         run       rows -> their results, read whole
         finish    (segments, what they hold) -> results of the rows that end in them, in the order of `Segment.rows`
-        lengths   of each row, as `run` reads it
         """
-        shared = self._plan(lengths)
-        sharing = {row for segment in shared for row in segment.rows()}
-        alone = [i for i in range(len(lengths)) if i not in sharing]
-        for places, results in self._levels(finish, shared, None, [0] * len(shared)):
+        sharing = {row for segment in self.roots for row in segment.rows()}
+        alone = [i for i in range(len(self.lengths)) if i not in sharing]
+        for places, results in self._levels(finish, self.roots, None, [0] * len(self.roots)):
             if results is None:
                 alone += places  # it may fit where no cache is held
             else:
                 yield places, results
         for places, results in in_batches(
-            lambda batch: run([alone[i] for i in batch]), [lengths[i] for i in alone], self.budget, self.room,
+            lambda batch: run([alone[i] for i in batch]), [self.lengths[i] for i in alone], self.budget, self.room,
             self._frequencies,
         ):  # fmt: skip
             yield [alone[i] for i in places], results
@@ -65,35 +68,34 @@ class Shared:
 
         Raises torch.OutOfMemoryError if memory has no room for a row.
         """
-        lengths = list(map(len, self.tokens))
-        if not self._plan(lengths):
+        if not self.roots:
             return None
 
         def ends(segments: Sequence[Segment], held: Held) -> list[Tensor]:
-            first = (held[0].stops - held[0].lengths).tolist()
+            first = held[0].first
             return [
-                held[0].hidden[n, first[n] : first[n] + lengths[row]]
+                held[0].hidden[n, first[n] : first[n] + self.lengths[row]]
                 for n, segment in enumerate(segments) for row in segment.rows()
             ]  # fmt: skip
 
         def whole(rows: list[int]) -> list[Tensor]:
-            segments = [Segment(row, 0, lengths[row]) for row in rows]
+            segments = [Segment(row, 0, self.lengths[row]) for row in rows]
             return ends(segments, self._read(segments, None, []))
 
         found: dict[int, Tensor] = {}
-        for rows, states in self.results(whole, ends, lengths):
+        for rows, states in self.results(whole, ends):
             if states is None:
-                raise torch.OutOfMemoryError(does_not_fit(lengths[rows[0]]))
+                raise torch.OutOfMemoryError(does_not_fit(self.lengths[rows[0]]))
             found.update(zip(rows, states, strict=True))
-        return pad_sequence([found[row] for row in range(len(lengths))], batch_first=True)
+        return pad_sequence([found[row] for row in range(len(self.lengths))], batch_first=True)
 
     def _frequencies(self, length: int) -> list[tuple[int, ...]]:
         return [model.positions.frequencies(length) for model in self.models]
 
-    def _plan(self, lengths: Sequence[int]) -> list[Segment]:
+    def _plan(self) -> list[Segment]:
         """Return the roots of what rows share."""
         usual = self._frequencies(1)
-        alike = [i for i, length in enumerate(lengths) if self._frequencies(length) == usual]
+        alike = [i for i, length in enumerate(self.lengths) if self._frequencies(length) == usual]
         if len(alike) < 2 or self.budget.held < LEAST_LENGTH:
             return []
         shared = [segment for segment in plan(self.tokens, alike) if not segment.alone]
