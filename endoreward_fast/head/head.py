@@ -74,6 +74,11 @@ class Head:
         return self.reason is None
 
     @property
+    def instead(self) -> str:
+        """How the head is read if it is not linear."""
+        return "its head is read through its own logits"
+
+    @property
     def weight(self) -> Tensor:
         """The model's current weight (V, D). It follows training, moves and tying.
 

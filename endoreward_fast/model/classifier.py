@@ -32,6 +32,11 @@ class ClassifierHead:
             self._linear = self.module is not None and not weights_come_and_go(self._model) and self._is_its_output()
         return self._linear
 
+    @property
+    def instead(self) -> str:
+        """How the output is read if it is not this layer's."""
+        return "its output is not that of its last layer for the last token"
+
     def read(self, model: nn.Module, arguments: dict[str, Any], reader: Callable[[Tensor], Found]) -> Found:
         """Run the body and return reader(states)."""
         body: Any = model.base_model

@@ -26,7 +26,13 @@ class ReadsStates(Protocol):
     """The head of a model, such as `Head`."""
 
     @property
-    def linear(self) -> bool: ...
+    def linear(self) -> bool:
+        """Whether the model's output can be computed from states."""
+
+    @property
+    def instead(self) -> str:
+        """How the model's output is read if it cannot."""
+
     def read(self, model: nn.Module, arguments: dict[str, Any], reader: Callable[[Tensor], Tensor]) -> Tensor:
         """Run the model and return reader(states)."""
 
@@ -76,7 +82,7 @@ class Continuing:
 
     def _find_obstacle(self) -> str | None:
         if not self.head.linear:
-            return "its head is read through its own logits"
+            return self.head.instead
         if weights_come_and_go(self.model):
             return "FSDP shards its weights"
         if any(map(is_compiled, self.model.modules())):
