@@ -200,11 +200,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
 def _engine(
     job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dict[str, Any]], *, idle: bool, waits: bool
 ) -> Engine:
-    """Return the engine that scores the rows. Raises EndoRewardError if it cannot run.
-
-    idle    no rows are left
-    waits   reading may wait for input, as from a pipe
-    """
+    """Return the engine that scores the rows. `idle`: no rows are left. `waits`: reading may wait, as from a pipe."""
     if not rank.alone:
         return lead(job, rank, settings()["weights"], idle=idle)
     if idle:

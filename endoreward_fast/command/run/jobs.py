@@ -12,11 +12,12 @@ from typing import Any
 from ...errors import EndoRewardError
 from ..flags.options import EngineFlags
 from . import pipeline
+from .answers import ranked_row, scored_row
 from .monitor import Monitor
 from .pipeline import Encoder, Item, Scorer
 from .sink import to_line
 
-ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {"score": pipeline.scored_row, "rank": pipeline.ranked_row}
+ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {"score": scored_row, "rank": ranked_row}
 Write = Callable[[str], None]
 """writes one line of results"""
 Engine = Callable[[Iterator[list[Item]], Write, Monitor], None]
