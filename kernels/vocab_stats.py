@@ -29,28 +29,90 @@ from .primitives import (
 
 
 @triton.jit
+def neighbours(first, BLOCK_V: tl.constexpr):
+    """Return BLOCK_V columns from `first` on as (2, BLOCK_V / 8, 4): place (b, a, c) is column 8 a + 4 b + c."""
+    o_8 = tl.arange(0, BLOCK_V // 8)[None, :, None] * 8
+    return first + o_8 + tl.arange(0, 2)[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
+
+
+@triton.jit
+def eights(first, BLOCK_V: tl.constexpr):
+    """Return the same columns as (BLOCK_V / 8, 8)."""
+    return first + tl.arange(0, BLOCK_V // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]
+
+
+@triton.jit
+def load_columns(p, stride, first, vocab, other, BLOCK_V: tl.constexpr):
+    """Load columns [first, first + BLOCK_V) of one row, in the shape of `neighbours`; `other` from `vocab` on."""
+    NARROW: tl.constexpr = p.dtype.element_ty.primitive_bitwidth == 16
+    if NARROW:
+        col = eights(first, BLOCK_V)
+    else:
+        col = neighbours(first, BLOCK_V)
+    p_col = p + col.to(tl.int64) * stride
+    if first + BLOCK_V <= vocab:  # a mask can split wide loads
+        x = tl.load(p_col).to(tl.float32)
+    else:
+        x = tl.load(p_col, mask=col < vocab, other=other).to(tl.float32)
+    if NARROW:
+        x = tl.permute(tl.reshape(x, (BLOCK_V // 8, 2, 4)), (1, 0, 2))
+    return x
+
+
+@triton.jit
+def store_columns(p, x, first, vocab, BLOCK_V: tl.constexpr):
+    """Store what `load_columns` would load from a row with stride 1."""
+    x = x.to(p.dtype.element_ty)
+    if p.dtype.element_ty.primitive_bitwidth == 16:
+        col = eights(first, BLOCK_V)
+        x = tl.reshape(tl.permute(x, (1, 0, 2)), (BLOCK_V // 8, 8))
+    else:
+        col = neighbours(first, BLOCK_V)
+    if first + BLOCK_V <= vocab:
+        tl.store(p + col, x)
+    else:
+        tl.store(p + col, x, mask=col < vocab)
+
+
+@triton.jit
+def total(x):
+    """Sum (2, BLOCK_V / 8, 4) in an order that does not depend on the dtype of the row."""
+    return tl.sum(tl.sum(tl.sum(x, 2), 0), 0)
+
+
+@triton.jit
 def load_logits(
-    logits, bias, row, col, m_col, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    logits, bias, row, first, vocab, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """Load stored logits of one row and apply the head's last step: (BLOCK_V,) fp32, -inf outside m_col."""
+    """Load stored logits of one row and apply the head's last step: (2, BLOCK_V / 8, 4) fp32, -inf from vocab on."""
     o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
-    z = tl.load(logits + o_row + col.to(tl.int64) * stride_vocab, mask=m_col, other=NEG_INF).to(tl.float32)
+    if ALIGNED:
+        o_row = tl.multiple_of(o_row, 128 // logits.dtype.element_ty.primitive_bitwidth)
+    z = load_columns(logits + o_row, stride_vocab, first, vocab, NEG_INF, BLOCK_V)
     b_bias = 0.0
     if HAS_BIAS:
-        b_bias = tl.load(bias + col, mask=m_col, other=0.0).to(tl.float32)
+        b_bias = load_columns(bias, 1, first, vocab, 0.0, BLOCK_V)
     z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
     if HAS_SCALE or HAS_SOFTCAP:  # these change -inf into another number
-        z = tl.where(m_col, z, NEG_INF)
+        z = tl.where(neighbours(first, BLOCK_V) < vocab, z, NEG_INF)
     return z
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_inner", "stride_outer", "first"])
+PER_ROW = ["targets", "needed", "p_m", "p_s", "p_t", "p_u", "p_target", "shift", "log_total", "entropy"]
+PER_ROW += ["g_lse", "g_target", "g_entropy", "g_mean"]
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_inner", "stride_outer", "stride_inner", "first"],
+    do_not_specialize_on_alignment=PER_ROW[:7],
+)
 def logits_partials_kernel(
     logits, targets, needed, bias, p_m, p_s, p_t, p_u, p_target,
     n_rows, n_inner, vocab, first, stride_outer, stride_inner, stride_vocab, logit_scale, softcap, c,
     HAS_NEEDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     splits = tl.cdiv(vocab, BLOCK_V)
     row = (tl.program_id(0) // splits).to(tl.int64)
@@ -58,46 +120,47 @@ def logits_partials_kernel(
     if HAS_NEEDED:
         if tl.load(needed + row) == 0:
             return
-    col = split * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_col = col < vocab
+    o_v = split * BLOCK_V
     z = load_logits(
-        logits, bias, row, col, m_col, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
-        HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
+        logits, bias, row, o_v, vocab, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
+        HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ALIGNED, BLOCK_V,
     )  # fmt: skip
+    col = neighbours(o_v, BLOCK_V)
 
-    m = tl.max(z, 0)
+    m = tl.max(tl.max(tl.max(z, 2), 0), 0)
     e, d = weight_and_exponent(z, finite_or_zero(m), c)
     o = split.to(tl.int64) * n_rows + row
     tl.store(p_m + o, m)
-    tl.store(p_s + o, tl.sum(e, 0))
+    tl.store(p_s + o, total(e))
     if ENTROPY:
-        tl.store(p_t + o, tl.sum(e * d, 0))
+        tl.store(p_t + o, total(e * d))
     if LOGIT_MEAN:
-        tl.store(p_u + o, tl.sum(tl.where(m_col, z * SUM_SCALE, 0.0), 0))
+        tl.store(p_u + o, total(tl.where(col < vocab, z * SUM_SCALE, 0.0)))
     target = tl.load(targets + row) - first
-    if (target >= split * BLOCK_V) & (target < tl.minimum((split + 1) * BLOCK_V, vocab)):
-        tl.store(p_target + row, tl.sum(tl.where(col == target, z, 0.0), 0))
+    if (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab)):
+        tl.store(p_target + row, total(tl.where(col == target, z, 0.0)))
 
 
-@triton.jit(do_not_specialize=["n_inner", "stride_outer", "first"])
+@triton.jit(
+    do_not_specialize=["n_inner", "stride_outer", "stride_inner", "first"], do_not_specialize_on_alignment=PER_ROW
+)
 def logits_backward_kernel(
     logits, targets, needed, bias, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, grad,
     n_inner, vocab, first, total_vocab, stride_outer, stride_inner, stride_vocab, logit_scale, softcap, c, alpha,
     HAS_NEEDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, BLOCK_V: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(vocab, BLOCK_V)
     row = (tl.program_id(0) // blocks).to(tl.int64)
-    col = (tl.program_id(0) % blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
-    m_col = col < vocab
-    o_grad = grad + row * vocab + col
+    o_v = (tl.program_id(0) % blocks) * BLOCK_V
+    p_grad = grad + row * vocab
     if HAS_NEEDED:
         if tl.load(needed + row) == 0:
-            tl.store(o_grad, tl.zeros([BLOCK_V], dtype=grad.dtype.element_ty), mask=m_col)
+            store_columns(p_grad, tl.zeros([2, BLOCK_V // 8, 4], dtype=tl.float32), o_v, vocab, BLOCK_V)
             return
     z = load_logits(
-        logits, bias, row, col, m_col, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
-        HAS_BIAS, HAS_SCALE, HAS_SOFTCAP,
+        logits, bias, row, o_v, vocab, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
+        HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ALIGNED, BLOCK_V,
     )  # fmt: skip
     b_log_total = tl.load(log_total + row)
     e, d = weight_and_exponent(z, finite_or_zero(tl.load(shift + row)), c)
@@ -111,7 +174,8 @@ def logits_backward_kernel(
     else:
         dz = e * (g * share)
     dz = tl.where(b_log_total == NEG_INF, 0.0, dz)  # a row that is all -inf
-    dz += tl.where(col == tl.load(targets + row) - first, tl.load(g_target + row), 0.0)
+    at_target = neighbours(o_v, BLOCK_V) == tl.load(targets + row) - first
+    dz += tl.where(at_target, tl.load(g_target + row), 0.0)
     if LOGIT_MEAN:
         dz += tl.load(g_mean + row) / total_vocab
     if HAS_SOFTCAP:  # the stored logits are matmul products, before bias, scale and softcap
@@ -119,7 +183,17 @@ def logits_backward_kernel(
         dz *= 1.0 - y * y
     if HAS_SCALE:
         dz *= logit_scale
-    tl.store(o_grad, dz.to(grad.dtype.element_ty), mask=m_col)
+    store_columns(p_grad, dz, o_v, vocab, BLOCK_V)
+
+
+def rows_aligned(logits: torch.Tensor) -> bool:
+    """Return whether every row of logits (B, T, V) begins a multiple of 16 bytes behind the first.
+
+    A dimension of size 1 counts as contiguous, whatever its stride: a row alone is loaded like the same row in a batch.
+    """
+    vocab = logits.shape[2]
+    strides = (s if size > 1 else vocab for s, size in zip(logits.stride()[:2], logits.shape[:2], strict=True))
+    return all(s * logits.element_size() % 16 == 0 for s in strides)
 
 
 def logits_partials(
@@ -144,7 +218,7 @@ def logits_partials(
             logits, targets, needed, head.bias, *out,
             out.m.stride(0), inner, vocab, first, *logits.stride(), *head.numbers(), exp2_scale(alpha),
             HAS_NEEDED=needed is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
-            BLOCK_V=config.block_v, num_warps=config.num_warps,
+            ALIGNED=rows_aligned(logits), BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
     return out
 
@@ -173,6 +247,7 @@ def logits_backward(
             g_lse, g_target, g_entropy, g_mean, out,
             inner, columns, first, vocab or columns, *logits.stride(), *head.numbers(), exp2_scale(alpha), alpha,
             HAS_NEEDED=needed is not None, **head.flags(), ENTROPY=g_entropy is not None,
-            LOGIT_MEAN=g_mean is not None, BLOCK_V=config.block_v, num_warps=config.num_warps,
+            LOGIT_MEAN=g_mean is not None,
+            ALIGNED=rows_aligned(logits), BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
     return out
