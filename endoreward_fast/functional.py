@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .types import NO_TARGET, TokenRewards, VocabStats
+from .types import TokenRewards, VocabStats
 from .vocab import reference
 from .vocab.checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
 
@@ -53,6 +53,13 @@ def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
         raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would choose 'chunked'")
     on_gpu = device.type == "cuda"
     return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
+
+
+def uses_kernels(chosen: str, device: torch.device) -> bool:
+    """Return whether this implementation launches Triton kernels on this device."""
+    from .vocab.fused import obstacle_to_kernels
+
+    return chosen == "fused" or (chosen == "chunked" and device.type == "cuda" and not obstacle_to_kernels(device))
 
 
 def vocab_stats(
@@ -175,9 +182,9 @@ def token_rewards(
     from .vocab.ops import logits_stats
     from .vocab.rows import plan_rows
 
-    plan = plan_rows(tokens, mask, terminal, cu_seqlens)
+    plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
     out = logits_stats(logits, plan.targets, plan.needed, plan.successor, float(alpha), entropy, False, chosen)
-    return _token_rewards(out, tokens, plan.targets, entropy)
+    return _token_rewards(out, tokens.shape, entropy)
 
 
 def linear_token_rewards(
@@ -205,12 +212,12 @@ def linear_token_rewards(
     check_reverse_mode(chosen, hidden, weight, bias)
     from .vocab.rows import plan_rows
 
-    plan = plan_rows(tokens, mask, terminal, cu_seqlens)
+    plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan.targets, plan.needed, plan.successor,
         float(logit_scale), softcap, float(alpha), entropy, False, chosen,
     )  # fmt: skip
-    return _token_rewards(out, tokens, plan.targets, entropy)
+    return _token_rewards(out, tokens.shape, entropy)
 
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -270,13 +277,6 @@ def _vocab_stats(out: list[Tensor], shape: torch.Size, entropy: bool, logit_mean
     )  # fmt: skip
 
 
-def _token_rewards(out: list[Tensor], tokens: Tensor, targets: Tensor, entropy: bool) -> TokenRewards:
-    """Shift rows by one place to the right: row t - 1 is the state in which token t was chosen."""
-    reward, logprob, value = out[6:9]
-
-    def at_token(field: Tensor) -> Tensor:
-        rows = field.view(tokens.shape)
-        return torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], 1)
-
-    h = at_token(torch.where(targets != NO_TARGET, out[2], 0.0)) if entropy else None
-    return TokenRewards(at_token(reward), at_token(logprob), at_token(value), h)
+def _token_rewards(out: list[Tensor], shape: torch.Size, entropy: bool) -> TokenRewards:
+    reward, logprob, value, h = out[6:]
+    return TokenRewards(reward.view(shape), logprob.view(shape), value.view(shape), h.view(shape) if entropy else None)

@@ -1,8 +1,9 @@
 """Merge the partials of vocabulary splits into row statistics, and optionally into token rewards, in one launch.
 
-Partials are (splits, rows) float32: neighbouring rows are neighbours in memory. Each program merges the splits of its
-rows in a fixed order, so results are bitwise the same from run to run and in any batch. The kernel reads 8 bytes (16
-with entropy and mean) per row and split, about 1/1000 of the traffic of the pass that wrote them.
+Partials are (splits, rows) float32: neighbouring rows are neighbours in memory. Each program loads all splits of its
+rows and sums them in a tree whose shape depends on their number alone, so results are bitwise the same from run to run
+and in any batch. The kernel reads 8 bytes (16 with entropy and mean) per row and split, about 1/1000 of the traffic of
+the pass that wrote them.
 """
 
 import math
@@ -12,9 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import LN2, NEG_INF, NO_TARGET, SUM_SCALE, exp2_scale, finite_or_zero, merge
+from .primitives import (
+    LN2,
+    NEG_INF,
+    NO_TARGET,
+    SUM_SCALE,
+    exp2_scale,
+    finite_or_zero,
+    merge,
+    weight_and_exponent,
+)
 
-ROWS_PER_PROGRAM = 128
+ROWS_PER_PROGRAM = 16
+MOST_SPLITS = 128  # splits that one tile holds; more are merged tile by tile
 
 
 class Partials(NamedTuple):
@@ -41,22 +52,29 @@ class Partials(NamedTuple):
 
 
 @triton.jit
-def merge_splits(p_m, p_s, p_t, o_row, m_row, n_rows, n_splits, c, ENTROPY: tl.constexpr):
+def load_splits(p, split, n_splits, o_row, m_row, pitch, other):
+    """Load partials (SPLITS, BLOCK) of the given splits and rows."""
+    o = split.to(tl.int64)[:, None] * pitch + o_row[None, :]
+    return tl.load(p + o, mask=(split < n_splits)[:, None] & m_row[None, :], other=other)
+
+
+@triton.jit
+def merge_splits(p_m, p_s, p_t, o_row, m_row, pitch, n_splits, c, ENTROPY: tl.constexpr, SPLITS: tl.constexpr):
     """Return (m, s, t) of whole rows. A row outside m_row counts as all -inf."""
-    o = o_row.to(tl.int64)
-    m = tl.load(p_m + o, mask=m_row, other=NEG_INF)
-    s = tl.load(p_s + o, mask=m_row, other=0.0)
+    m = tl.full([o_row.shape[0]], NEG_INF, dtype=tl.float32)
+    s = tl.zeros([o_row.shape[0]], dtype=tl.float32)
     t = s
-    if ENTROPY:
-        t = tl.load(p_t + o, mask=m_row, other=0.0)
-    for _ in range(1, n_splits):
-        o += n_rows
-        b_m = tl.load(p_m + o, mask=m_row, other=NEG_INF)
-        b_s = tl.load(p_s + o, mask=m_row, other=0.0)
-        b_t = b_s
+    for first in range(0, n_splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        a_m = load_splits(p_m, split, n_splits, o_row, m_row, pitch, NEG_INF)  # (SPLITS, BLOCK)
+        a_s = load_splits(p_s, split, n_splits, o_row, m_row, pitch, 0.0)
+        b_m = tl.max(a_m, 0)
+        w, d = weight_and_exponent(a_m, finite_or_zero(b_m)[None, :], c)
+        b_t = t
         if ENTROPY:
-            b_t = tl.load(p_t + o, mask=m_row, other=0.0)
-        m, s, t = merge(m, s, t, b_m, b_s, b_t, c, ENTROPY)
+            a_t = load_splits(p_t, split, n_splits, o_row, m_row, pitch, 0.0)
+            b_t = tl.sum(w * (a_t + a_s * d), 0)
+        m, s, t = merge(m, s, t, b_m, tl.sum(a_s * w, 0), b_t, c, ENTROPY)
     return m, s, t
 
 
@@ -72,20 +90,33 @@ def store_row(out, row, b_value, m_value, m_out):
     tl.store(out + row, tl.where(m_value, b_value, 0.0), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_splits"])
+@triton.jit
+def store_token(out, row, b_value, m_token, n_rows):
+    """Store b_value at the token that was chosen in the row, one place further on, and 0 at all other tokens."""
+    store_row(out + 1, row, b_value, m_token, row < n_rows - 1)
+    tl.store(out + row, 0.0, mask=row == 0)
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_splits", "pitch"],
+    do_not_specialize_on_alignment=["p_m", "p_s", "p_t", "p_u", "p_target", "targets", "needed", "place", "successor"],
+)
 def combine_kernel(
-    p_m, p_s, p_t, p_u, p_target, targets, needed, successor,
-    o_lse, o_target, o_entropy, o_mean, o_shift, o_log_total, o_reward, o_logprob, o_value,
-    n_rows, n_splits, vocab, log_vocab, c, alpha,
-    HAS_NEEDED: tl.constexpr, ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, REWARDS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    p_m, p_s, p_t, p_u, p_target, targets, needed, place, successor,
+    o_lse, o_target, o_entropy, o_mean, o_shift, o_log_total, o_reward, o_logprob, o_value, o_token_entropy,
+    n_rows, n_splits, pitch, vocab, log_vocab, c, alpha,
+    HAS_NEEDED: tl.constexpr, HAS_PLACE: tl.constexpr, ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr,
+    REWARDS: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_out = row < n_rows
     m_row = m_out
     if HAS_NEEDED:
         m_row = m_out & (tl.load(needed + row, mask=m_out, other=0) != 0)
-    m, s, t = merge_splits(p_m, p_s, p_t, row, m_row, n_rows, n_splits, c, ENTROPY)
+    o_row = row
+    if HAS_PLACE:
+        o_row = tl.load(place + row, mask=m_row, other=0)
+    m, s, t = merge_splits(p_m, p_s, p_t, o_row, m_row, pitch, n_splits, c, ENTROPY, SPLITS)
     log_total = log_total_of(s)
     lse = m / alpha + log_total
     dead = s == 0.0
@@ -96,7 +127,7 @@ def combine_kernel(
     # No pass writes a logit for a target outside the vocabulary. A kernel cannot raise, so the row becomes NaN.
     nan = float("nan")
     lost = has_target & ((target < 0) | (target >= vocab))
-    q = tl.load(p_target + row, mask=m_row & has_target & ~lost, other=0.0)
+    q = tl.load(p_target + o_row, mask=m_row & has_target & ~lost, other=0.0)
     q = tl.where(lost, nan, q)
     lse = tl.where(lost, nan, lse)
 
@@ -104,63 +135,71 @@ def combine_kernel(
     store_row(o_target, row, q, m_row, m_out)
     store_row(o_shift, row, tl.where(lost, nan, m), m_row, m_out)
     store_row(o_log_total, row, log_total, m_row, m_out)
+    m_token = m_row & has_target
     if ENTROPY:
         h = log_total - t / tl.where(dead, 1.0, s) * LN2
         # Rounding can push h outside [0, ln V]. min and max drop a NaN, so the next line restores it.
         h = tl.minimum(tl.maximum(h, 0.0), log_vocab)
         h = tl.where((s != s) | lost, nan, tl.where(dead, 0.0, h))
         store_row(o_entropy, row, h, m_row, m_out)
+        if REWARDS:
+            store_token(o_token_entropy, row, h, m_token, n_rows)
     if LOGIT_MEAN:
-        o = row.to(tl.int64)
-        u = tl.load(p_u + o, mask=m_row, other=0.0)
-        for _ in range(1, n_splits):
-            o += n_rows
-            u += tl.load(p_u + o, mask=m_row, other=0.0)
+        u = tl.zeros([BLOCK], dtype=tl.float32)
+        for first in range(0, n_splits, SPLITS):
+            split = first + tl.arange(0, SPLITS)
+            u += tl.sum(load_splits(p_u, split, n_splits, o_row, m_row, pitch, 0.0), 0)
         store_row(o_mean, row, tl.where(lost, nan, u / vocab / SUM_SCALE), m_row, m_out)
 
     if REWARDS:
         # Row of the state that the token leads to; -1 after a terminal token.
         after = tl.load(successor + row, mask=m_row, other=-1)
-        m_n, s_n, _ = merge_splits(p_m, p_s, p_t, after, m_row & (after >= 0), n_rows, n_splits, c, False)
+        m_after = m_row & (after >= 0)
+        if HAS_PLACE:
+            after = tl.load(place + after, mask=m_after, other=0).to(tl.int64)
+        m_n, s_n, _ = merge_splits(p_m, p_s, p_t, after, m_after, pitch, n_splits, c, False, SPLITS)
         value_after = tl.where(s_n == 0.0, 0.0, m_n + alpha * log_total_of(s_n))
         logprob = tl.where(dead, NEG_INF, (q - finite_or_zero(m)) / alpha - log_total)
         # Rounding can push the logprob of a certain token above 0. The comparison keeps a NaN.
         logprob = tl.where(logprob > 0.0, 0.0, logprob)
         reward = tl.where(dead, NEG_INF, q - value_after)
-        m_token = m_row & has_target
-        store_row(o_reward, row, reward, m_token, m_out)
-        store_row(o_logprob, row, tl.where(lost, nan, logprob), m_token, m_out)
-        store_row(o_value, row, alpha * lse, m_token, m_out)
+        store_token(o_reward, row, reward, m_token, n_rows)
+        store_token(o_logprob, row, tl.where(lost, nan, logprob), m_token, n_rows)
+        store_token(o_value, row, alpha * lse, m_token, n_rows)
 
 
 def combine(
-    partials: Partials, targets, *, vocab: int, alpha: float, needed=None, successor=None
+    partials: Partials, targets, *, vocab: int, alpha: float, needed=None, place=None, successor=None
 ) -> tuple[tuple, tuple | None]:
     """Return (statistics, rewards) of N rows.
 
     statistics  (lse, target_logit, entropy, logit_mean, shift, log_total), each (N,) float32; None if not requested
-    rewards     (reward, logprob, value), each (N,) float32, 0 where the row has no target; None without `successor`
+    rewards     (reward, logprob, value, entropy), each (N,) float32; None without `successor`. They stand at the token
+                that was chosen in a row: row i at place i + 1. Every other place is 0
 
     needed      (N,) bool. Rows where it is False come back 0, and their partials are not read
-    successor   (N,) int64: row of the state that each target leads to; -1 after a terminal token
+    place       (N,) int32: the column of the partials that belongs to a row; None: column i belongs to row i
+    successor   (N,) int64: row of the state that each target leads to; -1 after a terminal token. The last row has no
+                target
 
     shift = max_a z_a, log_total = ln sum_a exp((z_a - shift) / alpha), and lse = shift / alpha + log_total. Under a
     large common offset lse rounds away the bits of log_total. The backward needs them, so both parts are returned.
     """
-    splits, rows = partials.m.shape
+    (splits, pitch), rows = partials.m.shape, targets.shape[0]
     entropy, logit_mean, rewards = partials.t is not None, partials.u is not None, successor is not None
 
     def field(wanted=True):
         return torch.empty(rows, dtype=torch.float32, device=partials.m.device) if wanted else None
 
     stats = (field(), field(), field(entropy), field(logit_mean), field(), field())
-    out = (field(), field(), field()) if rewards else None
+    out = (field(), field(), field(), field(entropy)) if rewards else None
     if rows:
         combine_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
-            *partials, targets, needed, successor,
-            *stats, *(out or (None, None, None)),
-            rows, splits, vocab, math.log(vocab), exp2_scale(alpha), alpha,
-            HAS_NEEDED=needed is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean, REWARDS=rewards,
-            BLOCK=ROWS_PER_PROGRAM, num_warps=4,
+            *partials, targets, needed, place, successor,
+            *stats, *(out or (None,) * 4),
+            rows, splits, pitch, vocab, math.log(vocab), exp2_scale(alpha), alpha,
+            HAS_NEEDED=needed is not None, HAS_PLACE=place is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean,
+            REWARDS=rewards, SPLITS=min(MOST_SPLITS, triton.next_power_of_2(splits)), BLOCK=ROWS_PER_PROGRAM,
+            num_warps=4,
         )  # fmt: skip
     return stats, out

@@ -16,12 +16,7 @@ class LogitsConfig:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """One program handles block_n tokens and `split` vocabulary entries, in tiles of block_v entries by block_d of D.
-
-    `split` counts vocabulary entries and is the same for every N, so results do not depend on the batch. Partials take
-    8 bytes * N * V / split (31 MB for N = 32768, V = 151936). At that V one tile of tokens starts 119 programs, enough
-    to read the weight with most of a large GPU.
-    """
+    """One program handles block_n tokens and one split of the vocabulary, in tiles of block_v entries by block_d of D."""
 
     block_n: int
     block_v: int
@@ -29,9 +24,10 @@ class LinearConfig:
     num_warps: int
     num_stages: int
     group: int = 8  # token tiles that process a split together and read its weight from L2
-    split: int = 1280
     persistent: int = 0  # programs per multiprocessor in a persistent grid; 0: one program per piece of work
 
+
+MOST_TILES = 31  # of a split: the linear kernel keeps one bit per tile in an int32
 
 # Chosen from compiler output (bench/results/kernel-report.md), not yet from timings: the largest tile that does not
 # spill on that architecture, for any alignment of D. The pointer kernel needs registers for addresses: at 128x256x64 it
@@ -67,7 +63,17 @@ LINEAR_SEARCH = (
     replace(SQUARE, num_warps=4, num_stages=3, persistent=2),
 )
 # The interpreter runs one program after another. Small tiles let a test cover many of them.
-INTERPRETER_CONFIG = LinearConfig(block_n=16, block_v=32, block_d=16, num_warps=1, num_stages=1, group=2, split=64)
+INTERPRETER_CONFIG = LinearConfig(block_n=16, block_v=32, block_d=16, num_warps=1, num_stages=1, group=2)
+
+
+def vocab_split(vocab: int, block_v: int, processors: int) -> int:
+    """Return the vocabulary entries of a split: whole tiles, and about one split per processor.
+
+    A few tokens then read the weight with the whole device. The batch has no say, so results do not depend on it.
+    Partials take 8 bytes per token and split: 31 MB for 32768 tokens and the 119 splits of V = 151936 on an H100.
+    """
+    tiles = -(-vocab // block_v)
+    return block_v * min(MOST_TILES, -(-tiles // processors))
 
 
 def interpreter_logits_config(vocab: int) -> LogitsConfig:

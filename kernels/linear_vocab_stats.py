@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .combine import Partials
 from .config import LinearConfig
+from .rows import Kept
 from .primitives import (
     NEG_INF,
     PLAIN_HEAD,
@@ -62,29 +63,55 @@ def logits_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["n_rows", "vocab"])  # one binary for every V, and no spill on sm_90
+@triton.jit
+def either(a, b):
+    return a | b
+
+
+@triton.jit
+def tiles_with_targets(target, first, end, BLOCK_V: tl.constexpr):
+    """Return an int32 whose bit i says that tile i of the split [first, end) holds a target."""
+    here = (target >= first) & (target < end)
+    tile = tl.where(here, (target - first) // BLOCK_V, 0)
+    return tl.reduce(tl.where(here, 1 << tile, 0), 0, either)
+
+
+@triton.jit(  # one binary for every V, and no spill on sm_90
+    do_not_specialize=["n_rows", "vocab", "split_size"],
+    do_not_specialize_on_alignment=["targets", "p_m", "p_s", "p_t", "p_u", "p_target", "rows", "count"],
+)
 def linear_partials_kernel(
-    hidden, weight, bias, targets, p_m, p_s, p_t, p_u, p_target,
-    n_rows, vocab, dim, stride_hidden, stride_weight, logit_scale, softcap, c,
-    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    hidden, weight, bias, targets, rows, count, p_m, p_s, p_t, p_u, p_target,
+    n_rows, vocab, dim, split_size, stride_hidden, stride_weight, logit_scale, softcap, c,
+    HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    splits = tl.cdiv(vocab, SPLIT)
+    splits = tl.cdiv(vocab, split_size)
+    pitch = n_rows
+    if HAS_ROWS:
+        n_rows = tl.load(count)
     # The loop runs once if each piece of work has its own program, and several times in a persistent grid.
     for work in tl.range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N) * splits, tl.num_programs(0)):
         tile, split = token_tile_and_split(work, n_rows, splits, BLOCK_N, GROUP)
         o_n = tile * BLOCK_N
         row = o_n + tl.arange(0, BLOCK_N)
         m_row = row < n_rows
-        target = tl.load(targets + row, mask=m_row, other=-1)
+        o_target = row
+        if HAS_ROWS:
+            o_target = tl.load(rows + row, mask=m_row, other=0)
+        target = tl.load(targets + o_target, mask=m_row, other=-1)
+        first = split * split_size
+        end = tl.minimum(first + split_size, vocab)
+        target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+        hit_tiles = tiles_with_targets(target, first, end, BLOCK_V)
 
         m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)
         s = tl.zeros([BLOCK_N], dtype=tl.float32)
         t = tl.zeros([BLOCK_N], dtype=tl.float32)
         u = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for o_v in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, vocab), BLOCK_V):
+        for o_v in range(first, end, BLOCK_V):
             z = logits_tile(
                 hidden, weight, o_n, o_v, n_rows, vocab, dim, stride_hidden, stride_weight,
                 TMA, UPCAST, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
@@ -99,10 +126,10 @@ def linear_partials_kernel(
             if o_v + BLOCK_V > vocab:  # only the last tile has columns outside the vocabulary
                 z = tl.where((col < vocab)[None, :], z, NEG_INF)
 
-            m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
-            if tl.max(m_hit.to(tl.int32), 0) > 0:  # 1 tile in 5 holds one at 128 tokens, V = 151936
+            if (hit_tiles & 1) != 0:  # 1 tile in 5 holds a target at 128 tokens, V = 151936
                 b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
-                tl.store(p_target + row, b_target, mask=m_hit)
+                tl.store(p_target + row, b_target, mask=(target >= o_v) & (target < o_v + BLOCK_V))
+            hit_tiles >>= 1
 
             b_m = tl.max(z, 1)
             e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
@@ -111,7 +138,7 @@ def linear_partials_kernel(
                 b_t = tl.sum(e * d, 1)
             m, s, t = merge(m, s, t, b_m, tl.sum(e, 1), b_t, c, ENTROPY)
 
-        o = split.to(tl.int64) * n_rows + row
+        o = split.to(tl.int64) * pitch + row
         tl.store(p_m + o, m, mask=m_row)
         tl.store(p_s + o, s, mask=m_row)
         if ENTROPY:
@@ -131,23 +158,28 @@ def tma_usable(x: torch.Tensor) -> bool:
 
 
 def linear_partials(
-    hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig,
-    head: Head = PLAIN_HEAD, tma: bool = False, interpreted: bool = False, programs: int | None = None,
+    hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig, split: int,
+    head: Head = PLAIN_HEAD, kept: Kept | None = None, tma: bool = False, interpreted: bool = False,
+    programs: int | None = None,
 ) -> Partials:  # fmt: skip
     """Return partials (ceil(V / split), N) of hidden (N, D), weight (V, D) of the same dtype, and targets (N,) int64.
 
+    split     vocabulary entries of a split, see config.vocab_split
+    kept      the rows to compute; None: all. Column i of the partials belongs to the i-th row that is kept
     tma       load through TMA; requires `tma_usable(weight)`. hidden is copied if TMA cannot read it: the alignment of
               a batch must not decide which kernel runs, or a row's bits would depend on it
     programs  size of a persistent grid; None: one program per piece of work
     """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
-    splits = triton.cdiv(vocab, config.split)
+    splits = triton.cdiv(vocab, split)
     partials = Partials.empty(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
     if not rows:
         return partials
-    hidden, weight = (x if x.stride(1) == 1 else x.contiguous() for x in (hidden, weight))
-    if tma and not tma_usable(hidden):
-        hidden = hidden.clone(memory_format=torch.contiguous_format)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    if kept is not None:
+        hidden = torch.index_select(hidden, 0, kept.rows, out=_aligned(hidden))
+    elif hidden.stride(1) != 1 or (tma and not tma_usable(hidden)):
+        hidden = _aligned(hidden).copy_(hidden)
     strides = hidden.stride(0), weight.stride(0)
     if tma:
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d])
@@ -155,10 +187,17 @@ def linear_partials(
     work = triton.cdiv(rows, config.block_n) * splits
     grid = min(work, programs) if programs else work
     linear_partials_kernel[(grid,)](
-        hidden, weight, head.bias, targets, *partials,
-        rows, vocab, dim, *strides, *head.numbers(), exp2_scale(alpha), **head.flags(),
-        ENTROPY=entropy, LOGIT_MEAN=logit_mean, TMA=tma, UPCAST=interpreted, PRECISION="ieee",
-        BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
-        SPLIT=config.split, GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
+        hidden, weight, head.bias, targets, *(kept[:2] if kept else (None, None)), *partials,
+        rows, vocab, dim, split, *strides, *head.numbers(), exp2_scale(alpha),
+        HAS_ROWS=kept is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean, TMA=tma,
+        UPCAST=interpreted, PRECISION="ieee", BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
+        GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partials
+
+
+def _aligned(hidden: torch.Tensor) -> torch.Tensor:
+    """Return new memory of hidden's shape whose rows begin at multiples of 16 bytes, as TMA demands."""
+    rows, dim = hidden.shape
+    step = 16 // hidden.element_size()
+    return hidden.new_empty(rows, triton.cdiv(dim, step) * step)[:, :dim]

@@ -19,7 +19,6 @@ import math
 import torch
 from torch import Tensor
 
-from ..types import NO_TARGET
 from .chunked_backward import linear_backward, logits_backward
 from .chunked_tiles import (
     EXP_IS_ZERO,
@@ -33,11 +32,11 @@ from .chunked_tiles import (
     parts,
     spans,
 )
-from .rows import SUM_SCALE, RowRewards, RowStats, poisoned, rewards_of
+from .rows import SUM_SCALE, KeptRows, RowRewards, RowStats, with_rewards
 
 LOG2_E = 1 / math.log(2)
 
-__all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward", "with_rewards"]
+__all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward"]
 
 
 @torch.no_grad()
@@ -64,20 +63,21 @@ def logits_forward(
         partials.combine(vocab, rows, stats)
     stats = _with_lse(stats, alpha)
     stats = RowStats(*(None if f is None else source.spread(f) for f in stats))
-    targets = targets if mask is None else torch.where(mask, targets, NO_TARGET)
-    return with_rewards(stats, targets, vocab, successor, alpha)
+    return with_rewards(stats, targets, mask, vocab, successor, alpha)
 
 
 @torch.no_grad()
 def linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, logit_scale: float,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None, logit_scale: float,
     softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """Return statistics, and rewards if `successor` is given, from hidden (N, D) and weight (V, D).
+    """Return statistics, and rewards if `successor` is given, from hidden (N, D) and weight (V, D); 0 off the mask.
 
     The logits are computed tile by tile and never stored. chunked_tiles.uses_native_matmul says how bfloat16 inputs are
     multiplied.
     """
+    kept, all_targets = KeptRows(mask), targets
+    hidden, targets = kept.take(hidden), kept.take(targets)
     num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
     tiles = linear_tiles(hidden, weight)
     tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
@@ -107,8 +107,8 @@ def linear_forward(
                     chunks = slice(vocabulary.start // tiles.chunk, -(-vocabulary.stop // tiles.chunk))
                     partials.reduce(z, work, chunks, slice(here.start - sweep.start, here.stop - sweep.start))
         partials.combine(vocab, sweep, stats)
-    stats = _with_lse(stats, alpha)
-    return with_rewards(stats, targets, vocab, successor, alpha)
+    stats = RowStats(*map(kept.spread, _with_lse(stats, alpha)))
+    return with_rewards(stats, all_targets, mask, vocab, successor, alpha)
 
 
 class _Workspace:
@@ -179,21 +179,6 @@ def _empty_stats(num_rows: int, device: torch.device, entropy: bool, logit_mean:
 
 def _with_lse(stats: RowStats, alpha: float) -> RowStats:
     return stats._replace(lse=stats.shift / alpha + stats.log_total)
-
-
-def with_rewards(
-    stats: RowStats, targets: Tensor, vocab: int, successor: Tensor | None, alpha: float
-) -> tuple[RowStats, RowRewards | None]:
-    """Return the statistics and, if `successor` is given, the rewards; NaN in rows with a target outside [0, V).
-
-    The row before such a row stays valid, because its successor's value is right. On the CPU the operator has already
-    refused such targets.
-    """
-    rewards = None if successor is None else rewards_of(stats, targets, successor, alpha)
-    lost = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
-    if targets.device.type == "cpu" and not lost.any():
-        return stats, rewards
-    return poisoned(stats, lost), rewards and poisoned(rewards, lost)
 
 
 def _pick_targets(z: Tensor, targets: Tensor, columns: slice, out: Tensor) -> None:

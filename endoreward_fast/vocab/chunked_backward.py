@@ -27,7 +27,7 @@ from .chunked_tiles import (
     logits_tiles,
     spans,
 )
-from .rows import RowGrads, RowStats
+from .rows import KeptRows, RowGrads, RowStats
 
 
 @torch.no_grad()
@@ -53,13 +53,17 @@ def logits_backward(
 
 @torch.no_grad()
 def linear_backward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
+    hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None = None,
+    bias: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return (dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False."""
+    kept = KeptRows(mask)
+    hidden, targets = kept.take(hidden), kept.take(targets)
+    stats, grads = RowStats(*map(kept.take, stats)), RowGrads(*map(kept.take, grads))
     upstream = upstream_factors(targets, stats, grads, weight.shape[0], alpha, logit_scale)
     source = _TileGradients(hidden, weight, bias, logit_scale, softcap, upstream)
-    return sweep_gradients(source, hidden, weight, bias, needs, most_elements=limits_for(hidden.device).copy)
+    dhidden, *others = sweep_gradients(source, hidden, weight, bias, needs, most_elements=limits_for(hidden.device).copy)
+    return kept.spread(dhidden), *others
 
 
 def sweep_gradients(
@@ -90,9 +94,10 @@ def sweep_gradients(
 def _sweep(source, rows: slice, vocab: int, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None):
     """Compute the given rows of dhidden, and dweight and dbias of these rows, in one pass over the vocabulary."""
     into_hidden = None if dhidden is None else _accumulator(dhidden[rows])
+    one_tile = 0 < length(rows) <= source.tiles.rows
     for columns in spans(0, vocab, source.tiles.vocab):
         source.load_weight(columns)
-        into_weight = None if dweight is None else _accumulator(dweight[columns])
+        into_weight = None if dweight is None or one_tile else _accumulator(dweight[columns])
         into_bias = None if dbias is None else dbias.new_zeros(length(columns), dtype=torch.float32)
         for tile_rows in spans(rows.start, rows.stop, source.tiles.rows):
             source.load_hidden(tile_rows)
@@ -101,10 +106,13 @@ def _sweep(source, rows: slice, vocab: int, dhidden: Tensor | None, dweight: Ten
                 into_bias.add_(dy.sum(0, dtype=torch.float32))
             if into_weight is not None:
                 _add_product(into_weight, dy.T, source.hidden)
+            elif dweight is not None:
+                _write_product(dweight[columns], dy.T, source.hidden)
             if into_hidden is not None:
                 in_sweep = slice(tile_rows.start - rows.start, tile_rows.stop - rows.start)
                 _add_product(into_hidden[in_sweep], dy, source.weight)
-        _store(into_weight, dweight, columns)
+        if into_weight is not None:
+            _store(into_weight, dweight, columns)
         _store(into_bias, dbias, columns)
     _store(into_hidden, dhidden, rows)
 
@@ -215,5 +223,15 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor) -> None:
         into.addmm_(left, right)
     elif right.device.type == "cpu":
         into.addmm_(left.float(), right.float())
-    else:  # addmm with both out_dtype and out= can go wrong (pytorch issue 154086)
-        into.add_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))
+    else:
+        torch.addmm(into, left.to(right.dtype), right, out_dtype=torch.float32, out=into)
+
+
+def _write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """Write left @ right, summed in float32, to `out`."""
+    if left.dtype == right.dtype == out.dtype and (out.dtype == torch.float32 or out.device.type != "cpu"):
+        torch.mm(left, right, out=out)
+    elif right.device.type == "cpu":
+        out.copy_(left.float() @ right.float())
+    else:
+        out.copy_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))

@@ -23,11 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..types import NO_TARGET
-from .chunked import linear_backward, with_rewards
+from .chunked import linear_backward
 from .chunked_backward import upstream_factors
 from .chunked_tiles import Buffer, LinearTile, length, linear_tiles, spans
-from .rows import RowGrads, RowRewards, RowStats
+from .rows import KeptRows, RowGrads, RowRewards, RowStats, with_rewards
 
 __all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward"]
 
@@ -44,8 +43,7 @@ def logits_forward(
     pass_ = _Pass(logits.shape[0] * logits.shape[1], mask, alpha, entropy, logit_mean)
     pass_.take(logits, targets.contiguous(), 0, slice(None))
     stats = pass_.finish(logits.shape[-1])
-    targets = targets if mask is None else torch.where(mask, targets, NO_TARGET)
-    return with_rewards(stats, targets, logits.shape[-1], successor, alpha)
+    return with_rewards(stats, targets, mask, logits.shape[-1], successor, alpha)
 
 
 def logits_backward(
@@ -67,11 +65,13 @@ def logits_backward(
 
 @torch.no_grad()
 def linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, logit_scale: float,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None, logit_scale: float,
     softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Do the same as `chunked.linear_forward`, with one call of the library to reduce each tile."""
-    tiles, targets = linear_tiles(hidden, weight), targets.contiguous()
+    kept, all_targets = KeptRows(mask), targets
+    hidden, targets = kept.take(hidden), kept.take(targets).contiguous()
+    tiles = linear_tiles(hidden, weight)
     tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
     buffer = Buffer(tiles.rows * tiles.vocab, hidden.device)
     pass_ = _Pass(len(hidden), None, alpha, entropy, logit_mean)
@@ -83,8 +83,8 @@ def linear_forward(
             if z is None:
                 z = tile.logits(buffer.view(length(rows), length(columns)))
             pass_.take(z.unsqueeze(0), targets, columns.start, rows)
-    stats = pass_.finish(weight.shape[0])
-    return with_rewards(stats, targets, weight.shape[0], successor, alpha)
+    stats = RowStats(*map(kept.spread, pass_.finish(weight.shape[0])))
+    return with_rewards(stats, all_targets, mask, weight.shape[0], successor, alpha)
 
 
 class _Pass:

@@ -1,7 +1,7 @@
 """The Triton backend. It chooses a kernel config for the device and launches. It has the same functions as `chunked`.
 
-Rows off the mask cost nothing. The logits kernels return at once for them, and ops.py removes them from the linear
-path.
+Rows off the mask cost nothing. The logits kernels return at once for them, and the linear path gathers the others on
+the device. No number is read back to the host, so a CUDA graph can capture every forward.
 """
 
 import importlib.util
@@ -23,14 +23,14 @@ def interpreted() -> bool:
 
 
 def obstacle_to_kernels(device: torch.device, *dtypes: torch.dtype) -> str | None:
-    """Return why the kernels cannot run on tensors of these dtypes on this device; None if they can."""
+    """Return why the kernels cannot run on this device, on tensors of these dtypes if given; None if they can."""
     if not TRITON_IS_INSTALLED:
         return "triton is not installed"
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"the tensors are on {device.type!r}, and the kernels need a CUDA or ROCm device"
     if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    if dtypes[0] not in KERNEL_DTYPES or len(set(dtypes)) > 1:
+    if dtypes and (dtypes[0] not in KERNEL_DTYPES or len(set(dtypes)) > 1):
         found = " with ".join(map(str, dtypes))
         return f"the kernels take one of bfloat16, float16 and float32, not {found}"
     return None
@@ -63,27 +63,32 @@ def logits_backward(logits: Tensor, targets: Tensor, stats: RowStats, grads: Row
 
 
 def linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias, logit_scale: float, softcap, alpha: float,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask=None, bias, logit_scale: float, softcap, alpha: float,
     entropy: bool, logit_mean: bool, successor=None, config=None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Run the linear kernel. `config`, a LinearConfig, replaces the table's for measurements."""
     from ..kernels.combine import combine
-    from ..kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays
+    from ..kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays, vocab_split
     from ..kernels.linear_vocab_stats import linear_partials, tma_usable
     from ..kernels.primitives import Head
+    from ..kernels.rows import keep
 
-    bias, targets, successor = _dense(bias, targets, successor)
+    bias, targets, mask, successor = _dense(bias, targets, mask, successor)
+    kept = None if mask is None else keep(mask)
     arch = _arch(hidden.device)
     size = hidden.element_size()
     tma = arch is not None and tma_pays(arch, size) and tma_usable(weight)
     if config is None:
         config = INTERPRETER_CONFIG if arch is None else linear_config(arch, size, tma)
+    processors = _processors(hidden.device)
     partials = linear_partials(
         hidden, weight, targets, head=Head(bias, logit_scale, softcap), alpha=alpha, entropy=entropy,
-        logit_mean=logit_mean, config=config, tma=tma, interpreted=arch is None,
-        programs=config.persistent and config.persistent * _processors(hidden.device),
+        logit_mean=logit_mean, config=config, split=vocab_split(len(weight), config.block_v, processors), kept=kept,
+        tma=tma, interpreted=arch is None, programs=config.persistent and config.persistent * processors,
     )  # fmt: skip
-    stats, rewards = combine(partials, targets, vocab=weight.shape[0], alpha=alpha, successor=successor)
+    stats, rewards = combine(
+        partials, targets, vocab=len(weight), alpha=alpha, needed=mask, place=kept and kept.place, successor=successor
+    )
     return RowStats(*stats), rewards and RowRewards(*rewards)
 
 

@@ -14,11 +14,9 @@ from torch import Tensor
 
 from .fused import obstacle_to_kernels
 from .reference import outside_vocabulary
-from .rows import RowGrads, RowRewards, RowStats, stats_grads, successor_among
+from .rows import RowGrads, RowRewards, RowStats, at_rows, stats_grads
 
 _op = torch.library.custom_op
-# The linear operators read the rows of a mask back to the host, which a CUDA graph cannot capture.
-NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 STATS = ("lse", "target_logit", "entropy", "logit_mean", "shift", "log_total")
 
 
@@ -40,6 +38,20 @@ def _on_device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
+@_op("endoreward_fast::plan_rows", mutates_args=())
+def plan(tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
+    """Return the fields of RowPlan for tokens (B, T), by a kernel."""
+    from ..kernels.rows import plan as launch
+
+    with _on_device_of(tokens):
+        return list(launch(tokens, mask, terminal, cu_seqlens))
+
+
+@plan.register_fake
+def _(tokens, mask, terminal, cu_seqlens):
+    return [tokens.new_empty(tokens.numel(), dtype=dtype) for dtype in (torch.int64, torch.int64, torch.bool)]
+
+
 # ------------------------------------------------------------------------------------------------ logits (B, T, V)
 
 
@@ -48,11 +60,11 @@ def logits_stats(
     logits: Tensor, targets: Tensor, mask: Tensor | None, successor: Tensor | None,
     alpha: float, entropy: bool, logit_mean: bool, impl: str,
 ) -> list[Tensor]:  # fmt: skip
-    """Return the six fields of RowStats and, if `successor` is given, the three of RowRewards.
+    """Return the six fields of RowStats and, if `successor` is given, the four of RowRewards, at tokens.
 
     logits is (B, T, V); targets, mask and successor are (B T,).
     """
-    outside_vocabulary(targets, mask, logits.shape[-1])
+    _refuse_outside(targets, mask, logits.shape[-1])
     with _on_device_of(logits):
         stats, rewards = _backend(impl, logits).logits_forward(
             logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, successor=successor
@@ -87,7 +99,7 @@ def _logits_setup(ctx, inputs, output):
 
 def _logits_backward(ctx, grads):
     (logits, targets, mask, successor), stats = _saved(ctx, 4)
-    upstream = row_grads(grads, targets, successor, stats, ctx.alpha)
+    upstream = row_grads(_of_rows(grads), targets, successor, stats, ctx.alpha)
     grad = logits_stats_backward(logits, targets, mask, list(stats), *upstream, ctx.alpha, ctx.impl)
     return grad, None, None, None, None, None, None, None
 
@@ -98,27 +110,20 @@ logits_stats.register_autograd(_logits_backward, setup_context=_logits_setup)
 # ----------------------------------------------------------------------------------- hidden (N, D), weight (V, D)
 
 
-@_op("endoreward_fast::linear_stats", mutates_args=(), tags=NO_CUDA_GRAPH)
+@_op("endoreward_fast::linear_stats", mutates_args=())
 def linear_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None,
     successor: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, entropy: bool,
     logit_mean: bool, impl: str,
 ) -> list[Tensor]:  # fmt: skip
     """Do the same as `logits_stats` from hidden (N, D) and weight (V, D). Rows off the mask skip the matmul."""
-    outside_vocabulary(targets, mask, weight.shape[0])
-    head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
-    want = {"alpha": alpha, "entropy": entropy, "logit_mean": logit_mean}
-    backend = _backend(impl, hidden, linear=True)
-
-    def forward(hidden, targets, successor):
-        with _on_device_of(hidden):
-            return backend.linear_forward(hidden, weight, targets, successor=successor, **head, **want)
-
-    if mask is None:
-        return outputs(*forward(hidden, targets, successor))
-    rows = mask.nonzero().squeeze(1)
-    stats, rewards = forward(hidden[rows], targets[rows], successor_among(successor, mask, rows))
-    return outputs(_spread(stats, rows, len(targets)), rewards and _spread(rewards, rows, len(targets)))
+    _refuse_outside(targets, mask, weight.shape[0])
+    with _on_device_of(hidden):
+        stats, rewards = _backend(impl, hidden, linear=True).linear_forward(
+            hidden, weight, targets, mask=mask, bias=bias, logit_scale=logit_scale, softcap=softcap, alpha=alpha,
+            entropy=entropy, logit_mean=logit_mean, successor=successor,
+        )  # fmt: skip
+    return outputs(stats, rewards)
 
 
 @linear_stats.register_fake
@@ -126,7 +131,7 @@ def _(hidden, weight, bias, targets, mask, successor, logit_scale, softcap, alph
     return _fake_outputs(targets, entropy, logit_mean, successor is not None)
 
 
-@_op("endoreward_fast::linear_stats_backward", mutates_args=(), tags=NO_CUDA_GRAPH)
+@_op("endoreward_fast::linear_stats_backward", mutates_args=())
 def linear_stats_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None, stats: list[Tensor],
     g_lse: Tensor, g_target: Tensor, g_entropy: Tensor | None, g_mean: Tensor | None,
@@ -134,20 +139,12 @@ def linear_stats_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Return (dhidden, dweight, dbias) in the inputs' dtypes; empty where `needs` is False."""
     grads = RowGrads(g_lse, g_target, g_entropy, g_mean)
-    rows = None if mask is None else mask.nonzero().squeeze(1)
-    h = hidden
-    if rows is not None:
-        h, targets = hidden[rows], targets[rows]
-        stats = [field[rows] if field.numel() else field for field in stats]
-        grads = RowGrads(*(None if g is None else g[rows] for g in grads))
-    with _on_device_of(h):
-        dhidden, dweight, dbias = _backend(impl, h, linear=True).linear_backward(
-            h, weight, targets, RowStats(*stats), grads, bias=bias, logit_scale=logit_scale, softcap=softcap,
-            alpha=alpha, needs=tuple(needs),
+    with _on_device_of(hidden):
+        found = _backend(impl, hidden, linear=True).linear_backward(
+            hidden, weight, targets, RowStats(*stats), grads, mask=mask, bias=bias, logit_scale=logit_scale,
+            softcap=softcap, alpha=alpha, needs=tuple(needs),
         )  # fmt: skip
-    if rows is not None and dhidden is not None:
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format).index_copy_(0, rows, dhidden)
-    return [hidden.new_empty(0) if g is None else g for g in (dhidden, dweight, dbias)]
+    return [hidden.new_empty(0) if g is None else g for g in found]
 
 
 @linear_stats_backward.register_fake
@@ -168,7 +165,7 @@ def _linear_setup(ctx, inputs, output):
 
 def _linear_backward(ctx, grads):
     (hidden, weight, bias, targets, mask, successor), stats = _saved(ctx, 6)
-    upstream = row_grads(grads, targets, successor, stats, ctx.alpha)
+    upstream = row_grads(_of_rows(grads), targets, successor, stats, ctx.alpha)
     needs = list(ctx.needs_input_grad[:3])
     out = linear_stats_backward(
         hidden, weight, bias, targets, mask, list(stats), *upstream,
@@ -189,14 +186,14 @@ def outputs(stats: RowStats, rewards: RowRewards | None) -> list[Tensor]:
 
 
 def _fake_outputs(targets: Tensor, entropy: bool, logit_mean: bool, rewards: bool) -> list[Tensor]:
-    wanted = [True, True, entropy, logit_mean, True, True] + [True] * 3 * rewards
+    wanted = [True, True, entropy, logit_mean, True, True] + [True, True, True, entropy] * rewards
     return [targets.new_empty(targets.shape[0] if want else 0, dtype=torch.float32) for want in wanted]
 
 
-def _spread(fields, rows: Tensor, count: int):
-    """Expand a RowStats or RowRewards of the given rows to all `count` rows, with 0 in the other rows."""
-    spread = (f if f is None else f.new_zeros(count).index_copy_(0, rows, f) for f in fields)
-    return type(fields)(*spread)
+def _refuse_outside(targets: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """Raise IndexError for a target outside the vocabulary, on the CPU. Elsewhere the backend makes its row NaN."""
+    if targets.device.type == "cpu":
+        outside_vocabulary(targets, mask, vocab)
 
 
 def _save(ctx, inputs: tuple, output: list[Tensor]) -> None:
@@ -209,10 +206,15 @@ def _saved(ctx, count: int) -> tuple[tuple, RowStats]:
     return tensors[:count], RowStats(*tensors[count:])
 
 
+def _of_rows(grads: list[Tensor | None]) -> list[Tensor | None]:
+    """Move the gradients of rewards from tokens to rows."""
+    return [*grads[: len(STATS)], *(g if g is None else at_rows(g) for g in grads[len(STATS) :])]
+
+
 def row_grads(
     grads: list[Tensor | None], targets: Tensor, successor: Tensor | None, stats: RowStats, alpha: float
 ) -> RowGrads:
-    """Turn upstream gradients of an operator's outputs into gradients of the row statistics."""
+    """Turn gradients of statistics or of the rewards of rows into gradients of the row statistics."""
 
     def or_zero(g):
         return torch.zeros_like(stats.lse) if g is None else g
@@ -220,5 +222,6 @@ def row_grads(
     g_lse, g_target, g_entropy, g_mean = grads[:4]
     if successor is None:
         return RowGrads(or_zero(g_lse), or_zero(g_target), g_entropy, g_mean)
-    g_rewards = RowRewards(*(or_zero(g) for g in grads[len(STATS) :]))
-    return stats_grads(targets, successor, stats.log_total, alpha, g_rewards, g_entropy)
+    reward, logprob, value, entropy = grads[len(STATS) :]
+    g_rewards = RowRewards(or_zero(reward), or_zero(logprob), or_zero(value), entropy)
+    return stats_grads(targets, successor, stats.log_total, alpha, g_rewards)

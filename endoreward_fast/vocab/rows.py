@@ -35,11 +35,49 @@ class RowStats(NamedTuple):
 
 
 class RowRewards(NamedTuple):
-    """Rewards of N rows, each (N,) float32; 0 where the row has no target."""
+    """Rewards of N rows or of N tokens, each (N,) float32: see `rewards_of` and `at_tokens`."""
 
     reward: Tensor
     logprob: Tensor
     value: Tensor
+    entropy: Tensor | None
+
+
+class KeptRows:
+    """The rows that a mask (N,) keeps; all rows if it is None. Their number is read back to the host."""
+
+    def __init__(self, mask: Tensor | None):
+        self.mask = mask
+        self.index = None if mask is None else mask.nonzero().squeeze(1)
+
+    def take(self, field: Tensor | None) -> Tensor | None:
+        """Return the kept rows of field (N, ...). An empty or absent field stays what it is."""
+        return field if self.index is None or field is None or not field.numel() else field[self.index]
+
+    def spread(self, field: Tensor | None) -> Tensor | None:
+        """Return a field of the kept rows as (N, ...), with 0 in the other rows."""
+        if self.index is None or field is None:
+            return field
+        return field.new_zeros(len(self.mask), *field.shape[1:]).index_copy(0, self.index, field)
+
+    def place(self) -> Tensor | None:
+        """Return the index (N,) int32 among the kept rows of each row that is kept; None if all are."""
+        return None if self.mask is None else self.mask.cumsum(0, dtype=torch.int32) - 1
+
+
+class EveryRow(KeptRows):
+    """All rows, whatever the mask keeps, with 0 in the others: for a CUDA graph, which cannot depend on their number."""
+
+    def __init__(self, mask: Tensor):
+        self.mask, self.index = mask, None
+
+    def take(self, field: Tensor | None) -> Tensor | None:
+        if field is None or not field.numel() or not field.is_floating_point():
+            return field
+        return torch.where(self.mask.unsqueeze(1) if field.ndim == 2 else self.mask, field, 0.0)
+
+    def place(self) -> None:
+        return None
 
 
 class RowGrads(NamedTuple):
@@ -62,7 +100,14 @@ class RowPlan(NamedTuple):
     """bool: rows whose statistics the rewards need; the others are not computed"""
 
 
-def plan_rows(tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None) -> RowPlan:
+def plan_rows(
+    tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None, kernels: bool = False
+) -> RowPlan:
+    """Return the rows of tokens (B, T). `kernels`: by one kernel launch instead of some thirty of torch's."""
+    if kernels:
+        from .ops import plan
+
+        return RowPlan(*plan(tokens, mask, terminal, cu_seqlens))
     scored, ends, needed = scored_terminal_needed(tokens, mask, terminal, cu_seqlens)
     chosen = shift_left(scored)
     next_token = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)
@@ -83,8 +128,24 @@ def successor_among(successor: Tensor | None, mask: Tensor, rows: Tensor) -> Ten
     return torch.where(successor >= 0, place[successor.clamp(min=0)], -1)
 
 
+def with_rewards(
+    stats: RowStats, targets: Tensor, mask: Tensor | None, vocab: int, successor: Tensor | None, alpha: float
+) -> tuple[RowStats, RowRewards | None]:
+    """Return the statistics and, if `successor` is given, rewards at tokens; NaN where a target is outside [0, V).
+
+    The row before such a row stays valid, because its successor's value is right. On the CPU the operator has already
+    refused such targets.
+    """
+    targets = targets if mask is None else torch.where(mask, targets, NO_TARGET)
+    rewards = None if successor is None else rewards_of(stats, targets, successor, alpha)
+    lost = (targets != NO_TARGET) & ((targets < 0) | (targets >= vocab))
+    if targets.device.type != "cpu" or lost.any():
+        stats, rewards = poisoned(stats, lost), rewards and poisoned(rewards, lost)
+    return stats, rewards and at_tokens(rewards)
+
+
 def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float) -> RowRewards:
-    """Compute rewards from the statistics of rows, as the combine kernel does."""
+    """Compute rewards from the statistics of rows, as the combine kernel does; 0 where the row has no target."""
     chosen = targets != NO_TARGET
     dead = stats.log_total == -torch.inf
     value = alpha * stats.lse
@@ -96,8 +157,24 @@ def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float
         torch.where(dead, -torch.inf, stats.target_logit - value_after),
         torch.where(dead, -torch.inf, logprob),
         value,
+        stats.entropy,
     )
-    return RowRewards(*(torch.where(chosen, field, 0.0) for field in fields))
+    return RowRewards(*(None if field is None else torch.where(chosen, field, 0.0) for field in fields))
+
+
+def at_tokens(rewards: RowRewards) -> RowRewards:
+    """Move each row's rewards to the token that was chosen in it."""
+    return RowRewards(*(None if field is None else at_next(field) for field in rewards))
+
+
+def at_next(field: Tensor) -> Tensor:
+    """Move a field (N,) one place on: row i has the state in which token i + 1 was chosen. The last row has none."""
+    return torch.cat([torch.zeros_like(field[:1]), field[:-1]])
+
+
+def at_rows(field: Tensor) -> Tensor:
+    """Move a field (N,) of tokens back to the rows in which they were chosen."""
+    return torch.cat([field[1:], torch.zeros_like(field[:1])])
 
 
 def poisoned(fields, lost: Tensor):
@@ -106,16 +183,14 @@ def poisoned(fields, lost: Tensor):
 
 
 def stats_grads(
-    targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float, grads: RowRewards, g_entropy: Tensor | None
+    targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float, grads: RowRewards
 ) -> RowGrads:
-    """Turn gradients of rewards, log-probabilities and values into gradients of the row statistics."""
+    """Turn gradients of the rewards of rows into gradients of the row statistics."""
     chosen = (targets != NO_TARGET) & (log_total != -torch.inf)
-    g_reward, g_logprob, g_value = (torch.where(chosen, g, 0.0) for g in grads)
+    g_reward, g_logprob, g_value, g_entropy = (None if g is None else torch.where(chosen, g, 0.0) for g in grads)
     leads_on = successor >= 0
     # A state follows at most one token, so each row gets one addend. The zeros added at row 0 change nothing.
     g_lse = (alpha * g_value - g_logprob).index_add(
         0, successor.clamp(min=0), torch.where(leads_on, -alpha * g_reward, 0.0)
     )
-    if g_entropy is not None:
-        g_entropy = torch.where(chosen, g_entropy, 0.0)
     return RowGrads(g_lse, g_reward + g_logprob / alpha, g_entropy, None)

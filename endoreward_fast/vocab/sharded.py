@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..types import NO_TARGET
 from .ops import linear_stats, linear_stats_backward, outputs, row_grads
-from .rows import SUM_SCALE, RowGrads, RowStats, poisoned, rewards_of, successor_among
+from .rows import SUM_SCALE, KeptRows, RowGrads, RowStats, at_next, poisoned, rewards_of, successor_among
 from .shard_layout import VocabShard
 
 
@@ -61,15 +61,16 @@ def sharded_linear_stats(
     """
     head = {"logit_scale": logit_scale, "softcap": softcap, "alpha": alpha, "impl": impl}
     wanted = {"entropy": entropy, "logit_mean": logit_mean}
-    count = len(targets)
-    rows = torch.arange(count, device=targets.device) if mask is None else mask.nonzero().squeeze(1)
+    kept = KeptRows(mask)
+    rows = torch.arange(len(targets), device=targets.device) if mask is None else kept.index
     if mask is not None:
-        hidden, targets, successor = hidden[rows], targets[rows], successor_among(successor, mask, rows)
-    out = _ShardedLinear.apply(hidden, weight, bias, targets, successor, _fingerprint(rows), shard, head, wanted)
-    if mask is None:
-        return list(out)
-    made = [True, True, entropy, logit_mean, True, True] + [True] * (len(out) - 6)
-    return [f.new_zeros(count).index_copy(0, rows, f) if m else f for f, m in zip(out, made, strict=True)]
+        successor = successor_among(successor, mask, rows)
+    out = _ShardedLinear.apply(
+        kept.take(hidden), weight, bias, kept.take(targets), successor, _fingerprint(rows), shard, head, wanted
+    )
+    made = [True, True, entropy, logit_mean, True, True, True, True, True, entropy][: len(out)]
+    out = [kept.spread(f) if m else f for f, m in zip(out, made, strict=True)]
+    return out if successor is None else out[:6] + [at_next(f) if m else f for f, m in zip(out[6:], made[6:], strict=True)]
 
 
 class _ShardedLinear(torch.autograd.Function):

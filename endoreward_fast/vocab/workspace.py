@@ -7,6 +7,9 @@ Apart from the matmul's own traffic, the forward writes and reads 4 bytes per lo
 bytes and writes 2 more (16-bit inputs). The forward's workspace fits the L2 cache of an A100 or H100. How a row is cut
 into pieces does not depend on N. The bits of its logits may, because those of the library's matmul may.
 
+The number of rows that a mask keeps is read back to the host, because a matmul needs its shape. A CUDA graph cannot
+wait for that: under capture all rows are computed, and those off the mask come out 0.
+
 The matmul follows torch's settings. If TF32 is allowed, float32 inputs use it, also in the backward of `fused`, whose
 forward is exact float32. A float16 backward holds the gradient of the logits in float16, where numbers under 6e-8
 become 0. Scale the loss, as for the model's own float16 backward.
@@ -17,18 +20,20 @@ from torch import Tensor
 
 from .chunked_backward import sweep_gradients
 from .chunked_tiles import LOW_PRECISION, MIB, Buffer, Tiles, even_share, length, spans
-from .rows import RowGrads, RowRewards, RowStats
+from .rows import EveryRow, KeptRows, RowGrads, RowRewards, RowStats
 
 PIECE = 2048  # vocabulary entries per program of the row kernel
 FORWARD_TILE = 8 * MIB  # float32 logits in the workspace at a time: 32 MiB
 FORWARD_ROWS = 4096
-# Backward: logits 64 MiB, their gradient 64 MiB in 16 bits (float32: 128), an accumulator 128 MiB (float32: none).
-BACKWARD_TILE, BACKWARD_ROWS, GRADIENT, ACCUMULATOR = 16 * MIB, 8192, 32 * MIB, 32 * MIB
+# Backward, in elements: logits 32 MiB, their gradient 64 MiB in 16 bits (float32: 128), float32 accumulators of dhidden
+# 128 MiB (float32: none) and of a chunk of dweight 64 MiB (only with more than BACKWARD_ROWS rows).
+BACKWARD_TILE, BACKWARD_ROWS, GRADIENT, ACCUMULATOR = 8 * MIB, 8192, 32 * MIB, 32 * MIB
+WEIGHT_COPY = 16 * MIB  # a chunk of weight in float32, or of its gradient: 64 MiB
 
 
 @torch.no_grad()
 def linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, logit_scale: float,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None, logit_scale: float,
     softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     from ..kernels.combine import Partials, combine
@@ -36,9 +41,10 @@ def linear_forward(
     from ..kernels.primitives import Head
     from ..kernels.vocab_stats import logits_partials
 
+    kept, all_targets = _kept(mask), targets.contiguous()
+    hidden, targets = kept.take(hidden), kept.take(all_targets)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
-    targets = targets.contiguous()
-    tiles = _tiles(num_rows, vocab, FORWARD_ROWS, FORWARD_TILE)
+    tiles = _tiles(hidden, weight)
     buffer = Buffer(tiles.rows * tiles.vocab, hidden.device)
     partials = Partials.empty(-(-vocab // PIECE), num_rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
     for columns in spans(0, vocab, tiles.vocab):
@@ -52,18 +58,26 @@ def linear_forward(
                 out=partials.part(slice(columns.start // PIECE, -(-columns.stop // PIECE)), rows),
             )  # fmt: skip
     successor = None if successor is None else successor.contiguous()
-    stats, rewards = combine(partials, targets, vocab=vocab, alpha=alpha, successor=successor)
+    stats, rewards = combine(
+        partials, all_targets, vocab=vocab, alpha=alpha, needed=mask, place=kept.place(), successor=successor
+    )
     return RowStats(*stats), rewards and RowRewards(*rewards)
 
 
 @torch.no_grad()
 def linear_backward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
+    hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None = None,
+    bias: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return (dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False. Recomputes the logits."""
+    kept = _kept(mask)
+    hidden, targets, stats = kept.take(hidden), kept.take(targets), RowStats(*map(kept.take, stats))
+    grads = RowGrads(*map(kept.take, grads))
+    if isinstance(kept, EveryRow):  # with a log_total of -inf a row has no gradient
+        stats = stats._replace(log_total=torch.where(mask, stats.log_total, -torch.inf))
     source = _KernelGradients(hidden, weight, bias, logit_scale, softcap, targets, stats, grads, alpha)
-    return sweep_gradients(source, hidden, weight, bias, needs, most_elements=ACCUMULATOR)
+    dhidden, *others = sweep_gradients(source, hidden, weight, bias, needs, most_elements=ACCUMULATOR)
+    return kept.spread(dhidden), *others
 
 
 class _KernelGradients:
@@ -72,6 +86,8 @@ class _KernelGradients:
     def __init__(self, hidden, weight, bias, logit_scale, softcap, targets, stats: RowStats, grads: RowGrads, alpha):
         rows = even_share(hidden.shape[0], BACKWARD_ROWS)
         columns = min(weight.shape[0], max(1, GRADIENT // rows))
+        if weight.dtype != hidden.dtype or hidden.shape[0] > rows:
+            columns = min(columns, max(1, WEIGHT_COPY // weight.shape[1]))
         self.tiles = Tiles(rows, columns, columns)
         self._inputs, self._head = (hidden, weight, bias), (logit_scale, softcap)
         rowwise = (targets, stats.shift, stats.log_total, stats.entropy, *grads)
@@ -107,11 +123,22 @@ class _KernelGradients:
         return dy
 
 
-def _tiles(num_rows: int, vocab: int, most_rows: int, size: int) -> Tiles:
+def _kept(mask: Tensor | None) -> KeptRows:
+    return EveryRow(mask) if mask is not None and _capturing(mask.device) else KeptRows(mask)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _tiles(hidden: Tensor, weight: Tensor) -> Tiles:
     """Return tiles that hold as many whole pieces side by side as fit the workspace."""
-    rows = even_share(num_rows, most_rows)
-    columns = PIECE * max(1, size // (rows * PIECE))
-    return Tiles(rows, min(columns, PIECE * -(-vocab // PIECE)), PIECE)
+    rows = even_share(hidden.shape[0], FORWARD_ROWS)
+    columns = FORWARD_TILE // rows
+    if weight.dtype != hidden.dtype:
+        columns = min(columns, WEIGHT_COPY // weight.shape[1])
+    pieces = max(1, columns // PIECE)
+    return Tiles(rows, PIECE * min(pieces, -(-weight.shape[0] // PIECE)), PIECE)
 
 
 def _operand(weight: Tensor, hidden: Tensor) -> Tensor:
