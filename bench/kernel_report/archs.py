@@ -16,7 +16,7 @@ class Arch:
     shared_total_kib: int
     warps: int
     registers: int  # 32-bit registers
-    tensor_core: str  # pattern of the matmul instruction
+    tensor_core: str  # pattern of the matmul instruction in machine code
     processors: int  # of a common device
 
     @property
@@ -31,7 +31,7 @@ class Arch:
 ARCHS = {
     "sm_80": Arch(80, 163, 164, 64, 65536, r"\bHMMA", 108),
     "sm_90": Arch(90, 227, 228, 64, 65536, r"\bHGMMA", 132),
-    "sm_100": Arch(100, 227, 228, 64, 65536, r"\btcgen05\.mma\b", 148),
+    "sm_100": Arch(100, 227, 228, 64, 65536, r"\bUTC\w*MMA", 148),
     "sm_120": Arch(120, 99, 100, 48, 65536, r"\bHMMA", 170),
     "gfx942": Arch("gfx942", 64, 64, 32, 131072, r"\bv_mfma", 304),
 }

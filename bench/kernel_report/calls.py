@@ -1,6 +1,6 @@
 """The public calls whose launches are reported."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,7 @@ class Call:
     aligned: bool = True
 
 
-def calls(archs=ARCHS) -> list[Call]:
+def calls(archs: Iterable[str] = ARCHS) -> list[Call]:
     out = []
     for arch in archs:
         for full in (False, True):
@@ -40,25 +40,37 @@ def calls(archs=ARCHS) -> list[Call]:
     return out
 
 
-def kernel_of(launch: Launch) -> str:
-    return NAMES.get(launch.function, launch.function.removesuffix("_kernel"))
+@dataclass(frozen=True)
+class Planned:
+    """A launch to compile, and the first call that makes it."""
+
+    call: Call
+    launch: Launch
+    auto: bool  # whether the same call with impl="auto" makes it
+
+    @property
+    def kernel(self) -> str:
+        return NAMES.get(self.launch.function, self.launch.function.removesuffix("_kernel"))
 
 
-def launches(calls: list[Call]) -> Iterator[tuple[Call, Launch]]:
-    """Yield each distinct launch of the calls, with the first call that makes it."""
-    seen = []
+def plan(calls: list[Call]) -> list[Planned]:
+    """Return each distinct launch of the calls."""
+    out: list[Planned] = []
     for call in calls:
-        with on_device(call.arch), recorded() as found:
-            _run(call)
+        with on_device(call.arch):
+            with recorded() as found:
+                _run(call, "chunked" if call.source == "chunked" else "fused")
+            with recorded() as chosen:
+                _run(call, "auto")
         for launch in found:
-            if not call.aligned and kernel_of(launch) == "combine":  # it reads no pitch
-                continue
-            if (call.arch, launch) not in seen:
-                seen.append((call.arch, launch))
-                yield call, launch
+            planned = Planned(call, launch, launch in chosen)
+            known = any(p.call.arch == call.arch and p.launch == launch for p in out)
+            if not known and (call.aligned or planned.kernel != "combine"):  # combine reads no pitch
+                out.append(planned)
+    return out
 
 
-def _run(call: Call) -> None:
+def _run(call: Call, impl: str) -> None:
     vocab, dim = (VOCAB, DIM) if call.aligned else (ODD_VOCAB, ODD_DIM)
     dtype, rows = TORCH[call.dtype], (BATCH, TOKENS)
     tokens, mask = torch.zeros(rows, dtype=torch.long), torch.ones(rows, dtype=torch.bool)
@@ -66,7 +78,6 @@ def _run(call: Call) -> None:
     if call.source == "logits":
         args = (torch.empty(*rows, vocab, dtype=dtype, requires_grad=True),)
         fn = er.vocab_stats if call.full else er.token_rewards
-        impl = "fused"
     else:
         args = (
             torch.empty(*rows, dim, dtype=dtype, requires_grad=True),
@@ -75,7 +86,6 @@ def _run(call: Call) -> None:
         if call.full:
             extras |= {"bias": torch.empty(vocab, dtype=dtype), "softcap": 30.0}
         fn = er.linear_vocab_stats if call.full else er.linear_token_rewards
-        impl = "chunked" if call.source == "chunked" else "fused"
     out = fn(*args, tokens, mask=mask, impl=impl, **extras)
     if call.source != "linear":  # its backward is the workspace's
         sum(field.sum() for field in out if field is not None).backward()

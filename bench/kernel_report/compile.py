@@ -2,14 +2,13 @@
 
 import importlib
 import re
-import subprocess
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 from .archs import ARCHS, Arch
-from .calls import Call, kernel_of
-from .code import main_width, widths
+from .calls import Planned
+from .code import amd_usage, main_width, nvidia_usage, sass, widths
+from .loops import Loops, loops
+from .shared import wavefronts_per_ffma
 from .stand_in import Launch, on_device
 
 # Static instruction counts of the epilogue, per logit. They include rarely taken branches (last tile, target).
@@ -20,6 +19,9 @@ INSTRUCTIONS = {
 }
 
 
+FFMA = r"\bFFMA"
+
+
 @dataclass(frozen=True)
 class Row:
     kernel: str
@@ -28,6 +30,7 @@ class Row:
     dtype: str
     full: bool  # entropy and mean; from a linear call also bias and softcap
     aligned: bool
+    auto: bool  # whether impl="auto" launches it
     tma: bool
     tile: str
     warps: int
@@ -43,28 +46,39 @@ class Row:
     exp: float
     fp32: float
     select: float
+    wavefronts_per_ffma: float  # in the loop over D of a matmul without tensor cores, else 0
+    fill_barriers: int  # these five: see loops.Loops
+    step_barriers: int
+    tile_barriers: int
+    wgmmas: int
+    waits: int
 
 
-def compile_launch(call: Call, launch: Launch) -> Row:
+def compile_row(planned: Planned) -> Row:
+    call, launch = planned.call, planned.launch
     arch = ARCHS[call.arch]
     binary = machine_code(call.arch, launch)
-    usage = _amd_usage(binary.asm["amdgcn"]) if arch.hip else _nvidia_usage(binary.asm["cubin"])
-    text = binary.asm["amdgcn" if arch.hip else "sass"]
-    # Disassembly for Blackwell differs between toolkits, so search its PTX for the instruction.
-    matmuls = len(re.findall(arch.tensor_core, binary.asm["ptx"] if call.arch == "sm_100" else text))
-    warps = launch.options["num_warps"]
+    text = binary.asm["amdgcn"] if arch.hip else sass(binary.asm["cubin"])
+    usage = amd_usage(text) if arch.hip else nvidia_usage(binary.asm["cubin"])
+    # Toolkits differ in what they call Blackwell's instruction, PTX does not.
+    matmuls = len(re.findall(arch.tensor_core, text)) or len(re.findall(r"\btcgen05\.mma\b", binary.asm.get("ptx", "")))
+    warps, shared = launch.options["num_warps"], binary.metadata.shared / 1024
     tile, logits = _tile(launch)
     a_logit = max(1, logits // (warps * arch.lanes))
     mix = {name: round(len(re.findall(pattern, text)) / a_logit, 1) for name, pattern in INSTRUCTIONS.items()}
-    shared = binary.metadata.shared / 1024
     moved = widths(text)
+    linear = planned.kernel.startswith("linear")
+    on_cuda_cores = linear and not matmuls
     return Row(
-        kernel=kernel_of(launch), source=call.source, arch=call.arch, dtype=call.dtype, full=call.full,
-        aligned=call.aligned, tma=any(kind.startswith("tensordesc") for kind in launch.signature.values()),
+        kernel=planned.kernel, source=call.source, arch=call.arch, dtype=call.dtype, full=call.full,
+        aligned=call.aligned, auto=planned.auto,
+        tma=any(kind.startswith("tensordesc") for kind in launch.signature.values()),
         tile=tile, warps=warps, **usage, shared_kib=shared,
         programs=_resident(arch, warps, usage["registers"], shared), tensor_core_ops=matmuls,
         load_bytes=main_width(moved["load"]), loads=_counts(moved["load"]),
         store_bytes=main_width(moved["store"]), stores=_counts(moved["store"]), **mix,
+        wavefronts_per_ffma=wavefronts_per_ffma(binary.asm["ptx"]) if on_cuda_cores else 0.0,
+        **asdict(loops(text, FFMA if on_cuda_cores else arch.tensor_core) if linear else Loops()),
     )  # fmt: skip
 
 
@@ -94,25 +108,6 @@ def _tile(launch: Launch) -> tuple[str, int]:
 
 def _counts(counts: dict[int, int]) -> str:
     return " ".join(f"{width}x{count}" for width, count in counts.items())
-
-
-def _nvidia_usage(cubin: bytes) -> dict:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"no register count in the output of cuobjdump: {text[:200]!r}")
-    return {"registers": int(found[1]), "spill_bytes": int(found[2])}
-
-
-def _amd_usage(assembly: str) -> dict:
-    registers = int(re.search(r"\.vgpr_count:\s*(\d+)", assembly)[1])
-    return {"registers": registers, "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", assembly)[1])}
 
 
 def _resident(arch: Arch, warps: int, registers: int, shared_kib: float) -> int:

@@ -74,7 +74,8 @@ def on_device(name: str) -> Iterator[None]:
             (torch.cuda, "device", lambda device: contextlib.nullcontext()),
             (torch.cuda, "get_device_properties", lambda device=None: facts),
             (torch.version, "hip", "6" if arch.hip else None),
-            (torch, "mm", _no_matmul),
+            (torch, "mm", _mm),
+            (torch, "addmm", _addmm),
         ]
         if not arch.hip:
             capability = divmod(arch.target, 10)
@@ -84,8 +85,12 @@ def on_device(name: str) -> Iterator[None]:
         yield
 
 
-def _no_matmul(a, b, *, out_dtype=None, out=None):
+def _mm(a, b, out_dtype=None, *, out=None):
     return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype or a.dtype) if out is None else out
+
+
+def _addmm(added, a, b, out_dtype=None, *, beta=1, alpha=1, out=None):
+    return _mm(a, b, out_dtype, out=out)
 
 
 @contextlib.contextmanager
