@@ -69,11 +69,11 @@ def compile_row(planned: Planned) -> Row:
     moved = widths(text)
     linear = planned.kernel.startswith("linear")
     on_cuda_cores = linear and not matmuls
+    types = " ".join(launch.signature.values())
     return Row(
-        kernel=planned.kernel, source=call.source, arch=call.arch, dtype=call.dtype, full=call.full,
-        aligned=call.aligned, auto=planned.auto,
-        tma=any(kind.startswith("tensordesc") for kind in launch.signature.values()),
-        tile=tile, warps=warps, **usage, shared_kib=shared,
+        kernel=planned.kernel, source=call.source, arch=call.arch, dtype=call.dtype if call.dtype in types else "fp32",
+        full=call.full, aligned=call.aligned, auto=planned.auto, tma="tensordesc" in types, tile=tile, warps=warps,
+        **usage, shared_kib=shared,
         programs=_resident(arch, warps, usage["registers"], shared), tensor_core_ops=matmuls,
         load_bytes=main_width(moved["load"]), loads=_counts(moved["load"]),
         store_bytes=main_width(moved["store"]), stores=_counts(moved["store"]), **mix,

@@ -6,7 +6,7 @@ each bank.
 The addresses of the 32 lanes of a warp are computed from PTX: every load's address is followed back to the thread's
 index. What is the same for all lanes (a pipeline stage, an argument) counts as 0. ptxas merges neighbouring loads, so
 the words that a lane reads from one base register are counted in aligned pieces of up to 16 bytes. The count is a lower
-bound: sm_90's fp32 kernel of 64x64x16 has 272 wavefronts in a step by it, and 338 by the loads in its SASS.
+bound: sm_90's fp32 kernel of 64x64x16 has 272 wavefronts in a step by it, and 340 by the loads in its SASS.
 """
 
 import re
