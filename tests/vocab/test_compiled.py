@@ -17,11 +17,13 @@ from bench.kernel_report import ARCHS, DTYPES
 def report(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("report")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    subprocess.run(
+    run = subprocess.run(  # it exits with 1 if a gate fails
         [sys.executable, "-m", "bench.kernel_report", "--output", folder, "--workers", str(os.cpu_count() or 1)],
-        env=environment, capture_output=True,
+        env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    return json.loads((folder / "kernel-report.json").read_text())
+    written = folder / "kernel-report.json"
+    assert written.exists(), run.stderr[-3000:]
+    return json.loads(written.read_text())
 
 
 @pytest.fixture(scope="module")
