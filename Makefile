@@ -87,7 +87,7 @@ gpu: ## run every test, then every benchmark, on the GPU (under 9 minutes); writ
 gpu-sanitize: ## run the tests of small shapes under compute-sanitizer, memcheck and racecheck (at most 9 minutes)
 	@$(GPU_PYTHON) -m bench.gpu.sanitize
 
-kernel-report: $(READY) ## list registers, spills and shared memory of every kernel on every architecture
+kernel-report: $(READY) ## compile every kernel for every architecture, report what the machine code shows, and check it
 	$(BIN)/python -m bench.kernel_report
 
 .PHONY: docs
