@@ -13,16 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .primitives import (
-    LN2,
-    NEG_INF,
-    NO_TARGET,
-    SUM_SCALE,
-    exp2_scale,
-    finite_or_zero,
-    merge,
-    weight_and_exponent,
-)
+from .primitives import LN2, NEG_INF, NO_TARGET, SUM_SCALE, exp2_scale, finite_or_zero, merge, weight_and_exponent
 
 ROWS_PER_PROGRAM = 16
 MOST_SPLITS = 128  # splits that one tile holds; more are merged tile by tile

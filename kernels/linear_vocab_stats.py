@@ -13,7 +13,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .combine import Partials
 from .config import LinearConfig
-from .rows import Kept
 from .primitives import (
     NEG_INF,
     PLAIN_HEAD,
@@ -25,6 +24,7 @@ from .primitives import (
     merge,
     weight_and_exponent,
 )
+from .rows import Kept, gather
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def linear_partials(
         return partials
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if kept is not None:
-        hidden = torch.index_select(hidden, 0, kept.rows, out=_aligned(hidden))
+        hidden = gather(hidden, kept, _aligned(hidden))
     elif hidden.stride(1) != 1 or (tma and not tma_usable(hidden)):
         hidden = _aligned(hidden).copy_(hidden)
     strides = hidden.stride(0), weight.stride(0)

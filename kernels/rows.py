@@ -18,7 +18,7 @@ BLOCK = 1024
 class Kept(NamedTuple):
     """The rows of N that a mask keeps, in order."""
 
-    rows: torch.Tensor  # (N,) int32: the rows that are kept, then zeros
+    rows: torch.Tensor  # (N,) int32: the rows that are kept; undefined from `count` on
     count: torch.Tensor  # (1,) int32: how many are kept
     place: torch.Tensor  # (N,) int32: the index in `rows` of a row that is kept
 
@@ -34,9 +34,6 @@ def keep_kernel(mask, o_rows, o_count, o_place, n, BLOCK: tl.constexpr):
         tl.store(o_rows + place, row, mask=keeps != 0)
         count += tl.sum(keeps, 0)
     tl.store(o_count, count)
-    for first in range(count, n, BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        tl.store(o_rows + row, 0, mask=row < n)
 
 
 def keep(mask: torch.Tensor) -> Kept:
@@ -46,6 +43,28 @@ def keep(mask: torch.Tensor) -> Kept:
     count = torch.empty(1, dtype=torch.int32, device=mask.device)
     keep_kernel[(1,)](mask, rows, count, place, n, BLOCK=BLOCK, num_warps=4)
     return Kept(rows, count, place)
+
+
+@triton.jit(do_not_specialize_on_alignment=["rows", "count"])
+def gather_kernel(x, rows, count, out, width, stride_row, stride_out, stride_column, BLOCK: tl.constexpr):
+    place = tl.program_id(0)
+    if place >= tl.load(count):
+        return
+    p_x = x + tl.load(rows + place).to(tl.int64) * stride_row
+    p_out = out + place.to(tl.int64) * stride_out
+    for first in range(0, width, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        value = tl.load(p_x + column.to(tl.int64) * stride_column, mask=column < width)
+        tl.store(p_out + column, value, mask=column < width)
+
+
+def gather(x: torch.Tensor, kept: Kept, out: torch.Tensor) -> torch.Tensor:
+    """Write the kept rows of x (N, D) to the first rows of out (N, D), whose columns are contiguous. Return out."""
+    n, width = x.shape
+    gather_kernel[(n,)](
+        x, kept.rows, kept.count, out, width, x.stride(0), out.stride(0), x.stride(1), BLOCK=BLOCK, num_warps=4
+    )  # fmt: skip
+    return out
 
 
 @triton.jit

@@ -62,7 +62,9 @@ def linear_backward(
     stats, grads = RowStats(*map(kept.take, stats)), RowGrads(*map(kept.take, grads))
     upstream = upstream_factors(targets, stats, grads, weight.shape[0], alpha, logit_scale)
     source = _TileGradients(hidden, weight, bias, logit_scale, softcap, upstream)
-    dhidden, *others = sweep_gradients(source, hidden, weight, bias, needs, most_elements=limits_for(hidden.device).copy)
+    dhidden, *others = sweep_gradients(
+        source, hidden, weight, bias, needs, most_elements=limits_for(hidden.device).copy
+    )
     return kept.spread(dhidden), *others
 
 
@@ -231,7 +233,7 @@ def _write_product(out: Tensor, left: Tensor, right: Tensor) -> None:
     """Write left @ right, summed in float32, to `out`."""
     if left.dtype == right.dtype == out.dtype and (out.dtype == torch.float32 or out.device.type != "cpu"):
         torch.mm(left, right, out=out)
-    elif right.device.type == "cpu":
-        out.copy_(left.float() @ right.float())
+    elif left.dtype == right.dtype == torch.float32 or right.device.type == "cpu":
+        out.copy_(torch.mm(left.float(), right.float()))
     else:
         out.copy_(torch.mm(left.to(right.dtype), right, out_dtype=torch.float32))

@@ -8,16 +8,41 @@ rows.py describes how rows are flattened. An output that was not requested is em
 """
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .fused import obstacle_to_kernels
 from .reference import outside_vocabulary
 from .rows import RowGrads, RowRewards, RowStats, at_rows, stats_grads
 
-_op = torch.library.custom_op
 STATS = ("lse", "target_logit", "entropy", "logit_mean", "shift", "log_total")
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _op(name: str):
+    """Register a function as the operator `name`, and let plain calls of it pass by torch's dispatcher.
+
+    Dispatch takes 40 us of host time. Autograd, torch.compile, dispatch modes and tensor subclasses need it.
+    """
+
+    def register(function):
+        operator = torch.library.custom_op(name, mutates_args=())(function)
+
+        @functools.wraps(function)
+        def call(*args):
+            plain = not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+            for x in args:
+                if isinstance(x, Tensor):
+                    plain = plain and type(x) in PLAIN and not (x.requires_grad and torch.is_grad_enabled())
+            return function(*args) if plain else operator(*args)
+
+        call.register_fake, call.register_autograd = operator.register_fake, operator.register_autograd
+        return call
+
+    return register
 
 
 def _backend(impl: str, x: Tensor, linear: bool = False):
@@ -38,7 +63,7 @@ def _on_device_of(x: Tensor):
     return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
 
 
-@_op("endoreward_fast::plan_rows", mutates_args=())
+@_op("endoreward_fast::plan_rows")
 def plan(tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None) -> list[Tensor]:
     """Return the fields of RowPlan for tokens (B, T), by a kernel."""
     from ..kernels.rows import plan as launch
@@ -55,7 +80,7 @@ def _(tokens, mask, terminal, cu_seqlens):
 # ------------------------------------------------------------------------------------------------ logits (B, T, V)
 
 
-@_op("endoreward_fast::logits_stats", mutates_args=())
+@_op("endoreward_fast::logits_stats")
 def logits_stats(
     logits: Tensor, targets: Tensor, mask: Tensor | None, successor: Tensor | None,
     alpha: float, entropy: bool, logit_mean: bool, impl: str,
@@ -77,7 +102,7 @@ def _(logits, targets, mask, successor, alpha, entropy, logit_mean, impl):
     return _fake_outputs(targets, entropy, logit_mean, successor is not None)
 
 
-@_op("endoreward_fast::logits_stats_backward", mutates_args=())
+@_op("endoreward_fast::logits_stats_backward")
 def logits_stats_backward(
     logits: Tensor, targets: Tensor, mask: Tensor | None, stats: list[Tensor], g_lse: Tensor, g_target: Tensor,
     g_entropy: Tensor | None, g_mean: Tensor | None, alpha: float, impl: str,
@@ -110,7 +135,7 @@ logits_stats.register_autograd(_logits_backward, setup_context=_logits_setup)
 # ----------------------------------------------------------------------------------- hidden (N, D), weight (V, D)
 
 
-@_op("endoreward_fast::linear_stats", mutates_args=())
+@_op("endoreward_fast::linear_stats")
 def linear_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None,
     successor: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, entropy: bool,
@@ -131,7 +156,7 @@ def _(hidden, weight, bias, targets, mask, successor, logit_scale, softcap, alph
     return _fake_outputs(targets, entropy, logit_mean, successor is not None)
 
 
-@_op("endoreward_fast::linear_stats_backward", mutates_args=())
+@_op("endoreward_fast::linear_stats_backward")
 def linear_stats_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor | None, stats: list[Tensor],
     g_lse: Tensor, g_target: Tensor, g_entropy: Tensor | None, g_mean: Tensor | None,

@@ -182,9 +182,7 @@ def poisoned(fields, lost: Tensor):
     return type(fields)(*(None if f is None else torch.where(lost, torch.nan, f) for f in fields))
 
 
-def stats_grads(
-    targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float, grads: RowRewards
-) -> RowGrads:
+def stats_grads(targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float, grads: RowRewards) -> RowGrads:
     """Turn gradients of the rewards of rows into gradients of the row statistics."""
     chosen = (targets != NO_TARGET) & (log_total != -torch.inf)
     g_reward, g_logprob, g_value, g_entropy = (None if g is None else torch.where(chosen, g, 0.0) for g in grads)

@@ -70,7 +70,9 @@ def sharded_linear_stats(
     )
     made = [True, True, entropy, logit_mean, True, True, True, True, True, entropy][: len(out)]
     out = [kept.spread(f) if m else f for f, m in zip(out, made, strict=True)]
-    return out if successor is None else out[:6] + [at_next(f) if m else f for f, m in zip(out[6:], made[6:], strict=True)]
+    return (
+        out if successor is None else out[:6] + [at_next(f) if m else f for f, m in zip(out[6:], made[6:], strict=True)]
+    )
 
 
 class _ShardedLinear(torch.autograd.Function):

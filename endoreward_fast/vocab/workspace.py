@@ -25,8 +25,8 @@ from .rows import EveryRow, KeptRows, RowGrads, RowRewards, RowStats
 PIECE = 2048  # vocabulary entries per program of the row kernel
 FORWARD_TILE = 8 * MIB  # float32 logits in the workspace at a time: 32 MiB
 FORWARD_ROWS = 4096
-# Backward, in elements: logits 32 MiB, their gradient 64 MiB in 16 bits (float32: 128), float32 accumulators of dhidden
-# 128 MiB (float32: none) and of a chunk of dweight 64 MiB (only with more than BACKWARD_ROWS rows).
+# Backward, in elements: float32 logits 32 MiB, 16 bits of their gradient 64 MiB (half as many in float32), and float32
+# accumulators of dhidden 128 MiB (float32: none) and of a chunk of dweight 64 MiB (with more than BACKWARD_ROWS rows).
 BACKWARD_TILE, BACKWARD_ROWS, GRADIENT, ACCUMULATOR = 8 * MIB, 8192, 32 * MIB, 32 * MIB
 WEIGHT_COPY = 16 * MIB  # a chunk of weight in float32, or of its gradient: 64 MiB
 
@@ -85,7 +85,7 @@ class _KernelGradients:
 
     def __init__(self, hidden, weight, bias, logit_scale, softcap, targets, stats: RowStats, grads: RowGrads, alpha):
         rows = even_share(hidden.shape[0], BACKWARD_ROWS)
-        columns = min(weight.shape[0], max(1, GRADIENT // rows))
+        columns = min(weight.shape[0], max(1, GRADIENT * 2 // (rows * hidden.element_size())))
         if weight.dtype != hidden.dtype or hidden.shape[0] > rows:
             columns = min(columns, max(1, WEIGHT_COPY // weight.shape[1]))
         self.tiles = Tiles(rows, columns, columns)

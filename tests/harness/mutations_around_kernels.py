@@ -1,6 +1,6 @@
 """Mutations of the other implementations, of what surrounds them and of the oracle. name: Mutation."""
 
-from mutations import HARD, IDENTITIES, MAIN, OPS, PROPERTIES, Mutation
+from mutations import HARD, IDENTITIES, MAIN, OPS, PROPERTIES, ROWS, Mutation
 
 CHUNKED = {
     "0 times the logarithm of 0": Mutation(
@@ -107,7 +107,7 @@ REWARDS = {
         "vocab/rows.py",
         "row + 1, -1)",
         "row, -1)",
-        f"{IDENTITIES}::test_rewards_up_to_a_terminal_token_sum_to_the_logprobs_and_the_first_value[logits-fused]",
+        f"{IDENTITIES}::test_rewards_up_to_a_terminal_token_sum_to_the_logprobs_and_the_first_value[logits-chunked]",
     ),
     "alpha forgotten in the gradient of the next value": Mutation(
         "vocab/rows.py",
@@ -140,9 +140,9 @@ OPERATORS = {
         f"{IDENTITIES}::test_a_concatenated_batch_equals_its_parts_bitwise[fused-logits]",
     ),
     "row numbers of before the others went": Mutation(
-        "vocab/rows.py",
-        "place[successor.clamp(min=0)]",
-        "successor.clamp(max=len(rows) - 1)",
+        "kernels/combine.py",
+        "after = tl.load(place + after, mask=m_after, other=0).to(tl.int64)",
+        "after = after + 0",
         f"{IDENTITIES}::test_masking_tokens_out_does_not_change_the_others[fused-linear]",
     ),
     "one compilation a length": Mutation(
@@ -153,10 +153,16 @@ OPERATORS = {
         "FailOnRecompileLimitHit",
     ),
     "a mask read back in a CUDA graph": Mutation(
-        "vocab/ops.py",
-        'linear_stats_backward", mutates_args=(), tags=NO_CUDA_GRAPH)',
-        'linear_stats_backward", mutates_args=())',
-        f"{OPS}::test_operators_that_read_a_mask_back_are_tagged_unsafe_for_cuda_graphs",
+        "vocab/workspace.py",
+        "return EveryRow(mask) if mask is not None and _capturing(mask.device) else KeptRows(mask)",
+        "return KeptRows(mask)",
+        f"{ROWS}::test_a_captured_gradient_reads_nothing_back_and_is_the_same",
+    ),
+    "rows off the mask in a CUDA graph's gradient": Mutation(
+        "vocab/workspace.py",
+        "torch.where(mask, stats.log_total, -torch.inf)",
+        "stats.log_total + 0.0",
+        f"{ROWS}::test_a_captured_gradient_reads_nothing_back_and_is_the_same",
     ),
 }
 

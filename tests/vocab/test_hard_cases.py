@@ -310,7 +310,7 @@ def test_a_persistent_grid_gives_the_same_bits(programs, device):
 
     hidden, weight = torch.randn(40, 24, device=device), torch.randn(300, 24, device=device)
     targets = torch.randint(0, 300, (40,), device=device)
-    want = {"alpha": 1.0, "entropy": True, "logit_mean": True, "config": INTERPRETER_CONFIG}
+    want = {"alpha": 1.0, "entropy": True, "logit_mean": True, "config": INTERPRETER_CONFIG, "split": 64}
     plain, persistent = (
         linear_partials(hidden, weight, targets, **want, interpreted=interpreted(), programs=n)
         for n in (None, programs)
