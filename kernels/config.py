@@ -16,7 +16,7 @@ class LogitsConfig:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """One program handles block_n tokens and one split of the vocabulary, in tiles of block_v entries by block_d of D."""
+    """One program handles block_n tokens and one split of the vocabulary, in tiles of block_v by block_d of D."""
 
     block_n: int
     block_v: int

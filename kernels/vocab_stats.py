@@ -45,10 +45,7 @@ def eights(first, BLOCK_V: tl.constexpr):
 def load_columns(p, stride, first, vocab, other, BLOCK_V: tl.constexpr):
     """Load columns [first, first + BLOCK_V) of one row, in the shape of `neighbours`; `other` from `vocab` on."""
     NARROW: tl.constexpr = p.dtype.element_ty.primitive_bitwidth == 16
-    if NARROW:
-        col = eights(first, BLOCK_V)
-    else:
-        col = neighbours(first, BLOCK_V)
+    col = eights(first, BLOCK_V) if NARROW else neighbours(first, BLOCK_V)
     p_col = p + col.to(tl.int64) * stride
     if first + BLOCK_V <= vocab:  # a mask can split wide loads
         x = tl.load(p_col).to(tl.float32)

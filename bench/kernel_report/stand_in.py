@@ -73,6 +73,7 @@ def on_device(name: str) -> Iterator[None]:
             (torch.Tensor, "device", property(lambda tensor: device)),
             (torch.cuda, "device", lambda device: contextlib.nullcontext()),
             (torch.cuda, "get_device_properties", lambda device=None: facts),
+            (torch.cuda, "is_current_stream_capturing", lambda: False),
             (torch.version, "hip", "6" if arch.hip else None),
             (torch, "mm", _mm),
             (torch, "addmm", _addmm),

@@ -68,8 +68,9 @@ def logits_forward(
 
 @torch.no_grad()
 def linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None, logit_scale: float,
-    softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
+    logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Return statistics, and rewards if `successor` is given, from hidden (N, D) and weight (V, D); 0 off the mask.
 

@@ -65,8 +65,9 @@ def logits_backward(
 
 @torch.no_grad()
 def linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None, logit_scale: float,
-    softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
+    logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Do the same as `chunked.linear_forward`, with one call of the library to reduce each tile."""
     kept, all_targets = KeptRows(mask), targets

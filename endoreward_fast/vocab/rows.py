@@ -66,7 +66,7 @@ class KeptRows:
 
 
 class EveryRow(KeptRows):
-    """All rows, whatever the mask keeps, with 0 in the others: for a CUDA graph, which cannot depend on their number."""
+    """All rows, with 0 in those off the mask: for a CUDA graph, which cannot depend on their number."""
 
     def __init__(self, mask: Tensor):
         self.mask, self.index = mask, None

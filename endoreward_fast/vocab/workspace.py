@@ -33,8 +33,9 @@ WEIGHT_COPY = 16 * MIB  # a chunk of weight in float32, or of its gradient: 64 M
 
 @torch.no_grad()
 def linear_forward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None, logit_scale: float,
-    softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
+    logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     from ..kernels.combine import Partials, combine
     from ..kernels.config import LogitsConfig

@@ -1,4 +1,4 @@
-"""Which rows are computed: the plan from tokens to rows, the rows that a mask keeps, and nothing read back for either."""
+"""Which rows are computed: the plan from tokens to rows and the rows that a mask keeps. Nothing is read back."""
 
 import pytest
 import torch
