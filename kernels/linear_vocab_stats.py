@@ -64,6 +64,14 @@ def logits_tile(
 
 
 @triton.jit
+def load_targets(targets, rows, row, m_row, vocab, HAS_ROWS: tl.constexpr):
+    """Return the targets of rows as int32; -1 for those outside the vocabulary."""
+    o_target = tl.load(rows + row, mask=m_row, other=0) if HAS_ROWS else row
+    target = tl.load(targets + o_target, mask=m_row, other=-1)
+    return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+
+
+@triton.jit
 def either(a, b):
     return a | b
 
@@ -76,19 +84,20 @@ def tiles_with_targets(target, first, end, BLOCK_V: tl.constexpr):
     return tl.reduce(tl.where(here, 1 << tile, 0), 0, either)
 
 
-@triton.jit(  # one binary for every V, and no spill on sm_90
-    do_not_specialize=["n_rows", "vocab", "split_size"],
+# sm_90: the code for a V that is a multiple of 16 spilled, and so did that for a split known only at run time.
+@triton.jit(
+    do_not_specialize=["n_rows", "vocab"],
     do_not_specialize_on_alignment=["targets", "p_m", "p_s", "p_t", "p_u", "p_target", "rows", "count"],
 )
 def linear_partials_kernel(
     hidden, weight, bias, targets, rows, count, p_m, p_s, p_t, p_u, p_target,
-    n_rows, vocab, dim, split_size, stride_hidden, stride_weight, logit_scale, softcap, c,
+    n_rows, vocab, dim, stride_hidden, stride_weight, logit_scale, softcap, c,
     HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    splits = tl.cdiv(vocab, split_size)
+    splits = tl.cdiv(vocab, SPLIT)
     pitch = n_rows
     if HAS_ROWS:
         n_rows = tl.load(count)
@@ -98,13 +107,9 @@ def linear_partials_kernel(
         o_n = tile * BLOCK_N
         row = o_n + tl.arange(0, BLOCK_N)
         m_row = row < n_rows
-        o_target = row
-        if HAS_ROWS:
-            o_target = tl.load(rows + row, mask=m_row, other=0)
-        target = tl.load(targets + o_target, mask=m_row, other=-1)
-        first = split * split_size
-        end = tl.minimum(first + split_size, vocab)
-        target = tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
+        first = split * SPLIT
+        end = tl.minimum(first + SPLIT, vocab)
+        target = load_targets(targets, rows, row, m_row, vocab, HAS_ROWS)
         hit_tiles = tiles_with_targets(target, first, end, BLOCK_V)
 
         m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)
@@ -126,10 +131,12 @@ def linear_partials_kernel(
             if o_v + BLOCK_V > vocab:  # only the last tile has columns outside the vocabulary
                 z = tl.where((col < vocab)[None, :], z, NEG_INF)
 
-            if (hit_tiles & 1) != 0:  # 1 tile in 5 holds a target at 128 tokens, V = 151936
+            m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
+            if (
+                hit_tiles >> ((o_v - first) // BLOCK_V)
+            ) & 1 != 0:  # 1 tile in 5 holds a target at 128 tokens, V = 151936
                 b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
-                tl.store(p_target + row, b_target, mask=(target >= o_v) & (target < o_v + BLOCK_V))
-            hit_tiles >>= 1
+                tl.store(p_target + row, b_target, mask=m_hit)
 
             b_m = tl.max(z, 1)
             e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
@@ -188,10 +195,10 @@ def linear_partials(
     grid = min(work, programs) if programs else work
     linear_partials_kernel[(grid,)](
         hidden, weight, head.bias, targets, *(kept[:2] if kept else (None, None)), *partials,
-        rows, vocab, dim, split, *strides, *head.numbers(), exp2_scale(alpha),
+        rows, vocab, dim, *strides, *head.numbers(), exp2_scale(alpha),
         HAS_ROWS=kept is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean, TMA=tma,
         UPCAST=interpreted, PRECISION="ieee", BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
-        GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
+        SPLIT=split, GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return partials
 
