@@ -132,9 +132,8 @@ def linear_partials_kernel(
                 z = tl.where((col < vocab)[None, :], z, NEG_INF)
 
             m_hit = (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab))
-            if (
-                hit_tiles >> ((o_v - first) // BLOCK_V)
-            ) & 1 != 0:  # 1 tile in 5 holds a target at 128 tokens, V = 151936
+            # One tile in 5 holds a target at 128 tokens and V = 151936.
+            if (hit_tiles >> ((o_v - first) // BLOCK_V)) & 1 != 0:
                 b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
                 tl.store(p_target + row, b_target, mask=m_hit)
 
