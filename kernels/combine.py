@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import cdiv
 from .primitives import LN2, NEG_INF, NO_TARGET, SUM_SCALE, exp2_scale, finite_or_zero, merge, weight_and_exponent
 
 ROWS_PER_PROGRAM = 16
@@ -185,12 +186,12 @@ def combine(
     stats = (field(), field(), field(entropy), field(logit_mean), field(), field())
     out = (field(), field(), field(), field(entropy)) if rewards else None
     if rows:
-        combine_kernel[(triton.cdiv(rows, ROWS_PER_PROGRAM),)](
+        combine_kernel[(cdiv(rows, ROWS_PER_PROGRAM),)](
             *partials, targets, needed, place, successor,
             *stats, *(out or (None,) * 4),
             rows, splits, pitch, vocab, math.log(vocab), exp2_scale(alpha), alpha,
             HAS_NEEDED=needed is not None, HAS_PLACE=place is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean,
-            REWARDS=rewards, SPLITS=min(MOST_SPLITS, triton.next_power_of_2(splits)), BLOCK=ROWS_PER_PROGRAM,
+            REWARDS=rewards, SPLITS=min(MOST_SPLITS, 1 << (splits - 1).bit_length()), BLOCK=ROWS_PER_PROGRAM,
             num_warps=4,
         )  # fmt: skip
     return stats, out

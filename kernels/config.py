@@ -66,14 +66,18 @@ LINEAR_SEARCH = (
 INTERPRETER_CONFIG = LinearConfig(block_n=16, block_v=32, block_d=16, num_warps=1, num_stages=1, group=2)
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up. triton.cdiv is for kernels: on the host it takes several microseconds."""
+    return -(-a // b)
+
+
 def vocab_split(vocab: int, block_v: int, processors: int) -> int:
     """Return the vocabulary entries of a split: whole tiles, and about one split per processor.
 
     A few tokens then read the weight with the whole device. The batch has no say, so results do not depend on it.
     Partials take 8 bytes per token and split: 31 MB for 32768 tokens and the 119 splits of V = 151936 on an H100.
     """
-    tiles = -(-vocab // block_v)
-    return block_v * min(MOST_TILES, -(-tiles // processors))
+    return block_v * min(MOST_TILES, cdiv(cdiv(vocab, block_v), processors))
 
 
 def interpreter_logits_config(vocab: int) -> LogitsConfig:

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .combine import Partials
-from .config import LinearConfig
+from .config import LinearConfig, cdiv
 from .primitives import (
     NEG_INF,
     PLAIN_HEAD,
@@ -177,7 +177,7 @@ def linear_partials(
     programs  size of a persistent grid; None: one program per piece of work
     """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
-    splits = triton.cdiv(vocab, split)
+    splits = cdiv(vocab, split)
     partials = Partials.empty(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
     if not rows:
         return partials
@@ -190,7 +190,7 @@ def linear_partials(
     if tma:
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d])
         weight = TensorDescriptor.from_tensor(weight, [config.block_v, config.block_d])
-    work = triton.cdiv(rows, config.block_n) * splits
+    work = cdiv(rows, config.block_n) * splits
     grid = min(work, programs) if programs else work
     linear_partials_kernel[(grid,)](
         hidden, weight, head.bias, targets, *(kept[:2] if kept else (None, None)), *partials,
@@ -206,4 +206,4 @@ def _aligned(hidden: torch.Tensor) -> torch.Tensor:
     """Return new memory of hidden's shape whose rows begin at multiples of 16 bytes, as TMA demands."""
     rows, dim = hidden.shape
     step = 16 // hidden.element_size()
-    return hidden.new_empty(rows, triton.cdiv(dim, step) * step)[:, :dim]
+    return hidden.new_empty(rows, cdiv(dim, step) * step)[:, :dim]

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .config import cdiv
 from .primitives import NO_TARGET
 
 BLOCK = 1024
@@ -128,7 +129,7 @@ def plan(tokens, mask, terminal, cu_seqlens) -> tuple[torch.Tensor, torch.Tensor
     targets, successor = (torch.empty(n, dtype=torch.int64, device=tokens.device) for _ in range(2))
     needed = torch.empty(n, dtype=torch.bool, device=tokens.device)
     if n:
-        plan_kernel[(triton.cdiv(n, BLOCK),)](
+        plan_kernel[(cdiv(n, BLOCK),)](
             tokens, mask, terminal, cu_seqlens, targets, successor, needed,
             n, tokens.shape[1], offsets, offsets.bit_length(),
             HAS_MASK=mask is not None, HAS_TERMINAL=terminal is not None, PACKED=cu_seqlens is not None, BLOCK=BLOCK,

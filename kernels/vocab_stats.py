@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .combine import Partials
-from .config import LogitsConfig
+from .config import LogitsConfig, cdiv
 from .primitives import (
     LN2,
     LOG2E,
@@ -207,7 +207,7 @@ def logits_partials(
     outer, inner, vocab = logits.shape
     rows = outer * inner
     config = config or LogitsConfig()
-    splits = triton.cdiv(vocab, config.block_v)
+    splits = cdiv(vocab, config.block_v)
     if out is None:
         out = Partials.empty(splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean)
     if rows:
@@ -239,7 +239,7 @@ def logits_backward(
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if rows:
-        logits_backward_kernel[(rows * triton.cdiv(columns, config.block_v),)](
+        logits_backward_kernel[(rows * cdiv(columns, config.block_v),)](
             logits, targets, needed, head.bias, shift, log_total, entropy,
             g_lse, g_target, g_entropy, g_mean, out,
             inner, columns, first, vocab or columns, *logits.stride(), *head.numbers(), exp2_scale(alpha), alpha,
