@@ -42,7 +42,8 @@ def linear_forward(
     from ..kernels.primitives import Head
     from ..kernels.vocab_stats import logits_partials
 
-    kept, all_targets = _kept(mask), targets.contiguous()
+    mask, all_targets = None if mask is None else mask.contiguous(), targets.contiguous()
+    kept = _kept(mask)
     hidden, targets = kept.take(hidden), kept.take(all_targets)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     tiles = _tiles(hidden, weight)

@@ -79,6 +79,38 @@ def test_a_side_stream_and_a_cuda_graph(path):
         assert all(torch.equal(a, b) for a, b in zip(expected, other, strict=True))
 
 
+@needs_gpu
+@pytest.mark.parametrize("impl", ["fused", "chunked"])
+def test_a_cuda_graph_of_masked_rewards_and_their_gradient(impl):
+    """One graph serves every mask of its shape. The fused forward gives the bits of the same call without a graph."""
+    hidden = torch.randn(2, 48, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(5000, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    tokens, mask = torch.randint(0, 5000, (2, 48), device="cuda"), torch.rand(2, 48, device="cuda") < 0.5
+
+    def run():
+        out = er.linear_token_rewards(hidden, weight, tokens, mask=mask, entropy=True, impl=impl)
+        return *out, *torch.autograd.grad(out.reward.sum() + out.entropy.sum(), (hidden, weight))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles, and warms up the library's matmul
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for share in (0.9, 0.1):
+        mask.copy_(torch.rand(2, 48, device="cuda") < share)
+        graph.replay()
+        expected = run()
+        torch.cuda.synchronize()
+        for name, a, b in zip((*er.TokenRewards._fields, "dhidden", "dweight"), captured, expected, strict=True):
+            if impl == "fused" and name in er.TokenRewards._fields:
+                assert torch.equal(a, b), name
+            else:
+                torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
 @needs_two
 @pytest.mark.parametrize("impl", ["fused", "chunked"])
 def test_tensors_on_a_device_that_is_not_the_current_one(impl):
