@@ -21,6 +21,8 @@ from torch import Tensor
 from .types import NO_TARGET, TokenRewards, VocabStats
 from .vocab import reference
 from .vocab.checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
+from .vocab.choice import standard_impl
+from .vocab.fused import obstacle_to_kernels
 
 if TYPE_CHECKING:
     from .vocab.shard_layout import VocabShard
@@ -28,31 +30,30 @@ if TYPE_CHECKING:
 Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
 
-def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
+def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype, linear: bool = False) -> str:
     """Return the implementation to run. Raises ValueError for an impl that cannot run.
 
+    `linear` says that the statistics are computed from hidden states, not from stored logits.
+
     "auto" is "fused" on CUDA and ROCm devices if Triton is installed and all tensors have one dtype out of bf16, fp16
-    and fp32; otherwise "chunked". On the CPU "auto" is always "chunked". TRITON_INTERPRET=1 does not change that: the
-    interpreter is for tests. An existing build of "compiled" does not change it either: a default must not depend on
-    earlier runs on the machine.
+    and fp32; otherwise "chunked". From fp32 hidden states on CUDA it is "chunked": cuBLAS multiplies exact fp32 several
+    times as fast as the kernel does (estimated from compiled code). The product follows torch's settings, so it is
+    exact unless the caller allows TF32. On the CPU "auto" is always "chunked". TRITON_INTERPRET=1 does not change that:
+    the interpreter is for tests. An existing build of "compiled" does not change it either: a default must not depend
+    on earlier runs on the machine.
     """
     if impl not in ("auto", "fused", "chunked", "compiled", "reference"):
         raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked', 'compiled' or 'reference'")
-    if impl == "compiled":
-        if device.type != "cpu":
-            raise ValueError(
-                f"impl='compiled' cannot run here: the tensors are on {device.type!r}, and it runs on the CPU only"
-            )
-        return impl
-    if impl in ("chunked", "reference"):
-        return impl
-    from .vocab.fused import obstacle_to_kernels
-
-    obstacle = obstacle_to_kernels(device, *dtypes)
-    if impl == "fused" and obstacle:
+    if impl == "compiled" and device.type != "cpu":
+        raise ValueError(
+            f"impl='compiled' cannot run here: the tensors are on {device.type!r}, and it runs on the CPU only"
+        )
+    if impl == "auto":
+        return standard_impl(device, *dtypes, linear=linear)
+    obstacle = obstacle_to_kernels(device, *dtypes) if impl == "fused" else None
+    if obstacle:
         raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would choose 'chunked'")
-    on_gpu = device.type == "cuda"
-    return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
+    return impl
 
 
 def vocab_stats(
@@ -126,7 +127,7 @@ def linear_vocab_stats(
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     targets, mask = check_rows(targets, mask, hidden, "hidden", alpha)
-    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype, linear=True)
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     if chosen == "reference":
         _refuse_sharded(shard)
@@ -195,7 +196,7 @@ def linear_token_rewards(
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
-    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype, linear=True)
     if chosen == "reference":
         _refuse_sharded(shard)
         return reference.linear_token_rewards(

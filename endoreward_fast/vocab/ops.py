@@ -12,7 +12,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from .fused import obstacle_to_kernels
+from .choice import backend as _backend
 from .reference import outside_vocabulary
 from .rows import RowGrads, RowRewards, RowStats, stats_grads, successor_among
 
@@ -20,19 +20,6 @@ _op = torch.library.custom_op
 # The linear operators read the rows of a mask back to the host, which a CUDA graph cannot capture.
 NO_CUDA_GRAPH = (torch.Tag.cudagraph_unsafe,)
 STATS = ("lse", "target_logit", "entropy", "logit_mean", "shift", "log_total")
-
-
-def _backend(impl: str, x: Tensor, linear: bool = False):
-    """Return the module that runs `impl` for x, logits or hidden: linear "chunked" is `workspace` if kernels run."""
-    if impl == "fused":
-        from . import fused as backend
-    elif impl == "compiled":
-        from . import compiled as backend
-    elif linear and x.device.type == "cuda" and not obstacle_to_kernels(x.device, x.dtype):
-        from . import workspace as backend
-    else:
-        from . import chunked as backend
-    return backend
 
 
 def _on_device_of(x: Tensor):
@@ -108,7 +95,7 @@ def linear_stats(
     outside_vocabulary(targets, mask, weight.shape[0])
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     want = {"alpha": alpha, "entropy": entropy, "logit_mean": logit_mean}
-    backend = _backend(impl, hidden, linear=True)
+    backend = _backend(impl, hidden, weight)
 
     def forward(hidden, targets, successor):
         with _on_device_of(hidden):
@@ -141,7 +128,7 @@ def linear_stats_backward(
         stats = [field[rows] if field.numel() else field for field in stats]
         grads = RowGrads(*(None if g is None else g[rows] for g in grads))
     with _on_device_of(h):
-        dhidden, dweight, dbias = _backend(impl, h, linear=True).linear_backward(
+        dhidden, dweight, dbias = _backend(impl, h, weight).linear_backward(
             h, weight, targets, RowStats(*stats), grads, bias=bias, logit_scale=logit_scale, softcap=softcap,
             alpha=alpha, needs=tuple(needs),
         )  # fmt: skip

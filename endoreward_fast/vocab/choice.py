@@ -1,0 +1,37 @@
+"""Which implementation runs: the rule behind impl="auto", and the module of each implementation."""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .fused import obstacle_to_kernels
+
+
+def standard_impl(device: torch.device, *dtypes: torch.dtype, linear: bool) -> str:
+    """Return the implementation for tensors of these dtypes. `linear`: from hidden states, not from stored logits.
+
+    On a GPU it is "fused" if the kernels can run, with one exception. From float32 hidden states on CUDA it is
+    "chunked", because the kernel's float32 product runs without tensor cores and reads shared memory with conflicts:
+    by arithmetic, a tenth of cuBLAS's rate. AMD's gfx942 multiplies float32 on its matrix units and stays "fused".
+    """
+    if device.type != "cuda" or obstacle_to_kernels(device, *dtypes):
+        return "chunked"
+    exact_product = linear and dtypes[0] == torch.float32 and not torch.version.hip
+    return "chunked" if exact_product else "fused"
+
+
+def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType:
+    """Return the module that runs `impl` for x: logits, or hidden states of a head with this weight.
+
+    It is imported on first use. "chunked" from hidden states is `workspace` on a GPU that runs the kernels.
+    """
+    if impl == "fused":
+        from . import fused as module
+    elif impl == "compiled":
+        from . import compiled as module
+    elif weight is not None and x.device.type == "cuda" and not obstacle_to_kernels(x.device, x.dtype):
+        from . import workspace as module
+    else:
+        from . import chunked as module
+    return module
