@@ -21,7 +21,7 @@ from torch import Tensor
 from .types import NO_TARGET, TokenRewards, VocabStats
 from .vocab import reference
 from .vocab.checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
-from .vocab.choice import standard_impl
+from .vocab.choice import AUTO, standard_impl
 from .vocab.fused import obstacle_to_kernels
 
 if TYPE_CHECKING:
@@ -34,6 +34,9 @@ def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype, linear: 
     """Return the implementation to run. Raises ValueError for an impl that cannot run.
 
     `linear` says that the statistics are computed from hidden states, not from stored logits.
+
+    "auto" follows a rule. From hidden states, what `endoreward tune` chose for the head replaces the rule when the
+    operator runs (vocab/tuned.py). Without a tuning:
 
     "auto" is "fused" on CUDA and ROCm devices if Triton is installed and all tensors have one dtype out of bf16, fp16
     and fp32; otherwise "chunked". From fp32 hidden states on CUDA it is "chunked": cuBLAS multiplies exact fp32 several
@@ -137,7 +140,7 @@ def linear_vocab_stats(
     check_reverse_mode(chosen, hidden, weight, bias)
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(targets), _flat(mask), None,
-        float(logit_scale), softcap, float(alpha), entropy, logit_mean, chosen,
+        float(logit_scale), softcap, float(alpha), entropy, logit_mean, _run_as(impl, chosen, shard),
     )  # fmt: skip
     return _vocab_stats(out, targets.shape, entropy, logit_mean)
 
@@ -209,7 +212,7 @@ def linear_token_rewards(
     plan = plan_rows(tokens, mask, terminal, cu_seqlens)
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan.targets, plan.needed, plan.successor,
-        float(logit_scale), softcap, float(alpha), entropy, False, chosen,
+        float(logit_scale), softcap, float(alpha), entropy, False, _run_as(impl, chosen, shard),
     )  # fmt: skip
     return _token_rewards(out, tokens, plan.targets, entropy)
 
@@ -234,6 +237,11 @@ def _localize(
     from .vocab.shard_layout import localize
 
     return localize(hidden, weight, bias, shard, vocab_size)
+
+
+def _run_as(impl: Impl, chosen: str, shard: "VocabShard | None") -> str:
+    """Return the operator's impl: "auto" looks for the head's tuning. A shard's V is not the head's, so it does not."""
+    return AUTO if impl == "auto" and shard is None else chosen
 
 
 def _linear_stats(shard: "VocabShard | None") -> Callable[..., list[Tensor]]:

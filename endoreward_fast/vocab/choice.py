@@ -1,11 +1,18 @@
 """Which implementation runs: the rule behind impl="auto", and the module of each implementation."""
 
+from collections.abc import Callable
+from functools import partial
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .fused import obstacle_to_kernels
+from .tuned import Choice, choice_of
+
+AUTO = "auto"
+"""impl of the linear operators: they look the head's choice up when they run, so torch.compile does not trace it"""
 
 
 def standard_impl(device: torch.device, *dtypes: torch.dtype, linear: bool) -> str:
@@ -21,11 +28,23 @@ def standard_impl(device: torch.device, *dtypes: torch.dtype, linear: bool) -> s
     return "chunked" if exact_product else "fused"
 
 
-def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType:
-    """Return the module that runs `impl` for x: logits, or hidden states of a head with this weight.
+class Configured(NamedTuple):
+    """A backend under the setting of a choice, for the linear operators."""
 
-    It is imported on first use. "chunked" from hidden states is `workspace` on a GPU that runs the kernels.
+    linear_forward: Callable
+    linear_backward: Callable
+
+
+def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | Configured:
+    """Return what runs `impl` for x: logits, or hidden states of a head with this weight.
+
+    Modules are imported on first use. "chunked" from hidden states is `workspace` on a GPU that runs the kernels. AUTO,
+    for hidden states only, is what `endoreward tune` chose for the head, or else the rule.
     """
+    if impl == AUTO:
+        return configured(
+            choice_of(x, weight) or Choice(standard_impl(x.device, x.dtype, weight.dtype, linear=True)), x, weight
+        )
     if impl == "fused":
         from . import fused as module
     elif impl == "compiled":
@@ -35,3 +54,9 @@ def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType:
     else:
         from . import chunked as module
     return module
+
+
+def configured(choice: Choice, hidden: Tensor, weight: Tensor) -> Configured:
+    """Return the backend of a choice. Its setting replaces the implementation's own in the forward."""
+    module = backend(choice.impl, hidden, weight)
+    return Configured(partial(module.linear_forward, **choice.arguments(hidden.device)), module.linear_backward)

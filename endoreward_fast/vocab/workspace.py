@@ -30,7 +30,9 @@ BACKWARD_TILE, BACKWARD_ROWS, GRADIENT, ACCUMULATOR = 16 * MIB, 8192, 32 * MIB, 
 def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None, logit_scale: float,
     softcap: float | None, alpha: float, entropy: bool, logit_mean: bool, successor: Tensor | None = None,
+    tile: int | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
+    """Return statistics, and rewards if `successor` is given. `tile` replaces FORWARD_TILE."""
     from ..kernels.combine import Partials, combine
     from ..kernels.config import LogitsConfig
     from ..kernels.primitives import Head
@@ -38,7 +40,7 @@ def linear_forward(
 
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     targets = targets.contiguous()
-    tiles = _tiles(num_rows, vocab, FORWARD_ROWS, FORWARD_TILE)
+    tiles = _tiles(num_rows, vocab, FORWARD_ROWS, tile or FORWARD_TILE)
     buffer = Buffer(tiles.rows * tiles.vocab, hidden.device)
     partials = Partials.empty(-(-vocab // PIECE), num_rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
     for columns in spans(0, vocab, tiles.vocab):
