@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "kernels": "",
     "view": "",
     "types": "view",
-    "vocab": "types kernels",
+    "vocab": "types errors kernels",
     "functional": "types vocab",
     "returns": "vocab",
     "signals": "types errors vocab functional returns",

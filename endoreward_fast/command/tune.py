@@ -16,10 +16,10 @@ from ..errors import EndoRewardError
 from ..model.devices import device_of, fastest_dtype
 from ..tuning import child, search, stored
 from ..tuning.candidates import Candidate, candidates
+from ..tuning.paths import shortened
 from ..vocab.machine import machine_of
-from ..vocab.tuned import SWITCH, Entry, Head, in_use, name_of, write
+from ..vocab.tuned import SWITCH, Entry, Head, in_use, name_of, tuned_folder, write
 from .flags.values import dtype_name
-from .paths import short
 from .run.monitor import say
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -69,7 +69,7 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
     if device.type not in search.ROWS:
         raise EndoRewardError(f"device {str(device)!r} is not tuned: only CPUs, CUDA and ROCm devices are")
     head = head_to_tune(model, shape, dtype, device)
-    folder = _writable(stored.folder())
+    folder = _writable(tuned_folder())
     found, machine = candidates(head, device), machine_of(device)
     say(f"{model or 'head'}: {head}\n{machine.device}; torch {machine.torch}, Triton {machine.triton}\n\n")
     say(_about(device))
@@ -88,7 +88,7 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
     measured |= {"rows": search.ROWS[device.type], "threads": torch.get_num_threads() if device.type == "cpu" else None}
     measured["candidates"] = [result.to_json() for result in results]
     path = _stored(Entry(head, machine, taken.candidate.choice, measured), folder)
-    say(f"\nauto takes `{taken.candidate.name}` for this head from now on: {why}.\nStored in {short(path)}\n")
+    say(f"\nauto takes `{taken.candidate.name}` for this head from now on: {why}.\nStored in {shortened(path)}\n")
     if not in_use():
         say(f"{SWITCH}=0 is set here, and ignores it.\n")
 
@@ -128,8 +128,10 @@ def _line(name: str, *cells: str) -> str:
     return f"{name:<44}{''.join(f'{cell:<19}' for cell in wide)}{last}\n"
 
 
-def _writable(folder: Path) -> Path:
+def _writable(folder: Path | None) -> Path:
     """Return the folder, which then exists. Raises EndoRewardError if nothing can be written there."""
+    if folder is None:
+        raise EndoRewardError("there is no home folder to store the choice in: name a cache folder in XDG_CACHE_HOME")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -156,7 +158,7 @@ def show() -> None:
     """Print every stored choice, whether `auto` uses it, and why it was taken."""
     found = list(stored.stored())
     if not found:
-        say(f"nothing is tuned: {short(stored.folder())} holds no choice, and auto follows its rule\n")
+        say("nothing is tuned: auto follows its rule for every head\n")
     for item in found:
         say(described(item))
 
@@ -164,7 +166,7 @@ def show() -> None:
 def described(item: stored.Stored) -> str:
     """Return a stored choice in two or three lines."""
     if item.entry is None:
-        return f"{short(item.path)}\n  not read: {item.unused}\n"
+        return f"{shortened(item.path)}\n  not read: {item.unused}\n"
     measured = item.entry.measured
     ratio = f", {item.ratio:.2f} times torch.mm" if item.ratio is not None else ""
     name = measured.get("name", item.entry.choice.impl)

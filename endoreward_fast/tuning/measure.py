@@ -1,9 +1,10 @@
 """Check a candidate against float64 and time it beside torch.mm, in this process.
 
-`python -m endoreward_fast.tuning.measure` reads a request from standard input and prints the answer (see child.py).
+`python -m endoreward_fast.tuning.measure` reads requests from standard input and prints the answers (see child.py).
 """
 
 import json
+import signal
 import statistics
 import sys
 import time
@@ -180,4 +181,5 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(answer(json.load(sys.stdin))))
+    signal.alarm(int(sys.argv[1]))  # ends the process whatever it waits for
+    print(json.dumps([answer(request) for request in json.load(sys.stdin)]))

@@ -9,7 +9,7 @@ import torch
 
 from ..vocab.tuned import Head
 from .candidates import Candidate
-from .child import Answer
+from .child import Answer, Request
 from .measure import quartiles
 
 ROWS = {"cpu": (16, 128), "cuda": (64, 8192)}
@@ -19,7 +19,7 @@ MARGIN = 0.03
 LIMIT = 90.0
 """seconds for one candidate, with the start of its process and its compilation"""
 
-Ask = Callable[[Mapping[str, Any], float], Answer]
+Ask = Callable[[Sequence[Request], float], Sequence[Answer]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def measured_in_turn(
             "head": asdict(head), "device": str(device), "rows": list(rows), "oracle": oracle,
             "choice": asdict(candidate.choice), "seconds": seconds / len(found),
         }  # fmt: skip
-        answer = ask(request, LIMIT)
+        [answer] = ask([request], LIMIT)
         oracle = answer.get("oracle", oracle)
         yield _measured(candidate, answer, rows)
 

@@ -6,10 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ..errors import EndoRewardError
-from ..vocab.cache import cache_folder
 from ..vocab.machine import Machine, machine_of
-from ..vocab.tuned import SWITCH, Entry, entries, in_use
+from ..vocab.tuned import SWITCH, Entry, entries, in_use, tuned_folder
 
 
 @dataclass(frozen=True)
@@ -27,19 +25,14 @@ class Stored:
         return float(found) if isinstance(found, int | float) else None
 
 
-def folder() -> Path:
-    """Return the folder of stored choices. Raises EndoRewardError if there is no home folder."""
-    try:
-        return cache_folder() / "tuned"
-    except RuntimeError as error:
-        raise EndoRewardError(f"{error}: name a cache folder in XDG_CACHE_HOME") from None
-
-
 def stored() -> Iterator[Stored]:
     """Yield every file in the folder of stored choices."""
     ignored = None if in_use() else f"{SWITCH}=0 ignores it"
+    place = tuned_folder()
+    if place is None:
+        return
     here = {machine_of(device): device for device in _devices()}
-    for path, found in entries(folder()):
+    for path, found in entries(place):
         if isinstance(found, str):
             yield Stored(path, None, found)
         else:

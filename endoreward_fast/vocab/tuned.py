@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import EndoRewardError
 from .cache import cache_folder
 from .chunked_tiles import CPU_LIMITS
 from .fused import obstacle_to_kernels
@@ -99,10 +100,11 @@ def choice_of(hidden: Tensor, weight: Tensor) -> Choice | None:
 
 @functools.cache
 def _lookup(device: torch.device, dtype: torch.dtype, dim: int, vocab: int) -> Choice | None:
-    if not in_use() or not (folder := _folder()) or not folder.is_dir():
+    place = tuned_folder() if in_use() else None
+    if place is None or not place.is_dir():
         return None
     head, machine = Head(name_of(dtype), dim, vocab), machine_of(device)
-    path = folder / file_name(head, machine)
+    path = place / file_name(head, machine)
     try:
         if not path.exists():
             return None
@@ -126,17 +128,18 @@ def forget() -> None:
 
 
 def in_use() -> bool:
-    """Return whether `auto` looks choices up. Raises ValueError if the environment variable is neither 0 nor 1."""
+    """Return whether `auto` looks choices up. Raises EndoRewardError if the variable is neither 0 nor 1."""
     asked = os.environ.get(SWITCH) or "1"
     if asked not in ("0", "1"):
-        raise ValueError(f"{SWITCH}={asked!r}: expected 0 (ignore what `endoreward tune` found) or 1")
+        raise EndoRewardError(f"{SWITCH}={asked!r}: expected 0 (ignore what `endoreward tune` found) or 1")
     return asked == "1"
 
 
-def _folder() -> Path | None:
+def tuned_folder() -> Path | None:
+    """Return the folder of stored choices; None if there is no home folder, so that nothing was ever stored."""
     try:
         return cache_folder() / "tuned"
-    except RuntimeError:  # there is no home folder, so nothing was ever written
+    except RuntimeError:
         return None
 
 

@@ -122,7 +122,7 @@ def test_a_file_is_looked_for_once_a_head(folder, monkeypatch):
     put(folder)
     hidden, weight, targets = head()
     er.linear_vocab_stats(hidden, weight, targets)
-    for name in ("read", "file_name", "_folder"):
+    for name in ("read", "file_name", "tuned_folder"):
         monkeypatch.setattr(tuned, name, lambda *_: pytest.fail("looked again"))
     er.linear_vocab_stats(hidden, weight, targets)
 

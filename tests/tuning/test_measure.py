@@ -1,0 +1,101 @@
+"""The check against float64, and the timing, of one candidate."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from endoreward_fast.tuning import measure
+from endoreward_fast.vocab import chunked
+from endoreward_fast.vocab.tuned import Choice, Head
+
+ROWS = [3, 40]
+CHUNKED = Choice("chunked")
+
+
+def request(dtype="float32", choice=CHUNKED, seconds=0.0, **more):
+    head = asdict(Head(dtype, 20, 333))
+    return {"head": head, "device": "cpu", "rows": ROWS, "choice": asdict(choice), "seconds": seconds, **more}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_right_numbers_pass(dtype):
+    found = measure.answer(request(dtype))
+    assert "problem" not in found and set(found["errors"]) == {"lse", "target_logit", "entropy"}
+    assert all(error <= found["oracle"]["allowed"][name] for name, error in found["errors"].items())
+    assert max(found["errors"].values()) < (0.1 if dtype == "bfloat16" else 1e-4)
+
+
+@pytest.mark.parametrize("row", [0, 2, 39])
+@pytest.mark.parametrize("field", ["lse", "target_logit", "entropy"])
+def test_one_wrong_number_excludes_a_candidate(monkeypatch, field, row):
+    right = chunked.linear_forward
+
+    def wrong(hidden, *args, **kwargs):
+        stats, rewards = right(hidden, *args, **kwargs)
+        if len(hidden) > row and getattr(stats, field) is not None:
+            getattr(stats, field)[row] += 1e-3
+        return stats, rewards
+
+    monkeypatch.setattr(chunked, "linear_forward", wrong)
+    problem = measure.answer(request(seconds=1.0))["problem"]
+    assert problem.startswith(f"wrong numbers: {field} is off by 1.0e-03 (allowed ")
+
+
+def test_nan_counts_as_wrong(monkeypatch):
+    right = chunked.linear_forward
+
+    def lost(*args, **kwargs):
+        stats, rewards = right(*args, **kwargs)
+        return stats._replace(lse=stats.lse * torch.nan), rewards
+
+    monkeypatch.setattr(chunked, "linear_forward", lost)
+    assert "lse is off by inf" in measure.answer(request())["problem"]
+
+
+def test_an_exception_is_a_problem_of_one_line(monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("out of shared memory\nin 400 lines")
+
+    monkeypatch.setattr(chunked, "linear_forward", fails)
+    assert measure.answer(request())["problem"] == "RuntimeError: out of shared memory"
+    assert measure.answer(request(choice=Choice("chunked", {"magic": 1})))["problem"].startswith("TypeError: ")
+
+
+def test_every_process_has_the_same_inputs_so_one_oracle_serves_all():
+    first = measure.answer(request())
+    again = measure.answer(request(oracle=first["oracle"]))
+    assert again == first
+    other = first["oracle"] | {"lse": [x + 1 for x in first["oracle"]["lse"]]}
+    assert "wrong numbers: lse" in measure.answer(request(oracle=other))["problem"]
+
+
+def test_checked_rows_hold_both_ends_of_every_batch():
+    rows = measure.checked_rows([16, 128, 8192])
+    assert {0, 15, 127, 8191} <= set(rows) and len(rows) <= 3 * measure.CHECKED
+    assert measure.checked_rows([1]) == [0]
+
+
+def test_candidate_and_matmul_are_timed_in_turn(monkeypatch):
+    seen = []
+
+    def stub(device):
+        def once(call):
+            call()
+            seen.append(call)
+            return float(len(seen))
+
+        return once
+
+    monkeypatch.setattr(measure, "clock", stub)
+    times = measure.answer(request(seconds=1e-9))["times"]
+    assert times == {
+        "3": {"matmul": [1.0, 8.0, 9.0], "candidate": [2.0, 7.0, 10.0]},
+        "40": {"matmul": [3.0, 6.0, 11.0], "candidate": [4.0, 5.0, 12.0]},
+    }, "three rounds at least; every other round runs backwards"
+
+
+def test_times_are_of_this_process_on_one_thread(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(measure.time, "process_time", iter([5.0, 7.5]).__next__)
+    assert measure.clock(torch.device("cpu"))(lambda: None) == 2.5
