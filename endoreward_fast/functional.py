@@ -7,7 +7,7 @@ impl  "fused"      Triton kernels, on a CUDA or ROCm device (or in the interpret
       "chunked"    torch code with a bounded workspace, on any device
       "compiled"   C++ code, on the CPU; the machine's compiler builds it on first use
       "reference"  eager torch that materialises everything, on any device; the oracle of the tests
-      "auto"       "fused" or "chunked", see `choose_impl`
+      "auto"       "fused" or "chunked", or what `endoreward tune` chose for the head; see `choose_impl`
 A named impl that cannot run raises ValueError. It never falls back to another one.
 """
 

@@ -18,6 +18,8 @@ MARGIN = 0.03
 """Candidates that take less than this share longer than the fastest count as equal: such differences come and go."""
 LIMIT = 90.0
 """seconds for one candidate, with the start of its process and its compilation"""
+WEIGHTS_PER_SECOND = 1e7
+"""A CPU may need this long to make a head and its float64 statistics; the limit grows by it."""
 
 Ask = Callable[[Sequence[Request], float], Sequence[Answer]]
 
@@ -51,13 +53,14 @@ def measured_in_turn(
 ) -> Iterator[Measured]:
     """Yield each candidate's measurement as it ends. `seconds` is shared among the candidates."""
     rows = ROWS[device.type]
+    limit = LIMIT + (head.dim * head.vocab / WEIGHTS_PER_SECOND if device.type == "cpu" else 0)
     oracle = None  # computed by the first candidate's process, before the candidate runs
     for candidate in found:
         request = {
             "head": asdict(head), "device": str(device), "rows": list(rows), "oracle": oracle,
             "choice": asdict(candidate.choice), "seconds": seconds / len(found),
         }  # fmt: skip
-        [answer] = ask([request], LIMIT)
+        [answer] = ask([request], limit)
         oracle = answer.get("oracle", oracle)
         yield _measured(candidate, answer, rows)
 

@@ -1,15 +1,16 @@
 """Which implementation runs: the rule behind impl="auto", and the module of each implementation."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .fused import obstacle_to_kernels
-from .tuned import Choice, choice_of
+from .tuned import Choice, stored_choice
 
 AUTO = "auto"
 """impl of the linear operators: they look the head's choice up when they run, so torch.compile does not trace it"""
@@ -29,10 +30,10 @@ def standard_impl(device: torch.device, *dtypes: torch.dtype, linear: bool) -> s
 
 
 class Configured(NamedTuple):
-    """A backend under the setting of a choice, for the linear operators."""
+    """A backend under a setting, for the linear operators."""
 
-    linear_forward: Callable
-    linear_backward: Callable
+    linear_forward: Callable[..., Any]
+    linear_backward: Callable[..., Any]
 
 
 def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | Configured:
@@ -41,22 +42,35 @@ def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | 
     Modules are imported on first use. "chunked" from hidden states is `workspace` on a GPU that runs the kernels. AUTO,
     for hidden states only, is what `endoreward tune` chose for the head, or else the rule.
     """
-    if impl == AUTO:
-        return configured(
-            choice_of(x, weight) or Choice(standard_impl(x.device, x.dtype, weight.dtype, linear=True)), x, weight
-        )
-    if impl == "fused":
-        from . import fused as module
-    elif impl == "compiled":
-        from . import compiled as module
-    elif weight is not None and x.device.type == "cuda" and not obstacle_to_kernels(x.device, x.dtype):
-        from . import workspace as module
-    else:
-        from . import chunked as module
-    return module
+    if impl == AUTO and weight is not None:
+        impl, arguments = _auto(x.device, x.dtype, weight.dtype, weight.shape[1], weight.shape[0])
+        return _configured(impl, arguments, x, weight)
+    on_gpu = weight is not None and x.device.type == "cuda"
+    if impl == "chunked" and on_gpu and not obstacle_to_kernels(x.device, x.dtype):
+        impl = "workspace"
+    return import_module(f".{impl}", __package__)
 
 
 def configured(choice: Choice, hidden: Tensor, weight: Tensor) -> Configured:
     """Return the backend of a choice. Its setting replaces the implementation's own in the forward."""
-    module = backend(choice.impl, hidden, weight)
-    return Configured(partial(module.linear_forward, **choice.arguments(hidden.device)), module.linear_backward)
+    return _configured(choice.impl, choice.arguments(hidden.device), hidden, weight)
+
+
+def _configured(impl: str, arguments: dict[str, Any], hidden: Tensor, weight: Tensor) -> Configured:
+    module = backend(impl, hidden, weight)
+    return Configured(partial(module.linear_forward, **arguments), module.linear_backward)
+
+
+@cache
+def _auto(
+    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int, vocab: int
+) -> tuple[str, dict[str, Any]]:
+    """Return the implementation that `auto` takes for a head and the arguments of its forward. Reads a file once."""
+    found = stored_choice(device, dtype, dim, vocab) if dtype == weight_dtype else None
+    found = found or Choice(standard_impl(device, dtype, weight_dtype, linear=True))
+    return found.impl, found.arguments(device)
+
+
+def forget() -> None:
+    """Look every head up again: the stored choices or the environment have changed."""
+    _auto.cache_clear()

@@ -5,11 +5,10 @@ on the batch around it. It covers the linear path; from stored logits, `auto` fo
 
 The cache folder holds one JSON file for each head and machine. A machine is a device with its driver, the versions of
 torch and Triton, and the source of the implementations: after a change of any of them the choice is not found, and
-`auto` follows the rule again. A file that cannot be read is named in a warning, once in a process, and ignored.
+`auto` follows the rule again. A file that cannot be used is named in a warning, once in a process, and ignored.
 ENDOREWARD_TUNED=0 ignores all choices.
 """
 
-import functools
 import hashlib
 import json
 import os
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import EndoRewardError
 from .cache import cache_folder
@@ -91,15 +89,10 @@ class Entry:
     measured: Mapping[str, Any]
 
 
-def choice_of(hidden: Tensor, weight: Tensor) -> Choice | None:
-    """Return the choice for these tensors, or None. The first call for a head reads a file; later ones do not."""
-    if hidden.dtype != weight.dtype or hidden.device.type not in ("cpu", "cuda"):
+def stored_choice(device: torch.device, dtype: torch.dtype, dim: int, vocab: int) -> Choice | None:
+    """Return the choice for a head on this machine, or None. A file that cannot be used is named in a warning."""
+    if device.type not in ("cpu", "cuda"):
         return None
-    return _lookup(hidden.device, hidden.dtype, weight.shape[1], weight.shape[0])
-
-
-@functools.cache
-def _lookup(device: torch.device, dtype: torch.dtype, dim: int, vocab: int) -> Choice | None:
     place = tuned_folder() if in_use() else None
     if place is None or not place.is_dir():
         return None
@@ -120,11 +113,6 @@ def _lookup(device: torch.device, dtype: torch.dtype, dim: int, vocab: int) -> C
         )
         return None
     return entry.choice
-
-
-def forget() -> None:
-    """Look every choice up again: the files or the environment have changed."""
-    _lookup.cache_clear()
 
 
 def in_use() -> bool:

@@ -12,7 +12,7 @@ from cli_harness import run
 from endoreward_fast.tuning import checks, facts
 from endoreward_fast.tuning.checks import Checked, Subject
 from endoreward_fast.tuning.paths import shortened
-from endoreward_fast.vocab import machine, tuned
+from endoreward_fast.vocab import choice, machine, tuned
 from endoreward_fast.vocab.tuned import Choice, Entry, Head
 
 WRONG = "wrong numbers: lse is off by 3.0e-02 (allowed 1.0e-05)"
@@ -26,9 +26,9 @@ def here(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "ada"))
     (tmp_path / "ada").mkdir()
-    tuned.forget()
+    choice.forget()
     yield tmp_path / "ada"
-    tuned.forget()
+    choice.forget()
 
 
 @pytest.fixture

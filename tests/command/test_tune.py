@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import endoreward_fast as er
 from cli_harness import run
 from endoreward_fast.command import tune
+from endoreward_fast.model.checkpoint import pocket_path
 from endoreward_fast.tuning import child
 from endoreward_fast.tuning.candidates import candidates
-from endoreward_fast.vocab import machine, tuned
+from endoreward_fast.vocab import choice, machine, tuned
 from endoreward_fast.vocab.tuned import Choice, Entry, Head
 
 CPU = torch.device("cpu")
@@ -24,9 +26,9 @@ def folder(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(tuned.SWITCH, "1")
     monkeypatch.setenv("COLUMNS", "120")
-    tuned.forget()
+    choice.forget()
     yield tmp_path / "endoreward_fast" / "tuned"
-    tuned.forget()
+    choice.forget()
 
 
 @pytest.fixture
@@ -63,8 +65,7 @@ def test_a_real_tuning_is_stored_and_found_by_auto(folder, monkeypatch):
     found = tuned.read(path)
     assert found.head == Head("float32", 24, 333) and found.machine == machine.machine_of(CPU)
     assert set(found.measured["candidates"][0]["errors"]) == {"lse", "target_logit", "entropy"}
-    hidden, weight = torch.randn(3, 24), torch.randn(333, 24)
-    assert tuned.choice_of(hidden, weight) == Choice("chunked")
+    assert tuned.stored_choice(CPU, torch.float32, 24, 333) == Choice("chunked")
 
 
 def test_the_fastest_candidate_is_taken_and_the_table_says_why(folder, ratios):
@@ -97,9 +98,9 @@ def test_a_models_head_is_the_one_that_scoring_looks_up(folder, ratios):
     ratios["chunked, tiles of 4 MiB"] = 0.5
     said = run("tune", "-m", "pocket", "--device", "cpu").stdout
     assert said.startswith("pocket: D=256, V=1024, float32\n")
-    scorer = er.EndoRewardModel.from_pretrained("pocket", device="cpu")
-    found = tuned.choice_of(torch.empty(1, 256), scorer.head.weight)
-    assert found == Choice("chunked", {"tile": 2**20})
+    with safe_open(pocket_path() / "model.safetensors", "pt") as file:
+        vocab, dim = file.get_slice("model.embed_tokens.weight").get_shape()
+    assert tuned.stored_choice(CPU, torch.float32, dim, vocab) == Choice("chunked", {"tile": 2**20})
 
 
 def test_if_every_candidate_fails_nothing_is_stored(folder, ratios):

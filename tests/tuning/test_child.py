@@ -12,6 +12,13 @@ from endoreward_fast.tuning.child import ask
 READ = "import json, os, signal, sys, time; requests = json.load(sys.stdin); "
 
 
+def runs(pid):
+    try:
+        return "zombie" not in Path("/proc", pid, "status").read_text()
+    except OSError:
+        return False
+
+
 def run(code, requests=({"a": 1},), limit=20.0, env=None):
     return ask(requests, limit, command=(sys.executable, "-S", "-c", READ + code), env=env)
 
@@ -52,10 +59,9 @@ def test_a_process_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     )
     start = time.monotonic()
     assert run(code, limit=1.0) == [{"problem": "no answer within 1 s"}]
-    assert time.monotonic() - start < 10
-    for pid in pids.read_text().split():
-        status = Path("/proc", pid, "status")
-        assert not status.exists() or "zombie" in status.read_text()
+    while alive := [pid for pid in pids.read_text().split() if runs(pid)]:
+        assert time.monotonic() - start < 20, alive
+        time.sleep(0.05)
 
 
 def test_the_process_gets_a_limit_by_which_it_ends_itself():

@@ -22,9 +22,9 @@ def folder(monkeypatch, tmp_path):
     """An empty cache folder that `auto` looks into."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(tuned.SWITCH, "1")
-    tuned.forget()
+    choice.forget()
     yield tmp_path / "endoreward_fast" / "tuned"
-    tuned.forget()
+    choice.forget()
 
 
 def entry(found=SMALL, dtype="float32", **about):
@@ -34,7 +34,7 @@ def entry(found=SMALL, dtype="float32", **about):
 
 def put(folder, *args, **about):
     path = tuned.write(entry(*args, **about), folder)
-    tuned.forget()
+    choice.forget()
     return path
 
 
@@ -93,8 +93,14 @@ def test_a_named_implementation_another_head_and_another_dtype_are_left_alone(fo
     assert er.vocab_stats(hidden, targets.clamp(max=D - 1)).lse.isfinite().all()
 
 
+@pytest.fixture
+def library():
+    """The C++ library, from the machine's own cache folder: a request before `folder` saves building it again."""
+    return compiled.library()
+
+
 @pytest.mark.skipif(compiled.find_compiler() is None, reason="impl='compiled' needs a C++ compiler")
-def test_auto_takes_compiled_if_it_was_chosen(folder, ran):
+def test_auto_takes_compiled_if_it_was_chosen(library, folder, ran):
     put(folder, Choice("compiled"))
     hidden, weight, targets = head()
     hidden.requires_grad_()
@@ -201,9 +207,9 @@ def test_a_machine_without_a_home_folder_has_no_tunings(monkeypatch, ran):
 
     monkeypatch.setenv(tuned.SWITCH, "1")
     monkeypatch.setattr(tuned, "cache_folder", homeless)
-    tuned.forget()
+    choice.forget()
     er.linear_vocab_stats(*head())
-    tuned.forget()
+    choice.forget()
     assert ran == [("chunked", None)]
 
 
