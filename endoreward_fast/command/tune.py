@@ -5,10 +5,8 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -69,11 +67,11 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
     if device.type not in search.ROWS:
         raise EndoRewardError(f"device {str(device)!r} is not tuned: only CPUs, CUDA and ROCm devices are")
     head = head_to_tune(model, shape, dtype, device)
-    folder = _writable(tuned_folder())
+    folder, rows = _writable(tuned_folder()), search.rows_for(head, device)
     found, machine = candidates(head, device), machine_of(device)
     say(f"{model or 'head'}: {head}\n{machine.device}; torch {machine.torch}, Triton {machine.triton}\n\n")
     say(_about(device))
-    say(_line("", *(f"{n} rows" for n in search.ROWS[device.type]), "both"))
+    say(_line("", *(f"{n} rows" for n in rows), "both"))
     results = []
     for result in _with_status(found, search.measured_in_turn(head, device, found, seconds, child.ask)):
         results.append(result)
@@ -85,7 +83,7 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
         )
     why = search.reason(results, taken)
     measured = {"name": taken.candidate.name, "score": taken.score, "why": why, "date": date.today().isoformat()}
-    measured |= {"rows": search.ROWS[device.type], "threads": torch.get_num_threads() if device.type == "cpu" else None}
+    measured |= {"rows": rows, "threads": torch.get_num_threads() if device.type == "cpu" else None}
     measured["candidates"] = [result.to_json() for result in results]
     path = _stored(Entry(head, machine, taken.candidate.choice, measured), folder)
     say(f"\nauto takes `{taken.candidate.name}` for this head from now on: {why}.\nStored in {shortened(path)}\n")
@@ -102,17 +100,17 @@ def _about(device: torch.device) -> str:
 
 
 def _with_status(found: Sequence[Candidate], results: Iterator[search.Measured]) -> Iterator[search.Measured]:
-    """Show on a terminal which candidate is measured now."""
-    status: Any = nullcontext()
-    if sys.stderr.isatty():
-        from rich.console import Console
+    """Show on a terminal which candidate is measured now, in a line that goes away."""
+    for i, candidate in enumerate(found, start=1):
+        _status(f"measuring {candidate.name} ({i} of {len(found)})")
+        result = next(results)
+        _status("")
+        yield result
 
-        status = Console(stderr=True).status("")
-    with status as shown:
-        for i, candidate in enumerate(found):
-            if shown is not None:
-                shown.update(f"measuring {candidate.name} ({i + 1} of {len(found)})")
-            yield next(results)
+
+def _status(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def _row(result: search.Measured, *, first: bool) -> str:

@@ -14,6 +14,7 @@ from .measure import quartiles
 
 ROWS = {"cpu": (16, 128), "cuda": (64, 8192)}
 """rows as in decoding and as in training or scoring. One choice holds for both, and for every other number"""
+LEAST_ROWS = 512
 MARGIN = 0.03
 """Candidates that take less than this share longer than the fastest count as equal: such differences come and go."""
 LIMIT = 90.0
@@ -48,11 +49,21 @@ class Measured:
         return about | {"score": self.score, "ratios": {str(n): list(q) for n, q in self.ratios.items()}}
 
 
+def rows_for(head: Head, device: torch.device) -> tuple[int, int]:
+    """Return the numbers of rows to measure. On a GPU the logits of torch.mm take at most a quarter of its memory."""
+    few, many = ROWS[device.type]
+    if device.type == "cuda":
+        row = head.vocab * getattr(torch, head.dtype).itemsize
+        while many > LEAST_ROWS and many * row > torch.cuda.get_device_properties(device).total_memory / 4:
+            many //= 2
+    return few, many
+
+
 def measured_in_turn(
     head: Head, device: torch.device, found: Sequence[Candidate], seconds: float, ask: Ask
 ) -> Iterator[Measured]:
     """Yield each candidate's measurement as it ends. `seconds` is shared among the candidates."""
-    rows = ROWS[device.type]
+    rows = rows_for(head, device)
     limit = LIMIT + (head.dim * head.vocab / WEIGHTS_PER_SECOND if device.type == "cpu" else 0)
     oracle = None  # computed by the first candidate's process, before the candidate runs
     for candidate in found:

@@ -1,10 +1,11 @@
 """The check against float64, and the timing, of one candidate."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 
+from endoreward_fast.kernels.config import INTERPRETER_CONFIG
 from endoreward_fast.tuning import measure
 from endoreward_fast.vocab import chunked
 from endoreward_fast.vocab.tuned import Choice, Head
@@ -24,6 +25,13 @@ def test_right_numbers_pass(dtype):
     assert "problem" not in found and set(found["errors"]) == {"lse", "target_logit", "entropy"}
     assert all(error <= found["oracle"]["allowed"][name] for name, error in found["errors"].items())
     assert max(found["errors"].values()) < (0.1 if dtype == "bfloat16" else 1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+def test_configs_of_the_kernel_are_checked_by_the_same_code():
+    for config in (INTERPRETER_CONFIG, replace(INTERPRETER_CONFIG, persistent=2)):
+        found = measure.answer(request(choice=Choice("fused", asdict(config))))
+        assert "problem" not in found and 0 < max(found["errors"].values()) < 1e-4
 
 
 @pytest.mark.parametrize("row", [0, 2, 39])

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,16 @@ def test_requests_share_the_time_and_the_first_oracle():
     assert [r["seconds"] for r in asked] == [5.0, 5.0] and [r["oracle"] for r in asked] == [None, "of the first"]
     assert asked[1]["choice"] == asdict(Choice("compiled")) and asked[0]["rows"] == list(search.ROWS["cpu"])
     assert [r.score for r in results] == [0.5, 0.5]
+
+
+def test_a_small_gpu_is_measured_with_fewer_rows(monkeypatch):
+    def of(gib):
+        about = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+        return search.rows_for(Head("bfloat16", 4096, 151936), CUDA)
+
+    assert [of(gib) for gib in (80, 8, 0.1)] == [(64, 8192), (64, 4096), (64, 512)]
+    assert search.rows_for(HEAD, CPU) == (16, 128)
 
 
 # --- choosing
