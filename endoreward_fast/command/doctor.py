@@ -10,7 +10,7 @@ from typing import Any
 from ..model.devices import fastest_dtype
 from ..tuning import checks, facts, stored
 from ..tuning.advice import advice
-from .run.monitor import say
+from .run.monitor import say_now
 from .tune import described
 
 WIDTH = 26
@@ -21,23 +21,23 @@ def examine(*, as_json: bool) -> bool:
     """Print what was found. Returns whether everything that should run gives right numbers."""
     found = gathered()
     if not as_json:
-        say(_known(found))
-        say("\nNumbers: largest error against float64; time as a ratio to torch.mm\n")
+        say_now(_known(found))
+        say_now("\nNumbers: largest error against float64; time as a ratio to torch.mm\n")
     results = []
     for result in checks.checked(checks.subjects(), fastest_dtype):
         results.append(result)
         if not as_json:
-            say(_result(result))
+            say_now(_result(result))
     tuned = list(stored.stored())
     lines = list(advice(found, results, tuned))
     if as_json:
         about = {"checks": [r.to_json() for r in results], "tuned": [_tuned(t) for t in tuned], "advice": lines}
-        say(json.dumps({**found, **about}, indent=1) + "\n")
+        say_now(json.dumps({**found, **about}, indent=1) + "\n")
     else:
-        say("\nTuned heads\n")
-        say(textwrap.indent("".join(map(described, tuned)) or "none: auto follows its rule\n", "  "))
-        say("\nAdvice\n")
-        say("".join(f"  - {line}\n" for line in lines) or "  nothing to do\n")
+        say_now("\nTuned heads\n")
+        say_now(textwrap.indent("".join(map(described, tuned)) or "none: auto follows its rule\n", "  "))
+        say_now("\nAdvice\n")
+        say_now("".join(f"  - {line}\n" for line in lines) or "  nothing to do\n")
     return not any(result.failed for result in results)
 
 

@@ -18,7 +18,7 @@ from ..tuning.paths import shortened
 from ..vocab.machine import machine_of
 from ..vocab.tuned import SWITCH, Entry, Head, in_use, name_of, tuned_folder, write
 from .flags.values import dtype_name
-from .run.monitor import say
+from .run.monitor import say_now
 
 DTYPES = ("float32", "bfloat16", "float16")
 SHAPE = "D,V, the width of the hidden states and the size of the vocabulary, such as 1024,151936"
@@ -69,13 +69,13 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
     head = head_to_tune(model, shape, dtype, device)
     folder, rows = _writable(tuned_folder()), search.rows_for(head, device)
     found, machine = candidates(head, device), machine_of(device)
-    say(f"{model or 'head'}: {head}\n{machine.device}; torch {machine.torch}, Triton {machine.triton}\n\n")
-    say(_about(device))
-    say(_line("", *(f"{n} rows" for n in rows), "both"))
+    say_now(f"{model or 'head'}: {head}\n{machine.device}; torch {machine.torch}, Triton {machine.triton}\n\n")
+    say_now(_about(device))
+    say_now(_line("", *(f"{n} rows" for n in rows), "both"))
     results = []
     for result in _with_status(found, search.measured_in_turn(head, device, found, seconds, child.ask)):
         results.append(result)
-        say(_row(result, first=len(results) == 1))
+        say_now(_row(result, first=len(results) == 1))
     taken = search.chosen(results)
     if taken is None:
         raise EndoRewardError(
@@ -86,9 +86,9 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
     measured |= {"rows": rows, "threads": torch.get_num_threads() if device.type == "cpu" else None}
     measured["candidates"] = [result.to_json() for result in results]
     path = _stored(Entry(head, machine, taken.candidate.choice, measured), folder)
-    say(f"\nauto takes `{taken.candidate.name}` for this head from now on: {why}.\nStored in {shortened(path)}\n")
+    say_now(f"\nauto takes `{taken.candidate.name}` for this head from now on: {why}.\nStored in {shortened(path)}\n")
     if not in_use():
-        say(f"{SWITCH}=0 is set here, and ignores it.\n")
+        say_now(f"{SWITCH}=0 is set here, and ignores it.\n")
 
 
 def _about(device: torch.device) -> str:
@@ -156,9 +156,9 @@ def show() -> None:
     """Print every stored choice, whether `auto` uses it, and why it was taken."""
     found = list(stored.stored())
     if not found:
-        say("nothing is tuned: auto follows its rule for every head\n")
+        say_now("nothing is tuned: auto follows its rule for every head\n")
     for item in found:
-        say(described(item))
+        say_now(described(item))
 
 
 def described(item: stored.Stored) -> str:
