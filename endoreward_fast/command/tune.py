@@ -21,6 +21,7 @@ from .flags.values import dtype_name
 from .run.monitor import say_now
 
 DTYPES = ("float32", "bfloat16", "float16")
+RULE = " (auto's rule)"
 SHAPE = "D,V, the width of the hidden states and the size of the vocabulary, such as 1024,151936"
 
 
@@ -71,11 +72,12 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
     found, machine = candidates(head, device), machine_of(device)
     say_now(f"{model or 'head'}: {head}\n{machine.device}; torch {machine.torch}, Triton {machine.triton}\n\n")
     say_now(_about(device))
-    say_now(_line("", *(f"{n} rows" for n in rows), "both"))
+    width = 2 + max(len(candidate.name) for candidate in found) + len(RULE)
+    say_now(_line(width, "", *(f"{n} rows" for n in rows), "both"))
     results = []
     for result in _with_status(found, search.measured_in_turn(head, device, found, seconds, child.ask)):
         results.append(result)
-        say_now(_row(result, first=len(results) == 1))
+        say_now(_row(width, result, first=len(results) == 1))
     taken = search.chosen(results)
     if taken is None:
         raise EndoRewardError(
@@ -113,17 +115,17 @@ def _status(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _row(result: search.Measured, *, first: bool) -> str:
-    name = result.candidate.name + (" (auto's rule)" if first else "")
+def _row(width: int, result: search.Measured, *, first: bool) -> str:
+    name = result.candidate.name + (RULE if first else "")
     if result.problem:
-        return f"{name:<44}{result.problem}\n"
+        return f"{name:<{width}}{result.problem}\n"
     cells = [f"{middle:.2f} ({low:.2f}-{high:.2f})" for low, middle, high in result.ratios.values()]
-    return _line(name, *cells, f"{result.score:.2f}")
+    return _line(width, name, *cells, f"{result.score:.2f}")
 
 
-def _line(name: str, *cells: str) -> str:
+def _line(width: int, name: str, *cells: str) -> str:
     *wide, last = cells
-    return f"{name:<44}{''.join(f'{cell:<19}' for cell in wide)}{last}\n"
+    return f"{name:<{width}}{''.join(f'{cell:<19}' for cell in wide)}{last}\n"
 
 
 def _writable(folder: Path | None) -> Path:

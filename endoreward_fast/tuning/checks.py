@@ -13,9 +13,9 @@ from .child import Answer, ask
 from .measure import quartiles
 from .paths import shortened
 
-SMALL = (48, 1000)
+SMALL = (40, 300)
 """D and V, with a ragged last tile of every size"""
-SMALL_ROWS = (1, 20)
+SMALL_ROWS = (20,)
 LARGE = {"cpu": (1024, 32768, 128), "cuda": (4096, 131072, 4096)}
 """D, V and rows of the timed head"""
 LARGE_HEAD = "the timed head"

@@ -174,7 +174,6 @@ def test_a_machine_without_a_home_folder_is_examined(found, monkeypatch):
 def test_the_kernels_are_checked_in_the_interpreter_for_real(monkeypatch):
     """One real process: the interpreter is chosen by a variable that Triton reads once."""
     monkeypatch.setattr(checks, "KERNEL_DTYPES", (torch.float32,))
-    monkeypatch.setattr(checks, "SMALL_ROWS", (5,))
     [fused] = [subject for subject in checks.subjects() if subject.impl == "fused"]
     result = checks.check(fused, lambda device: torch.float32)
     assert not result.problems and result.ratio is None and 0 < result.errors["float32"] < 1e-5
