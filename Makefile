@@ -11,6 +11,8 @@ GPU_PYTHON ?= python3
 OUT ?= bench/results/gpu
 # A file of RM-Bench for `make bench-scoring`. Default: one beside the repository.
 DATA ?=
+# Targets measure and test the package, not what this machine's user has tuned.
+export ENDOREWARD_TUNED := 0
 VENV := .venv
 BIN := $(VENV)/bin
 CORE := $(VENV)/.core

@@ -7,7 +7,7 @@ impl  "fused"      Triton kernels, on a CUDA or ROCm device (or in the interpret
       "chunked"    torch code with a bounded workspace, on any device
       "compiled"   C++ code, on the CPU; the machine's compiler builds it on first use
       "reference"  eager torch that materialises everything, on any device; the oracle of the tests
-      "auto"       "fused" or "chunked", see `choose_impl`
+      "auto"       "fused" or "chunked", or what `endoreward tune` chose for the head; see `choose_impl`
 A named impl that cannot run raises ValueError. It never falls back to another one.
 """
 
@@ -21,6 +21,8 @@ from torch import Tensor
 from .types import TokenRewards, VocabStats
 from .vocab import reference
 from .vocab.checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
+from .vocab.choice import AUTO, standard_impl
+from .vocab.fused import obstacle_to_kernels
 
 if TYPE_CHECKING:
     from .vocab.shard_layout import VocabShard
@@ -28,37 +30,37 @@ if TYPE_CHECKING:
 Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
 
 
-def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype) -> str:
+def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype, linear: bool = False) -> str:
     """Return the implementation to run. Raises ValueError for an impl that cannot run.
 
+    `linear` says that the statistics are computed from hidden states, not from stored logits.
+
+    "auto" follows a rule. From hidden states, what `endoreward tune` chose for the head replaces the rule when the
+    operator runs (vocab/tuned.py). Without a tuning:
+
     "auto" is "fused" on CUDA and ROCm devices if Triton is installed and all tensors have one dtype out of bf16, fp16
-    and fp32; otherwise "chunked". On the CPU "auto" is always "chunked". TRITON_INTERPRET=1 does not change that: the
-    interpreter is for tests. An existing build of "compiled" does not change it either: a default must not depend on
-    earlier runs on the machine.
+    and fp32; otherwise "chunked". From fp32 hidden states on CUDA it is "chunked": cuBLAS multiplies exact fp32 several
+    times as fast as the kernel does (estimated from compiled code). The product follows torch's settings, so it is
+    exact unless the caller allows TF32. On the CPU "auto" is always "chunked". TRITON_INTERPRET=1 does not change that:
+    the interpreter is for tests. An existing build of "compiled" does not change it either: a default must not depend
+    on earlier runs on the machine.
     """
     if impl not in ("auto", "fused", "chunked", "compiled", "reference"):
         raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked', 'compiled' or 'reference'")
-    if impl == "compiled":
-        if device.type != "cpu":
-            raise ValueError(
-                f"impl='compiled' cannot run here: the tensors are on {device.type!r}, and it runs on the CPU only"
-            )
-        return impl
-    if impl in ("chunked", "reference"):
-        return impl
-    from .vocab.fused import obstacle_to_kernels
-
-    obstacle = obstacle_to_kernels(device, *dtypes)
-    if impl == "fused" and obstacle:
+    if impl == "compiled" and device.type != "cpu":
+        raise ValueError(
+            f"impl='compiled' cannot run here: the tensors are on {device.type!r}, and it runs on the CPU only"
+        )
+    if impl == "auto":
+        return standard_impl(device, *dtypes, linear=linear)
+    obstacle = obstacle_to_kernels(device, *dtypes) if impl == "fused" else None
+    if obstacle:
         raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would choose 'chunked'")
-    on_gpu = device.type == "cuda"
-    return "fused" if not obstacle and (impl == "fused" or on_gpu) else "chunked"
+    return impl
 
 
 def uses_kernels(chosen: str, device: torch.device) -> bool:
     """Return whether this implementation launches Triton kernels on this device."""
-    from .vocab.fused import obstacle_to_kernels
-
     return chosen == "fused" or (chosen == "chunked" and device.type == "cuda" and not obstacle_to_kernels(device))
 
 
@@ -133,7 +135,7 @@ def linear_vocab_stats(
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     targets, mask = check_rows(targets, mask, hidden, "hidden", alpha)
-    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype, linear=True)
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     if chosen == "reference":
         _refuse_sharded(shard)
@@ -143,7 +145,7 @@ def linear_vocab_stats(
     check_reverse_mode(chosen, hidden, weight, bias)
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(targets), _flat(mask), None,
-        float(logit_scale), softcap, float(alpha), entropy, logit_mean, chosen,
+        float(logit_scale), softcap, float(alpha), entropy, logit_mean, _run_as(impl, chosen, shard),
     )  # fmt: skip
     return _vocab_stats(out, targets.shape, entropy, logit_mean)
 
@@ -202,7 +204,7 @@ def linear_token_rewards(
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
-    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype, linear=True)
     if chosen == "reference":
         _refuse_sharded(shard)
         return reference.linear_token_rewards(
@@ -215,7 +217,7 @@ def linear_token_rewards(
     plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan.targets, plan.needed, plan.successor,
-        float(logit_scale), softcap, float(alpha), entropy, False, chosen,
+        float(logit_scale), softcap, float(alpha), entropy, False, _run_as(impl, chosen, shard),
     )  # fmt: skip
     return _token_rewards(out, tokens.shape, entropy)
 
@@ -240,6 +242,11 @@ def _localize(
     from .vocab.shard_layout import localize
 
     return localize(hidden, weight, bias, shard, vocab_size)
+
+
+def _run_as(impl: Impl, chosen: str, shard: "VocabShard | None") -> str:
+    """Return the operator's impl: "auto" looks for the head's tuning. A shard's V is not the head's, so it does not."""
+    return AUTO if impl == "auto" and shard is None else chosen
 
 
 def _linear_stats(shard: "VocabShard | None") -> Callable[..., list[Tensor]]:

@@ -11,6 +11,7 @@ from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it on import, and nothing has imported Triton yet
+os.environ["ENDOREWARD_TUNED"] = "0"  # what this machine's user has tuned must not decide what is tested
 
 # "fixed" draws the same examples every time and shows the first failure. `HYPOTHESIS_PROFILE=long python -m pytest
 # tests/vocab/test_properties.py tests/test_identities.py` draws 1000 new examples per test and shrinks failures.

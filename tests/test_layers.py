@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "kernels": "",
     "view": "",
     "types": "view",
-    "vocab": "types kernels",
+    "vocab": "types errors kernels",
     "functional": "types vocab",
     "returns": "vocab",
     "signals": "types errors vocab functional returns",
@@ -21,10 +21,11 @@ MAY_IMPORT = {
     "head": "errors vocab",
     "scoring": "types errors view text head returns signals",
     "model": "types errors vocab functional signals text head scoring",
+    "tuning": "errors vocab kernels",
     "rivals": "errors text scoring model",
     "pocket": "",
     "integrations": "errors returns text scoring model",
-    "command": "errors view text scoring model rivals pocket",
+    "command": "errors vocab view text scoring model rivals pocket tuning",
     "__main__": "command",
 }
 FACE = "__init__"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 
 from ..errors import EndoRewardError
 from ..model.checkpoint import weights_of
@@ -23,13 +20,15 @@ from .evaluate import plots, side_by_side
 from .evaluate.report import FileResult, to_json, to_text
 from .flags import help_text
 from .flags.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
-from .flags.panels import of_input, of_output, takes
+from .flags.panels import of_head, of_input, of_output, takes
+from .flags.values import device_name
+from .group import BAD_INPUT, Group, OneProcess
 from .input.files import STDIN, open_source
 from .input.formats import JSON, JSON_LINES, refuse_other_format
 from .run import pipeline
 from .run.interrupted import end, kept_until_written, resume_hint
-from .run.jobs import ANSWERS, Engine, Job, here, nothing_left
-from .run.monitor import Monitor, one_line, say
+from .run.jobs import Engine, Job, here, nothing_left
+from .run.monitor import Monitor, say
 from .run.ranks import Rank, help_out, lead
 from .run.resume import (
     Done,
@@ -46,50 +45,8 @@ from .run.resume import (
 from .run.sink import Sink
 from .show import show as show_file
 
-BAD_INPUT = 2  # exit code
-
-
-class _Group(TyperGroup):
-    """Print an EndoRewardError in one line and exit with code 2. Other exceptions are bugs: they keep a traceback."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Treat `help COMMAND` as `COMMAND --help`."""
-        return super().parse_args(ctx, [*args[1:], "--help"] if args[:1] == ["help"] else args)
-
-    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
-        """Keep the arguments as given in the context's `obj`."""
-        given = tuple(args)
-        ctx = super().make_context(info_name, args, parent, **extra)
-        ctx.obj = given
-        return ctx
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except EndoRewardError as error:
-            rank = os.environ.get("RANK", "0")
-            speaker = "" if rank == "0" else f"rank {rank}: "
-            print(f"endoreward: {speaker}{one_line(str(error))}", file=sys.stderr)
-            raise typer.Exit(BAD_INPUT) from None
-
-
-class _OneProcess(TyperCommand):
-    """A command that runs in one process."""
-
-    def invoke(self, ctx: Any) -> Any:
-        rank = Rank.from_environment()
-        if rank.alone:
-            return super().invoke(ctx)
-        if not rank.first:
-            raise typer.Exit  # after another exit code, the launcher might end rank 0 before it has printed why
-        raise EndoRewardError(
-            f"{ctx.info_name} runs in one process: start it without a launcher (only {' and '.join(ANSWERS)} run in "
-            "several)"
-        )
-
-
 app = typer.Typer(
-    cls=_Group,
+    cls=Group,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -213,7 +170,7 @@ def _engine(
     return on_ray(job, flags)
 
 
-@app.command("eval", cls=_OneProcess, epilog=help_text.EVAL)
+@app.command("eval", cls=OneProcess, epilog=help_text.EVAL)
 @takes(EvalFlags)
 def evaluate(
     files: Annotated[
@@ -263,7 +220,7 @@ def evaluate(
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess, epilog=help_text.SHOW)
+@app.command(cls=OneProcess, epilog=help_text.SHOW)
 @takes(RowFlags)
 def show(
     flags: RowFlags,
@@ -277,7 +234,7 @@ def show(
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess, epilog=help_text.PLOT)
+@app.command(cls=OneProcess, epilog=help_text.PLOT)
 @takes(RowFlags)
 def plot(file: File, flags: RowFlags) -> None:
     """Plot the scores of FILE, scores against length, and rewards by position. Default --output: rewards.png."""
@@ -285,13 +242,47 @@ def plot(file: File, flags: RowFlags) -> None:
         raise typer.Exit(BAD_INPUT)
 
 
-@app.command(cls=_OneProcess, epilog=help_text.DEMO)
+@app.command(cls=OneProcess, epilog=help_text.DEMO)
 @takes(ModelFlags)
 def demo(flags: ModelFlags) -> None:
     """Show the reward at work: real text against corrupted text, right answers against wrong ones."""
     from .demo import show
 
     show(flags)
+
+
+@app.command("tune", cls=OneProcess, epilog=help_text.TUNE)
+def tune_head(
+    model: Annotated[Optional[str], of_head("--model", "-m", help="Tune the head of this model.")] = None,  # noqa: UP045
+    shape: Annotated[Optional[str], of_head(metavar="D,V", help="Tune a head of this width and vocabulary.")] = None,  # noqa: UP045
+    dtype: Annotated[
+        str, of_head(help="float32, bfloat16 or float16. auto: the checkpoint's, or what is fastest here.")
+    ] = "auto",
+    device: Annotated[
+        Optional[str], of_head(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.", callback=device_name)  # noqa: UP045
+    ] = None,
+    seconds: Annotated[
+        float, of_head(help="Time to share among the candidates; their start takes about as much again.")
+    ] = 30,
+    show: Annotated[bool, of_output("--show", help="List what is stored, and whether auto uses it.")] = False,
+) -> None:
+    """Measure what computes a head fastest on this machine, and let impl="auto" take it."""
+    from . import tune
+
+    if show:
+        if model is not None or shape is not None:
+            raise EndoRewardError("--show lists every tuned head: leave --model and --shape out")
+        return tune.show()
+    tune.tune(model, shape, dtype, device, seconds)
+
+
+@app.command(cls=OneProcess, epilog=help_text.DOCTOR)
+def doctor(as_json: Annotated[bool, of_output("--json", help="Print JSON.")] = False) -> None:
+    """Say what runs on this machine, whether its numbers are right, and how fast it is: for bug reports."""
+    from .doctor import examine
+
+    if not examine(as_json=as_json):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -57,6 +57,11 @@ def refuse_other_models(causal: str | None, classifier: str | None) -> None:
             _find(kind, name, {"trust_remote_code": False})
 
 
+def config_of(name: str) -> Any:
+    """Return the config of a causal model, without reading its weights. Raises EndoRewardError as `load`."""
+    return _find(CAUSAL, name, {"trust_remote_code": False}).config
+
+
 @contextmanager
 def naming(name: str | PathLike[str]) -> Iterator[None]:
     """Add the model's name to an EndoRewardError that is raised in the block."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import EndoRewardError, first_line
+from ..vocab.cache import cache_folder
 from .gguf_files import refuse_without_readers, with_split
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _cache(name: str) -> Path:
     try:
         if asked:
             return Path(asked).expanduser().absolute()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "endoreward_fast"
+        return cache_folder()
     except RuntimeError as error:  # there is no home folder
         raise EndoRewardError(f"model {name!r}: {error}: name a cache folder in {CACHE}") from None
 

@@ -2,6 +2,7 @@
 
 `reference` is the oracle. `chunked` (with `chunked_backward` and `chunked_tiles`), `compiled`, `fused` and `workspace`
 are the fast implementations; `rows` holds the types and the row plan that they share. `checks` refuses bad arguments.
-`shard_layout` describes a vocabulary that is split over ranks, and `sharded` runs a pass on one shard. `ops` registers
-the passes with torch.
+`choice` says which of them runs, `tuned` finds what `endoreward tune` chose for a head on this `machine`, in the user's
+`cache` folder. `shard_layout` describes a vocabulary that is split over ranks, and `sharded` runs a pass on one shard.
+`ops` registers the passes with torch.
 """

@@ -23,6 +23,7 @@ from .chunked_backward import linear_backward, logits_backward
 from .chunked_tiles import (
     EXP_IS_ZERO,
     Buffer,
+    Limits,
     LinearTile,
     LogitRows,
     length,
@@ -70,19 +71,19 @@ def logits_forward(
 def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
     logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
-    successor: Tensor | None = None,
+    successor: Tensor | None = None, limits: Limits | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Return statistics, and rewards if `successor` is given, from hidden (N, D) and weight (V, D); 0 off the mask.
 
     The logits are computed tile by tile and never stored. chunked_tiles.uses_native_matmul says how bfloat16 inputs are
-    multiplied.
+    multiplied. `limits` replaces the device's limits on the tiles.
     """
     kept, all_targets = KeptRows(mask), targets
     hidden, targets = kept.take(hidden), kept.take(targets)
     num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
-    tiles = linear_tiles(hidden, weight)
-    tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
-    limits = limits_for(device)
+    limits = limits or limits_for(device)
+    tiles = linear_tiles(hidden, weight, limits=limits)
+    tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles, limits)
     size = max(tiles.chunk, min(limits.tile, tiles.rows * tiles.vocab))
     work = _Workspace(size, device, entropy or logit_mean)
     buffer = work.y  # a tile of one part is reduced in place

@@ -68,12 +68,12 @@ def logits_tiles(num_rows: int, vocab: int, device: torch.device) -> Tiles:
     return Tiles(rows, chunk * even_share(vocab // chunk, max(1, tile // (rows * chunk))), chunk)
 
 
-def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False) -> Tiles:
+def linear_tiles(hidden: Tensor, weight: Tensor, *, backward: bool = False, limits: Limits | None = None) -> Tiles:
     """Return the tile shape of the linear path: as wide as the limits on tiles and on upcast copies allow.
 
     Only a tile of few rows holds several chunks: there, many small calls would cost as much as the matmul.
     """
-    limits = limits_for(hidden.device)
+    limits = limits or limits_for(hidden.device)
     num_rows, dim = hidden.shape
     most_rows, most_vocab, tile = limits.rows, min(CHUNK, weight.shape[0]), limits.tile
     in_float32 = hidden.dtype == weight.dtype == torch.float32
@@ -218,13 +218,16 @@ class LinearTile:
     are views of the inputs, others are copies in reused buffers.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias, logit_scale: float, softcap, tiles: Tiles):
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias, logit_scale: float, softcap, tiles: Tiles,
+        limits: Limits | None = None,
+    ):  # fmt: skip
         self._inputs = (hidden, weight, bias)
         self._scale, self._softcap = logit_scale, softcap
         self._native = uses_native_matmul(hidden, weight)
-        limits = limits_for(device := hidden.device)
+        limits = limits or limits_for(hidden.device)
         self._width = limits.product if 1 < tiles.rows <= limits.rows else tiles.vocab
-        dim = hidden.shape[1]
+        device, dim = hidden.device, hidden.shape[1]
         self._weight_copy = None if self._keeps(weight) else Buffer(tiles.vocab * dim, device)
         self._hidden_copy = None if self._keeps(hidden) else Buffer(tiles.rows * dim, device)
         self.native_on_cpu = self._native and device.type == "cpu"  # its bfloat16 matmul has no float32 output

@@ -23,9 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .cache import cache_folder
 from .chunked import linear_backward
 from .chunked_backward import upstream_factors
-from .chunked_tiles import Buffer, LinearTile, length, linear_tiles, spans
+from .chunked_tiles import Buffer, Limits, LinearTile, length, linear_tiles, spans
 from .rows import KeptRows, RowGrads, RowRewards, RowStats, with_rewards
 
 __all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forward"]
@@ -67,13 +68,13 @@ def logits_backward(
 def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
     logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
-    successor: Tensor | None = None,
+    successor: Tensor | None = None, limits: Limits | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Do the same as `chunked.linear_forward`, with one call of the library to reduce each tile."""
     kept, all_targets = KeptRows(mask), targets
     hidden, targets = kept.take(hidden), kept.take(targets).contiguous()
-    tiles = linear_tiles(hidden, weight)
-    tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles)
+    tiles = linear_tiles(hidden, weight, limits=limits)
+    tile = LinearTile(hidden, weight, bias, logit_scale, softcap, tiles, limits)
     buffer = Buffer(tiles.rows * tiles.vocab, hidden.device)
     pass_ = _Pass(len(hidden), None, alpha, entropy, logit_mean)
     for columns in spans(0, weight.shape[0], tiles.vocab):
@@ -141,7 +142,7 @@ def library() -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = (SOURCE.read_text(), compiler, version, *FLAGS, _cpu_features())
     name = f"compiled-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:24]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "endoreward_fast"
+    folder = cache_folder()
     if not (folder / name).exists():
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)

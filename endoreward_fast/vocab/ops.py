@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .fused import obstacle_to_kernels
+from .choice import backend as _backend
 from .reference import outside_vocabulary
 from .rows import RowGrads, RowRewards, RowStats, at_rows, stats_grads
 
@@ -43,19 +43,6 @@ def _op(name: str):
         return call
 
     return register
-
-
-def _backend(impl: str, x: Tensor, linear: bool = False):
-    """Return the module that runs `impl` for x, logits or hidden: linear "chunked" is `workspace` if kernels run."""
-    if impl == "fused":
-        from . import fused as backend
-    elif impl == "compiled":
-        from . import compiled as backend
-    elif linear and x.device.type == "cuda" and not obstacle_to_kernels(x.device, x.dtype):
-        from . import workspace as backend
-    else:
-        from . import chunked as backend
-    return backend
 
 
 def _on_device_of(x: Tensor):
@@ -144,7 +131,7 @@ def linear_stats(
     """Do the same as `logits_stats` from hidden (N, D) and weight (V, D). Rows off the mask skip the matmul."""
     _refuse_outside(targets, mask, weight.shape[0])
     with _on_device_of(hidden):
-        stats, rewards = _backend(impl, hidden, linear=True).linear_forward(
+        stats, rewards = _backend(impl, hidden, weight).linear_forward(
             hidden, weight, targets, mask=mask, bias=bias, logit_scale=logit_scale, softcap=softcap, alpha=alpha,
             entropy=entropy, logit_mean=logit_mean, successor=successor,
         )  # fmt: skip
@@ -165,7 +152,7 @@ def linear_stats_backward(
     """Return (dhidden, dweight, dbias) in the inputs' dtypes; empty where `needs` is False."""
     grads = RowGrads(g_lse, g_target, g_entropy, g_mean)
     with _on_device_of(hidden):
-        found = _backend(impl, hidden, linear=True).linear_backward(
+        found = _backend(impl, hidden, weight).linear_backward(
             hidden, weight, targets, RowStats(*stats), grads, mask=mask, bias=bias, logit_scale=logit_scale,
             softcap=softcap, alpha=alpha, needs=tuple(needs),
         )  # fmt: skip

@@ -35,8 +35,9 @@ WEIGHT_COPY = 16 * MIB  # a chunk of weight in float32, or of its gradient: 64 M
 def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
     logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
-    successor: Tensor | None = None,
+    successor: Tensor | None = None, tile: int | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
+    """Return statistics, and rewards if `successor` is given. `tile` replaces FORWARD_TILE."""
     from ..kernels.combine import Partials, combine
     from ..kernels.config import LogitsConfig
     from ..kernels.primitives import Head
@@ -46,7 +47,7 @@ def linear_forward(
     kept = _kept(mask)
     hidden, targets = kept.take(hidden), kept.take(all_targets)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
-    tiles = _tiles(hidden, weight)
+    tiles = _tiles(hidden, weight, tile or FORWARD_TILE)
     buffer = Buffer(tiles.rows * tiles.vocab, hidden.device)
     partials = Partials.empty(-(-vocab // PIECE), num_rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
     for columns in spans(0, vocab, tiles.vocab):
@@ -133,10 +134,10 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _tiles(hidden: Tensor, weight: Tensor) -> Tiles:
-    """Return tiles that hold as many whole pieces side by side as fit the workspace."""
+def _tiles(hidden: Tensor, weight: Tensor, size: int) -> Tiles:
+    """Return tiles that hold as many whole pieces side by side as fit a workspace of `size` logits."""
     rows = even_share(hidden.shape[0], FORWARD_ROWS)
-    columns = FORWARD_TILE // rows
+    columns = size // rows
     if weight.dtype != hidden.dtype:
         columns = min(columns, WEIGHT_COPY // weight.shape[1])
     pieces = max(1, columns // PIECE)

@@ -107,6 +107,14 @@ def test_help_is_in_groups_with_an_example(command, monkeypatch):
         assert "Columns of FILE" in text and "prompt, chosen and rejected" in text
 
 
+@pytest.mark.parametrize(("command", "groups"), [("tune", {"Head", "Output"}), ("doctor", {"Output"})])
+def test_help_of_commands_without_rows_is_in_groups_too(command, groups, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = run(command, "-h").stdout
+    assert set(re.findall(r"^╭─ (\w+) ─", text, re.M)) == {"Options", *groups}
+    assert f"  endoreward {command}" in text and "…" not in text and max(map(len, text.splitlines())) <= 80
+
+
 def test_the_examples_in_help_are_commands(scorer, tmp_path, monkeypatch):
     """Run the examples with `pocket` in place of other models."""
     monkeypatch.chdir(tmp_path)

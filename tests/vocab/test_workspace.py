@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from endoreward_fast.vocab import chunked, reference, workspace
+from endoreward_fast.vocab.chunked_tiles import Buffer
 from endoreward_fast.vocab.rows import RowGrads
 
 FIELDS = ("lse", "target_logit", "entropy", "logit_mean")
@@ -132,3 +133,16 @@ def test_extra_device_memory_is_under_256_mib(device):
     out = workspace.linear_backward(hidden, weight, targets, stats, upstream, needs=(True, True, False), **head)
     kept = sum(g.numel() * g.element_size() for g in out[:2])
     assert torch.cuda.max_memory_allocated() - before - kept < 256 * 2**20
+
+
+def test_another_size_of_the_workspace_gives_the_same_statistics(device, monkeypatch):
+    """As `endoreward tune` may choose it."""
+    monkeypatch.setattr(workspace, "PIECE", 64)
+    hidden, weight, targets, head = _case(HEADS["plain"], torch.float32, device)
+    usual, _ = workspace.linear_forward(hidden, weight, targets, entropy=True, logit_mean=True, **head)
+    sizes = []
+    monkeypatch.setattr(workspace, "Buffer", lambda size, device: sizes.append(size) or Buffer(size, device))
+    small, _ = workspace.linear_forward(hidden, weight, targets, entropy=True, logit_mean=True, tile=20 * 64, **head)
+    assert sizes == [20 * 64]
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(small, name), getattr(usual, name), rtol=0, atol=0)

@@ -8,7 +8,7 @@ Examples:
   endoreward score rows.jsonl -m Qwen/Qwen2.5-0.5B-Instruct -o scored.jsonl
   endoreward COMMAND --help     flags, examples and columns of a command
 
-Exit codes: 0 success; 2 bad input or a row without a score; 130 Ctrl-C."""
+Exit codes: 0 success; 1 doctor found wrong numbers; 2 bad input or a row without a score; 130 Ctrl-C."""
 
 _SINGLE = """\
   prompt and completion           aliases: question; response, answer
@@ -75,3 +75,20 @@ Examples:
   endoreward demo -m Qwen/Qwen2.5-0.5B-Instruct
 
 Without --model it needs no network, because the package contains the model."""
+
+TUNE = """\
+Examples:
+  endoreward tune -m Qwen/Qwen2.5-0.5B-Instruct
+  endoreward tune --shape 1024,151936 --dtype bf16
+  endoreward tune --show
+
+The choice holds for one device, dtype and shape of the head, and for any
+number of rows. Named implementations, such as impl="fused", do not change.
+ENDOREWARD_TUNED=0 ignores all choices."""
+
+DOCTOR = """\
+Examples:
+  endoreward doctor
+  endoreward doctor --json > report.json
+
+Exit codes: 0 everything that should run gives right numbers; 1 otherwise."""

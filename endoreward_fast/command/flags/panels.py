@@ -16,6 +16,7 @@ of_scoring = partial(typer.Option, rich_help_panel="Scoring")
 of_input = partial(typer.Option, rich_help_panel="Input")
 of_output = partial(typer.Option, rich_help_panel="Output")
 of_cluster = partial(typer.Option, rich_help_panel="Cluster")
+of_head = partial(typer.Option, rich_help_panel="Head")
 of_comparison = partial(typer.Option, rich_help_panel="Compare")
 
 

@@ -128,6 +128,12 @@ def say(text: str) -> None:
     sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
 
 
+def say_now(text: str) -> None:
+    """Write `text` to standard output at once, also into a file or a pipe that somebody watches."""
+    say(text)
+    sys.stdout.flush()
+
+
 def one_line(text: str) -> str:
     """Return `text` without line breaks and control characters."""
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))

@@ -1,0 +1,76 @@
+"""Which implementation runs: the rule behind impl="auto", and the module of each implementation."""
+
+from collections.abc import Callable
+from functools import cache, partial
+from importlib import import_module
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .fused import obstacle_to_kernels
+from .tuned import Choice, stored_choice
+
+AUTO = "auto"
+"""impl of the linear operators: they look the head's choice up when they run, so torch.compile does not trace it"""
+
+
+def standard_impl(device: torch.device, *dtypes: torch.dtype, linear: bool) -> str:
+    """Return the implementation for tensors of these dtypes. `linear`: from hidden states, not from stored logits.
+
+    On a GPU it is "fused" if the kernels can run, with one exception. From float32 hidden states on CUDA it is
+    "chunked", because the kernel's float32 product runs without tensor cores and reads shared memory with conflicts:
+    by arithmetic, a tenth of cuBLAS's rate. AMD's gfx942 multiplies float32 on its matrix units and stays "fused".
+    """
+    if device.type != "cuda" or obstacle_to_kernels(device, *dtypes):
+        return "chunked"
+    exact_product = linear and dtypes[0] == torch.float32 and not torch.version.hip
+    return "chunked" if exact_product else "fused"
+
+
+class Configured(NamedTuple):
+    """A backend under a setting, for the linear operators."""
+
+    linear_forward: Callable[..., Any]
+    linear_backward: Callable[..., Any]
+
+
+def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | Configured:
+    """Return what runs `impl` for x: logits, or hidden states of a head with this weight.
+
+    Modules are imported on first use. "chunked" from hidden states is `workspace` on a GPU that runs the kernels. AUTO,
+    for hidden states only, is what `endoreward tune` chose for the head, or else the rule.
+    """
+    if impl == AUTO and weight is not None:
+        impl, arguments = _auto(x.device, x.dtype, weight.dtype, weight.shape[1], weight.shape[0])
+        return _configured(impl, arguments, x, weight)
+    on_gpu = weight is not None and x.device.type == "cuda"
+    if impl == "chunked" and on_gpu and not obstacle_to_kernels(x.device, x.dtype):
+        impl = "workspace"
+    return import_module(f".{impl}", __package__)
+
+
+def configured(choice: Choice, hidden: Tensor, weight: Tensor) -> Configured:
+    """Return the backend of a choice. Its setting replaces the implementation's own in the forward."""
+    return _configured(choice.impl, choice.arguments(hidden.device), hidden, weight)
+
+
+def _configured(impl: str, arguments: dict[str, Any], hidden: Tensor, weight: Tensor) -> Configured:
+    module = backend(impl, hidden, weight)
+    return Configured(partial(module.linear_forward, **arguments), module.linear_backward)
+
+
+@cache
+def _auto(
+    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, dim: int, vocab: int
+) -> tuple[str, dict[str, Any]]:
+    """Return the implementation that `auto` takes for a head and the arguments of its forward. Reads a file once."""
+    found = stored_choice(device, dtype, dim, vocab) if dtype == weight_dtype else None
+    found = found or Choice(standard_impl(device, dtype, weight_dtype, linear=True))
+    return found.impl, found.arguments(device)
+
+
+def forget() -> None:
+    """Look every head up again: the stored choices or the environment have changed."""
+    _auto.cache_clear()
