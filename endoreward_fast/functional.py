@@ -182,7 +182,7 @@ def token_rewards(
         )
     check_reverse_mode(chosen, logits)
     from .vocab.ops import logits_stats
-    from .vocab.rows import plan_rows
+    from .vocab.plan import plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
     out = logits_stats(logits, plan.targets, plan.needed, plan.successor, float(alpha), entropy, False, chosen)
@@ -212,7 +212,7 @@ def linear_token_rewards(
             logit_scale=logit_scale, softcap=softcap, alpha=alpha, entropy=entropy,
         )  # fmt: skip
     check_reverse_mode(chosen, hidden, weight, bias)
-    from .vocab.rows import plan_rows
+    from .vocab.plan import plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
     out = _linear_stats(shard)(

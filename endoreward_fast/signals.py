@@ -31,8 +31,8 @@ from .functional import Impl, linear_vocab_stats, vocab_stats
 from .returns import sequence_score
 from .types import NO_TARGET, TokenRewards, VocabStats
 from .vocab.checks import check_linear, check_logits, check_rewards
+from .vocab.plan import RowPlan, plan_rows
 from .vocab.reference import shift_left
-from .vocab.rows import RowPlan, plan_rows
 
 IMMENSE = 1e30
 """Only words at the lowest number of bfloat16 or float32 make a mean this large: one word in 2^24 makes it 2e31."""

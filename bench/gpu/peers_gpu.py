@@ -25,7 +25,7 @@ from torch import Tensor
 from bench.harness import peers as torch_peers
 from bench.harness.peers import BARE_MATMUL, DEVICE_COPY, LOGSUMEXP, OURS, THREE_MATMULS, Inputs, Peer
 from endoreward_fast import linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
-from endoreward_fast.vocab.rows import plan_rows
+from endoreward_fast.vocab.plan import plan_rows
 
 OURS_FUSED, OURS_CHUNKED = f"{OURS}, fused", f"{OURS}, chunked"
 FOUR_MATMULS = "four bare matmuls"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..types import NO_TARGET
-from .reference import scored_terminal_needed, shift_left
 
 SUM_SCALE = 2.0**-32
 """Scale of the sum behind the logit mean. Without it, words masked with their dtype's lowest number would overflow the
@@ -87,36 +86,6 @@ class RowGrads(NamedTuple):
     target_logit: Tensor
     entropy: Tensor | None
     logit_mean: Tensor | None
-
-
-class RowPlan(NamedTuple):
-    """Maps tokens (B, T) to rows. Each field is (B T,)."""
-
-    targets: Tensor
-    """int64: the token chosen in the state; -100 if it is not scored"""
-    successor: Tensor
-    """int64: row of the state after that token; -1 if the token is terminal or not scored"""
-    needed: Tensor
-    """bool: rows whose statistics the rewards need; the others are not computed"""
-
-
-def plan_rows(
-    tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None, kernels: bool = False
-) -> RowPlan:
-    """Return the rows of tokens (B, T). `kernels`: by one kernel launch instead of some thirty of torch's."""
-    if kernels:
-        from .ops import plan
-
-        return RowPlan(*plan(tokens, mask, terminal, cu_seqlens))
-    scored, ends, needed = scored_terminal_needed(tokens, mask, terminal, cu_seqlens)
-    chosen = shift_left(scored)
-    next_token = torch.cat([tokens[:, 1:], tokens[:, :1]], 1)
-    row = torch.arange(tokens.numel(), device=tokens.device).view_as(tokens)
-    return RowPlan(
-        torch.where(chosen, next_token, NO_TARGET).flatten(),
-        torch.where(chosen & ~shift_left(ends), row + 1, -1).flatten(),
-        needed.flatten(),
-    )
 
 
 def successor_among(successor: Tensor | None, mask: Tensor, rows: Tensor) -> Tensor | None:

@@ -104,7 +104,7 @@ REWARDS = {
         f"{PROPERTIES}::test_within_the_budget[chunked-logits-rewards]",
     ),
     "the successor is the state itself": Mutation(
-        "vocab/rows.py",
+        "vocab/plan.py",
         "row + 1, -1)",
         "row, -1)",
         f"{IDENTITIES}::test_rewards_up_to_a_terminal_token_sum_to_the_logprobs_and_the_first_value[logits-chunked]",

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import endoreward_fast as er
 from endoreward_fast.vocab import ops, workspace
-from endoreward_fast.vocab.rows import plan_rows
+from endoreward_fast.vocab.plan import plan_rows
 
 READS_BACK = {"aten::nonzero", "aten::_local_scalar_dense", "aten::masked_select", "aten::index.Tensor"}
 
