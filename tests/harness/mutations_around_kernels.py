@@ -177,7 +177,7 @@ ORACLE = {
         "vocab/reference.py",
         "offsets[cu_seqlens.long()] = True",
         "offsets[cu_seqlens.long() - 1] = True",
-        f"{IDENTITIES}::test_packed_sequences_equal_separate_sequences_bitwise[fused-logits]",
+        f"{ROWS}::test_the_kernels_plan_is_the_one_of_torch[7]",
     ),
     "the oracle's softcap without its factor": Mutation(
         "vocab/reference.py",

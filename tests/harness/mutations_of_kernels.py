@@ -1,6 +1,6 @@
 """Mutations of kernels/: what test_mutations.py breaks there. name: Mutation."""
 
-from mutations import DEVICES, HARD, IDENTITIES, MAIN, PROPERTIES, WILD_READ, WORKSPACE, Mutation
+from mutations import DEVICES, HARD, IDENTITIES, MAIN, PROPERTIES, ROWS, WILD_READ, WORKSPACE, Mutation
 
 SCALE = "    if HAS_SCALE:\n        z *= logit_scale\n"
 SOFTCAP = "    if HAS_SOFTCAP:\n        z = softcap * tanh(z * (1.0 / softcap))"
@@ -226,11 +226,25 @@ COMBINE = {
     ),
     "a batch-dependent order of sums": Mutation(
         "kernels/combine.py",
-        "for first in range(0, n_splits, SPLITS):\n        split = first + tl.arange(0, SPLITS)\n        a_m",
-        "for first in range(0, n_splits - (pitch > 8), SPLITS - (pitch > 8)):\n"
-        "        split = first + tl.arange(0, SPLITS)\n        a_m",
+        "mask=(split < n_splits)[:, None]",
+        "mask=(split < n_splits - (pitch > 8))[:, None]",
         f"{HARD}::test_a_row_alone_is_bitwise_the_same_row_in_a_batch_and_from_run_to_run[linear]",
     ),
 }
 
-OF_KERNELS = PRIMITIVES | LINEAR | LOGITS | COMBINE
+PLAN = {
+    "the kernel's packed boundaries one token late": Mutation(
+        "kernels/rows.py",
+        "mask=m, other=-1) == x",
+        "mask=m, other=-1) == x - 1",
+        f"{IDENTITIES}::test_packed_sequences_equal_separate_sequences_bitwise[fused-logits]",
+    ),
+    "a block of the mask forgotten": Mutation(
+        "kernels/rows.py",
+        "count += tl.sum(keeps, 0)",
+        "count = tl.sum(keeps, 0)",
+        f"{ROWS}::test_the_rows_that_a_mask_keeps[0.4-5000]",
+    ),
+}
+
+OF_KERNELS = PRIMITIVES | LINEAR | LOGITS | COMBINE | PLAN

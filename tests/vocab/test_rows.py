@@ -89,10 +89,12 @@ def test_a_masked_call_reads_nothing_back(call, masked, monkeypatch):
 def test_a_captured_gradient_reads_nothing_back_and_is_the_same(masked, monkeypatch):
     hidden, weight, tokens, mask = masked
     hidden[0] = torch.nan  # off the mask
+    bias = torch.zeros(70, device=hidden.device)
+    bias[0] = 100.0  # its exponential overflows without a shift
 
     def gradients():
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        out = er.linear_token_rewards(*leaves, tokens, mask=mask, entropy=True, impl="fused")
+        out = er.linear_token_rewards(*leaves, tokens, mask=mask, bias=bias, entropy=True, impl="fused")
         return torch.autograd.grad(out.reward.sum() + out.logprob.square().sum() + out.entropy.sum(), leaves)
 
     plain = gradients()
