@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -16,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .linear_vocab_stats import token_tile_and_split
-from .primitives import NEG_INF, SUM_SCALE, apply_head, finite_or_zero, merge, weight_and_exponent
+from .primitives import NEG_INF, SUM_SCALE, apply_head, finite_or_zero, merge, tanh, weight_and_exponent
 
 # Triton 3.9 renamed the copy.
 copy_tile = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -102,7 +103,9 @@ def consume(
     BLOCK_V: gl.constexpr = w_ring.shape[1]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_V, 16])
     ROWS: gl.constexpr = gl.SliceLayout(1, LOGITS)
+    FLAT: gl.constexpr = gl.BlockedLayout([BLOCK_V // 128], [32], [4], [0])
     splits = gl.cdiv(vocab, SPLIT)
+    ragged = vocab // BLOCK_V * BLOCK_V  # where the tile starts that has columns outside the vocabulary, if one has
     steps = gl.cdiv(dim, BLOCK_D)
     stage = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -132,16 +135,19 @@ def consume(
             col = o_v + gl.arange(0, BLOCK_V, gl.SliceLayout(0, LOGITS))
             b_bias = 0.0
             if HAS_BIAS:
-                b_bias = gl.load(bias + col, mask=col < vocab, other=0.0).to(gl.float32)[None, :]
-            z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
-            if LOGIT_MEAN:
-                u += gl.sum(gl.where((col < vocab)[None, :], z * SUM_SCALE, 0.0), 1)
-            if o_v + BLOCK_V > vocab:  # only the last tile has columns outside the vocabulary
-                z = gl.where((col < vocab)[None, :], z, NEG_INF)
-
-            if (tiles_hit >> ((o_v - start) // BLOCK_V)) & 1:
+                flat = o_v + gl.arange(0, BLOCK_V, FLAT)
+                b_bias = gl.load(bias + flat, mask=flat < vocab, other=0.0).to(gl.float32)
+                b_bias = gl.convert_layout(b_bias, gl.SliceLayout(0, LOGITS))[None, :]
+            z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, False)
+            if HAS_SOFTCAP:
+                z = softcap * gl.map_elementwise(tanh, z * (1.0 / softcap))
+            if LOGIT_MEAN:  # columns outside the vocabulary are 0: the copies fill with zeros, and tanh(0) = 0
+                u += gl.sum(z * SUM_SCALE, 1)
+            hit = (tiles_hit >> ((o_v - start) // BLOCK_V)) & 1
+            if (o_v == ragged) | (hit != 0):
                 m_here = (target >= o_v) & (target < o_v + BLOCK_V)
                 gl.store(p_target + row, gl.sum(gl.where(col[None, :] == target[:, None], z, 0.0), 1), mask=m_here)
+                z = gl.where((col < vocab)[None, :], z, NEG_INF)
 
             b_m = gl.max(z, 1)
             e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
@@ -159,7 +165,7 @@ def consume(
             gl.store(p_u + o, u, mask=m_row)
 
 
-@gluon.jit(do_not_specialize=["n_rows", "vocab"])
+@gluon.jit(do_not_specialize=["n_rows", "vocab", "dim"])
 def hopper_partials_kernel(
     hidden, weight, bias, targets, p_m, p_s, p_t, p_u, p_target,
     n_rows, vocab, dim, logit_scale, softcap, c,
@@ -176,6 +182,7 @@ def hopper_partials_kernel(
         mbarrier.init(full.index(i), count=1)
     for i in gl.static_range(CONSUMERS * STAGES):
         mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()  # before the copies signal the barriers
 
     gl.warp_specialize(
         [
@@ -192,5 +199,5 @@ def hopper_partials_kernel(
             (produce, (hidden, weight, h_ring, w_ring, full, empty, n_rows, vocab, dim, BLOCK_V, SPLIT, GROUP)),
         ],
         [4, 1],
-        [232, 32],
+        [240, 24],
     )  # fmt: skip
