@@ -117,11 +117,11 @@ def consume(
     phase = gl.to_tensor(0)
     for work in range(gl.program_id(0), gl.cdiv(n_rows, BLOCK_N) * splits, gl.num_programs(0)):
         tile, split = token_tile_and_split(work, n_rows, splits, BLOCK_N, GROUP)
-        row = tile * BLOCK_N + CONSUMER * CONSUMER_N + gl.arange(0, CONSUMER_N, ROWS)
-        m_row = row < n_rows
+        o_n = tile * BLOCK_N + CONSUMER * CONSUMER_N
         start = split * SPLIT
         end = gl.minimum(start + SPLIT, vocab)
-        target, tiles_hit = targets_in_split(targets + row, m_row, start, end, BLOCK_V)
+        target = targets_in_split(targets, o_n, n_rows, start, end, ROWS)
+        tiles_hit = tiles_with_a_target(targets, o_n, n_rows, start, end, BLOCK_V)
 
         m = gl.full([CONSUMER_N], NEG_INF, gl.float32, ROWS)
         s = gl.zeros([CONSUMER_N], gl.float32, ROWS)
@@ -139,10 +139,9 @@ def consume(
             if (tiles_hit & 1 != 0) | (end - o_v < BLOCK_V):
                 col = gl.arange(0, BLOCK_V, gl.SliceLayout(0, LOGITS))
                 b_target = gl.sum(gl.where(col[None, :] == target[:, None], z, 0.0), 1)
+                row = o_n + gl.arange(0, CONSUMER_N, ROWS)
                 gl.store(p_target + row, b_target, mask=(target >= 0) & (target < BLOCK_V))
                 z = gl.where((col < end - o_v)[None, :], z, NEG_INF)
-            target -= BLOCK_V
-            tiles_hit = tiles_hit >> 1
 
             b_m = gl.max(z, 1)
             e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
@@ -150,7 +149,11 @@ def consume(
             if ENTROPY:
                 b_t = gl.sum(e * d, 1)
             m, s, t = merge(m, s, t, b_m, gl.sum(e, 1), b_t, c, ENTROPY)
+            target -= BLOCK_V
+            tiles_hit = tiles_hit >> 1
 
+        row = o_n + gl.arange(0, CONSUMER_N, ROWS)
+        m_row = row < n_rows
         p = partials + split.to(gl.int64) * n_rows + row
         field = splits.to(gl.int64) * n_rows
         gl.store(p, m, mask=m_row)
@@ -162,12 +165,22 @@ def consume(
 
 
 @gluon.jit
-def targets_in_split(targets, m_row, start, end, BLOCK_V: gl.constexpr):
-    """Return each row's target relative to the split (-1: outside of it), and one bit for each tile that holds one."""
-    target = gl.load(targets, mask=m_row, other=-1)
-    m_hit = (target >= start) & (target < end)
-    target = gl.where(m_hit, target - start, -1).to(gl.int32)
-    return target, gl.reduce_or(gl.where(m_hit, 1 << (target // BLOCK_V), 0), 0)
+def targets_in_split(targets, o_n, n_rows, start, end, ROWS: gl.constexpr):
+    """Return the targets of 64 tokens relative to the split; -1 outside of it."""
+    row = o_n + gl.arange(0, CONSUMER_N, ROWS)
+    target = gl.load(targets + row, mask=row < n_rows, other=-1)
+    return gl.where((target >= start) & (target < end), target - start, -1).to(gl.int32)
+
+
+@gluon.jit
+def tiles_with_a_target(targets, o_n, n_rows, start, end, BLOCK_V: gl.constexpr):
+    """Return one bit for each vocabulary tile of the split that holds a target of these 64 tokens: few do.
+
+    Each warp reads all of them, so that no barrier is needed.
+    """
+    WARP: gl.constexpr = gl.BlockedLayout([CONSUMER_N // 32], [32], [4], [0])
+    target = targets_in_split(targets, o_n, n_rows, start, end, WARP)
+    return gl.reduce_or(gl.where(target >= 0, 1 << (target // BLOCK_V), 0), 0)
 
 
 @gluon.jit
