@@ -1,0 +1,34 @@
+"""Fixtures of the emulator's tests. elsewhere.py says where these tests run."""
+
+import os
+
+import pytest
+from elsewhere import FOLDER, HERE, OtherProcess
+
+RUN_HERE = HERE in os.environ
+if RUN_HERE:
+    os.environ.pop("TRITON_INTERPRET", None)  # tests/conftest.py has set it; nothing has imported Triton yet
+
+from package import Package  # noqa: E402  it imports Triton
+
+OTHER = pytest.StashKey[OtherProcess]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item, nextitem):
+    if RUN_HERE or not item.path.is_relative_to(FOLDER):
+        return None
+    if OTHER not in item.config.stash:
+        item.config.stash[OTHER] = OtherProcess(item.config)
+        item.config.add_cleanup(item.config.stash[OTHER].close)
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for report in item.config.stash[OTHER].run(item.nodeid, nextitem and nextitem.nodeid):
+        item.ihook.pytest_runtest_logreport(report=report)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+@pytest.fixture
+def package(monkeypatch) -> Package:
+    """Return a way to run the package on CPU tensors as if they were on an emulated device."""
+    return Package(monkeypatch)
