@@ -1,15 +1,16 @@
-"""Fixtures of the emulator's tests. elsewhere.py says where these tests run."""
+"""Fixtures of the emulator's tests. other_process.py says where these tests run."""
 
 import os
 
 import pytest
-from elsewhere import FOLDER, HERE, OtherProcess
+
+from other_process import FOLDER, HERE, OtherProcess
 
 RUN_HERE = HERE in os.environ
 if RUN_HERE:
     os.environ.pop("TRITON_INTERPRET", None)  # tests/conftest.py has set it; nothing has imported Triton yet
 
-from package import Package  # noqa: E402  it imports Triton
+from emulated_package import Package
 
 OTHER = pytest.StashKey[OtherProcess]()
 

@@ -75,24 +75,44 @@ class MBarrier:
         block.blocked[self.waiting] = False
         self.waiting[:] = False
 
+    def describe(self, address: int) -> str:
+        """Say what is missing of the phase that has not completed."""
+        return (
+            f"phase {self.phases} of the mbarrier at shared address {address}, where {self.arrivals} of {self.count} "
+            f"arrivals and {self.bytes} bytes are missing"
+        )
+
     def land(self, block) -> None:
         for copy in self.landing:
             block.shared.land(*copy)
         self.landing = []
 
 
-def find(block, address: int, what: str) -> MBarrier:
+def find(block, address: int, warp: int, what: str) -> MBarrier:
+    """Return the mbarrier at an address, which counts as a read: a warp must be ordered behind its initialisation."""
     if address not in block.mbarriers:
         raise Fault(f"{what}: there is no mbarrier at shared address {address}")
+    block.clocks.read(*_place(block, address, warp, what), what)
     return block.mbarriers[address]
+
+
+def _place(block, address: int, warp: int, what: str) -> tuple[np.ndarray, np.ndarray]:
+    return block.shared.where(np.array([address]), 8, what), np.array([warp])
+
+
+def _claim(block, address: int, warp: int, what: str) -> None:
+    """Note that a warp makes or ends an mbarrier, which counts as a write."""
+    at, warps = _place(block, address, warp, what)
+    block.clocks.check_write(at, warps, what)
+    block.clocks.record_write(at, warp)
 
 
 def _init(operands: Operands):
     ins, address, count = operands.instruction, operands.address(0), operands.read(1, "u32")
 
     def execute(block, threads):
-        for at in address(block, threads).tolist():
-            block.shared.where(np.array([at]), 8, ins.text)
+        for at, thread in zip(address(block, threads).tolist(), block.thread[threads].tolist(), strict=True):
+            _claim(block, at, thread // 32, ins.text)
             n = int(np.max(count(block, threads)))
             clock, waiting = block.clocks.of_mbarrier(at), np.zeros(len(block.thread), bool)
             block.mbarriers[at] = MBarrier(block.clocks.agent(at), n, n, clock, waiting=waiting)
@@ -104,8 +124,9 @@ def _invalidate(operands: Operands):
     ins, address = operands.instruction, operands.address(0)
 
     def execute(block, threads):
-        for at in address(block, threads).tolist():
-            barrier = find(block, at, ins.text)
+        for at, thread in zip(address(block, threads).tolist(), block.thread[threads].tolist(), strict=True):
+            barrier = find(block, at, thread // 32, ins.text)
+            _claim(block, at, thread // 32, ins.text)
             if barrier.copies or barrier.landing:
                 raise Fault(f"{ins.text}: nothing has waited for a bulk copy of this mbarrier")
             del block.mbarriers[at]
@@ -122,7 +143,7 @@ def _arrival(operands: Operands):
     def execute(block, threads):
         n = int(np.max(amount(block, threads))) if amount else 1
         for at, thread in zip(address(block, threads).tolist(), block.thread[threads].tolist(), strict=True):
-            barrier = find(block, at, ins.text)
+            barrier = find(block, at, thread // 32, ins.text)
             barrier.bytes += n if expects else 0
             barrier.arrivals -= 1 if expects else n
             if barrier.arrivals < 0:
@@ -144,14 +165,11 @@ def _wait(operands: Operands):
             places, parities = np.unique(address(block, own)), np.unique(parity(block, own) & np.uint32(1))
             if len(places) > 1 or len(parities) > 1:
                 raise operands.refuse("lanes of one warp that wait for different phases")
-            barrier = find(block, int(places[0]), ins.text)
+            barrier = find(block, int(places[0]), warp, ins.text)
             if barrier.phases & 1 == parities[0]:
                 barrier.waiting[own] = True
                 block.blocked[own] = True
-                block.reasons[warp] = (
-                    f"{ins.text} at shared address {places[0]}, parity {parities[0]}: {barrier.phases} phases are "
-                    f"complete, {barrier.arrivals} of {barrier.count} arrivals and {barrier.bytes} bytes are missing"
-                )
+                block.awaited[warp] = (barrier, int(places[0]))
                 continue
             barrier.land(block)
             if barrier.completed is not None:

@@ -29,7 +29,7 @@ class EmulatedDriver(DriverBase):
     def __init__(self, arch: int, order: str = "lockstep", rewrite: Callable[[str], str] | None = None):
         self.arch, self.order, self.rewrite = arch, order, rewrite
         self.launcher_cls = functools.partial(_Launcher, self)
-        self.launches: list[str] = []
+        self.launches: list[Program] = []
         self.utils = self
 
     @classmethod
@@ -71,7 +71,7 @@ class _Launcher:
     def __call__(self, grid_x, grid_y, grid_z, stream, ptx, packed, launch_metadata, enter_hook, exit_hook, *arguments):
         active = drivers.active  # Triton keeps this launcher with the kernel; the order and the rewriting may change
         program = load(ptx if active.rewrite is None else active.rewrite(ptx))
-        active.launches.append(program.name)
+        active.launches.append(program)
         launch(
             program, (grid_x, grid_y, grid_z), dict(zip(self.source.fn.arg_names, arguments, strict=True)),
             self.source.signature, self.metadata, active.order,

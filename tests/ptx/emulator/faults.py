@@ -13,6 +13,10 @@ class Misaligned(Fault):
     """An address that is not a multiple of the size of the access."""
 
 
+class Unwritten(Fault):
+    """A read of shared memory that nobody has written."""
+
+
 class EarlyAccess(Fault):
     """An access to shared memory that an asynchronous copy or matmul still uses: nothing has waited for it."""
 

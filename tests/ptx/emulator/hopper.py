@@ -123,7 +123,11 @@ def bulk_copy(operands: Operands):
     What lies outside of the matrix becomes 0. The bytes count for the mbarrier all the same.
     """
     ins = operands.instruction
-    if ins.modifiers[2:4] != ("tensor", "2d") or "multicast" in ins.text or not ins.modifiers[5].startswith("global"):
+    if (
+        ins.modifiers[2:4] != ("tensor", "2d")
+        or any(m.startswith("multicast") for m in ins.modifiers)
+        or not ins.modifiers[5].startswith("global")
+    ):
         raise operands.refuse("a bulk copy of another form")
     target, mbarrier = operands.address(0), operands.address(2)
     descriptor, column, row = re.fullmatch(
@@ -142,7 +146,7 @@ def bulk_copy(operands: Operands):
             if at.max() >= block.shared.size:
                 raise OutOfBounds(f"{ins.text}: it writes shared address {at.max()} of {block.shared.size}")
             data = box.read(block.memory, int(np.max(x(block, one))), int(np.max(y(block, one))), ins.text)
-            barrier = find(block, int(mbarrier(block, one)[0]), ins.text)
+            barrier = find(block, int(mbarrier(block, one)[0]), thread // 32, ins.text)
             block.shared.begin_copy(at.reshape(1, -1), one // 32, ins.text)
             barrier.copies.append((at, data))
             barrier.bytes -= data.size

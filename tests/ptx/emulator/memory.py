@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import torch
 
-from .faults import EarlyAccess, Misaligned, OutOfBounds
+from .faults import EarlyAccess, Misaligned, OutOfBounds, Unwritten
 from .races import Clocks
 
 MOST_PIECES = 4096  # of one tensor
@@ -91,6 +91,7 @@ class SharedMemory:
     def load(self, at: np.ndarray, warps: np.ndarray, what: str) -> np.ndarray:
         """Return the bytes at `at` (n, size), which lanes of `warps` (n,) read."""
         self._refuse_landing(at, what)
+        self._refuse_unwritten(at, what)
         self.clocks.read(at, warps, what)
         return self.bytes[at]
 
@@ -99,7 +100,7 @@ class SharedMemory:
         self._refuse_reading(at, what)
         changed = self.bytes[at] != data  # warps may write equal values to one place
         self.clocks.check_write(at, warps, what, changed)
-        self.clocks.record_write(at[changed], np.broadcast_to(warps[:, None], at.shape)[changed])
+        self.clocks.record_write(at, warps[:, None])
         self.bytes[at] = data
 
     def begin_copy(self, at: np.ndarray, warps: np.ndarray, what: str) -> None:
@@ -119,6 +120,7 @@ class SharedMemory:
     def begin_read(self, at: np.ndarray, warps: np.ndarray, what: str) -> None:
         """Note that a matmul reads these bytes until `end_read`."""
         self._refuse_landing(at, what)
+        self._refuse_unwritten(at, what)
         self.clocks.check_read(at, warps, what)
         self._reading[at] += 1
 
@@ -126,6 +128,11 @@ class SharedMemory:
         self._reading[at] -= 1
         self.clocks.record_read(at, warps)
         return self.bytes[at]
+
+    def _refuse_unwritten(self, at: np.ndarray, what: str) -> None:
+        written = self.clocks.written(at)
+        if not written.all():
+            raise Unwritten(f"{what}: nobody has written shared address {int(at[~written][0])}")
 
     def _refuse_landing(self, at: np.ndarray, what: str) -> None:
         if self._landing[at].any():

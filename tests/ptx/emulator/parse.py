@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .faults import NotEmulated
 
@@ -13,7 +13,7 @@ WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Instruction:
-    text: str
+    text: str  # for messages: long ones are shortened
     name: str  # "ld"
     modifiers: tuple[str, ...]  # ("global", "v4", "b32")
     operands: tuple[str, ...]
@@ -46,20 +46,30 @@ def parse(ptx: str) -> Program:
         raise NotEmulated("PTX without a kernel of a known number of threads")
     program = Program(entry[1], int(threads[1]))
     program.parameters = re.findall(r"([\w$]+_param_\d+)", entry[2])
-    scope: dict[str, str] = {}  # labels of a block of inline assembly: their name, made unique
-    for kind, words in _statements(text, entry.end()):
+    branches = []
+    for kind, words, blocks in _statements(text, entry.end()):
         if kind == "label":
-            if not words.startswith("$"):
-                scope[words] = f"{words}@{len(program.instructions)}"
-            program.labels[scope.get(words, words)] = len(program.instructions)
+            program.labels[_scoped(words, blocks)] = len(program.instructions)
         elif words.startswith(".reg"):
             program.registers |= dict(_declared(words))
         elif words.startswith(".branchtargets"):
             program.tables[list(program.labels)[-1]] = [x.strip() for x in words.split(None, 1)[1].split(",")]
         elif words and not words.startswith("."):
-            program.instructions.append(_instruction(words, scope))
+            program.instructions.append(_instruction(words))
+            if program.instructions[-1].name == "bra":
+                branches.append((len(program.instructions) - 1, blocks))
+    for at, blocks in branches:  # a label may stand in the branch's own block, or in one around it
+        instruction = program.instructions[at]
+        names = [_scoped(instruction.operands[0], blocks[:depth]) for depth in range(len(blocks), -1, -1)]
+        label = next(name for name in names if name in program.labels)
+        program.instructions[at] = replace(instruction, operands=(label,))
     program.code = [None] * len(program.instructions)
     return program
+
+
+def _scoped(label: str, blocks: tuple[int, ...]) -> str:
+    """Return a name for a label that no other block of the function uses. Inline assembly repeats its labels."""
+    return f"{label}@{blocks[-1]}" if blocks else label
 
 
 def _without_comments(ptx: str) -> Iterator[str]:
@@ -69,19 +79,23 @@ def _without_comments(ptx: str) -> Iterator[str]:
             yield line
 
 
-def _statements(text: str, at: int) -> Iterator[tuple[str, str]]:
-    """Yield ("label", name) and ("statement", words) of the function body that begins at `at`."""
-    depth = 1
-    while depth:
+def _statements(text: str, at: int) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield ("label", name, blocks) and ("statement", words, blocks) of the function body that begins at `at`.
+
+    `blocks` are the places of the opening braces around it, from the outermost, without the function's own.
+    """
+    blocks = [at]
+    while blocks:
         match = WORDS.match(text, at)
         if match is None:
             raise NotEmulated(f"PTX that does not parse: {text[at : at + 80]!r}")
         at = match.end()
-        if match["brace"]:
-            depth += 1 if match["brace"] == "{" else -1
+        if match["brace"] == "{":
+            blocks.append(at)
+        elif match["brace"]:
+            blocks.pop()
         else:
-            kind = match.lastgroup
-            yield kind, match[kind].strip()
+            yield match.lastgroup, match[match.lastgroup].strip(), tuple(blocks[1:])
 
 
 def _declared(words: str) -> Iterator[tuple[str, str]]:
@@ -93,12 +107,15 @@ def _declared(words: str) -> Iterator[tuple[str, str]]:
             yield one, type_
 
 
-def _instruction(words: str, scope: dict[str, str]) -> Instruction:
+def _instruction(words: str) -> Instruction:
     guard, name, operands = re.match(r"(?:@(!?%?[\w$]+)\s+)?([\w.:]+)\s*(.*)", words, re.DOTALL).groups()
     base, *modifiers = name.split(".")
-    operands = tuple(scope.get(x, x) for x in split(operands))
+    text = " ".join(words.split())
+    if len(text) > 160:  # wgmma names up to 128 registers
+        text = f"{text[:90]} ... {text[-50:]}"
     unless = guard is not None and guard.startswith("!")
-    return Instruction(" ".join(words.split()), base, tuple(modifiers), operands, guard and guard.lstrip("!"), unless)
+    guard = guard and guard.lstrip("!")
+    return Instruction(text, base, tuple(modifiers), tuple(split(operands)), guard, unless)
 
 
 def split(operands: str) -> list[str]:

@@ -48,6 +48,10 @@ class Clocks:
         self._writer[at] = agents
         self._written[at] = self._now[agents, agents] if times is None else times
 
+    def written(self, at: np.ndarray) -> np.ndarray:
+        """Return which of the bytes anybody has written."""
+        return self._written[at] > 0
+
     def _check_writer(self, at, warps, what, does, changed) -> None:
         writer = self._writer[at]
         early = (self._written[at] > self._now[warps, writer]) & changed

@@ -41,7 +41,7 @@ class Block:
         self.barriers: dict[int, NamedBarrier] = {}
         self.mbarriers: dict[int, MBarrier] = {}
         self.copies, self.matmuls = CopyGroups(self.warps), CopyGroups(self.warps)
-        self.reasons: dict[int, str] = {}  # why a warp waits for an mbarrier
+        self.awaited: dict[int, tuple[MBarrier, int]] = {}  # by warp: the mbarrier that it waited for last, its address
         self._targets = frozenset(program.labels.values())
         self._steps = 0
 
@@ -121,15 +121,16 @@ class Block:
 
     def _why(self) -> str:
         """Say what each warp waits for."""
-        lines = ["every warp waits"]
+        reasons: dict[str, list[int]] = {}
+        describe = MBarrier.describe
         for warp in range(self.warps):
             own = slice(32 * warp, 32 * warp + 32)
-            if not self.alive[own].any():
-                continue
-            at = [f"barrier {n}, where {b.arrived.sum()} of {b.expected} threads are" for n, b in self.barriers.items()
-                  if b.arrived[own].any()]  # fmt: skip
-            lines.append(f"warp {warp}: " + (at[0] if at else self.reasons[warp]))
-        return "; ".join(lines)
+            if self.alive[own].any():
+                at = [f"barrier {n}, where {b.arrived.sum()} of {b.expected} threads are"
+                      for n, b in self.barriers.items() if b.arrived[own].any()]  # fmt: skip
+                reasons.setdefault(at[0] if at else describe(*self.awaited[warp]), []).append(warp)
+        lines = (f"warp{'s' * (len(w) > 1)} {', '.join(map(str, w))}: {reason}" for reason, w in reasons.items())
+        return "; ".join(("every warp waits", *lines))
 
     def _expect_finished(self) -> None:
         if any(b.copies or b.landing for b in self.mbarriers.values()):
