@@ -1,0 +1,122 @@
+"""The Hopper candidate for `linear_partials`: the same partials from a kernel written in Gluon.
+
+It is for measurement by name: no rule chooses it. The kernel is imported when it is launched or compiled, because Gluon
+is an experimental part of Triton.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .combine import Partials
+from .linear_vocab_stats import tma_usable
+from .primitives import PLAIN_HEAD, Head, exp2_scale
+
+BLOCK_N, BLOCK_V = 128, 256  # two consumers of 64 tokens; the widest wgmma
+SHARED_BYTES = 227 * 1024
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """A ring of num_stages tiles of 128 x block_d hidden and 256 x block_d weight, and the order of the work.
+
+    lead     stages by which the first consumer runs ahead of the second, so that the epilogue of one hides under the
+             matmul of the other. The stages between them cannot be refilled: lead + 3 <= num_stages leaves one in
+             flight. 0: the consumers run freely
+    group    token tiles that process a split together and read its weight from L2
+    split    vocabulary entries of a partial, the same for every N; at most 32 tiles of 256
+    """
+
+    block_d: int = 64
+    num_stages: int = 4
+    lead: int = 0
+    group: int = 8
+    split: int = 1280
+
+    def __post_init__(self):
+        tiles = self.split / BLOCK_V
+        if tiles != int(tiles) or not 0 < tiles <= 32:
+            raise ValueError(f"split is {self.split}: it must be a multiple of {BLOCK_V}, and at most {32 * BLOCK_V}")
+        if not 0 <= self.lead < self.num_stages:
+            raise ValueError(f"lead is {self.lead}: it must be at least 0 and less than num_stages, {self.num_stages}")
+
+
+# The bits of a row depend on block_d and split alone.
+HOPPER_SEARCH = (
+    HopperConfig(),
+    HopperConfig(lead=1),
+    HopperConfig(block_d=32, num_stages=9),
+    HopperConfig(block_d=32, num_stages=9, lead=4),
+    HopperConfig(group=16),
+)
+
+
+def hopper_obstacle(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
+    """Return why `hopper_partials` cannot run on these tensors; None if it can."""
+    device = hidden.device
+    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
+        return f"the tensors are on {device}, and the kernel needs a GPU of compute capability 9.0"
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return f"triton {triton.__version__} has no Gluon"
+    if weight.dtype not in (torch.bfloat16, torch.float16) or hidden.dtype != weight.dtype:
+        return f"the kernel takes bfloat16 or float16, not {hidden.dtype} with {weight.dtype}"
+    if not tma_usable(weight):
+        return "the weight needs unit stride in D, and a base and a row pitch that are multiples of 16 bytes"
+    return None
+
+
+def hopper_partials(
+    hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: HopperConfig = HOPPER_SEARCH[0],
+    head: Head = PLAIN_HEAD, programs: int | None = None,
+) -> Partials:  # fmt: skip
+    """Return partials (ceil(V / split), N) as `linear_partials` does, on tensors without a `hopper_obstacle`.
+
+    programs  size of the grid; None: one program per processor. A program takes pieces of work in turn, and the copies
+              for the next piece begin during the last epilogue of the one before
+    """
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .hopper_kernel import hopper_partials_kernel
+
+    (rows, dim), vocab = hidden.shape, weight.shape[0]
+    splits = triton.cdiv(vocab, config.split)
+    partials, fields = stacked_partials(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
+    if not rows:
+        return partials
+    if programs is None:
+        programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count
+    if not tma_usable(hidden):
+        hidden = copy_for_tma(hidden)
+    layout = tile_layout(config.block_d)
+    hidden = TensorDescriptor.from_tensor(hidden, [BLOCK_N, config.block_d], layout)
+    weight = TensorDescriptor.from_tensor(weight, [BLOCK_V, config.block_d], layout)
+    hopper_partials_kernel[(min(programs, triton.cdiv(rows, BLOCK_N) * splits),)](
+        hidden, weight, targets if head.bias is None else head.bias, targets, fields, partials.target_logit,
+        rows, vocab, dim, *head.numbers(), exp2_scale(alpha), **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
+        SPLIT=config.split, GROUP=config.group, STAGES=config.num_stages, LEAD=config.lead, num_warps=4,
+    )  # fmt: skip
+    return partials
+
+
+def stacked_partials(splits: int, rows: int, device, *, entropy: bool, logit_mean: bool):
+    """Return (partials, fields): m, s, t and u, as far as requested, are slices of fields (F, splits, rows)."""
+    fields = torch.empty((2 + entropy + logit_mean, splits, rows), dtype=torch.float32, device=device)
+    t = fields[2] if entropy else None
+    u = fields[-1] if logit_mean else None
+    target_logit = torch.empty(rows, dtype=torch.float32, device=device)
+    return Partials(fields[0], fields[1], t, u, target_logit), fields
+
+
+def copy_for_tma(x: torch.Tensor) -> torch.Tensor:
+    """Return a copy of x (N, D) whose row pitch is a multiple of 16 bytes."""
+    rows, dim = x.shape
+    return x.new_empty((rows, triton.cdiv(dim, 8) * 8))[:, :dim].copy_(x)
+
+
+def tile_layout(block_d: int):
+    """Return the layout of a tile in shared memory: swizzled over the bytes of a row, as TMA writes and wgmma reads."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(swizzle_byte_width=2 * block_d, element_bitwidth=16, rank=2)
