@@ -53,7 +53,11 @@ def _on_cpu(dtype: torch.dtype) -> list[Choice]:
 
 
 def _on_gpu(head: Head, device: torch.device, dtype: torch.dtype) -> list[Choice]:
-    """Return tiles of `fused` and workspaces of `chunked`. Another kernel's settings belong in this list."""
+    """Return tiles of `fused` and workspaces of `chunked`.
+
+    The settings of another kernel belong in this list. Its choice's `impl` is the name of a module in vocab/ that has
+    `linear_forward` and `linear_backward`; `Choice.arguments` and `Choice.obstacle` must know it too.
+    """
     fused = []
     if obstacle_to_kernels(device, dtype) is None:
         fused = [Choice("fused"), *(Choice("fused", asdict(config)) for config in _tiles(head, device, dtype))]
