@@ -42,12 +42,12 @@ def eights(first, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def load_columns(p, stride, first, vocab, other, BLOCK_V: tl.constexpr):
+def load_columns(p, stride, first, vocab, other, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr):
     """Load columns [first, first + BLOCK_V) of one row, in the shape of `neighbours`; `other` from `vocab` on."""
     NARROW: tl.constexpr = p.dtype.element_ty.primitive_bitwidth == 16
     col = eights(first, BLOCK_V) if NARROW else neighbours(first, BLOCK_V)
     p_col = p + col.to(tl.int64) * stride
-    if first + BLOCK_V <= vocab:  # a mask can split wide loads
+    if ALIGNED and first + BLOCK_V <= vocab:  # a mask can split wide loads
         x = tl.load(p_col).to(tl.float32)
     else:
         x = tl.load(p_col, mask=col < vocab, other=other).to(tl.float32)
@@ -57,7 +57,7 @@ def load_columns(p, stride, first, vocab, other, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def store_columns(p, x, first, vocab, BLOCK_V: tl.constexpr):
+def store_columns(p, x, first, vocab, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr):
     """Store what `load_columns` would load from a row with stride 1."""
     x = x.to(p.dtype.element_ty)
     if p.dtype.element_ty.primitive_bitwidth == 16:
@@ -65,7 +65,7 @@ def store_columns(p, x, first, vocab, BLOCK_V: tl.constexpr):
         x = tl.reshape(tl.permute(x, (1, 0, 2)), (BLOCK_V // 8, 8))
     else:
         col = neighbours(first, BLOCK_V)
-    if first + BLOCK_V <= vocab:
+    if ALIGNED and first + BLOCK_V <= vocab:
         tl.store(p + col, x)
     else:
         tl.store(p + col, x, mask=col < vocab)
@@ -87,10 +87,10 @@ def load_logits(
     o_row = row // n_inner * stride_outer + row % n_inner * stride_inner
     if ALIGNED:
         o_row = tl.multiple_of(o_row, 128 // logits.dtype.element_ty.primitive_bitwidth)
-    z = load_columns(logits + o_row, stride_vocab, first, vocab, NEG_INF, BLOCK_V)
+    z = load_columns(logits + o_row, stride_vocab, first, vocab, NEG_INF, ALIGNED, BLOCK_V)
     b_bias = 0.0
     if HAS_BIAS:
-        b_bias = load_columns(bias, 1, first, vocab, 0.0, BLOCK_V)
+        b_bias = load_columns(bias, 1, first, vocab, 0.0, True, BLOCK_V)
     z = apply_head(z, b_bias, logit_scale, softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP)
     if HAS_SCALE or HAS_SOFTCAP:  # these change -inf into another number
         z = tl.where(neighbours(first, BLOCK_V) < vocab, z, NEG_INF)
@@ -153,7 +153,7 @@ def logits_backward_kernel(
     p_grad = grad + row * vocab
     if HAS_NEEDED:
         if tl.load(needed + row) == 0:
-            store_columns(p_grad, tl.zeros([2, BLOCK_V // 8, 4], dtype=tl.float32), o_v, vocab, BLOCK_V)
+            store_columns(p_grad, tl.zeros([2, BLOCK_V // 8, 4], dtype=tl.float32), o_v, vocab, ALIGNED, BLOCK_V)
             return
     z = load_logits(
         logits, bias, row, o_v, vocab, n_inner, stride_outer, stride_inner, stride_vocab, logit_scale, softcap,
@@ -180,7 +180,7 @@ def logits_backward_kernel(
         dz *= 1.0 - y * y
     if HAS_SCALE:
         dz *= logit_scale
-    store_columns(p_grad, dz, o_v, vocab, BLOCK_V)
+    store_columns(p_grad, dz, o_v, vocab, ALIGNED, BLOCK_V)
 
 
 def rows_aligned(logits: torch.Tensor) -> bool:

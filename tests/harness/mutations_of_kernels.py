@@ -100,8 +100,8 @@ LINEAR = {
 LOGITS = {
     "the last block filled up with zeros": Mutation(
         "kernels/vocab_stats.py",
-        "first, vocab, NEG_INF, BLOCK_V)",
-        "first, vocab, 0.0, BLOCK_V)",
+        "first, vocab, NEG_INF, ALIGNED, BLOCK_V)",
+        "first, vocab, 0.0, ALIGNED, BLOCK_V)",
         f"{PROPERTIES}::test_within_the_budget[fused-logits-stats]",
     ),
     "strides ignored": Mutation(
