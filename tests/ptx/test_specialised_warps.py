@@ -28,7 +28,7 @@ MISTAKES = {
     "the producer waits for the other phase": (
         Deadlock, "warp 10: phase 0 of the mbarrier at shared address \\d+, where 2 of 2 arrivals", Deadlock, "warp 10",
     ),
-    "the producer does not wait": (Race, "warp 10 overwrites", EarlyAccess, "cp.async.bulk.*nothing has waited for the"),
+    "the producer does not wait": (Race, "warp 10 overwrites", EarlyAccess, "nothing has waited for the copy"),
     "too many bytes are announced": (Deadlock, "0 of 1 arrivals and 8192 bytes are missing", Deadlock, "8192 bytes"),
     "a consumer waits for the other phase": (Unwritten, "wgmma", Deadlock, "phase 1 of the mbarrier"),
     "a consumer does not wait": (Unwritten, "wgmma", EarlyAccess, "wgmma.*nothing has waited for the copy"),

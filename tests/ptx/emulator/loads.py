@@ -1,6 +1,6 @@
 """Loads, stores, and cp.async, the copies of compute capability 8.0.
 
-A cp.async lands when its warp waits for its group, not before. Until then its bytes are NaN, and touching them is a fault.
+A cp.async lands when its warp waits for its group, not before. Until then, touching its bytes is a fault.
 """
 
 import re
