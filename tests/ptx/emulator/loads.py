@@ -46,7 +46,10 @@ def load(operands: Operands):
 
 def _load_parameter(operands: Operands):
     ins = operands.instruction
-    name, offset = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", ins.operands[1]).groups()
+    match = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", ins.operands[1])
+    if not match:
+        raise operands.refuse("a parameter's address in a register")
+    name, offset = match.groups()
     dtype, start, write = np.dtype(TYPES[ins.type]), int(offset or 0), operands.write(0, ins.type)
 
     def execute(block, threads):
