@@ -1,7 +1,7 @@
-"""A driver for Triton whose device is the emulator, so that `kernel[grid](...)` compiles as usual and runs on CPU tensors.
+"""A driver for Triton whose device is the emulator: `kernel[grid](...)` compiles as usual, and runs on CPU tensors.
 
-Triton asks its active driver for the target, for a way to load a binary, and for a launcher. Here the binary of a kernel
-is its PTX: ptxas, the last stage of the compiler, is left out.
+Triton asks its active driver for the target, for a way to load a binary, and for a launcher. Here the binary of a
+kernel is its PTX: ptxas, the last stage of the compiler, is left out.
 """
 
 import functools
