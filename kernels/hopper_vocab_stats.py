@@ -4,7 +4,6 @@ It is for measurement by name: no rule chooses it. The kernel is imported when i
 is an experimental part of Triton.
 """
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,6 @@ from .linear_vocab_stats import tma_usable
 from .primitives import PLAIN_HEAD, Head, exp2_scale
 
 BLOCK_N, BLOCK_V = 128, 256  # two consumers of 64 tokens; the widest wgmma
-SHARED_BYTES = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ HOPPER_SEARCH = (
     HopperConfig(),
     HopperConfig(lead=1),
     HopperConfig(block_d=32, num_stages=9),
-    HopperConfig(block_d=32, num_stages=9, lead=4),
+    HopperConfig(block_d=32, num_stages=9, lead=5),
     HopperConfig(group=16),
 )
 
@@ -58,8 +56,10 @@ def hopper_obstacle(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
     device = hidden.device
     if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
         return f"the tensors are on {device}, and the kernel needs a GPU of compute capability 9.0"
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
-        return f"triton {triton.__version__} has no Gluon"
+    try:
+        import triton.experimental.gluon.language.nvidia.hopper
+    except ImportError as error:
+        return f"triton {triton.__version__} has no Gluon for Hopper: {error}"
     if weight.dtype not in (torch.bfloat16, torch.float16) or hidden.dtype != weight.dtype:
         return f"the kernel takes bfloat16 or float16, not {hidden.dtype} with {weight.dtype}"
     if not tma_usable(weight):
