@@ -4,6 +4,7 @@ It is for measurement by name: no rule chooses it. The kernel is imported when i
 is an experimental part of Triton.
 """
 
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +54,10 @@ HOPPER_SEARCH = (
 
 def hopper_obstacle(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Return why `hopper_partials` cannot run on these tensors; None if it can."""
-    device = hidden.device
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
-        return f"the tensors are on {device}, and the kernel needs a GPU of compute capability 9.0"
+    if _capability(hidden.device) != (9, 0):
+        return f"the tensors are on {hidden.device}, and the kernel needs a GPU of compute capability 9.0"
     try:
-        import triton.experimental.gluon.language.nvidia.hopper
+        importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
     except ImportError as error:
         return f"triton {triton.__version__} has no Gluon for Hopper: {error}"
     if weight.dtype not in (torch.bfloat16, torch.float16) or hidden.dtype != weight.dtype:
@@ -65,6 +65,11 @@ def hopper_obstacle(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
     if not tma_usable(weight):
         return "the weight needs unit stride in D, and a base and a row pitch that are multiples of 16 bytes"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU; None for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
 
 
 def hopper_partials(
