@@ -212,8 +212,11 @@ def hopper_partials_kernel(
     ENTROPY: gl.constexpr, LOGIT_MEAN: gl.constexpr,
     SPLIT: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
-    h_ring = gl.allocate_shared_memory(hidden.dtype, [STAGES] + hidden.block_type.shape, hidden.layout)
-    w_ring = gl.allocate_shared_memory(weight.dtype, [STAGES] + weight.block_type.shape, weight.layout)
+    BLOCK_N: gl.constexpr = hidden.block_type.shape[0]
+    BLOCK_V: gl.constexpr = weight.block_type.shape[0]
+    BLOCK_D: gl.constexpr = weight.block_type.shape[1]
+    h_ring = gl.allocate_shared_memory(hidden.dtype, [STAGES, BLOCK_N, BLOCK_D], hidden.layout)
+    w_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BLOCK_V, BLOCK_D], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS * STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

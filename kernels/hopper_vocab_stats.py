@@ -4,7 +4,7 @@ It is for measurement by name: no rule chooses it. The kernel is imported when i
 is an experimental part of Triton.
 """
 
-import importlib.util
+import importlib
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,6 @@ from .linear_vocab_stats import tma_usable
 from .primitives import PLAIN_HEAD, Head, exp2_scale
 
 BLOCK_N, BLOCK_V = 128, 256  # two consumers of 64 tokens; the widest wgmma
-SHARED_BYTES = 227 * 1024
 
 
 @dataclass(frozen=True)
@@ -48,23 +47,29 @@ HOPPER_SEARCH = (
     HopperConfig(),
     HopperConfig(lead=1),
     HopperConfig(block_d=32, num_stages=9),
-    HopperConfig(block_d=32, num_stages=9, lead=4),
+    HopperConfig(block_d=32, num_stages=9, lead=5),
     HopperConfig(group=16),
 )
 
 
 def hopper_obstacle(hidden: torch.Tensor, weight: torch.Tensor) -> str | None:
     """Return why `hopper_partials` cannot run on these tensors; None if it can."""
-    device = hidden.device
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device)[0] != 9:
-        return f"the tensors are on {device}, and the kernel needs a GPU of compute capability 9.0"
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
-        return f"triton {triton.__version__} has no Gluon"
+    if _capability(hidden.device) != (9, 0):
+        return f"the tensors are on {hidden.device}, and the kernel needs a GPU of compute capability 9.0"
+    try:
+        importlib.import_module("triton.experimental.gluon.language.nvidia.hopper")
+    except ImportError as error:
+        return f"triton {triton.__version__} has no Gluon for Hopper: {error}"
     if weight.dtype not in (torch.bfloat16, torch.float16) or hidden.dtype != weight.dtype:
         return f"the kernel takes bfloat16 or float16, not {hidden.dtype} with {weight.dtype}"
     if not tma_usable(weight):
         return "the weight needs unit stride in D, and a base and a row pitch that are multiples of 16 bytes"
     return None
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Return the compute capability of an NVIDIA GPU; None for any other device."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and not torch.version.hip else None
 
 
 def hopper_partials(

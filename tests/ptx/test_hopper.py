@@ -1,8 +1,11 @@
-"""The Gluon forward for Hopper, whole: 128 tokens x 256 entries a tile, a producer warp and two consumer warpgroups."""
+"""The Gluon forward for Hopper, whole: tiles of 128 tokens x 256 entries, a producer and two consumer warpgroups."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 
+from emulator.faults import Deadlock
 from endoreward_fast.vocab import reference
 from endoreward_fast.vocab.rows import RowStats
 
@@ -21,14 +24,14 @@ def inputs(rows, vocab, dim, dtype):
 
 
 def forward(hidden, weight, targets, *, alpha=0.7, entropy=False, logit_mean=False, bias=None, logit_scale=1.0,
-            softcap=None, programs=2, **config):  # fmt: skip
+            softcap=None, programs=2, config=None, **fields):  # fmt: skip
     from endoreward_fast.kernels.combine import combine
     from endoreward_fast.kernels.hopper_vocab_stats import HopperConfig, hopper_partials
     from endoreward_fast.kernels.primitives import Head
 
     partials = hopper_partials(
         hidden, weight, targets, alpha=alpha, entropy=entropy, logit_mean=logit_mean,
-        config=HopperConfig(**config), head=Head(bias, logit_scale, softcap), programs=programs,
+        config=config or HopperConfig(**fields), head=Head(bias, logit_scale, softcap), programs=programs,
     )  # fmt: skip
     stats, _ = combine(partials, targets, vocab=weight.shape[0], alpha=alpha)
     return RowStats(*stats)
@@ -43,25 +46,46 @@ def check(budget, ours, hidden, weight, targets, **want):
             budget(getattr(ours, name), getattr(eager, name), getattr(oracle, name), scale=16.0, name=name)
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["plain", "full"])
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-def test_statistics(package, dtype, full, assert_within_budget):
+CASES = {"plain fp16": (FP16, False), "full bf16": (BF16, True), "plain": (BF16, False), "full fp16": (FP16, True)}
+LONG = {"block_d": 32, "num_stages": 9, "lead": 5}
+LEADS = {"lead 1": {"lead": 1}, "no lead": {}, "lead 3": {"lead": 3}, "9 stages": LONG}
+
+
+def first_of(names, kept):
+    """Return the names as parameters; those after the first `kept` run with `-m ptx`."""
+    return [pytest.param(name, marks=pytest.mark.ptx if i >= kept else ()) for i, name in enumerate(names)]
+
+
+@pytest.mark.parametrize("case", first_of(CASES, 2))
+def test_statistics(package, case, assert_within_budget):
     """Two tiles of tokens, two splits of 256 and a ragged third, five steps in the width with a ragged last."""
     package.on(90)
+    dtype, full = CASES[case]
     hidden, weight, targets = inputs(140, 600, 264, dtype)
     want = {**FULL, **HEAD, "bias": torch.randn(600).to(dtype)} if full else {}
     ours = forward(hidden, weight, targets, split=256, **want)
     check(assert_within_budget, ours, hidden, weight, targets, **want)
 
 
-@pytest.mark.parametrize("config", [{}, {"lead": 1}, {"block_d": 32, "num_stages": 9, "lead": 4}], ids=str)
-def test_warps_in_every_order_give_the_same_bits(package, config):
-    """One program takes all the work, and the ring is used again and again."""
-    hidden, weight, targets = inputs(140, 300, 136, BF16)
+@pytest.mark.parametrize("dim", [8, 70], ids=["one short step", "pitches that are padded"])
+def test_other_widths(package, dim, assert_within_budget):
+    """The weight's rows lie 72 entries apart, with NaN in between. hidden has a pitch that TMA cannot read."""
+    package.on(90)
+    hidden, weight, targets = inputs(3, 257, dim, FP16)
+    padded = weight.new_full((257, 72), float("nan"))
+    padded[:, :dim] = weight
+    ours = forward(hidden, padded[:, :dim], targets, split=256)
+    check(assert_within_budget, ours, hidden, weight, targets)
+
+
+@pytest.mark.parametrize("case", first_of(LEADS, 1))
+def test_warps_in_every_order_give_the_same_bits(package, case):
+    """One program takes both pieces of work, and goes around the ring more than once."""
+    hidden, weight, targets = inputs(70, 300, 168, BF16)
     results = []
-    for order in ("lockstep", "up", "down", 1, 2):
+    for order in ("up", "down", 1):  # consumers first, producer first, in turns
         package.on(90, order)
-        stats = forward(hidden, weight, targets, **FULL, **HEAD, programs=1, split=256, **config)
+        stats = forward(hidden, weight, targets.int(), **FULL, **HEAD, programs=1, split=256, **LEADS[case])
         results.append(torch.stack([field for field in stats if field is not None]))
     assert results[0].isfinite().all()
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -70,16 +94,23 @@ def test_warps_in_every_order_give_the_same_bits(package, config):
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(package):
     package.on(90)
     hidden, weight, targets = inputs(140, 300, 72, BF16)
-    together = forward(hidden, weight, targets, entropy=True, split=256)
-    for rows in ([139], [5, 7], list(range(60, 130))):
-        alone = forward(hidden[rows], weight, targets[rows], entropy=True, split=256, programs=1)
+    want = {**FULL, **HEAD, "split": 256, "lead": 1}
+    together = forward(hidden, weight, targets.int(), **want)
+    for rows in ([139], list(range(60, 130))):
+        alone = forward(hidden[rows], weight, targets[rows].int(), **want)
         for field, other in zip(together, alone, strict=True):
-            assert field is None or torch.equal(field[rows], other)
+            assert torch.equal(field[rows], other)
 
 
-@pytest.mark.parametrize("dim", [8, 70], ids=["one short step", "a hidden that TMA cannot read"])
-def test_other_widths(package, dim, assert_within_budget):
+@pytest.mark.ptx
+def test_a_lead_as_long_as_the_ring_waits_for_ever(package):
+    """HopperConfig refuses it: the stage that consumer 0 needs next is one that consumer 1 has not read."""
+    from endoreward_fast.kernels import hopper_vocab_stats
+
+    config = hopper_vocab_stats.HopperConfig(split=256)
+    with pytest.raises(ValueError, match="lead is 4"):
+        replace(config, lead=4)
+    object.__setattr__(config, "lead", 4)
     package.on(90)
-    hidden, weight, targets = inputs(3, 257, dim, BF16)
-    weight = torch.cat([weight, weight.new_full((257, 2), float("nan"))], 1)[:, :dim] if dim == 70 else weight
-    check(assert_within_budget, forward(hidden, weight, targets.int()), hidden, weight, targets)
+    with pytest.raises(Deadlock, match="mbarrier"):
+        forward(*inputs(70, 300, 264, BF16), config=config)

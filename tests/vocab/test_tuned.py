@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import endoreward_fast as er
-from endoreward_fast.vocab import choice, chunked, compiled, machine, ops, tuned, workspace
+from endoreward_fast.vocab import choice, chunked, compiled, machine, tuned, workspace
 from endoreward_fast.vocab.tuned import Choice, Entry, Head
 
 N, D, V = 12, 24, 333
