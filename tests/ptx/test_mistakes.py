@@ -65,7 +65,8 @@ IN_PTX = {
         "sm_80", r"cp\.async\.wait_group\s+2;", "cp.async.wait_group 3;", None, EarlyAccess, COPY_EARLY,
     ),
     "cp.async: the last wait too short": (
-        "sm_80", r"cp\.async\.wait_group\s+0;", "cp.async.wait_group 1;", None, EarlyAccess, COPY_EARLY,
+        "sm_80", r"cp\.async\.wait_group\s+0;", "cp.async.wait_group 1;", None,
+        (EarlyAccess, Unfinished), "nothing has waited for",
     ),
     "cp.async: a copy in no group": (
         "sm_80", r"cp\.async\.commit_group;", "", None, (EarlyAccess, Unfinished), "nothing has waited for",
@@ -124,6 +125,10 @@ def barriers_between_accesses(ptx: str) -> list[int]:
     return [k for k, i in enumerate(places) if kinds[i - 1 : i] == ["access"] and kinds[i + 1 : i + 2] == ["access"]]
 
 
+# One barrier separates the scratch memory of a piece of work from that of the piece before. Here a program has one piece.
+SUPERFLUOUS = {"bulk copies": 1}
+
+
 @pytest.mark.parametrize("case", ["logits", "sm_80", "bulk copies"])
 def test_a_barrier_left_out_is_found(case, package):
     """One barrier is left out at a time. The order of warps does not matter: what no barrier orders is a race."""
@@ -134,10 +139,15 @@ def test_a_barrier_left_out_is_found(case, package):
     (ptx,) = {x for x in seen if f".entry {kernel}(" in x}
     barriers = barriers_between_accesses(ptx)
     assert len(barriers) >= 5
+    unmissed = []
     for k in barriers:
         package.on(arch, rewrite=in_kernel(kernel, BARRIER, "", k))
-        with pytest.raises((Race, EarlyAccess, Unwritten)):
+        try:
             launch()
+        except (Race, EarlyAccess, Unwritten):
+            continue
+        unmissed.append(k)
+    assert len(unmissed) <= SUPERFLUOUS.get(case, 0), unmissed
 
 
 LINEAR = "linear_vocab_stats"
