@@ -125,7 +125,7 @@ def barriers_between_accesses(ptx: str) -> list[int]:
     return [k for k, i in enumerate(places) if kinds[i - 1 : i] == ["access"] and kinds[i + 1 : i + 2] == ["access"]]
 
 
-# One barrier separates the scratch memory of a piece of work from that of the piece before. Here a program has one piece.
+# One barrier separates the scratch memory of a piece of work from that of the piece before. A program has one here.
 SUPERFLUOUS = {"bulk copies": 1}
 
 
