@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from emulator.faults import Deadlock
+from emulator.faults import Deadlock, EarlyAccess, Race, Unwritten
 from endoreward_fast.vocab import reference
 from endoreward_fast.vocab.rows import RowStats
 
@@ -100,6 +100,28 @@ def test_a_row_has_the_same_bits_alone_and_in_any_batch(package):
         alone = forward(hidden[rows], weight, targets[rows].int(), **want)
         for field, other in zip(together, alone, strict=True):
             assert torch.equal(field[rows], other)
+
+
+MISTAKES = {
+    # mistake: in the PTX, what it becomes, the faults
+    "a stage is given back while a matmul reads it": (
+        "wgmma.wait_group.sync.aligned 1", "wgmma.wait_group.sync.aligned 2", (EarlyAccess, Race),
+    ),
+    "the tile of hidden alone is waited for": ("49152;", "16384;", (EarlyAccess, Unwritten)),
+    "a byte too many is waited for": ("49152;", "49153;", Deadlock),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_found(package, mistake):
+    correct, wrong, fault = MISTAKES[mistake]
+
+    def rewrite(ptx):
+        return ptx.replace(correct, wrong) if "hopper_partials_kernel" in ptx else ptx
+
+    package.on(90, "down", rewrite=rewrite)
+    with pytest.raises(fault):
+        forward(*inputs(3, 257, 264, FP16), split=256, programs=1)
 
 
 @pytest.mark.ptx
