@@ -98,9 +98,9 @@ def let_the_first_lead(empty, stage, phase, steps, STAGES: gl.constexpr, LEAD: g
 
 @gluon.jit
 def consume(
-    h_ring, w_ring, full, empty, bias, targets, partials, p_target,
-    n_rows, vocab, dim, logit_scale, softcap, c,
-    HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    h_ring, w_ring, full, empty, bias, targets, rows, partials, p_target,
+    n_rows, pitch, vocab, dim, logit_scale, softcap, c,
+    HAS_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     ENTROPY: gl.constexpr, LOGIT_MEAN: gl.constexpr,
     SPLIT: gl.constexpr, GROUP: gl.constexpr, LEAD: gl.constexpr, CONSUMER: gl.constexpr,
 ):  # fmt: skip
@@ -120,8 +120,8 @@ def consume(
         o_n = tile * BLOCK_N + CONSUMER * CONSUMER_N
         start = split * SPLIT
         end = gl.minimum(start + SPLIT, vocab)
-        target = targets_in_split(targets, o_n, n_rows, start, end, ROWS)
-        tiles_hit = tiles_with_a_target(targets, o_n, n_rows, start, end, BLOCK_V)
+        target = targets_in_split(targets, rows, o_n, n_rows, start, end, HAS_ROWS, ROWS)
+        tiles_hit = tiles_with_a_target(targets, rows, o_n, n_rows, start, end, HAS_ROWS, BLOCK_V)
 
         m = gl.full([CONSUMER_N], NEG_INF, gl.float32, ROWS)
         s = gl.zeros([CONSUMER_N], gl.float32, ROWS)
@@ -154,8 +154,8 @@ def consume(
 
         row = o_n + gl.arange(0, CONSUMER_N, ROWS)
         m_row = row < n_rows
-        p = partials + split.to(gl.int64) * n_rows + row
-        field = splits.to(gl.int64) * n_rows
+        p = partials + split.to(gl.int64) * pitch + row
+        field = splits.to(gl.int64) * pitch
         gl.store(p, m, mask=m_row)
         gl.store(p + field, s, mask=m_row)
         if ENTROPY:
@@ -165,21 +165,24 @@ def consume(
 
 
 @gluon.jit
-def targets_in_split(targets, o_n, n_rows, start, end, ROWS: gl.constexpr):
+def targets_in_split(targets, rows, o_n, n_rows, start, end, HAS_ROWS: gl.constexpr, LAYOUT: gl.constexpr):
     """Return the targets of 64 tokens relative to the split; -1 outside of it."""
-    row = o_n + gl.arange(0, CONSUMER_N, ROWS)
-    target = gl.load(targets + row, mask=row < n_rows, other=-1)
+    row = o_n + gl.arange(0, CONSUMER_N, LAYOUT)
+    o_target = row
+    if HAS_ROWS:
+        o_target = gl.load(rows + row, mask=row < n_rows, other=0)
+    target = gl.load(targets + o_target, mask=row < n_rows, other=-1)
     return gl.where((target >= start) & (target < end), target - start, -1).to(gl.int32)
 
 
 @gluon.jit
-def tiles_with_a_target(targets, o_n, n_rows, start, end, BLOCK_V: gl.constexpr):
+def tiles_with_a_target(targets, rows, o_n, n_rows, start, end, HAS_ROWS: gl.constexpr, BLOCK_V: gl.constexpr):
     """Return one bit for each vocabulary tile of the split that holds a target of these 64 tokens: few do.
 
     Each warp reads all of them, so that no barrier is needed.
     """
     WARP: gl.constexpr = gl.BlockedLayout([CONSUMER_N // 32], [32], [4], [0])
-    target = targets_in_split(targets, o_n, n_rows, start, end, WARP)
+    target = targets_in_split(targets, rows, o_n, n_rows, start, end, HAS_ROWS, WARP)
     return gl.reduce_or(gl.where(target >= 0, 1 << (target // BLOCK_V), 0), 0)
 
 
@@ -206,15 +209,18 @@ def final_logits(
 
 @gluon.jit(do_not_specialize=["n_rows", "vocab", "dim"])
 def hopper_partials_kernel(
-    hidden, weight, bias, targets, partials, p_target,
+    hidden, weight, bias, targets, rows, count, partials, p_target,
     n_rows, vocab, dim, logit_scale, softcap, c,
-    HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    HAS_ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     ENTROPY: gl.constexpr, LOGIT_MEAN: gl.constexpr,
     SPLIT: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
     BLOCK_N: gl.constexpr = hidden.block_type.shape[0]
     BLOCK_V: gl.constexpr = weight.block_type.shape[0]
     BLOCK_D: gl.constexpr = weight.block_type.shape[1]
+    pitch = n_rows
+    if HAS_ROWS:
+        n_rows = gl.load(count)
     h_ring = gl.allocate_shared_memory(hidden.dtype, [STAGES, BLOCK_N, BLOCK_D], hidden.layout)
     w_ring = gl.allocate_shared_memory(weight.dtype, [STAGES, BLOCK_V, BLOCK_D], weight.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -229,14 +235,14 @@ def hopper_partials_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                h_ring, w_ring, full, empty, bias, targets, partials, p_target,
-                n_rows, vocab, dim, logit_scale, softcap, c,
-                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ENTROPY, LOGIT_MEAN, SPLIT, GROUP, LEAD, 0,
+                h_ring, w_ring, full, empty, bias, targets, rows, partials, p_target,
+                n_rows, pitch, vocab, dim, logit_scale, softcap, c,
+                HAS_ROWS, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ENTROPY, LOGIT_MEAN, SPLIT, GROUP, LEAD, 0,
             )),
             (consume, (
-                h_ring, w_ring, full, empty, bias, targets, partials, p_target,
-                n_rows, vocab, dim, logit_scale, softcap, c,
-                HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ENTROPY, LOGIT_MEAN, SPLIT, GROUP, LEAD, 1,
+                h_ring, w_ring, full, empty, bias, targets, rows, partials, p_target,
+                n_rows, pitch, vocab, dim, logit_scale, softcap, c,
+                HAS_ROWS, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ENTROPY, LOGIT_MEAN, SPLIT, GROUP, LEAD, 1,
             )),
             (produce, (hidden, weight, h_ring, w_ring, full, empty, n_rows, vocab, dim, SPLIT, GROUP)),
         ],

@@ -11,8 +11,10 @@ import torch
 import triton
 
 from .combine import Partials
-from .linear_vocab_stats import tma_usable
+from .config import cdiv
+from .linear_vocab_stats import tma_usable, with_aligned_rows
 from .primitives import PLAIN_HEAD, Head, exp2_scale
+from .rows import Kept, gather
 
 BLOCK_N, BLOCK_V = 128, 256  # two consumers of 64 tokens; the widest wgmma
 
@@ -74,10 +76,11 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 
 def hopper_partials(
     hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: HopperConfig = HOPPER_SEARCH[0],
-    head: Head = PLAIN_HEAD, programs: int | None = None,
+    head: Head = PLAIN_HEAD, kept: Kept | None = None, programs: int | None = None,
 ) -> Partials:  # fmt: skip
     """Return partials (ceil(V / split), N) as `linear_partials` does, on tensors without a `hopper_obstacle`.
 
+    kept      the rows to compute, as in `linear_partials`
     programs  size of the grid; None: one program per processor. A program takes pieces of work in turn, and the copies
               for the next piece begin during the last epilogue of the one before
     """
@@ -86,20 +89,24 @@ def hopper_partials(
     from .hopper_kernel import hopper_partials_kernel
 
     (rows, dim), vocab = hidden.shape, weight.shape[0]
-    splits = triton.cdiv(vocab, config.split)
+    splits = cdiv(vocab, config.split)
     partials, fields = stacked_partials(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
     if not rows:
         return partials
     if programs is None:
         programs = torch.cuda.get_device_properties(hidden.device).multi_processor_count
-    if not tma_usable(hidden):
-        hidden = copy_for_tma(hidden)
+    if kept is not None:
+        hidden = gather(hidden, kept, with_aligned_rows(hidden))
+    elif not tma_usable(hidden):
+        hidden = with_aligned_rows(hidden).copy_(hidden)
+    absent = targets  # stands for a pointer that is not used
     layout = tile_layout(config.block_d)
     hidden = TensorDescriptor.from_tensor(hidden, [BLOCK_N, config.block_d], layout)
     weight = TensorDescriptor.from_tensor(weight, [BLOCK_V, config.block_d], layout)
-    hopper_partials_kernel[(min(programs, triton.cdiv(rows, BLOCK_N) * splits),)](
-        hidden, weight, targets if head.bias is None else head.bias, targets, fields, partials.target_logit,
-        rows, vocab, dim, *head.numbers(), exp2_scale(alpha), **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
+    hopper_partials_kernel[(min(programs, cdiv(rows, BLOCK_N) * splits),)](
+        hidden, weight, absent if head.bias is None else head.bias, targets, *(kept[:2] if kept else (absent, absent)),
+        fields, partials.target_logit, rows, vocab, dim, *head.numbers(), exp2_scale(alpha),
+        HAS_ROWS=kept is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
         SPLIT=config.split, GROUP=config.group, STAGES=config.num_stages, LEAD=config.lead, num_warps=4,
     )  # fmt: skip
     return partials
@@ -112,12 +119,6 @@ def stacked_partials(splits: int, rows: int, device, *, entropy: bool, logit_mea
     u = fields[-1] if logit_mean else None
     target_logit = torch.empty(rows, dtype=torch.float32, device=device)
     return Partials(fields[0], fields[1], t, u, target_logit), fields
-
-
-def copy_for_tma(x: torch.Tensor) -> torch.Tensor:
-    """Return a copy of x (N, D) whose row pitch is a multiple of 16 bytes."""
-    rows, dim = x.shape
-    return x.new_empty((rows, triton.cdiv(dim, 8) * 8))[:, :dim].copy_(x)
 
 
 def tile_layout(block_d: int):

@@ -183,9 +183,9 @@ def linear_partials(
         return partials
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if kept is not None:
-        hidden = gather(hidden, kept, _aligned(hidden))
+        hidden = gather(hidden, kept, with_aligned_rows(hidden))
     elif hidden.stride(1) != 1 or (tma and not tma_usable(hidden)):
-        hidden = _aligned(hidden).copy_(hidden)
+        hidden = with_aligned_rows(hidden).copy_(hidden)
     strides = hidden.stride(0), weight.stride(0)
     if tma:
         hidden = TensorDescriptor.from_tensor(hidden, [config.block_n, config.block_d])
@@ -202,7 +202,7 @@ def linear_partials(
     return partials
 
 
-def _aligned(hidden: torch.Tensor) -> torch.Tensor:
+def with_aligned_rows(hidden: torch.Tensor) -> torch.Tensor:
     """Return new memory of hidden's shape whose rows begin at multiples of 16 bytes, as TMA demands."""
     rows, dim = hidden.shape
     step = 16 // hidden.element_size()

@@ -5,11 +5,12 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from ..kernels.config import LINEAR_SEARCH, LinearConfig, linear_config, tma_pays
+from ..kernels.hopper_vocab_stats import BLOCK_N, BLOCK_V, HOPPER_SEARCH, HopperConfig
 from ..vocab.choice import standard_impl
 from ..vocab.chunked_tiles import MIB, has_bf16_units
 from ..vocab.compiled import find_compiler
 from ..vocab.fused import obstacle_to_kernels
-from ..vocab.tuned import Choice, Head
+from ..vocab.tuned import Choice, Head, kernel_config
 
 # Every setting keeps the documented bounds of extra memory: 64 MiB on a CPU, 256 MiB on a GPU. In float32 elements.
 CPU_TILES = (MIB // 4, MIB, 2 * MIB)
@@ -53,24 +54,23 @@ def _on_cpu(dtype: torch.dtype) -> list[Choice]:
 
 
 def _on_gpu(head: Head, device: torch.device, dtype: torch.dtype) -> list[Choice]:
-    """Return tiles of `fused` and workspaces of `chunked`.
-
-    The settings of another kernel belong in this list. Its choice's `impl` is the name of a module in vocab/ that has
-    `linear_forward` and `linear_backward`; `Choice.arguments` and `Choice.obstacle` must know it too.
-    """
+    """Return tiles of `fused` and workspaces of `chunked`."""
     fused = []
     if obstacle_to_kernels(device, dtype) is None:
         fused = [Choice("fused"), *(Choice("fused", asdict(config)) for config in _tiles(head, device, dtype))]
     return [*fused[:1], Choice("chunked"), *fused[1:], *(Choice("chunked", {"tile": size}) for size in GPU_TILES)]
 
 
-def _tiles(head: Head, device: torch.device, dtype: torch.dtype) -> list[LinearConfig]:
-    """Return configs to try beside the table's: LINEAR_SEARCH with wgmma, elsewhere neighbours of the table's."""
+def _tiles(head: Head, device: torch.device, dtype: torch.dtype) -> list[LinearConfig | HopperConfig]:
+    """Return configs to try beside the table's: LINEAR_SEARCH with wgmma, elsewhere neighbours of the table's.
+
+    On Hopper also those of the kernel in Gluon. Where Triton has no Gluon, they fail and cost themselves alone.
+    """
     arch = "hip" if torch.version.hip else torch.cuda.get_device_capability(device)[0]
     bulk_copies = tma_pays(arch, dtype.itemsize) and head.dim * dtype.itemsize % 16 == 0
     table = linear_config(arch, dtype.itemsize, bulk_copies)
     if bulk_copies and arch in WGMMA:
-        found = list(LINEAR_SEARCH)
+        found = [*LINEAR_SEARCH, *(HOPPER_SEARCH if arch == 9 else ())]
     else:
         found = [replace(table, persistent=programs) for programs in (1, 2)]
         found += [replace(table, num_stages=table.num_stages + 1), replace(table, group=2 * table.group)]
@@ -80,7 +80,10 @@ def _tiles(head: Head, device: torch.device, dtype: torch.dtype) -> list[LinearC
 def described(choice: Choice, device: torch.device) -> str:
     """Return a choice in a few words."""
     if choice.impl == "fused" and choice.setting:
-        c = LinearConfig(**choice.setting)
+        c = kernel_config(choice.setting)
+        if isinstance(c, HopperConfig):
+            lead = f", lead {c.lead}" if c.lead else ""
+            return f"fused (Gluon) {BLOCK_N}x{BLOCK_V}x{c.block_d}, {c.num_stages} stages, group {c.group}{lead}"
         grid = f", {c.persistent} program{'s' * (c.persistent > 1)} a processor" if c.persistent else ""
         tile = f"{c.block_n}x{c.block_v}x{c.block_d}"
         return f"fused {tile}, {c.num_warps} warps, {c.num_stages} stages, group {c.group}{grid}"

@@ -44,11 +44,20 @@ def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | 
     """
     if impl == AUTO and weight is not None:
         impl, arguments = _auto(x.device, x.dtype, weight.dtype, weight.shape[1], weight.shape[0])
+        if impl == "fused" and arguments and not _measured_like(weight):
+            arguments = {}
         return _configured(impl, arguments, x, weight)
     on_gpu = weight is not None and x.device.type == "cuda"
     if impl == "chunked" and on_gpu and not obstacle_to_kernels(x.device, x.dtype):
         impl = "workspace"
     return import_module(f".{impl}", __package__)
+
+
+def _measured_like(weight: Tensor) -> bool:
+    """Return whether weight has aligned rows, as in a measurement. For others the table has smaller tiles."""
+    from ..kernels.linear_vocab_stats import tma_usable
+
+    return tma_usable(weight)
 
 
 def configured(choice: Choice, hidden: Tensor, weight: Tensor) -> Configured:

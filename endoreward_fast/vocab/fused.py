@@ -6,6 +6,7 @@ the device. No number is read back to the host, so a CUDA graph can capture ever
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -66,30 +67,42 @@ def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, mask=None, bias, logit_scale: float, softcap, alpha: float,
     entropy: bool, logit_mean: bool, successor=None, config=None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """Run the linear kernel. `config`, a LinearConfig, replaces the table's for measurements."""
+    """Run the linear kernel. `config` replaces the table's; a HopperConfig runs the candidate for Hopper."""
     from ..kernels.combine import combine
-    from ..kernels.config import INTERPRETER_CONFIG, linear_config, tma_pays, vocab_split
-    from ..kernels.linear_vocab_stats import linear_partials, tma_usable
     from ..kernels.primitives import Head
     from ..kernels.rows import keep
 
     bias, targets, mask, successor = _dense(bias, targets, mask, successor)
     kept = None if mask is None else keep(mask)
-    arch = _arch(hidden.device)
-    size = hidden.element_size()
-    tma = arch is not None and tma_pays(arch, size) and tma_usable(weight)
-    if config is None:
-        config = INTERPRETER_CONFIG if arch is None else linear_config(arch, size, tma)
-    processors = _processors(hidden.device)
-    partials = linear_partials(
-        hidden, weight, targets, head=Head(bias, logit_scale, softcap), alpha=alpha, entropy=entropy,
-        logit_mean=logit_mean, config=config, split=vocab_split(len(weight), config.block_v, processors), kept=kept,
-        tma=tma, interpreted=arch is None, programs=config.persistent and config.persistent * processors,
+    partials = _linear_partials(
+        hidden, weight, targets, config, head=Head(bias, logit_scale, softcap), alpha=alpha, entropy=entropy,
+        logit_mean=logit_mean, kept=kept,
     )  # fmt: skip
     stats, rewards = combine(
         partials, targets, vocab=len(weight), alpha=alpha, needed=mask, place=kept and kept.place, successor=successor
     )
     return RowStats(*stats), rewards and RowRewards(*rewards)
+
+
+def _linear_partials(hidden: Tensor, weight: Tensor, targets: Tensor, config, **wanted):
+    from ..kernels.config import INTERPRETER_CONFIG, LinearConfig, linear_config, tma_pays, vocab_split
+    from ..kernels.linear_vocab_stats import linear_partials, tma_usable
+
+    processors = _processors(hidden.device)
+    if not isinstance(config, LinearConfig | None):
+        from ..kernels.hopper_vocab_stats import BLOCK_V, hopper_partials
+
+        config = replace(config, split=vocab_split(len(weight), BLOCK_V, processors))
+        return hopper_partials(hidden, weight, targets, config=config, programs=processors, **wanted)
+    arch = _arch(hidden.device)
+    size = hidden.element_size()
+    tma = arch is not None and tma_pays(arch, size) and tma_usable(weight)
+    if config is None:
+        config = INTERPRETER_CONFIG if arch is None else linear_config(arch, size, tma)
+    return linear_partials(
+        hidden, weight, targets, config=config, split=vocab_split(len(weight), config.block_v, processors), tma=tma,
+        interpreted=arch is None, programs=config.persistent and config.persistent * processors, **wanted,
+    )  # fmt: skip
 
 
 # The forward keeps no logits. The backward recomputes them through the workspace.

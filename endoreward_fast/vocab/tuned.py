@@ -56,12 +56,10 @@ class Choice:
         """
         if not self.setting:
             return {}
-        if any(value < (name != "persistent") for name, value in self.setting.items()):
+        if any(value < (name not in ("persistent", "lead")) for name, value in self.setting.items()):
             raise ValueError(f"a setting is below 1: {dict(self.setting)}")
         if self.impl == "fused":
-            from ..kernels.config import LinearConfig
-
-            return {"config": LinearConfig(**self.setting)}
+            return {"config": kernel_config(self.setting)}
         if device.type == "cpu":
             return {"limits": replace(CPU_LIMITS, **self.setting)}
         if set(self.setting) != {"tile"}:
@@ -77,6 +75,14 @@ class Choice:
         if self.impl == "fused":
             return obstacle_to_kernels(device, dtype)
         return None if self.impl == "chunked" else f"there is no implementation {self.impl!r}"
+
+
+def kernel_config(setting: Mapping[str, int]):
+    """Return the LinearConfig or HopperConfig of a setting of "fused"."""
+    from ..kernels.config import LinearConfig
+    from ..kernels.hopper_vocab_stats import HopperConfig
+
+    return (HopperConfig if "lead" in setting else LinearConfig)(**setting)
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,21 @@ def test_other_widths(package, dim, assert_within_budget):
     check(assert_within_budget, ours, hidden, weight, targets)
 
 
+def test_rows_that_a_mask_keeps(package):
+    """The backend gathers them, and their bits are those without a mask."""
+    from endoreward_fast.kernels.hopper_vocab_stats import HopperConfig
+    from endoreward_fast.vocab import fused
+
+    package.on(90)
+    hidden, weight, targets = inputs(150, 300, 72, BF16)
+    want = {"bias": None, "logit_scale": 1.0, "softcap": None, "alpha": 0.7, **FULL, "config": HopperConfig()}
+    mask = torch.rand(150) < 0.6
+    whole, _ = fused.linear_forward(hidden, weight, targets, **want)
+    kept, _ = fused.linear_forward(hidden, weight, targets, mask=mask, **want)
+    for a, b in zip(whole, kept, strict=True):
+        assert torch.equal(torch.where(mask, a, 0.0), b)
+
+
 @pytest.mark.parametrize("case", first_of(LEADS, 1))
 def test_warps_in_every_order_give_the_same_bits(package, case):
     """One program takes both pieces of work, and goes around the ring more than once."""

@@ -15,7 +15,11 @@ from pathlib import Path
 import pytest
 
 FULL = {"HAS_BIAS": True, "HAS_SCALE": True, "HAS_SOFTCAP": True, "ENTROPY": True, "LOGIT_MEAN": True}
-FORMS = {"plain": {}, "bias": {"HAS_BIAS": True, "ENTROPY": True, "LOGIT_MEAN": True}, "full": FULL}
+FORMS = {
+    "plain": {},
+    "bias": {"HAS_BIAS": True, "ENTROPY": True, "LOGIT_MEAN": True},
+    "full": FULL | {"HAS_ROWS": True},
+}
 
 
 def jobs():
@@ -36,10 +40,20 @@ def compile_form(form: str, dtype: str, config) -> dict:
 
     layout = tile_layout(config.block_d)
     types = {n: "fp32" for n in ("logit_scale", "softcap", "c")} | {n: "i32" for n in ("n_rows", "vocab", "dim")}
-    types |= {"bias": f"*{dtype}", "targets": "*i64", "partials": "*fp32", "p_target": "*fp32"}
+    types |= {
+        "bias": f"*{dtype}",
+        "targets": "*i64",
+        "rows": "*i32",
+        "count": "*i32",
+        "partials": "*fp32",
+        "p_target": "*fp32",
+    }
     for name, rows in (("hidden", BLOCK_N), ("weight", BLOCK_V)):
         types[name] = f"tensordesc<{dtype}[{rows}, {config.block_d}],{layout!r}>"
-    flags = dict.fromkeys(("HAS_BIAS", "HAS_SCALE", "HAS_SOFTCAP", "ENTROPY", "LOGIT_MEAN"), False) | FORMS[form]
+    flags = (
+        dict.fromkeys(("HAS_ROWS", "HAS_BIAS", "HAS_SCALE", "HAS_SOFTCAP", "ENTROPY", "LOGIT_MEAN"), False)
+        | FORMS[form]
+    )
     constants = flags | {
         "SPLIT": config.split, "GROUP": config.group, "STAGES": config.num_stages, "LEAD": config.lead,
     }  # fmt: skip
