@@ -77,7 +77,7 @@ class Choice:
         return None if self.impl == "chunked" else f"there is no implementation {self.impl!r}"
 
 
-def kernel_config(setting: Mapping[str, int]):
+def kernel_config(setting: Mapping[str, int]) -> Any:
     """Return the LinearConfig or HopperConfig of a setting of "fused"."""
     from ..kernels.config import LinearConfig
     from ..kernels.hopper_vocab_stats import HopperConfig
