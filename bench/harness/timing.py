@@ -63,7 +63,9 @@ def prepare(case: Case, clock=HOST) -> tuple[dict, dict[str, str]]:
     gate = Gate(inputs)
     calls, skipped = {}, {}
     for name, peer in registry.peers(case.subject, case.gpu).items():
-        reason = peer.missing or registry.unsuited(name, inputs) or _too_large(peer, case, clock)
+        if case.only and name not in case.only:
+            continue
+        reason = peer.missing or peer.obstacle(inputs) or _too_large(peer, case, clock)
         if name in case.without:
             reason = "left out to save time"
         if reason:

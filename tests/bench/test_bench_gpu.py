@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.gpu import peers_gpu, run, sanitize
-from bench.harness import cases, peers, shapes, timing
+from bench.harness import cases, packages, peers, shapes, timing
 from bench.harness.cases import Case
 from bench.harness.clock import Device, Host
 
@@ -151,9 +151,8 @@ def test_every_peer_passes_the_gate_or_is_skipped_with_the_reason(subject):
     assert result["peers"].keys() | result["skipped"].keys() == listed.keys()
     assert result["baseline"] == next(iter(listed))
     assert any(name.startswith(peers.OURS) for name in result["peers"])
-    for package in ("liger-kernel", "quack-kernels"):
-        if package in listed and package not in result["peers"]:
-            assert result["skipped"][package]
+    for package in packages.CALLS.keys() & listed.keys() - result["peers"].keys():
+        assert result["skipped"][package]
 
 
 @pytest.mark.parametrize("subject", [s for s in peers_gpu.SUBJECTS if s not in ("linear masked",)])
@@ -213,7 +212,7 @@ def test_peers_that_do_not_fit_are_skipped_with_the_reason():
 
 
 def test_a_missing_package_is_reported_with_the_reason():
-    _, missing = peers_gpu._package("no_such_package_here", "function")
+    _, missing = packages.find(("no_such_package_here:function",))
     assert missing == "no_such_package_here: ModuleNotFoundError: No module named 'no_such_package_here'"
 
 
