@@ -81,7 +81,7 @@ scale: $(READY) ## compare the cost of scoring with its formula, and score 100,0
 	OMP_NUM_THREADS=2 $(BIN)/python -m bench.cost
 	OMP_NUM_THREADS=2 $(BIN)/python -m bench.soak
 
-gpu: ## run every test, then every benchmark, on the GPU (under 9 minutes); writes to OUT
+gpu: ## test and measure on the GPU in 8 minutes; OUT gets gpu.tar.gz and console.txt; GPU_WHEELS=folder of peers
 	@$(GPU_PYTHON) -m bench.gpu --out $(OUT)
 
 gpu-sanitize: ## run the tests of small shapes under compute-sanitizer, memcheck and racecheck (at most 9 minutes)

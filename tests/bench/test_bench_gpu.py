@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.gpu import peers_gpu, run, sanitize
+from bench.gpu import console, groups, peers_gpu, run, sanitize
 from bench.harness import cases, packages, peers, shapes, timing
 from bench.harness.cases import Case
 from bench.harness.clock import Device, Host
@@ -99,16 +99,16 @@ def test_at_least_three_rounds_are_run_whatever_the_budget():
 
 
 def test_a_group_out_of_time_reports_the_cases_it_did_not_measure(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "cases", lambda group: [_case("linear")])
-    assert run.run_group("gpu-linear", 0.0, tmp_path, dry=DRY) == 0
+    monkeypatch.setattr(groups, "cases", lambda group: [_case("linear")])
+    assert groups.run_group("gpu-linear", 0.0, tmp_path, dry=DRY) == 0
     record = json.loads((tmp_path / "gpu-linear.json").read_text())
     assert record["cases"][0]["failed"] == "not measured: the time budget was spent"
     assert "not measured" in capsys.readouterr().out
 
 
 def test_a_command_that_hangs_is_killed():
-    assert run.run_limited([sys.executable, "-c", "pass"], 60) == 0
-    assert run.run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
+    assert console.run_limited([sys.executable, "-c", "pass"], 60) == 0
+    assert console.run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -240,10 +240,9 @@ def test_sanitizer_commands_select_tests_that_exist():
 
 
 def test_a_dry_run_writes_the_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "EXPENSIVE", ())
-    overheads = [run.tiny(case) for case in run.cases("gpu-overheads")]
-    monkeypatch.setattr(run, "cases", lambda group: overheads[-1:])
-    assert run.run_group("gpu-overheads", 60.0, tmp_path, dry=DRY) == 0
+    overheads = [groups.tiny(case) for case in groups.cases("gpu-overheads")]
+    monkeypatch.setattr(groups, "cases", lambda group: overheads[-1:])
+    assert groups.run_group("gpu-overheads", 60.0, tmp_path, dry=DRY) == 0
     record = json.loads((tmp_path / "gpu-overheads.json").read_text())
     assert "packages" in record["environment"] and record["cases"][0]["peers"]
 
@@ -254,9 +253,9 @@ def test_a_dry_run_writes_the_record(tmp_path, monkeypatch):
 def invented(folder) -> None:
     """Write a record of every case of `make gpu` with invented times, proportional to the work."""
     environment = timing.environment() | {"gpu": "an invented device"}
-    for group in run.SHARES:
+    for group in groups.GROUPS:
         results = []
-        for case in run.cases(group):
+        for case in groups.cases(group):
             names = [name for name in peers_gpu.peers(case.subject) if name not in case.without]
             work = (case.flops() or 1e10) / 1e14 + (case.bytes() or 1e9) / 1e12
             times = {name: [work * (1 + 0.3 * i) * (1 + 0.1 * r) for r in range(3)] for i, name in enumerate(names)}
