@@ -80,7 +80,14 @@ def tests(step: str, work: Path, dry: bool) -> list[str]:
     for file, reason in absent.items():
         print(f"{file}: not run, it {reason}", flush=True)
     files = [file for file in found if (file in device_tests.FIRST) == (step == FIRST_TESTS)]
-    options = ["-q", "-m", "device", "-p", "no:cacheprovider", f"--junitxml={work / step.replace(' ', '-')}.xml"]
+    options = [
+        "-qq" if dry else "-q",
+        "-m",
+        "device",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={work / step.replace(' ', '-')}.xml",
+    ]
     if importlib.util.find_spec("xdist") and not dry:
         options += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     if importlib.util.find_spec("pytest_timeout"):

@@ -12,18 +12,17 @@ READ_PTH = "import pathlib, site\n\nsite.addsitedir(str(pathlib.Path(__file__).p
 def install(wheels: Path, where: Path) -> tuple[dict[str, str], dict[str, str]]:
     """Install all wheels of a folder below `where`. Return (environment for processes, {wheel: why it is not there}).
 
-    One call of pip installs all, because some wheels share a folder. If it fails, a dry run of each wheel finds the
-    ones at fault, and the others are installed.
+    One call of pip installs all, because some wheels share a folder. It names the first wheel that it refuses; the
+    others are then tried again.
     """
-    found, target = sorted(wheels.glob("*.whl")), where / FOLDER
-    if not found:
+    left, target = sorted(wheels.glob("*.whl")), where / FOLDER
+    if not left:
         return {}, {str(wheels): "the folder has no wheel"}
-    failed = {}
-    if _pip(found, target):
-        failed = {w.name: reason for w in found if (reason := _pip([w], target, "--dry-run"))}
-        good = [w for w in found if w.name not in failed]
-        if good and (reason := _pip(good, target)):
-            failed |= {w.name: reason for w in good}
+    failed: dict[str, str] = {}
+    while left and (reason := _pip(left, target)):
+        refused = [wheel for wheel in left if wheel.name in reason] or left
+        failed |= {wheel.name: reason for wheel in refused}
+        left = [wheel for wheel in left if wheel not in refused]
     target.mkdir(parents=True, exist_ok=True)
     # Python does not read .pth files of folders on PYTHONPATH; nvidia-cutlass-dsl needs its own.
     (target / "sitecustomize.py").write_text(READ_PTH)
@@ -31,17 +30,9 @@ def install(wheels: Path, where: Path) -> tuple[dict[str, str], dict[str, str]]:
     return {"PYTHONPATH": path}, failed
 
 
-def _pip(wheels: list[Path], target: Path, *more: str) -> str | None:
+def _pip(wheels: list[Path], target: Path) -> str | None:
     """Install wheels, without their requirements. Return pip's last line if it fails."""
-    options = [
-        *more,
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--no-compile",
-        "--no-cache-dir",
-        "--disable-pip-version-check",
-    ]
+    options = ["--quiet", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "install", *options, "--upgrade", "--target", str(target)]
     done = subprocess.run([*command, *map(str, wheels)], capture_output=True, text=True)
     lines = (done.stderr or done.stdout).strip().splitlines()

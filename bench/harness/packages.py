@@ -59,13 +59,13 @@ def find(where: tuple[str, ...]) -> tuple[Callable | None, str | None]:
 
 
 def hopper_bf16(i: Inputs) -> str | None:
-    if i.hidden.device.type != "cuda" or torch.cuda.get_device_capability(i.hidden.device) != (9, 0):
+    if i.targets.device.type != "cuda" or torch.cuda.get_device_capability(i.targets.device) != (9, 0):
         return "needs a Hopper GPU (compute capability 9.0)"
     return "takes bfloat16 only" if i.hidden.dtype != torch.bfloat16 else no_softcap(i)
 
 
 def on_cuda(i: Inputs) -> str | None:
-    return no_softcap(i) if i.hidden.device.type == "cuda" else "needs a CUDA GPU"
+    return no_softcap(i) if i.targets.device.type == "cuda" else "needs a CUDA GPU"
 
 
 def verl_shapes(i: Inputs) -> str | None:
@@ -215,7 +215,9 @@ CALLS = {
         "_input target weight ignore_index lse_square_scale label_smoothing reduction",
         _liger_logits,
     ),
-    "quack-kernels, logits": Call(("quack.cross_entropy:cross_entropy",), "x target reduction", _quack_logits),
+    "quack-kernels, logits": Call(
+        ("quack.cross_entropy:cross_entropy",), "x target reduction", _quack_logits, obstacle=on_cuda
+    ),
     "TRL, one pass": Call(
         ("trl.kernels:selective_log_softmax_and_entropy",), "logits index", _trl_one_pass, "nll, entropy"
     ),

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from bench.gpu import device_tests, groups, run, targets, wheels
+from bench.gpu import console, device_tests, groups, run, targets, wheels
 from bench.gpu.run import Step
 
 PASS, FAIL, HANG = "pass", "raise SystemExit(3)", "import time; time.sleep(60)"
@@ -34,6 +34,11 @@ def runs(monkeypatch, tmp_path):
     yield run_steps
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_a_command_that_hangs_is_killed():
+    assert console.run_limited([sys.executable, "-c", "pass"], 60) == 0
+    assert console.run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
 
 
 def test_a_run_leaves_two_files_and_says_what_became_of_each_step(runs, tmp_path):
