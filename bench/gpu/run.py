@@ -32,7 +32,6 @@ SECONDS = 460  # `make gpu` ends within 8 minutes
 RESERVE, LEAST = 12.0, 10.0  # seconds for pictures and the archive; least seconds for a step
 STARTUP = 8.0  # seconds to import torch and start the device
 ARCHIVE, CONSOLE = "gpu.tar.gz", "console.txt"
-TUNED = ("4096,151936", "2048,151936", "1024,151936")  # D,V
 FIRST_TESTS = "tests of what auto takes"
 
 
@@ -43,9 +42,10 @@ class Step:
 
 
 STEPS = (
-    Step(FIRST_TESTS, 0.25), Step("gpu-auto", 0.25), *(Step(f"tune {shape}", 0.25) for shape in TUNED),
-    Step("gpu-tuned", 0.2), Step("gpu-peers", 0.6), Step("other tests", 0.4), Step("gpu-logits", 0.3),
-    Step("gpu-overheads", 0.3), Step("gpu-search", 0.4), Step("gpu-sweep", 0.9),
+    Step(FIRST_TESTS, 0.22), Step("gpu-auto", 0.22), Step("tune 4096,151936", 0.25), Step("gpu-peers", 0.5),
+    Step("tune 2048,151936", 0.2), Step("tune 1024,151936", 0.25), Step("gpu-tuned", 0.2), Step("other tests", 0.4),
+    Step("compare", 0.5),
+    Step("gpu-logits", 0.3), Step("gpu-overheads", 0.3), Step("gpu-search", 0.4), Step("gpu-sweep", 0.9),
 )  # fmt: skip
 
 
@@ -70,6 +70,9 @@ def command(step: str, seconds: float, work: Path, dry: bool) -> list[str]:
     if step.startswith("tune "):
         shape = "64,3000" if dry else step.partition(" ")[2]
         return [sys.executable, "-m", "endoreward_fast", "tune", "--shape", shape, "--dtype", "bf16"]
+    if step == "compare":
+        few = ["--only", "F.cross_entropy", "chunked"] if dry else []
+        return [sys.executable, "-m", "bench.compare", "--out", str(work), "--seconds", "60", *few]
     group = [sys.executable, "-m", "bench.gpu", "--group", step, "--seconds", f"{seconds:.0f}", "--out", str(work)]
     return group + ["--dry-run"] * dry
 
@@ -80,14 +83,8 @@ def tests(step: str, work: Path, dry: bool) -> list[str]:
     for file, reason in absent.items():
         print(f"{file}: not run, it {reason}", flush=True)
     files = [file for file in found if (file in device_tests.FIRST) == (step == FIRST_TESTS)]
-    options = [
-        "-qq" if dry else "-q",
-        "-m",
-        "device",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={work / step.replace(' ', '-')}.xml",
-    ]
+    log = work / f"{step.replace(' ', '-')}.xml"
+    options = ["-qq" if dry else "-q", "-m", "device", "-p", "no:cacheprovider", f"--junitxml={log}"]
     if importlib.util.find_spec("xdist") and not dry:
         options += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     if importlib.util.find_spec("pytest_timeout"):
@@ -118,12 +115,13 @@ def run_all(seconds: float, out: Path, dry: bool, carried: Path | None, steps=ST
             signal.signal(number, stop)
         try:
             environment = dict(os.environ) | carry(carried, Path(temporary), console)
+            environment["XDG_CACHE_HOME"] = str(work / "cache")  # the tuner's choices are this run's own
             for step in steps:
                 notes[step.name] = run_step(step, end - RESERVE, work, dry, environment, console)
                 write_archive(work, out)
         except Stopped as signalled:
-            console.say(f"stopped by {signalled}")
-            notes["the run"] = f"stopped by {signalled}"
+            notes["the run"] = f"failed (stopped by {signalled})"
+            write_archive(work, out)
         report(work, notes, console)
         write_archive(work, out)
     failed = [name for name, said in notes.items() if said.startswith("failed")]
@@ -162,15 +160,15 @@ def run_step(step: Step, end: float, work: Path, dry: bool, environment: dict, c
 
 def report(work: Path, notes: dict[str, str], console: Console) -> None:
     """Print and keep what became of each step, the pictures and the table of targets."""
-    summary = "\n".join(f"{name}: {said}" for name, said in notes.items())
-    table = targets.table(work)
-    (work / "summary.md").write_text(f"{table}\n\n```text\n{summary}\n```\n")
     if importlib.util.find_spec("matplotlib") is None:
         console.say("no pictures, because matplotlib is not installed: run python -m bench.harness.charts FOLDER later")
-    elif any(work.glob("gpu-*.json")):
+    elif list(targets.records(work)):
         from bench.harness import charts
 
         charts.draw(work)
+    summary = "\n".join(f"{name}: {said}" for name, said in notes.items())
+    table = targets.table(work)
+    (work / "summary.md").write_text(f"{table}\n\n```text\n{summary}\n```\n")
     console.say(f"{summary}\n\n{table}")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -190,6 +191,10 @@ def test_a_peer_that_fails_is_skipped_but_a_failure_of_ours_raises(monkeypatch):
     assert skipped["theirs"] == "failed: RuntimeError: no kernel image" and peers.BARE_MATMUL in calls
     _with_peer(monkeypatch, "wrong", peers.Peer(lambda i: (torch.zeros(20), torch.zeros(20))))
     assert "is off by" in timing.prepare(case)[1]["wrong"]
+    monkeypatch.setattr(timing, "PEER_SECONDS", 0.2)
+    _with_peer(monkeypatch, "slow", peers.Peer(lambda i: time.sleep(30)))
+    assert timing.prepare(case)[1]["slow"] == "failed: TimeoutError: no result after 0.2 s"
+    monkeypatch.setattr(timing, "PEER_SECONDS", 60)
     _with_peer(monkeypatch, peers_gpu.OURS_CHUNKED, peers.Peer(broken))
     with pytest.raises(RuntimeError, match="no kernel image"):
         timing.prepare(case)
