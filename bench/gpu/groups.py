@@ -42,11 +42,12 @@ def _tuned() -> list[Case]:
 
 def _peers() -> list[Case]:
     return [
-        case("linear", MODELS[0], 8192, 10, without=(), memory=True),
-        case("linear forward+backward", *STEP, 7, without=(), memory=True),
+        case("linear", MODELS[0], 8192, 10, memory=True),
+        case("linear forward+backward", *STEP, 7, memory=True),
         case("linear entropy", MODELS[0], 8192, 10, memory=True),
         *(case("linear", model, rows, 10, memory=True) for rows in (8192, 64, 512) for model in MODELS[1:]),
         *(case("linear", MODELS[0], rows, 10, memory=True) for rows in (64, 512, 32768)),
+        case("linear", MODELS[2], 4096, 10, without=(), memory=True),
         case("linear forward+backward", MODELS[0], 8192, 7, memory=True),
     ]
 

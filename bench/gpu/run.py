@@ -42,7 +42,7 @@ class Step:
 
 
 STEPS = (
-    Step(FIRST_TESTS, 0.22), Step("gpu-auto", 0.22), Step("tune 4096,151936", 0.25), Step("gpu-peers", 0.5),
+    Step(FIRST_TESTS, 0.22), Step("gpu-auto", 0.22), Step("tune 4096,151936", 0.25), Step("gpu-peers", 0.6),
     Step("tune 2048,151936", 0.2), Step("tune 1024,151936", 0.25), Step("gpu-tuned", 0.2), Step("other tests", 0.4),
     Step("compare", 0.5),
     Step("gpu-logits", 0.3), Step("gpu-overheads", 0.3), Step("gpu-search", 0.4), Step("gpu-sweep", 0.9),

@@ -27,7 +27,7 @@ __all__ = ["Budget", "Case", "Gate", "environment", "interleave", "prepare", "ru
 RESULTS = Path(__file__).parents[1] / "results"
 HOST = Host()
 LEAST_ROUNDS = 3
-PEER_SECONDS = 60  # for a peer's first call on a GPU, which may compile
+PEER_SECONDS = 90  # for a peer's first call on a GPU, which may compile
 
 
 class Budget:

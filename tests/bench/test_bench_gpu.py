@@ -194,7 +194,7 @@ def test_a_peer_that_fails_is_skipped_but_a_failure_of_ours_raises(monkeypatch):
     monkeypatch.setattr(timing, "PEER_SECONDS", 0.2)
     _with_peer(monkeypatch, "slow", peers.Peer(lambda i: time.sleep(30)))
     assert timing.prepare(case)[1]["slow"] == "failed: TimeoutError: no result after 0.2 s"
-    monkeypatch.setattr(timing, "PEER_SECONDS", 60)
+    monkeypatch.setattr(timing, "PEER_SECONDS", 90)
     _with_peer(monkeypatch, peers_gpu.OURS_CHUNKED, peers.Peer(broken))
     with pytest.raises(RuntimeError, match="no kernel image"):
         timing.prepare(case)
