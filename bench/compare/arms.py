@@ -63,16 +63,25 @@ def _cross_entropy(i: Inputs) -> Tensor:
 
 def arms(gpu: bool) -> dict[str, Arm]:
     """Return every arm for this kind of machine: torch, then packages, then ours."""
+    return {name: arm(name, gpu) for name in (*torchs(), *PACKAGES, *ours(gpu))}
+
+
+def arm(name: str, gpu: bool) -> Arm:
+    """Return one arm; no other arm's package is imported."""
+    if name not in PACKAGES:
+        return (torchs() | ours(gpu))[name]
+    takes, triton = PACKAGES[name]
+    return Arm(packages.CALLS[name].peer(), takes, interpreted=triton and not gpu)
+
+
+def torchs() -> dict[str, Arm]:
     linear = peers.peers("linear")
-    found = {
+    return {
         "torch, log_softmax + gather": Arm(Peer(_eager, gives="nll, entropy"), "logits"),
         "torch, F.cross_entropy": Arm(Peer(_cross_entropy, gives="nll"), "logits"),
         "torch, F.linear_cross_entropy": Arm(linear["F.linear_cross_entropy"]),
         "torch, F.linear_cross_entropy, chunked": Arm(linear["F.linear_cross_entropy, chunked"]),
     }
-    for name, takes, triton in PACKAGES:
-        found[name] = Arm(packages.CALLS[name].peer(), takes, interpreted=triton and not gpu)
-    return found | ours(gpu)
 
 
 def ours(gpu: bool) -> dict[str, Arm]:
@@ -81,25 +90,25 @@ def ours(gpu: bool) -> dict[str, Arm]:
         f"{OURS}, reference": Arm(_ours("reference")),
         f"{OURS}, compiled": Arm(_ours("compiled", no_compiler)),
         f"{OURS}, chunked": Arm(_ours("chunked")),
-        f"{OURS}, fused": Arm(_ours("fused"), interpreted=not gpu, largest=None if gpu else 5003),
+        f"{OURS}, fused": Arm(_ours("fused"), interpreted=not gpu, largest=None if gpu else 1031),
     }
 
 
-PACKAGES = (
-    # name in packages.CALLS, takes, whether it is a Triton kernel that the interpreter can run
-    ("TRL, selective_log_softmax_and_entropy", "logits", False),
-    ("TRL, one pass", "logits", True),
-    ("TRL, chunked logprob, entropy", "hidden", False),
-    ("liger-kernel", "hidden", True),
-    ("liger-kernel, logits", "logits", True),
-    ("liger-kernel, scaled, torch fallback", "hidden", False),
-    ("liger-kernel, scaled, CuTe, entropy", "hidden", False),
-    ("liger-kernel, scaled, cuTile, entropy", "hidden", False),
-    ("cut-cross-entropy, unfiltered", "hidden", True),
-    ("quack-kernels, store-free", "hidden", False),
-    ("quack-kernels, logits", "logits", False),
-    ("verl", "hidden", False),
-)
+PACKAGES = {
+    # name in packages.CALLS: (takes, whether it is a Triton kernel that the interpreter can run)
+    "TRL, selective_log_softmax_and_entropy": ("logits", False),
+    "TRL, one pass": ("logits", True),
+    "TRL, chunked logprob, entropy": ("hidden", False),
+    "liger-kernel": ("hidden", True),
+    "liger-kernel, logits": ("logits", True),
+    "liger-kernel, scaled, torch fallback": ("hidden", False),
+    "liger-kernel, scaled, CuTe, entropy": ("hidden", False),
+    "liger-kernel, scaled, cuTile, entropy": ("hidden", False),
+    "cut-cross-entropy, unfiltered": ("hidden", True),
+    "quack-kernels, store-free": ("hidden", False),
+    "quack-kernels, logits": ("logits", False),
+    "verl": ("hidden", False),
+}
 
 
 def device() -> torch.device:

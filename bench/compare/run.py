@@ -29,7 +29,7 @@ def run_arm(name: str, path: Path) -> None:
     if not gpu:
         torch.set_num_threads(1)
     clock, timed = (Device(), measure.ON_GPU) if gpu else (Processor(), measure.ON_CPU)
-    found = measure.measure(arms.arms(gpu)[name], clock, timed)
+    found = measure.measure(arms.arm(name, gpu), clock, timed)
     path.write_text(json.dumps(found))
 
 
@@ -50,9 +50,11 @@ def in_a_process(name: str, arm: arms.Arm, seconds: float) -> dict:
 
 
 def run(only: list[str], seconds: float, out: Path) -> list[Path]:
-    """Measure all arms, or those whose name contains one of `only`, and write the record after each."""
-    gpu = torch.cuda.is_available()
+    """Measure all arms, or those whose name contains one of `only` again, and write the record after each."""
+    gpu, path = torch.cuda.is_available(), out / "compare.json"
     record = {"environment": environment(gpu=True), "settings": page.settings(gpu), "arms": {}}
+    if only and path.exists():
+        record["arms"] = json.loads(path.read_text())["arms"]
     for name, arm in arms.arms(gpu).items():
         if only and not any(part in name for part in only):
             continue
@@ -62,7 +64,7 @@ def run(only: list[str], seconds: float, out: Path) -> list[Path]:
         record["arms"][name] = {"takes": arm.takes, "interpreted": arm.interpreted} | found
         print(f"{name}: {found.get('failed') or 'measured'}", flush=True)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "compare.json").write_text(json.dumps(record, indent=1) + "\n")
+        path.write_text(json.dumps(record, indent=1) + "\n")
     return page.write(out)
 
 
@@ -70,7 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for compare.json, compare.md and compare.svg")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of one arm")
-    parser.add_argument("--only", nargs="*", default=[], metavar="TEXT", help="arms whose name contains one of these")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="TEXT", help="measure only arms with this in their name"
+    )
     parser.add_argument("--page", action="store_true", help="write the table and the pictures again, from compare.json")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

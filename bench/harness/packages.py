@@ -68,6 +68,11 @@ def on_cuda(i: Inputs) -> str | None:
     return no_softcap(i) if i.targets.device.type == "cuda" else "needs a CUDA GPU"
 
 
+def liger_fallback(i: Inputs) -> str | None:
+    hopper = i.targets.device.type == "cuda" and torch.cuda.get_device_capability(i.targets.device) == (9, 0)
+    return "Liger takes its CuTe function on this GPU" if hopper else no_softcap(i)
+
+
 def verl_shapes(i: Inputs) -> str | None:
     return "needs a hidden size divisible by 128" if i.shape.hidden % 128 else on_cuda(i)
 
@@ -195,7 +200,7 @@ CALLS = {
         LIGER_CUTILE, SCALED_TAKES, _liger_scaled(True), "nll, entropy", on_cuda
     ),
     "liger-kernel, scaled, torch fallback": Call(
-        LIGER_FRONT, SCALED_TAKES, _liger_scaled(True), "nll, entropy", no_softcap
+        LIGER_FRONT, SCALED_TAKES, _liger_scaled(True), "nll, entropy", liger_fallback
     ),
     "TRL, chunked logprob, entropy": Call(
         ("trl.kernels:ChunkedLogProbFunction.apply",), TRL_TAKES, _trl_linear(True), "nll, entropy"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from bench.compare import arms, cases, measure, page, run
 from bench.compare.arms import Arm
+from bench.harness import packages
 from bench.harness.clock import Processor
 from bench.harness.peers import OURS, Peer
 from bench.harness.shapes import Shape
@@ -78,6 +79,13 @@ def test_the_truth_is_that_of_autograd_in_float64():
     torch.testing.assert_close(truth.dweight, dweight)
     log_p = torch.log_softmax(inputs.hidden @ inputs.weight.T, -1)
     torch.testing.assert_close(truth.entropy, -(log_p.exp() * log_p).sum(-1))
+
+
+def test_one_arm_is_made_without_the_packages_of_the_others(monkeypatch):
+    monkeypatch.setattr(packages.Call, "peer", lambda call: pytest.fail("imports a package"))
+    assert arms.arm("torch, F.cross_entropy", gpu=False).takes == "logits"
+    assert arms.arm(f"{OURS}, chunked", gpu=False).takes == "hidden"
+    assert arms.PACKAGES.keys() <= packages.CALLS.keys()
 
 
 def test_errors_are_those_of_the_arm():
@@ -158,6 +166,7 @@ def written(tmp_path_factory):
         patch.setattr(cases, "CASES", SMALL)
         patch.setattr(run, "in_a_process", lambda n, arm, s: measure.measure(arm, Processor(), TIMED, SMALL))
         assert run.main(["--out", str(folder)]) == 0
+        assert run.main(["--out", str(folder), "--only", "absent"]) == 0  # keeps what was measured of the others
     return json.loads((folder / "compare.json").read_text()), folder
 
 
