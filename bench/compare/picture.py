@@ -58,8 +58,8 @@ def _draw(record: dict, path: Path, theme: Theme) -> Path:
         for spine in axis.spines.values():
             spine.set_color(theme.muted)
     note = (
-        f"Circles, diamonds: {', '.join(MARKS)}. Filled: a row alone has the same bits as in the batch. "
-        "Without a time: in Triton's interpreter."
+        f"Circles, diamonds: {', '.join(MARKS)}. The offset of 1e4 is left out. Filled: a row alone has the same bits "
+        "as in the batch. Without a time: in Triton's interpreter."
     )
     figure.text(0.01, 0.01, note, fontsize=8.5, color=theme.muted, va="bottom")
     figure.tight_layout(rect=(0, 0.05, 1, 1))
