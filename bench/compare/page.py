@@ -57,7 +57,7 @@ def markdown(record: dict) -> str:
     arms = {name: arm for name, arm in record["arms"].items() if "failed" not in arm}
     parts = [_head(record)]
     for dtype in measure.DTYPES:
-        ran = {name: arm for name, arm in arms.items() if "failed" not in arm[dtype]}
+        ran = {name: arm for name, arm in arms.items() if measured(arm[dtype])}
         rows = [(_name(name, arm), row(record["settings"], arm, arm[dtype])) for name, arm in ran.items()]
         parts.append(f"## {dtype}\n\n{table(record, rows)}\n")
     failed = [f"- {name}: {arm['failed']}" for name, arm in record["arms"].items() if "failed" in arm]
@@ -69,6 +69,11 @@ def markdown(record: dict) -> str:
     ]
     parts.append("## Not measured\n\n" + ("\n".join(failed) or "Everything was measured.") + "\n")
     return "\n".join(parts)
+
+
+def measured(found: dict) -> bool:
+    """Return whether an arm gave statistics of any case."""
+    return "failed" not in found and any("nll" in case["statistics"] for case in found["accuracy"].values())
 
 
 def _name(name: str, arm: dict) -> str:

@@ -20,7 +20,11 @@ def draw(record: dict, folder: Path) -> list[Path]:
 
 
 def _draw(record: dict, path: Path, theme: Theme) -> Path:
-    names = [name for name, arm in record["arms"].items() if "failed" not in arm]
+    names = [
+        name
+        for name, arm in record["arms"].items()
+        if "failed" not in arm and any(page.measured(arm[dtype]) for dtype in MARKS)
+    ]
     figure, (error, time) = plt.subplots(
         1, 2, figsize=(11.0, 0.42 * len(names) + 1.9), width_ratios=(3, 2), sharey=True
     )
@@ -29,7 +33,7 @@ def _draw(record: dict, path: Path, theme: Theme) -> Path:
         colour = theme.ours if name.startswith(OURS) else theme.muted
         for shift, (dtype, mark) in zip((-0.17, 0.17), MARKS.items(), strict=True):
             found, y = arm[dtype], at + shift
-            if "failed" in found:
+            if not page.measured(found):
                 continue
             errors = [
                 max(case["statistics"]["nll"], FLOOR)

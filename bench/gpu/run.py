@@ -42,7 +42,7 @@ class Step:
 
 
 STEPS = (
-    Step(FIRST_TESTS, 0.22), Step("gpu-auto", 0.22), Step("tune 4096,151936", 0.25), Step("gpu-peers", 0.6),
+    Step(FIRST_TESTS, 0.22), Step("gpu-auto", 0.22), Step("tune 4096,151936", 0.3), Step("gpu-peers", 0.6),
     Step("tune 2048,151936", 0.2), Step("tune 1024,151936", 0.25), Step("gpu-tuned", 0.2), Step("other tests", 0.4),
     Step("compare", 0.5),
     Step("gpu-logits", 0.3), Step("gpu-overheads", 0.3), Step("gpu-search", 0.4), Step("gpu-sweep", 0.9),
@@ -69,7 +69,9 @@ def command(step: str, seconds: float, work: Path, dry: bool) -> list[str]:
         return tests(step, work, dry)
     if step.startswith("tune "):
         shape = "64,3000" if dry else step.partition(" ")[2]
-        return [sys.executable, "-m", "endoreward_fast", "tune", "--shape", shape, "--dtype", "bf16"]
+        measuring = f"{seconds / 2:.0f}"  # the processes of the candidates start and compile in the other half
+        tune = [sys.executable, "-m", "endoreward_fast", "tune", "--shape", shape]
+        return [*tune, "--dtype", "bf16", "--seconds", "5" if dry else measuring]
     if step == "compare":
         few = ["--only", "F.cross_entropy", "chunked"] if dry else []
         return [sys.executable, "-m", "bench.compare", "--out", str(work), "--seconds", "60", *few]

@@ -45,6 +45,10 @@ def batch_dependent(i):
     return exact(i) + 1e-12 * len(i.targets)
 
 
+def broken(i):
+    raise RuntimeError("no kernel image")
+
+
 def without_backward(i):
     return exact(i).detach()
 
@@ -156,6 +160,7 @@ def written(tmp_path_factory):
     chosen = {
         "exact": of(exact),
         "without backward": of(without_backward),
+        "broken": of(broken),
         "absent": Arm(Peer(exact, missing="no module")),
         "needs a GPU": Arm(Peer(exact, missing="no module", obstacle=lambda i: "needs a CUDA GPU")),
         f"{OURS}, fused": of(exact, interpreted=True, largest=200),
@@ -179,6 +184,7 @@ def test_the_table_has_a_row_for_each_arm_and_a_reason_for_what_is_missing(writt
     assert "(V = 200)" in fused and fused.endswith("| interpreted | interpreted |")
     partly = next(line for line in text.splitlines() if line.startswith("| without backward"))
     assert "failed" in partly
+    assert "| broken" not in text and "- broken, float32: statistics, normal: RuntimeError: no kernel image" in text
     assert "- absent: no module" in text and "- needs a GPU: needs a CUDA GPU" in text
 
 
