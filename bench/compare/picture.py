@@ -10,6 +10,7 @@ from bench.plot import THEMES, Theme
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib import ticker
 
 MARKS = dict(zip(measure.DTYPES, ("o", "D"), strict=True))
 FLOOR = 1e-8  # the least error that is drawn, in nats
@@ -54,6 +55,10 @@ def _draw(record: dict, path: Path, theme: Theme) -> Path:
     error.set_title(
         "Error of nll against float64 (nats), one mark for each case", loc="left", fontsize=10, color=theme.ink
     )
+    time.set_xscale("log")
+    time.xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+    time.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
+    time.xaxis.set_minor_formatter(ticker.NullFormatter())
     time.axvline(1.0, color=theme.muted, lw=1, ls="--")
     time.set_title("Time of the forward (bare matmul = 1)", loc="left", fontsize=10, color=theme.ink)
     for axis in (error, time):
