@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 460  # `make gpu` ends within 8 minutes
 RESERVE, LEAST = 12.0, 10.0  # seconds for pictures and the archive; least seconds for a step
 STARTUP = 8.0  # seconds to import torch and start the device
-ARCHIVE, CONSOLE = "gpu.tar.gz", "console.txt"
+ARCHIVE, CONSOLE, CACHE = "gpu.tar.gz", "console.txt", "cache"
 FIRST_TESTS = "tests of what auto takes"
 
 
@@ -117,7 +117,7 @@ def run_all(seconds: float, out: Path, dry: bool, carried: Path | None, steps=ST
             signal.signal(number, stop)
         try:
             environment = dict(os.environ) | carry(carried, Path(temporary), console)
-            environment["XDG_CACHE_HOME"] = str(work / "cache")  # the tuner's choices are this run's own
+            environment["XDG_CACHE_HOME"] = str(work.parent / CACHE)  # the tuner's choices are this run's own
             for step in steps:
                 notes[step.name] = run_step(step, end - RESERVE, work, dry, environment, console)
                 write_archive(work, out)
@@ -175,8 +175,14 @@ def report(work: Path, notes: dict[str, str], console: Console) -> None:
 
 
 def write_archive(work: Path, out: Path) -> None:
-    """Replace the archive at once: a run that is killed here leaves the one of the step before."""
+    """Replace the archive at once: a run that is killed here leaves the one of the step before.
+
+    Of the cache, only the tuner's choices are kept: peers may have compiled code there.
+    """
     shutil.copy(out / CONSOLE, work)
+    tuned = work.parent / CACHE / "endoreward_fast" / "tuned"
+    if tuned.exists():
+        shutil.copytree(tuned, work / "tuned", dirs_exist_ok=True)
     part = out / f".{ARCHIVE}.part"
     with tarfile.open(part, "w:gz") as archive:
         archive.add(work, arcname="gpu")

@@ -80,6 +80,13 @@ def test_the_archive_is_there_after_each_step(runs, tmp_path):
     assert "archived True" in console
 
 
+def test_of_the_cache_only_the_tuners_choices_are_archived(runs):
+    store = "import os, pathlib; c = pathlib.Path(os.environ['XDG_CACHE_HOME']); t = c / 'endoreward_fast/tuned'; "
+    store += "t.mkdir(parents=True); (t / 'choice.json').touch(); (c / 'compiled.so').touch()"
+    _, names, _ = runs({"tune": store})
+    assert "gpu/tuned/choice.json" in names and not any("compiled.so" in name for name in names)
+
+
 # ------------------------------------------------------------------------------------------------ the real steps
 
 
