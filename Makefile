@@ -20,7 +20,7 @@ READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test floors families lint package bench bench-scoring sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo demo-real test floors families lint package bench bench-scoring compare sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -76,6 +76,10 @@ bench-scoring: $(READY) ## compare scoring with transformers, lm-eval, minicons,
 	CMAKE_ARGS='-DLLAVA_BUILD=OFF' $(INSTALL) --editable '.[bench-scoring]' || $(INSTALL) lm-eval minicons trl
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scoring $(if $(DATA),--data $(DATA))
 
+compare: $(READY) ## accuracy, repeatability and speed of every implementation that runs here (15 minutes); writes to bench/results
+	$(INSTALL) --editable '.[bench-compare]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compare
+
 paper: $(READY) ## reproduce the claims of the paper on a small scale (15 minutes); writes to bench/results
 	for claim in reward policy iterate ranking rl steering; do $(BIN)/python -m bench.paper.$$claim || exit 1; done
 
@@ -83,7 +87,7 @@ scale: $(READY) ## compare the cost of scoring with its formula, and score 100,0
 	OMP_NUM_THREADS=2 $(BIN)/python -m bench.cost
 	OMP_NUM_THREADS=2 $(BIN)/python -m bench.soak
 
-gpu: ## run every test, then every benchmark, on the GPU (under 9 minutes); writes to OUT
+gpu: ## test and measure on the GPU in 8 minutes; OUT gets gpu.tar.gz and console.txt; GPU_WHEELS=folder of peers
 	@$(GPU_PYTHON) -m bench.gpu --out $(OUT)
 
 gpu-sanitize: ## run the tests of small shapes under compute-sanitizer, memcheck and racecheck (at most 9 minutes)

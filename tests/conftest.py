@@ -3,26 +3,36 @@
 Without a GPU, Triton's kernels run in its interpreter on CPU tensors. With a GPU, the same tests run on it unchanged.
 """
 
+import importlib.util
 import os
 
 import pytest
 import torch
-from hypothesis import Phase, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it on import, and nothing has imported Triton yet
 os.environ["ENDOREWARD_TUNED"] = "0"  # what this machine's user has tuned must not decide what is tested
 
-# "fixed" draws the same examples every time and shows the first failure. `HYPOTHESIS_PROFILE=long python -m pytest
-# tests/vocab/test_properties.py tests/test_identities.py` draws 1000 new examples per test and shrinks failures.
-settings.register_profile(
-    "fixed", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
-)
-settings.register_profile("long", max_examples=1000, deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
+if importlib.util.find_spec("hypothesis"):  # a GPU machine may lack it; `make gpu` names the files that need it
+    from hypothesis import Phase, settings
+
+    # "fixed" draws the same examples every time and shows the first failure. `HYPOTHESIS_PROFILE=long python -m pytest
+    # tests/vocab/test_properties.py tests/test_identities.py` draws 1000 new examples per test and shrinks failures.
+    settings.register_profile(
+        "fixed", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
+    )
+    settings.register_profile("long", max_examples=1000, deadline=None, print_blob=True)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 EPS32 = torch.finfo(torch.float32).eps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Mark the tests that touch the device. `make gpu` runs only those (bench/gpu/device_tests.py finds the files)."""
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("device")
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,8 @@ from endoreward_fast.vocab import reference
 from endoreward_fast.vocab.compiled import find_compiler
 from property_cases import ALPHAS, DEVICE, F64, VOCABS, drawn
 
+pytestmark = pytest.mark.device  # drawn on the device by property_cases.py
+
 EPS32 = torch.finfo(torch.float32).eps
 COMPILED = pytest.param(
     "compiled",

@@ -2,6 +2,7 @@
 
     subject                   what is computed                                    baseline
     linear                    statistics from hidden states                       torch.mm
+    linear entropy            the same with the entropy                           torch.mm
     linear forward+backward   the same with gradients of hidden and weight        the three matmuls that it needs
     linear masked             statistics of a batch that is 80% prompt            the same batch without a mask
     linear rewards            token rewards from hidden states                    statistics of the same rows
@@ -10,11 +11,10 @@
     logits backward           gradient of the logits, without the forward         a device-to-device copy
     logits rewards            token rewards from stored logits                    statistics of the same rows
 
-The adapters follow the interfaces of liger-kernel 0.8, cut-cross-entropy 25.1, trl 1.16 and quack-kernels 0.6.
+The adapters of packages are in bench/harness/packages.py, with the versions that they were checked against.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -22,81 +22,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu import rewards
+from bench.gpu.gradients import logits_gradient, matmuls, with_gradients
+from bench.gpu.rewards import ours_linear
+from bench.harness import packages
 from bench.harness import peers as torch_peers
 from bench.harness.peers import BARE_MATMUL, DEVICE_COPY, LOGSUMEXP, OURS, THREE_MATMULS, Inputs, Peer
-from endoreward_fast import linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
-from endoreward_fast.vocab.plan import plan_rows
+from endoreward_fast import linear_vocab_stats, vocab_stats
 
-OURS_FUSED, OURS_CHUNKED = f"{OURS}, fused", f"{OURS}, chunked"
+OURS_AUTO, OURS_FUSED, OURS_CHUNKED = (f"{OURS}, {impl}" for impl in ("auto", "fused", "chunked"))
 FOUR_MATMULS = "four bare matmuls"
-STATISTICS_ALONE, TOKEN_REWARDS = f"{OURS}, statistics alone", f"{OURS}, token rewards"
-SUBJECTS = (
-    *("linear", "linear forward+backward", "linear masked", "linear rewards", "linear search"),
-    *("logits", "logits entropy", "logits backward", "logits rewards"),
+IMPLS = {OURS_AUTO: "auto", OURS_CHUNKED: "chunked", OURS_FUSED: "fused"}
+LINEAR_PACKAGES = (
+    *("liger-kernel", "liger-kernel, scaled, CuTe", "liger-kernel, scaled, cuTile", "cut-cross-entropy, unfiltered"),
+    *("TRL, chunked logprob", "verl", "quack-kernels, logits stored", "quack-kernels, store-free"),
 )
-IMPLS = {OURS_CHUNKED: "chunked", OURS_FUSED: "fused"}
-TRL_CHUNK = 32768  # as in TRL, where it is private
+ENTROPY_PACKAGES = (
+    *("liger-kernel, scaled, CuTe, entropy", "liger-kernel, scaled, cuTile, entropy"),
+    *("TRL, chunked logprob, entropy", "verl"),
+)
+SUMMED_PACKAGES = ("liger-kernel, summed", "quack-kernels, scaled exp, summed")
+FORWARD_ONLY = ("quack-kernels, store-free",)
 
 
 def peers(subject: str) -> dict[str, Peer]:
     """Return every peer of a subject. The first is the baseline of all ratios, the last is ours."""
-    linear = (_linear, _training, _masked, _linear_rewards, _search)
-    makers = (*linear, _logits, _entropy, _logits_backward, _logits_rewards)
-    return dict(zip(SUBJECTS, makers, strict=True))[subject]()
-
-
-# ------------------------------------------------------------------------------------------------ packages
-
-
-def _package(module: str, name: str) -> tuple[Callable | None, str | None]:
-    """Return (module.name, None), or (None, why it cannot be imported)."""
-    try:
-        return getattr(importlib.import_module(module), name), None
-    except Exception as error:  # an import may raise anything: no driver, another torch
-        return None, f"{module}: {type(error).__name__}: {(str(error) or '-').splitlines()[0][:120]}"
-
-
-def _adapter(module: str, name: str, nll: Callable, **about) -> Peer:
-    """Make a peer from nll(function, inputs), which calls the package's function for the nll of each row."""
-    function, missing = _package(module, name)
-    return Peer(functools.partial(nll, function), gives="nll", missing=missing, **about)
-
-
-def _liger_linear(function, i: Inputs) -> Tensor:
-    return function.apply(i.hidden, i.weight, i.targets, None, None, -100, 0.0, 0.0, "none", i.shape.softcap)[0]
-
-
-def _liger_logits(function, i: Inputs) -> Tensor:
-    return function.apply(i.logits, i.targets, None, -100, 0.0, 0.0, "none")[0]
-
-
-def _cce(function, i: Inputs) -> Tensor:
-    """Call it without its gradient filter, which drops the gradients of small probabilities."""
-    return function(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, reduction="none", filter_eps=None)
-
-
-def _trl_linear(function, i: Inputs) -> Tensor:
-    return -function.apply(i.hidden, i.weight, None, i.targets, 1.0, TRL_CHUNK, i.shape.softcap, 1.0, ())[0]
-
-
-def _quack_linear(function, i: Inputs) -> Tensor:
-    return function(i.hidden, i.weight, None, i.targets, reduction="none")
-
-
-def _quack_logits(function, i: Inputs) -> Tensor:
-    return function(i.logits, i.targets, reduction="none")
-
-
-def _linear_packages() -> dict[str, Peer]:
-    liger = "liger_kernel.ops.fused_linear_cross_entropy"
-    return {
-        "liger-kernel": _adapter(liger, "LigerFusedLinearCrossEntropyFunction", _liger_linear),
-        "cut-cross-entropy, unfiltered": _adapter("cut_cross_entropy", "linear_cross_entropy", _cce),
-        "TRL, chunked logprob": _adapter("trl.kernels", "ChunkedLogProbFunction", _trl_linear),
-        "quack-kernels": _adapter(
-            "quack.linear_cross_entropy", "linear_cross_entropy_func", _quack_linear, bytes_per_logit=6
-        ),
-    }
+    return MAKERS[subject]()
 
 
 # ------------------------------------------------------------------------------------------------ from hidden states
@@ -105,19 +56,39 @@ def _linear_packages() -> dict[str, Peer]:
 def _linear() -> dict[str, Peer]:
     alike = torch_peers.peers("linear")
     return {
-        BARE_MATMUL: Peer(lambda i: torch.mm(i.hidden, i.weight.T), gives="nothing", bytes_per_logit=2),
+        BARE_MATMUL: _bare(),
         "eager": replace(alike["eager"], bytes_per_logit=6),  # logits, and the temporaries of logsumexp
         "torch.compile": replace(alike["torch.compile"], bytes_per_logit=2),
         "F.linear_cross_entropy": replace(alike["F.linear_cross_entropy"], bytes_per_logit=6),
         "F.linear_cross_entropy, chunked": alike["F.linear_cross_entropy, chunked"],
-        **_linear_packages(),
-        **{name: Peer(functools.partial(_ours_linear, impl)) for name, impl in IMPLS.items()},
+        **packages.peers(*LINEAR_PACKAGES),
+        **{name: Peer(functools.partial(ours_linear, impl)) for name, impl in IMPLS.items()},
     }
 
 
-def _ours_linear(impl: str, i: Inputs, mask: Tensor | None = None):
-    stats = linear_vocab_stats(i.hidden, i.weight, i.targets, mask=mask, softcap=i.shape.softcap, impl=impl)
-    return stats.lse, stats.target_logit
+def _bare() -> Peer:
+    return Peer(lambda i: torch.mm(i.hidden, i.weight.T), gives="nothing", bytes_per_logit=2)
+
+
+def _linear_entropy() -> dict[str, Peer]:
+    return {
+        BARE_MATMUL: _bare(),
+        "eager": Peer(_eager_entropy, bytes_per_logit=8),
+        **packages.peers(*ENTROPY_PACKAGES),
+        **{name: Peer(functools.partial(_ours_entropy, impl)) for name, impl in IMPLS.items()},
+    }
+
+
+def _eager_entropy(i: Inputs):
+    logits = i.hidden @ i.weight.T
+    return _entropy_of(
+        logits if i.shape.softcap is None else torch.tanh(logits / i.shape.softcap) * i.shape.softcap, i.targets
+    )
+
+
+def _ours_entropy(impl: str, i: Inputs):
+    out = linear_vocab_stats(i.hidden, i.weight, i.targets, softcap=i.shape.softcap, entropy=True, impl=impl)
+    return out.lse, out.target_logit, out.entropy
 
 
 def _search() -> dict[str, Peer]:
@@ -131,9 +102,8 @@ def _search() -> dict[str, Peer]:
     missing = None
     if torch.cuda.is_available() and (torch.version.hip or torch.cuda.get_device_capability()[0] not in (9, 10)):
         missing = "the candidates are for Hopper and data-centre Blackwell"
-    bare = Peer(lambda i: torch.mm(i.hidden, i.weight.T), gives="nothing", bytes_per_logit=2)
     ours = {name(c): Peer(functools.partial(_under, c), missing=missing) for c in LINEAR_SEARCH}
-    return {BARE_MATMUL: bare} | ours
+    return {BARE_MATMUL: _bare()} | ours
 
 
 def _under(config, i: Inputs):
@@ -147,49 +117,19 @@ def _under(config, i: Inputs):
 
 
 def _training() -> dict[str, Peer]:
-    """Forward and backward together, through autograd for every peer."""
-    timed = {name: peer for name, peer in _linear().items() if name != BARE_MATMUL}
+    """Forward and backward together, through autograd for every peer. Some give the gradients of a sum only."""
+    forward = _linear()
+    timed = {name: peer for name, peer in forward.items() if name not in (BARE_MATMUL, *FORWARD_ONLY, *IMPLS)}
+    timed |= packages.peers(*SUMMED_PACKAGES) | {name: forward[name] for name in IMPLS}
     return {
-        THREE_MATMULS: Peer(functools.partial(_matmuls, 3), gives="nothing", bytes_per_logit=2),
-        FOUR_MATMULS: Peer(functools.partial(_matmuls, 4), gives="nothing", bytes_per_logit=4),
-        **{name: _with_gradients(peer) for name, peer in timed.items()},
+        THREE_MATMULS: matmuls(3),
+        FOUR_MATMULS: matmuls(4),
+        **{name: with_gradients(peer) for name, peer in timed.items()},
     }
 
 
-def _matmuls(count: int, i: Inputs) -> None:
-    """Run the matmuls of a training step: logits (twice if they are recomputed), dhidden, dweight."""
-    for _ in range(count - 2):
-        z = torch.mm(i.hidden, i.weight.T)
-    torch.mm(z, i.weight)
-    torch.mm(z.T, i.hidden)
-
-
-def _with_gradients(peer: Peer) -> Peer:
-    def run(i: Inputs):
-        leaves = i.hidden.detach().requires_grad_(), i.weight.detach().requires_grad_()
-
-        def call():
-            nll = _nll(peer, replace(i, hidden=leaves[0], weight=leaves[1]))
-            return nll.detach(), *torch.autograd.grad(nll, leaves, i.upstream.to(nll.dtype))
-
-        return call
-
-    # The backward adds the gradient of the logits.
-    more = peer.bytes_per_logit and peer.bytes_per_logit + 4
-    return replace(peer, run=run, gives="gradients", in_two_steps=True, bytes_per_logit=more)
-
-
-def _nll(peer: Peer, i: Inputs) -> Tensor:
-    got = peer.run(i)
-    return got if peer.gives == "nll" else got[0] - got[1]
-
-
 def _masked() -> dict[str, Peer]:
-    calls = {}
-    for name, impl in reversed(IMPLS.items()):
-        calls[f"{name}, every row"] = Peer(functools.partial(_ours_linear, impl))
-        calls[f"{name}, a fifth"] = Peer(lambda i, impl=impl: _ours_linear(impl, i, i.mask))
-    return calls
+    return rewards.masked({name: IMPLS[name] for name in (OURS_FUSED, OURS_CHUNKED)})
 
 
 # ------------------------------------------------------------------------------------------------ from logits
@@ -202,8 +142,7 @@ def _logits() -> dict[str, Peer]:
         LOGSUMEXP: replace(alike[LOGSUMEXP], bytes_per_logit=4),
         "log_softmax + gather": replace(alike["log_softmax + gather"], bytes_per_logit=4),
         "torch.compile": alike["torch.compile"],
-        "liger-kernel": _adapter("liger_kernel.ops.cross_entropy", "LigerCrossEntropyFunction", _liger_logits),
-        "quack-kernels": _adapter("quack.cross_entropy", "cross_entropy", _quack_logits),
+        **packages.peers("liger-kernel, logits", "quack-kernels, logits"),
         **{name: Peer(functools.partial(_ours_logits, impl, False)) for name, impl in IMPLS.items()},
     }
 
@@ -219,18 +158,13 @@ def _ours_logits(impl: str, entropy: bool, i: Inputs):
 
 
 def _entropy() -> dict[str, Peer]:
-    one_pass, missing = _package("trl.kernels", "selective_log_softmax_and_entropy")
     return {
         DEVICE_COPY: _logits()[DEVICE_COPY],
-        "eager": Peer(_stats_and_entropy, bytes_per_logit=8),
+        "eager": Peer(lambda i: _entropy_of(i.logits, i.targets), bytes_per_logit=8),
         "torch.compile": Peer(lambda i: torch_peers.compiled(_entropy_of)(i.logits, i.targets)),
-        "TRL, one pass": Peer(lambda i: _trl_entropy(one_pass, i), missing=missing),
+        **packages.peers("TRL, one pass"),
         **{name: Peer(functools.partial(_ours_logits, impl, True)) for name, impl in IMPLS.items()},
     }
-
-
-def _stats_and_entropy(i: Inputs):
-    return _entropy_of(i.logits, i.targets)
 
 
 def _entropy_of(logits: Tensor, targets: Tensor):
@@ -239,74 +173,25 @@ def _entropy_of(logits: Tensor, targets: Tensor):
     return torch.logsumexp(logits, -1), logits.gather(1, targets.unsqueeze(1)).squeeze(1), entropy
 
 
-def _trl_entropy(function: Callable, i: Inputs):
-    """Compute the log-sum-exp from TRL's log-probability and the target's logit."""
-    logprob, entropy = function(i.logits, i.targets)
-    target = i.logits.gather(1, i.targets.unsqueeze(1)).squeeze(1).float()
-    return target - logprob, target, entropy
-
-
 def _logits_backward() -> dict[str, Peer]:
     """The backward alone. The forward runs once, before the timing."""
     alike = _logits()
-    liger = replace(alike.pop("liger-kernel"), missing="writes its gradient over the caller's logits, in the forward")
+    name = "liger-kernel, logits"
+    liger = replace(alike.pop(name), missing="writes its gradient over the caller's logits, in the forward")
     copy = alike.pop(DEVICE_COPY)
-    return {DEVICE_COPY: copy, "liger-kernel": liger, **{name: _logits_gradient(peer) for name, peer in alike.items()}}
+    return {DEVICE_COPY: copy, name: liger, **{name: logits_gradient(peer) for name, peer in alike.items()}}
 
 
-def _logits_gradient(peer: Peer) -> Peer:
-    def run(i: Inputs):
-        leaf = i.logits.detach().requires_grad_()
-        nll = _nll(peer, replace(i, logits=leaf))
-        upstream = i.upstream.to(nll.dtype)
-        return lambda: torch.autograd.grad(nll, leaf, upstream, retain_graph=True)[0]
-
-    return replace(peer, run=run, gives="logits gradient", in_two_steps=True, bytes_per_logit=peer.bytes_per_logit + 4)
-
-
-# ------------------------------------------------------------------------------------------------ token rewards
-
-
-def _linear_rewards() -> dict[str, Peer]:
-    return {
-        STATISTICS_ALONE: Peer(_in_sequences(lambda i, needed, _: _ours_linear("fused", i, needed)), in_two_steps=True),
-        TOKEN_REWARDS: _rewards(lambda i, tokens: linear_token_rewards(
-            i.hidden.view(*tokens.shape, -1), i.weight, tokens, softcap=i.shape.softcap, impl="fused"
-        )),
-    }  # fmt: skip
-
-
-def _logits_rewards() -> dict[str, Peer]:
-    def statistics(i, needed, _):
-        stats = vocab_stats(i.logits, i.targets, mask=needed, impl="fused")
-        return stats.lse, stats.target_logit
-
-    return {
-        STATISTICS_ALONE: Peer(_in_sequences(statistics), in_two_steps=True),
-        TOKEN_REWARDS: _rewards(lambda i, tokens: token_rewards(
-            i.logits.view(*tokens.shape, -1), tokens, impl="fused"
-        )),
-    }  # fmt: skip
-
-
-def _in_sequences(run: Callable) -> Callable:
-    """Return a peer's `run` in two steps that calls run(inputs, rows that rewards need, tokens (B, T)).
-
-    T is at most 2048. Row k's target is the next token, so statistics and rewards need the same numbers.
-    """
-
-    def prepare(i: Inputs):
-        tokens = i.targets.roll(1).view(-1, min(len(i.targets), 2048))
-        needed = plan_rows(tokens, None, None, None).needed
-        return lambda: run(i, needed, tokens)
-
-    return prepare
-
-
-def _rewards(function: Callable) -> Peer:
-    def run(i, _, tokens):
-        out = function(i, tokens)
-        # Row k predicts token k + 1, so the fields of token k + 1 belong to row k.
-        return -out.logprob.flatten()[1:], out.reward.flatten()[1:]
-
-    return Peer(_in_sequences(run), gives="rewards", in_two_steps=True)
+MAKERS = {
+    "linear": _linear,
+    "linear entropy": _linear_entropy,
+    "linear forward+backward": _training,
+    "linear masked": _masked,
+    "linear rewards": rewards.linear_rewards,
+    "linear search": _search,
+    "logits": _logits,
+    "logits entropy": _entropy,
+    "logits backward": _logits_backward,
+    "logits rewards": rewards.logits_rewards,
+}
+SUBJECTS = tuple(MAKERS)

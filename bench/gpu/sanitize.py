@@ -11,7 +11,8 @@ import shutil
 import sys
 import time
 
-from bench.gpu.run import run_limited, why_no_gpu
+from bench.gpu.console import run_limited
+from bench.gpu.run import why_no_gpu
 
 TOOLS = {"memcheck": ("--leak-check", "no"), "racecheck": ("--racecheck-report", "all")}
 FILES = ("tests/test_functional.py", "tests/vocab/test_workspace.py")

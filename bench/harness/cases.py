@@ -27,6 +27,7 @@ class Case:
     isa: str | None = None  # limit oneDNN to this instruction set (ONEDNN_MAX_CPU_ISA), to imitate an older CPU
     upcast: bool = False  # give ours float32 hidden states, so that it upcasts bfloat16 weights on any CPU
     gpu: bool = False  # compare with the GPU peers
+    only: tuple[str, ...] = ()  # peers of the record; (): all
 
     @property
     def name(self) -> str:

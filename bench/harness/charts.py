@@ -19,6 +19,7 @@ from matplotlib import ticker
 INK, MUTED = "#22272e", "#6b7480"
 OURS_COLOURS = {
     OURS: "#d1495b",
+    f"{OURS}, auto": "#b23a6f",
     f"{OURS}, fused": "#d1495b",
     f"{OURS}, chunked": "#edae49",
     f"{OURS}, compiled": "#8d1d2c",

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels")
+PACKAGES = (
+    *("triton", "numpy", "liger-kernel", "cut-cross-entropy", "trl", "quack-kernels", "verl", "skyrl"),
+    *("nvidia-cutlass-dsl", "cuda-tile"),
+)
 
 
 def environment(gpu: bool = False) -> dict:

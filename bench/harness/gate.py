@@ -35,6 +35,10 @@ class Gate:
         lse, target = self._oracle.lse, self._oracle.target_logit
         if gives == "nll":
             self._stats(name, [(got, lse - target)])
+        elif gives == "nll, entropy":
+            self._stats(name, zip(got, (lse - target, self._oracle.entropy), strict=True))
+        elif gives == "summed nll":
+            self._summed(name, got)
         elif gives == "stats":
             self._stats(name, zip(got, (lse, target, self._oracle.entropy), strict=False))
         elif gives == "rewards":  # a reward is the target's logit minus the value of the next state
@@ -47,7 +51,11 @@ class Gate:
         elif gives == "gradients":
             nll, dhidden, dweight = got
             self._stats(name, [(nll, lse - target)])
-            self._linear_gradients(name, dhidden, dweight)
+            self._linear_gradients(name, dhidden, dweight, self._inputs.upstream)
+        elif gives == "summed gradients":
+            total, dhidden, dweight = got
+            self._summed(name, total)
+            self._linear_gradients(name, dhidden, dweight, torch.ones_like(self._inputs.upstream))
 
     def _stats(self, name: str, pairs) -> None:
         for ours, oracle in pairs:
@@ -56,28 +64,35 @@ class Gate:
     def _close(self, name: str, ours: Tensor, oracle: Tensor) -> None:
         _refuse(name, (ours.double() - oracle).abs().max().item(), self._tolerance)
 
-    def _dlogits(self) -> Tensor:
+    def _summed(self, name: str, total: Tensor) -> None:
+        """Compare a sum over all rows by its mean, whose error is at most that of a row."""
+        inputs = self._inputs
+        target = (inputs.hidden.double() * inputs.weight[inputs.targets].double()).sum(-1)
+        _refuse(name, (total.double() / len(target) - (self._all_lse() - target).mean()).abs().item(), self._tolerance)
+
+    def _dlogits(self, upstream: Tensor) -> Tensor:
         """Return the (rows, V) gradient of upstream * (lse - target logit) in the logits."""
         p = torch.softmax(self._logits, -1)
         p[self._at] -= 1.0
-        return p * self._inputs.upstream[self._rows].double().unsqueeze(1)
+        return p * upstream[self._rows].double().unsqueeze(1)
 
     def _logits_gradient(self, name: str, got: Tensor) -> None:
-        want = self._dlogits()
+        want = self._dlogits(self._inputs.upstream)
         _refuse(name, _relative(got, want), self._relative)
         got[self._at] = want[self._at] = 0.0
         _refuse(name, _relative(got, want), self._relative_elsewhere)
 
-    def _linear_gradients(self, name: str, dhidden: Tensor, dweight: Tensor) -> None:
+    def _linear_gradients(self, name: str, dhidden: Tensor, dweight: Tensor, upstream: Tensor) -> None:
         weight, hidden = self._inputs.weight, self._inputs.hidden
         want = sum(
-            part @ w.double() for part, w in zip(self._dlogits().split(PART, 1), weight.split(PART), strict=True)
+            part @ w.double()
+            for part, w in zip(self._dlogits(upstream).split(PART, 1), weight.split(PART), strict=True)
         )
         _refuse(name, _relative(dhidden[self._rows].double(), want), self._relative)
         # Weight gradient at the checked targets, summed over all N rows: probabilities need every row's log-sum-exp.
         columns = self._targets.unique()
         p = torch.exp(hidden.double() @ weight[columns].double().T - self._all_lse().unsqueeze(1))
-        g = (p - (self._inputs.targets.unsqueeze(1) == columns).double()) * self._inputs.upstream.double().unsqueeze(1)
+        g = (p - (self._inputs.targets.unsqueeze(1) == columns).double()) * upstream.double().unsqueeze(1)
         _refuse(name, _relative(dweight[columns].double(), g.T @ hidden.double()), self._relative)
 
     def _all_lse(self) -> Tensor:

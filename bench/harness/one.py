@@ -10,7 +10,7 @@ from bench.harness.timing import run_case
 
 def main(arguments: list[str]) -> None:
     fields = json.loads(arguments[0])
-    case = Case(**fields | {"without": tuple(fields["without"])})
+    case = Case(**fields | {name: tuple(fields[name]) for name in ("without", "only")})
     result = {"extra_mib": extra_mib(case, arguments[1])} if len(arguments) > 1 else run_case(case)
     print(json.dumps(result))
 

@@ -48,14 +48,18 @@ class Peer:
     "nothing"            nothing that is checked
     "stats"              lse, target_logit and, optionally, entropy
     "nll"                lse - target_logit
+    "nll, entropy"       both
+    "summed nll"         the sum of nll over all rows
     "rewards"            nll, reward
-    "gradients"          nll, gradient of hidden, gradient of weight
+    "gradients"          nll, gradients of hidden and weight
+    "summed gradients"   summed nll, its gradients of hidden and weight
     "logits gradient"    gradient of the logits
     """
 
     run: Callable[[Inputs], object]
     gives: str = "stats"
     missing: str | None = None  # why it cannot run here
+    obstacle: Callable[[Inputs], str | None] = lambda inputs: None  # why it cannot run on these inputs
     bytes_per_logit: float = 0.0  # device memory at its peak; a peer that does not fit is skipped with the reason
     in_two_steps: bool = False  # run returns the call to time; what run itself does (a forward, say) is not timed
 
@@ -117,11 +121,8 @@ def peers(subject: str, gpu: bool = False) -> dict[str, Peer]:
     }
 
 
-def unsuited(name: str, inputs: Inputs) -> str | None:
-    """Return why an installed peer cannot run on these inputs, or None."""
-    if name.startswith("F.linear_cross_entropy") and inputs.shape.softcap is not None:
-        return "has no softcap"
-    return None
+def no_softcap(i: Inputs) -> str | None:
+    return None if i.shape.softcap is None else "has no softcap"
 
 
 def _no_compiler() -> str | None:
@@ -172,4 +173,6 @@ def _linear_cross_entropy(chunked: bool) -> Peer:
     if not hasattr(F, "linear_cross_entropy") or (chunked and options is None):
         return Peer(lambda i: None, missing=f"torch {torch.__version__} does not have it")
     how = {"reduction": "none"} | ({"options": options()} if chunked else {})
-    return Peer(lambda i: F.linear_cross_entropy(i.hidden, i.weight, i.targets, **how), gives="nll")
+    return Peer(
+        lambda i: F.linear_cross_entropy(i.hidden, i.weight, i.targets, **how), gives="nll", obstacle=no_softcap
+    )

@@ -4,10 +4,13 @@ On a shared machine, only ratios within one run are meaningful. Each round times
 rotates. A ratio is the median over rounds of (peer / baseline) within the round. clock.py measures the single call.
 """
 
+import contextlib
 import json
 import os
+import signal
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,6 +27,7 @@ __all__ = ["Budget", "Case", "Gate", "environment", "interleave", "prepare", "ru
 RESULTS = Path(__file__).parents[1] / "results"
 HOST = Host()
 LEAST_ROUNDS = 3
+PEER_SECONDS = 90  # for a peer's first call on a GPU, which may compile
 
 
 class Budget:
@@ -63,22 +67,42 @@ def prepare(case: Case, clock=HOST) -> tuple[dict, dict[str, str]]:
     gate = Gate(inputs)
     calls, skipped = {}, {}
     for name, peer in registry.peers(case.subject, case.gpu).items():
-        reason = peer.missing or registry.unsuited(name, inputs) or _too_large(peer, case, clock)
+        if case.only and name not in case.only:
+            continue
+        reason = peer.missing or peer.obstacle(inputs) or _too_large(peer, case, clock)
         if name in case.without:
             reason = "left out to save time"
         if reason:
             skipped[name] = reason
             continue
+        ours = name.startswith(registry.OURS)
         try:
-            call = peer.prepare(case.for_peer(name, inputs))
-            gate.check(name, peer.gives, call())
+            with contextlib.nullcontext() if ours or not case.gpu else limited(PEER_SECONDS):
+                call = peer.prepare(case.for_peer(name, inputs))
+                gate.check(name, peer.gives, call())
         except Exception as error:
-            if not case.gpu or name.startswith(registry.OURS):
+            if not case.gpu or ours:
                 raise
             skipped[name] = f"failed: {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:200]}"
             continue
         calls[name] = call
     return calls, skipped
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after this time, as soon as Python code runs there."""
+
+    def stop(number, frame) -> None:
+        raise TimeoutError(f"no result after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _too_large(peer: registry.Peer, case: Case, clock) -> str | None:
@@ -160,11 +184,15 @@ def _quantile(values: list[float], q: float) -> float:
 
 
 def write(name: str, record: dict, cases: list[dict], folder: Path | None = None) -> Path:
-    """Write {"environment": ..., "cases": [...]} to <name>.json in `folder`, bench/results by default."""
+    """Write {"environment": ..., "cases": [...]} to <name>.json in `folder`, bench/results by default.
+
+    The file is replaced at once, so a process that is killed here leaves the one before.
+    """
     path = (folder or RESULTS) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": record, "cases": cases}, indent=1) + "\n")
-    return path
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps({"environment": record, "cases": cases}, indent=1) + "\n")
+    return part.replace(path)
 
 
 def table(result: dict) -> str:
@@ -172,15 +200,15 @@ def table(result: dict) -> str:
     if result.get("failed"):
         return f"{result['name']}\n  {result['failed']}"
     stopped = f"  ({result['stopped']})" if result["stopped"] else ""
-    head = f"  {'':34}{'median':>11}  {'/ ' + result['baseline']:>20}  {'quartiles':>13}{'GB/s':>8}{'TFLOP/s':>9}"
+    head = f"  {'':40}{'median':>11}  {'/ ' + result['baseline']:>20}  {'quartiles':>13}{'GB/s':>8}{'TFLOP/s':>9}"
     lines = [result["name"] + stopped, head + f"{'of ceiling':>12}{'extra MiB':>11}"]
     for name, p in result["peers"].items():
         time_ms = f"{p['median_s'] * 1e3:.3f} ms" if p["median_s"] < 0.1 else f"{p['median_s'] * 1e3:.1f} ms"
         quartiles = f"{p['ratio_low']:.2f}-{p['ratio_high']:.2f}"
         rates = f"{_cell(p['gb_per_s'], '.0f'):>8}{_cell(p['tflops'], '.1f'):>9}{_cell(p['of_ceiling'], '.1%'):>12}"
         memory = f"{_cell(p['extra_mib'], '.1f'):>11}"
-        lines.append(f"  {name:34}{time_ms:>11}  {p['ratio']:>20.3f}  {quartiles:>13}{rates}{memory}")
-    lines += [f"  {name:34}skipped: {reason}" for name, reason in result["skipped"].items()]
+        lines.append(f"  {name:40}{time_ms:>11}  {p['ratio']:>20.3f}  {quartiles:>13}{rates}{memory}")
+    lines += [f"  {name:40}skipped: {reason}" for name, reason in result["skipped"].items()]
     return "\n".join(lines)
 
 

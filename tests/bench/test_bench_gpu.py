@@ -2,14 +2,14 @@
 
 import importlib.util
 import json
-import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.gpu import peers_gpu, run, sanitize
-from bench.harness import cases, peers, shapes, timing
+from bench.gpu import groups, peers_gpu, run, sanitize
+from bench.harness import cases, packages, peers, shapes, timing
 from bench.harness.cases import Case
 from bench.harness.clock import Device, Host
 
@@ -99,16 +99,11 @@ def test_at_least_three_rounds_are_run_whatever_the_budget():
 
 
 def test_a_group_out_of_time_reports_the_cases_it_did_not_measure(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(run, "cases", lambda group: [_case("linear")])
-    assert run.run_group("gpu-linear", 0.0, tmp_path, dry=DRY) == 0
+    monkeypatch.setattr(groups, "cases", lambda group: [_case("linear")])
+    assert groups.run_group("gpu-linear", 0.0, tmp_path, dry=DRY) == 0
     record = json.loads((tmp_path / "gpu-linear.json").read_text())
     assert record["cases"][0]["failed"] == "not measured: the time budget was spent"
     assert "not measured" in capsys.readouterr().out
-
-
-def test_a_command_that_hangs_is_killed():
-    assert run.run_limited([sys.executable, "-c", "pass"], 60) == 0
-    assert run.run_limited([sys.executable, "-c", "import time; time.sleep(60)"], 0.5) is None
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
@@ -151,9 +146,8 @@ def test_every_peer_passes_the_gate_or_is_skipped_with_the_reason(subject):
     assert result["peers"].keys() | result["skipped"].keys() == listed.keys()
     assert result["baseline"] == next(iter(listed))
     assert any(name.startswith(peers.OURS) for name in result["peers"])
-    for package in ("liger-kernel", "quack-kernels"):
-        if package in listed and package not in result["peers"]:
-            assert result["skipped"][package]
+    for package in packages.CALLS.keys() & listed.keys() - result["peers"].keys():
+        assert result["skipped"][package]
 
 
 @pytest.mark.parametrize("subject", [s for s in peers_gpu.SUBJECTS if s not in ("linear masked",)])
@@ -197,6 +191,10 @@ def test_a_peer_that_fails_is_skipped_but_a_failure_of_ours_raises(monkeypatch):
     assert skipped["theirs"] == "failed: RuntimeError: no kernel image" and peers.BARE_MATMUL in calls
     _with_peer(monkeypatch, "wrong", peers.Peer(lambda i: (torch.zeros(20), torch.zeros(20))))
     assert "is off by" in timing.prepare(case)[1]["wrong"]
+    monkeypatch.setattr(timing, "PEER_SECONDS", 0.2)
+    _with_peer(monkeypatch, "slow", peers.Peer(lambda i: time.sleep(30)))
+    assert timing.prepare(case)[1]["slow"] == "failed: TimeoutError: no result after 0.2 s"
+    monkeypatch.setattr(timing, "PEER_SECONDS", 90)
     _with_peer(monkeypatch, peers_gpu.OURS_CHUNKED, peers.Peer(broken))
     with pytest.raises(RuntimeError, match="no kernel image"):
         timing.prepare(case)
@@ -212,8 +210,14 @@ def test_peers_that_do_not_fit_are_skipped_with_the_reason():
     assert need["eager"] > 2 and need[peers_gpu.OURS_FUSED] == need[peers_gpu.OURS_CHUNKED] == 0
 
 
+def test_only_the_named_peers_are_in_a_record():
+    only = (peers.BARE_MATMUL, peers_gpu.OURS_CHUNKED)
+    result = timing.run_case(_case("linear", only=only), clock_here())
+    assert tuple(result["peers"]) == only and not result["skipped"]
+
+
 def test_a_missing_package_is_reported_with_the_reason():
-    _, missing = peers_gpu._package("no_such_package_here", "function")
+    _, missing = packages.find(("no_such_package_here:function",))
     assert missing == "no_such_package_here: ModuleNotFoundError: No module named 'no_such_package_here'"
 
 
@@ -241,10 +245,9 @@ def test_sanitizer_commands_select_tests_that_exist():
 
 
 def test_a_dry_run_writes_the_record(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "EXPENSIVE", ())
-    overheads = [run.tiny(case) for case in run.cases("gpu-overheads")]
-    monkeypatch.setattr(run, "cases", lambda group: overheads[-1:])
-    assert run.run_group("gpu-overheads", 60.0, tmp_path, dry=DRY) == 0
+    overheads = [groups.tiny(case) for case in groups.cases("gpu-overheads")]
+    monkeypatch.setattr(groups, "cases", lambda group: overheads[-1:])
+    assert groups.run_group("gpu-overheads", 60.0, tmp_path, dry=DRY) == 0
     record = json.loads((tmp_path / "gpu-overheads.json").read_text())
     assert "packages" in record["environment"] and record["cases"][0]["peers"]
 
@@ -255,9 +258,9 @@ def test_a_dry_run_writes_the_record(tmp_path, monkeypatch):
 def invented(folder) -> None:
     """Write a record of every case of `make gpu` with invented times, proportional to the work."""
     environment = timing.environment() | {"gpu": "an invented device"}
-    for group in run.SHARES:
+    for group in groups.GROUPS:
         results = []
-        for case in run.cases(group):
+        for case in groups.cases(group):
             names = [name for name in peers_gpu.peers(case.subject) if name not in case.without]
             work = (case.flops() or 1e10) / 1e14 + (case.bytes() or 1e9) / 1e12
             times = {name: [work * (1 + 0.3 * i) * (1 + 0.1 * r) for r in range(3)] for i, name in enumerate(names)}

@@ -51,6 +51,7 @@ def test_tma_is_used_only_for_tensors_it_can_read(device):
     assert not any((usable(start=1), usable(start=4), usable(pitch=60), usable(pitch=16), usable(pitch=128, step=2)))
 
 
+@pytest.mark.device
 @needs_gpu
 @pytest.mark.parametrize("path", ["logits", "linear"])
 def test_a_side_stream_and_a_cuda_graph(path):
@@ -79,6 +80,7 @@ def test_a_side_stream_and_a_cuda_graph(path):
         assert all(torch.equal(a, b) for a, b in zip(expected, other, strict=True))
 
 
+@pytest.mark.device
 @needs_gpu
 @pytest.mark.parametrize("impl", ["fused", "chunked"])
 def test_a_cuda_graph_of_masked_rewards_and_their_gradient(impl):
@@ -111,6 +113,7 @@ def test_a_cuda_graph_of_masked_rewards_and_their_gradient(impl):
                 torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.device
 @needs_two
 @pytest.mark.parametrize("impl", ["fused", "chunked"])
 def test_tensors_on_a_device_that_is_not_the_current_one(impl):

@@ -28,6 +28,8 @@ from property_cases import (
     stats_by_definition,
 )
 
+pytestmark = pytest.mark.device  # drawn on the device by property_cases.py
+
 EPS32 = torch.finfo(torch.float32).eps
 COMPILED = pytest.param(
     "compiled",

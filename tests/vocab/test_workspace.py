@@ -117,6 +117,7 @@ def test_one_row_and_no_rows(device):
     assert dhidden.shape == (0, 24) and dweight.eq(0).all()
 
 
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="measures GPU memory")
 def test_extra_device_memory_is_under_256_mib(device):
     hidden = torch.randn(16384, 1024, device=device, dtype=torch.bfloat16)
