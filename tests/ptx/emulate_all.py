@@ -3,20 +3,25 @@
 ENDOREWARD_EMULATED_ARCH is its compute capability, 80 or 90. PYTHONPATH has to name this folder.
 """
 
+import importlib
 import os
+import pkgutil
 
 import pytest
 
-os.environ.pop("TRITON_INTERPRET", None)
-from emulated_package import Package  # noqa: E402  it imports Triton, and with it the kernels, not to be interpreted
+import endoreward_fast.kernels
 
-from endoreward_fast.kernels import combine, linear_vocab_stats, vocab_stats  # noqa: E402, F401
+os.environ.pop("TRITON_INTERPRET", None)
+for file in pkgutil.iter_modules(endoreward_fast.kernels.__path__):  # now, while nothing makes Triton the interpreter
+    importlib.import_module(f"{endoreward_fast.kernels.__name__}.{file.name}")
 
 ARCH = int(os.environ["ENDOREWARD_EMULATED_ARCH"])
 
 
 def pytest_collection_finish(session):
     os.environ.pop("TRITON_INTERPRET", None)  # tests/conftest.py has set it
+    from emulated_package import Package  # it imports Triton
+
     patch = pytest.MonkeyPatch()
     session.config.add_cleanup(patch.undo)
     session.config.stash[DRIVER] = Package(patch).on(ARCH)
