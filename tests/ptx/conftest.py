@@ -10,8 +10,6 @@ RUN_HERE = HERE in os.environ
 if RUN_HERE:
     os.environ.pop("TRITON_INTERPRET", None)  # tests/conftest.py has set it; nothing has imported Triton yet
 
-from emulated_package import Package
-
 OTHER = pytest.StashKey[OtherProcess]()
 
 
@@ -30,6 +28,8 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 @pytest.fixture
-def package(monkeypatch) -> Package:
-    """Return a way to run the package on CPU tensors as if they were on an emulated device."""
+def package(monkeypatch):
+    """Return a way to run the package on CPU tensors as if they were on an emulated device: see emulated_package.py."""
+    from emulated_package import Package  # it imports Triton
+
     return Package(monkeypatch)

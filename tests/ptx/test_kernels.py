@@ -104,7 +104,7 @@ def linear_case(dtype, dim, full):
 
 @pytest.mark.parametrize("dim", [144, 70], ids=["aligned", "unaligned"])
 def test_statistics_of_hidden_states(package, arch, dtype, full, dim, assert_within_budget):
-    """With a width of 144 and 16-bit numbers, sm_80 loads by cp.async and sm_90 by bulk copies; with 70, by pointers."""
+    """Of 16-bit rows of 144 numbers sm_80 loads by cp.async, and sm_90 by bulk copies. Rows of 70 are not aligned."""
     driver = package.on(arch)
     hidden, weight, targets, want = linear_case(dtype, dim, full)
     f = functions("linear_vocab_stats", (targets,), want)

@@ -1,1 +1,1 @@
-"""An emulator, in numpy, of the PTX that Triton writes for compute capability 8.0 and 9.0. ../README.md describes it."""
+"""An emulator in numpy of the PTX that Triton writes for compute capability 8.0 and 9.0. See ../README.md."""

@@ -1,7 +1,7 @@
 """Arithmetic, comparisons and bit operations: what a thread does alone.
 
-Approximate functions (ex2.approx, div.full, ...) return the exact result, rounded. A device may be off by 2 units in the
-last place. fma rounds through float64, which differs from one rounding in about one case in 2^29.
+Approximate functions (ex2.approx, div.full, ...) return the exact result, rounded. A device may be off by 2 units in
+the last place. fma rounds through float64, which differs from one rounding in about one case in 2^29.
 """
 
 import numpy as np

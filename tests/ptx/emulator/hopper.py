@@ -3,9 +3,9 @@
 A bulk copy lands when a warp waits for its mbarrier. A wgmma computes when its warp waits for its group: until then it
 reads shared memory, and its result registers hold what they held.
 
-Both address shared memory in rows of 32, 64 or 128 bytes, swizzled: bits 4 to 6 of an address are XORed with bits 7 to 9,
-as far as the rows are wide. A matrix descriptor of wgmma has the start address (bits 0 to 13) and the distance between
-groups of 8 rows (bits 32 to 45) in units of 16 bytes, and the kind of swizzle (bits 62, 63).
+Both address shared memory in rows of 32, 64 or 128 bytes, swizzled: bits 4 to 6 of an address are XORed with bits 7 to
+9, as far as the rows are wide. A matrix descriptor of wgmma has the start address (bits 0 to 13) and the distance
+between groups of 8 rows (bits 32 to 45) in units of 16 bytes, and the kind of swizzle (bits 62, 63).
 """
 
 import re

@@ -1,6 +1,6 @@
 """Loads, stores, and cp.async, the copies of compute capability 8.0.
 
-A cp.async lands when its warp waits for its group, not before. Until then its bytes are NaN, and touching them is a fault.
+A cp.async lands when its warp waits for its group, not before. Until then, touching its bytes is a fault.
 """
 
 import re
@@ -46,7 +46,10 @@ def load(operands: Operands):
 
 def _load_parameter(operands: Operands):
     ins = operands.instruction
-    name, offset = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", ins.operands[1]).groups()
+    match = re.fullmatch(r"\[\s*([\w$]+)\s*(?:\+\s*(\d+))?\s*\]", ins.operands[1])
+    if not match:
+        raise operands.refuse("a parameter's address in a register")
+    name, offset = match.groups()
     dtype, start, write = np.dtype(TYPES[ins.type]), int(offset or 0), operands.write(0, ins.type)
 
     def execute(block, threads):

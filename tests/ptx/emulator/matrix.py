@@ -1,9 +1,10 @@
 """ldmatrix, stmatrix and mma.sync. Lane 4 g + q of a warp holds the parts of row g and column 2 q of each matrix.
 
 An 8 x 8 matrix of 16-bit numbers takes one register: elements (g, 2 q) and (g, 2 q + 1).
-D (16 x 8) = A (16 x K) B (K x 8) + C takes, of A, one register for each quarter: rows 0 to 7 and 8 to 15 of columns 0 to
-7, then the same of columns 8 to 15; of B, which is stored by columns, one for each half of K; of C and D, two for rows
-0 to 7 and two for rows 8 to 15.
+D (16 x 8) = A (16 x K) B (K x 8) + C takes
+- of A one register for each quarter: rows 0 to 7 and 8 to 15 of columns 0 to 7, then of columns 8 to 15
+- of B, which is stored by columns, one for each half of K
+- of C and D two for rows 0 to 7, and two for rows 8 to 15
 
 Products are summed in float64 and rounded once. A device rounds after fewer terms, in an order of its own.
 """
@@ -35,7 +36,7 @@ def _matrices(operands: Operands) -> tuple[int, bool]:
 
 
 def _rows(address, block, threads, matrix: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the (8 rows a warp, 16) places of a matrix, and the warps. Lanes 8 k to 8 k + 7 hold matrix k's addresses."""
+    """Return the (8 per warp, 16) places of a matrix, and their warps. Lanes 8 k to 8 k + 7 address matrix k."""
     warps = whole_warps(block, threads, what)
     rows = address(block, threads).reshape(-1, 32)[:, 8 * matrix : 8 * matrix + 8].ravel()
     return block.shared.where(rows, 16, what), np.repeat(warps, 8)

@@ -26,7 +26,7 @@ SIGNED = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 GARBAGE = {np.bool_: False, np.uint16: 0xFFFE, np.uint32: 0x7FC0DEAD, np.uint64: 0x7FF8DEAD7FC0DEAD}
 SPECIAL = ("%tid.x", "%tid.y", "%tid.z", "%ntid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%nctaid.x", "%nctaid.y",
            "%nctaid.z", "%laneid", "%warpid", "%cluster_ctarank", "%clusterid.x", "%cluster_ctaid.x")  # fmt: skip
-PARAMETER_SPACE = 0x7E00_0000_0000_0000  # address of the first parameter, and of one more every PARAMETER_SIZE bytes
+PARAMETER_SPACE = 0x7E00_0000  # address of the first parameter, and of one more every PARAMETER_SIZE bytes
 PARAMETER_SIZE = 4096
 
 
@@ -119,8 +119,8 @@ def immediate(program: Program, operand: str, dtype) -> np.generic:
         return np.bool_(int(operand, 0))
     if re.match("0[fFdD]", operand):
         bits = int(operand[2:], 16)
-    elif re.fullmatch(r"-?(0[xX][\da-fA-F]+|\d+)", operand):
-        bits = int(operand, 0)
+    elif re.fullmatch(r"-?(0[xX][\da-fA-F]+|\d+)U?", operand):
+        bits = int(operand.removesuffix("U"), 0)
     else:
         raise NotEmulated(f"operand {operand!r}")
     unsigned = np.dtype(BITS[dtype.itemsize]).type(bits & (2 ** (8 * dtype.itemsize) - 1))

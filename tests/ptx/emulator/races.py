@@ -1,8 +1,9 @@
 """Finds accesses to shared memory that no barrier orders, by vector clocks (the FastTrack algorithm).
 
-Agents are the warps, and the mbarriers as the writers of bulk copies. Each agent counts its own time. A warp's clock says
-how much of every agent's past it is ordered behind; barriers join clocks. A byte remembers who wrote it when, and when
-each warp last read it. An access is a race if the byte's past is not in the warp's clock, whatever order the warps ran in.
+Agents are the warps, and the mbarriers as the writers of bulk copies. Each agent counts its own time. A warp's clock
+says how much of every agent's past it is ordered behind; barriers join clocks. A byte remembers who wrote it when, and
+when each warp last read it. An access is a race if the byte's past is not in the warp's clock. The order in which the
+emulator happens to run the warps does not matter.
 """
 
 import numpy as np
@@ -44,7 +45,7 @@ class Clocks:
                 self._raise(at, early, warps, what, "overwrites", f"warp {reader} reads")
 
     def record_write(self, at: np.ndarray, agents, times=None) -> None:
-        """Record that `agents` write at `at`, both of one shape or agents a number; `times` default to the warps' own."""
+        """Record that `agents` (one, or one for each byte of `at`) write. `times` default to the warps' present."""
         self._writer[at] = agents
         self._written[at] = self._now[agents, agents] if times is None else times
 
