@@ -6,6 +6,8 @@ TESTS ?=
 # Tests that depend on the versions of PyTorch, Triton and transformers, except those of newer transformers' model types.
 FLOOR_TESTS := tests/vocab/test_ops.py tests/test_face_tensors.py tests/scoring tests/model/test_model.py tests/model/test_own_loop.py \
   tests/model/test_loading.py tests/text/test_chat.py tests/text/test_boundary.py
+# Tests of impl="fused" whose tensors are small enough for `make ptx`.
+EMULATED_TESTS := tests/test_functional.py tests/test_identities.py
 # For a GPU machine: a Python that has torch with CUDA, pytest and this package's dependencies. Nothing is downloaded.
 GPU_PYTHON ?= python3
 OUT ?= bench/results/gpu
@@ -20,7 +22,7 @@ READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --constraint $(CONSTRAINTS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-real test floors families lint package bench bench-scoring compare sweep paper scale gpu gpu-sanitize kernel-report clean
+.PHONY: help demo demo-real test ptx floors families lint package bench bench-scoring compare sweep paper scale gpu gpu-sanitize kernel-report clean
 
 help: ## print this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -48,6 +50,12 @@ demo-real: $(READY) ## run the demo with a real model, SmolLM2-135M-Instruct (93
 
 test: $(READY) ## run every test except the families sweep, one process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)
+
+# The second part runs the tests of impl="fused" as they are, with each of their launches emulated.
+ptx: $(READY) ## run more tests of the emulated PTX, and those of the fused kernels on emulated devices (20 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ptx tests/ptx
+	for arch in 80 90; do ENDOREWARD_EMULATED_ARCH=$$arch PYTHONPATH=.:tests/ptx:tests/harness OMP_NUM_THREADS=1 \
+	  $(BIN)/python -m pytest -p emulate_all -k fused $(EMULATED_TESTS) || exit 1; done
 
 floors: ## run tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt TESTS='$(FLOOR_TESTS)'

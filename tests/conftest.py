@@ -79,5 +79,6 @@ def pytest_terminal_summary(terminalreporter) -> None:
     else:
         where = "in Triton's interpreter on the CPU (bf16 upcast inside the dot); without a GPU, nothing ran on one"
     terminalreporter.write_line(
-        f"kernels: {where}; machine code for sm_80, sm_90, sm_100, sm_120, gfx942: test_compiled.py"
+        f"kernels: {where}; machine code for sm_80, sm_90, sm_100, sm_120, gfx942: test_compiled.py; "
+        "PTX of sm_80 and sm_90, emulated: tests/ptx"
     )

@@ -138,7 +138,10 @@ def test_a_barrier_left_out_is_found(case, package):
     launch()
     (ptx,) = {x for x in seen if f".entry {kernel}(" in x}
     barriers = barriers_between_accesses(ptx)
+<<<<<<< HEAD
     assert len(barriers) >= 5
+=======
+>>>>>>> h-gluon
     unmissed = []
     for k in barriers:
         package.on(arch, rewrite=in_kernel(kernel, BARRIER, "", k))
@@ -147,7 +150,12 @@ def test_a_barrier_left_out_is_found(case, package):
         except (Race, EarlyAccess, Unwritten):
             continue
         unmissed.append(k)
+<<<<<<< HEAD
     assert len(unmissed) <= SUPERFLUOUS.get(case, 0), unmissed
+=======
+    # One may guard what only another turn of the loop over pieces of work would overwrite; here there is one turn.
+    assert len(barriers) >= 6 and len(unmissed) <= 1, unmissed
+>>>>>>> h-gluon
 
 
 LINEAR = "linear_vocab_stats"

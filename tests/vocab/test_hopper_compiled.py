@@ -23,7 +23,7 @@ FORMS = {
 
 
 def jobs():
-    """List (form, dtype, config). The forms that are left out need fewer registers than one that is here."""
+    """List (form, dtype, config): the forms that were the hardest to compile without a spill, not all of them."""
     from endoreward_fast.kernels.hopper_vocab_stats import HOPPER_SEARCH
 
     first, longest = HOPPER_SEARCH[0], max(HOPPER_SEARCH, key=lambda config: config.lead)
