@@ -125,10 +125,6 @@ def barriers_between_accesses(ptx: str) -> list[int]:
     return [k for k, i in enumerate(places) if kinds[i - 1 : i] == ["access"] and kinds[i + 1 : i + 2] == ["access"]]
 
 
-# One barrier separates the scratch memory of a piece of work from that of the piece before. A program has one here.
-SUPERFLUOUS = {"bulk copies": 1}
-
-
 @pytest.mark.parametrize("case", ["logits", "sm_80", "bulk copies"])
 def test_a_barrier_left_out_is_found(case, package):
     """One barrier is left out at a time. The order of warps does not matter: what no barrier orders is a race."""
@@ -138,10 +134,6 @@ def test_a_barrier_left_out_is_found(case, package):
     launch()
     (ptx,) = {x for x in seen if f".entry {kernel}(" in x}
     barriers = barriers_between_accesses(ptx)
-<<<<<<< HEAD
-    assert len(barriers) >= 5
-=======
->>>>>>> h-gluon
     unmissed = []
     for k in barriers:
         package.on(arch, rewrite=in_kernel(kernel, BARRIER, "", k))
@@ -150,12 +142,8 @@ def test_a_barrier_left_out_is_found(case, package):
         except (Race, EarlyAccess, Unwritten):
             continue
         unmissed.append(k)
-<<<<<<< HEAD
-    assert len(unmissed) <= SUPERFLUOUS.get(case, 0), unmissed
-=======
     # One may guard what only another turn of the loop over pieces of work would overwrite; here there is one turn.
     assert len(barriers) >= 6 and len(unmissed) <= 1, unmissed
->>>>>>> h-gluon
 
 
 LINEAR = "linear_vocab_stats"
