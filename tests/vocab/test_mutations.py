@@ -96,7 +96,7 @@ def test_a_broken_copy_fails(name, unbroken, outcome_of, tmp_path):
 
 NO_FAILED_ASSERTION = {
     # name: (mutation, the objection)
-    "nothing changed": (Mutation("vocab/rows.py", "row + 1, -1)", "row + 1, -1)", TEST), "the test passed"),
+    "nothing changed": (Mutation("vocab/plan.py", "row + 1, -1)", "row + 1, -1)", TEST), "the test passed"),
     "cannot be imported": (
         Mutation("vocab/reference.py", "import torch\n", "import torch as\n", TEST),
         "the test never ran: CollectError in collect",
@@ -105,7 +105,7 @@ NO_FAILED_ASSERTION = {
         Mutation("kernels/primitives.py", "return tl.where(m == NEG_INF, 0.0, m)", "return mistyped", TEST),
         "failed with InterpreterError",
     ),
-    "no such test": (Mutation("vocab/rows.py", "row + 1, -1)", "row, -1)", f"{TEST}s"), "the test never ran"),
+    "no such test": (Mutation("vocab/plan.py", "row + 1, -1)", "row, -1)", f"{TEST}s"), "the test never ran"),
 }
 
 
