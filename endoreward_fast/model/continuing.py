@@ -6,8 +6,8 @@ hybrid models, whose cache is another, and models that count positions otherwise
 There are two ways, and each is asked. In the first, every row has a copy of its prefix. Prefixes of unequal length are
 padded on the left, with an attention mask and the positions that the tokens have alone. The cache is a plain
 DynamicCache, which keeps every key: a sliding window is then the mask's doing. In the second, rows read one copy in
-place (prefix_attention.py). It is faster if the prefix is at least as long as the tokens behind it, on a CPU, and
-fails for models whose attention is not torch's.
+place (prefix_attention.py). It is faster on a CPU, if the prefix is at least as long as the tokens behind it and there
+is enough to copy, and fails for models whose attention is not torch's.
 """
 
 import warnings
@@ -23,6 +23,8 @@ from ..head.self_check import check_tokens, left_as_it_was
 from ..scoring.past import Past
 from .batch_layout import accepted_arguments, same_states
 
+LEAST_COPIED = 512
+"""tokens: to read in place takes 0.7 ms a layer longer, as much as it saves of fewer copies (pocket; bench/NOTES.md)"""
 NEEDED = ("past_key_values", "use_cache", "attention_mask")
 
 
@@ -68,7 +70,8 @@ class Continuing:
             return self._read_first(input_ids, lengths)
         if not input_ids.shape[1]:
             return past.of(parents)
-        pays = past.hidden.shape[1] >= input_ids.shape[1]  # bench/NOTES.md
+        rows, before = len(input_ids), past.hidden.shape[1]
+        pays = before >= input_ids.shape[1] and rows * before >= LEAST_COPIED
         if self._in_place and input_ids.is_cpu and pays:
             from .prefix_attention import NeedsCopies
 

@@ -91,7 +91,7 @@ def ids(count, seed):
 
 @pytest.fixture(scope="module")
 def rows():
-    return [{"prompt_ids": ids(60, 1), "completion_ids": [*ids(9, n), EOS]} for n in range(2, 10)]
+    return [{"prompt_ids": ids(60, 1), "completion_ids": [*ids(9, n), EOS]} for n in range(2, 11)]
 
 
 def test_a_model_reads_rows_behind_one_copy_and_stays_as_it_was(rows):
