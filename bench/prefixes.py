@@ -106,8 +106,8 @@ def computed(scorer: EndoRewardModel, rows: list[dict], **options) -> tuple[int,
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     read_on = scorer.continuing.read_on
-    scorer.continuing.read_on = lambda ids, lengths, past: (
-        real.append(int(lengths.sum())) or read_on(ids, lengths, past)
+    scorer.continuing.read_on = lambda ids, lengths, past, parents, keep: (
+        real.append(int(lengths.sum())) or read_on(ids, lengths, past, parents, keep=keep)
     )
     try:
         scores = [result.score for result in scorer.score(rows, **options)]

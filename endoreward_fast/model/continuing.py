@@ -1,9 +1,13 @@
 """Read tokens behind a cache of keys and values.
 
-Several prefixes of unequal length stand in one batch: padded on the left in the cache, with an attention mask and the
-positions that the tokens have alone. The cache is a plain DynamicCache, which keeps every key: a sliding window is then
-the mask's doing. Recurrent and hybrid models, whose cache is another, and models that count positions otherwise, give
-other states. So a model is asked once: two rows, each behind its own prefix, must get the states that they have alone.
+A model is asked once: two rows, each behind its own prefix, must get the states that they have alone. Recurrent and
+hybrid models, whose cache is another, and models that count positions otherwise, give other states.
+
+There are two ways, and each is asked. In the first, every row has a copy of its prefix. Prefixes of unequal length are
+padded on the left, with an attention mask and the positions that the tokens have alone. The cache is a plain
+DynamicCache, which keeps every key: a sliding window is then the mask's doing. In the second, rows read one copy in
+place (prefix_attention.py). It is faster on a CPU, if the prefix is at least as long as the tokens behind it and there
+is enough to copy, and fails for models whose attention is not torch's.
 """
 
 import warnings
@@ -19,6 +23,8 @@ from ..head.self_check import check_tokens, left_as_it_was
 from ..scoring.past import Past
 from .batch_layout import accepted_arguments, same_states
 
+LEAST_COPIED = 512
+"""tokens: to read in place takes 0.7 ms a layer longer, as much as it saves of fewer copies (pocket; bench/NOTES.md)"""
 NEEDED = ("past_key_values", "use_cache", "attention_mask")
 
 
@@ -44,6 +50,7 @@ class Continuing:
         self.model, self.head = model, head
         self._asked = False
         self._reason: str | None = None
+        self._in_place = False
 
     def obstacle(self) -> str | None:
         """Why this model does not go on behind its cache; None if it does. The model is asked the first time."""
@@ -56,29 +63,75 @@ class Continuing:
                 )
         return self._reason
 
-    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
-        """Read (B, S) tokens, padded on the right to S, the real ones (B,) `lengths`, behind `past` (B rows)."""
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None, parents: Tensor, *, keep: bool) -> Past:
+        """Read (B, S) tokens, padded on the right to S, the real ones (B,) `lengths`, behind the rows (B,) `parents` of
+        `past`. If not `keep`, nothing is read behind them later: keys and values are dropped."""
+        if past is None:
+            return self._read_first(input_ids, lengths)
+        if not input_ids.shape[1]:
+            return past.of(parents)
+        rows, before = len(input_ids), past.hidden.shape[1]
+        pays = before >= input_ids.shape[1] and rows * before >= LEAST_COPIED
+        if self._in_place and input_ids.is_cpu and pays:
+            from .prefix_attention import NeedsCopies
+
+            try:
+                return self._read_in_place(input_ids, lengths, past, parents, keep)
+            except NeedsCopies:
+                pass
+        return self._read_behind_copies(input_ids, lengths, past.of(parents))
+
+    def _read_first(self, input_ids: Tensor, lengths: Tensor) -> Past:
         from transformers import DynamicCache
 
-        before = 0 if past is None else past.hidden.shape[1]
-        stops, total = lengths + before, lengths if past is None else past.lengths + lengths
-        if not input_ids.shape[1] and past is not None:
-            return past
         cache = DynamicCache()
-        arguments: dict[str, Any] = {"input_ids": input_ids, "past_key_values": cache, "use_cache": True}
-        if past is not None:
-            for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
-                cache.update(keys, values, layer)
-            columns = torch.arange(before + input_ids.shape[1], device=input_ids.device)
-            first = (before - past.lengths)[:, None]
-            arguments["attention_mask"] = (columns >= first).long()
-            if "position_ids" in accepted_arguments(self.model):
-                arguments["position_ids"] = (columns[before:] - first).clamp(min=0)
-        hidden = self.head.read(self.model, arguments, lambda states: states)
-        if past is not None:
-            hidden = torch.cat([past.hidden, hidden], 1)
-        layers: list[Any] = cache.layers
-        return Past([layer.keys for layer in layers], [layer.values for layer in layers], hidden, stops, total)
+        hidden = self._states({"input_ids": input_ids}, cache)
+        return Past(*_keys_and_values(cache.layers), hidden, lengths, lengths)
+
+    def _read_behind_copies(self, input_ids: Tensor, lengths: Tensor, past: Past) -> Past:
+        """Read tokens behind the same rows of `past`, which is padded on the left."""
+        from transformers import DynamicCache
+
+        before = past.hidden.shape[1]
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(past.keys, past.values, strict=True)):
+            cache.update(keys, values, layer)
+        hidden = torch.cat([past.hidden, self._states(self._arguments(input_ids, past.lengths, before), cache)], 1)
+        return Past(*_keys_and_values(cache.layers), hidden, before + lengths, past.lengths + lengths)
+
+    def _read_in_place(self, input_ids: Tensor, lengths: Tensor, past: Past, parents: Tensor, keep: bool) -> Past:
+        """Read tokens behind the rows (B,) `parents` of `past`, without a copy of these for each row."""
+        from .prefix_attention import PrefixAttention
+
+        order = parents.argsort(stable=True)
+        back = order.argsort()
+        attention = PrefixAttention(past, parents[order].tolist())
+        arguments = self._arguments(input_ids[order], past.lengths[parents[order]], past.hidden.shape[1])
+        if bool(arguments["attention_mask"].all()):
+            del arguments["attention_mask"]  # without padding, the mask is the same for all rows
+        with attention:
+            states = self._states(arguments, attention.cache)[back]
+        held = (past if keep else past._replace(keys=[], values=[])).of(parents)
+        own = [layer.own for layer in attention.layers] if keep else []
+        return Past(
+            [torch.cat([before, keys[back]], 2) for before, (keys, _) in zip(held.keys, own, strict=True)],
+            [torch.cat([before, values[back]], 2) for before, (_, values) in zip(held.values, own, strict=True)],
+            torch.cat([held.hidden, states], 1), held.stops + lengths, held.lengths + lengths,
+        )  # fmt: skip
+
+    def _arguments(self, input_ids: Tensor, lengths: Tensor, before: int) -> dict[str, Any]:
+        """Return arguments for tokens (B, S) behind (B,) `lengths` tokens, which are the last of `before` columns."""
+        columns = torch.arange(before + input_ids.shape[1], device=input_ids.device)
+        first = (before - lengths)[:, None]
+        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": (columns >= first).long()}
+        if "position_ids" in accepted_arguments(self.model):
+            arguments["position_ids"] = (columns[before:] - first).clamp(min=0)
+        return arguments
+
+    def _states(self, arguments: dict[str, Any], cache: Any) -> Tensor:
+        return self.head.read(
+            self.model, arguments | {"past_key_values": cache, "use_cache": True}, lambda states: states
+        )
 
     def _find_obstacle(self) -> str | None:
         if not self.head.linear:
@@ -92,26 +145,38 @@ class Continuing:
             return f"its forward has no argument {lacking[0]}"
         try:
             with left_as_it_was(self.model), torch.no_grad():
-                same = self._same_states()
+                same, self._in_place = self._same_states()
         except Exception as error:  # whatever a model says of a cache that is not its own
             return (
                 f"it does not run behind a cache ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
             )
         return None if same else "behind a cache, tokens have other states"
 
-    def _same_states(self) -> bool:
-        """Whether rows of 6 and 8 tokens have, behind the first 3 and 6 of them, the states that they have alone."""
+    def _same_states(self) -> tuple[bool, bool]:
+        """Whether rows of 6 and 8 tokens have, behind the first 3 and 6 of them, the states that they have alone:
+        behind copies, and in place."""
         tokens = check_tokens(self.model)
         starts, stops = (torch.tensor(n, device=tokens.device) for n in ([3, 6], [6, 8]))
-        prefixes = self.read_on(tokens[:, :6], starts, None)
+        prefixes = self._read_first(tokens[:, :6], starts)
         rests = torch.stack([tokens[1, [6, 7, 7]], tokens[0, 3:6]])
         order = torch.tensor([1, 0], device=tokens.device)  # rows are chosen from those that were read
-        found = self.read_on(rests, (stops - starts)[order], prefixes.of(order))
+        lengths = (stops - starts)[order]
+        copied = self._read_behind_copies(rests, lengths, prefixes.of(order))
+        try:
+            in_place = self._read_in_place(rests, lengths, prefixes, order, keep=True) if tokens.is_cpu else None
+        except Exception:  # whatever a model does with attention that is not its own: it reads behind copies
+            in_place = None
+        same = [True, in_place is not None]
         for place, row in enumerate(order.tolist()):
             start, stop = int(starts[row]), int(stops[row])
             arguments = {"input_ids": tokens[row : row + 1, :stop], "use_cache": False}
             alone = self.head.read(self.model, arguments, lambda states: states)[0, start:]
-            last = int(found.stops[place])
-            if not same_states(found.hidden[place, last - (stop - start) : last], alone):
-                return False
-        return True
+            for way, found in enumerate((copied, in_place)):
+                if found is not None:
+                    last = int(found.stops[place])
+                    same[way] &= same_states(found.hidden[place, last - (stop - start) : last], alone)
+        return same[0], same[1]
+
+
+def _keys_and_values(layers: list[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    return [layer.keys for layer in layers], [layer.values for layer in layers]

@@ -150,15 +150,16 @@ class TokenReader(nn.Module):
         """Return why a prefix of several rows is not read once for all of them; None if it is. See continuing.py."""
         return self.continuing.obstacle()
 
-    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
-        """Read tokens (B, S), padded on the right, of which (B,) `lengths` are real, behind the rows of `past`.
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None, parents: Tensor, *, keep: bool) -> Past:
+        """Read tokens (B, S), padded on the right, of which (B,) `lengths` are real, behind rows `parents` of `past`.
 
-        A model that does not continue behind a cache keeps only states, and takes no `past`.
+        If not `keep`, nothing is read behind them later. A model that does not continue behind a cache keeps only
+        states, and takes no `past`.
         """
         self.ready_for(input_ids, held=0 if past is None else past.hidden.shape[1])
-        if past is None and self.obstacle_to_sharing() is not None:
+        if past is None and (not keep or self.obstacle_to_sharing() is not None):
             return Past([], [], self._states({"input_ids": input_ids}), lengths, lengths)
-        return self.continuing.read_on(input_ids, lengths, past)
+        return self.continuing.read_on(input_ids, lengths, past, parents, keep=keep)
 
     def states_last(self) -> bool:
         """Return whether states can be scored after the pass that gave them. FSDP gathers the head only within it."""

@@ -182,9 +182,9 @@ class RewardModel:
         """
         return self.obstacle_to_sharing() is None
 
-    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
-        """Read tokens (B, S), padded on the right, of which (B,) `lengths` are real, behind the rows of `past`."""
-        return self.continuing.read_on(input_ids, lengths, past)
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None, parents: Tensor, *, keep: bool) -> Past:
+        """Read tokens (B, S), padded on the right, the real ones (B,) `lengths`, behind rows `parents` of `past`."""
+        return self.continuing.read_on(input_ids, lengths, past, parents, keep=keep)
 
     def modules(self) -> Iterator[nn.Module]:
         """The model's modules, as nn.Module has them."""

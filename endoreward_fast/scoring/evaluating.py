@@ -19,8 +19,9 @@ def evaluating(model: Reader | nn.Module) -> Iterator[None]:
     """
     without_autograd = torch.no_grad if weights_come_and_go(model) else torch.inference_mode
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        for module in training:  # eval() would write to every module: 1 ms if there are 400
+            module.training = False
         with without_autograd():
             yield
     finally:

@@ -123,11 +123,10 @@ def _score_ends(
         cut = min(first[n] + encoded.prompt_length - 1 for (n, _), encoded in zip(part, batch, strict=True))
         offsets = [first[n] - cut for n, _ in part]
         stop = max(offset + len(encoded.input_ids) for offset, encoded in zip(offsets, batch, strict=True))
-        with evaluating(scorer):
-            places = torch.tensor([n for n, _ in part])
-            states = [past.hidden[:, cut : cut + stop][places.to(past.hidden.device)] for past in held]
-            # No state was computed behind a last token that ends the episode.
-            states = [F.pad(found, (0, 0, 0, stop - found.shape[1])) for found in states]
+        places = torch.tensor([n for n, _ in part])
+        states = [past.hidden[:, cut : cut + stop][places.to(past.hidden.device)] for past in held]
+        # No state was computed behind a last token that ends the episode.
+        states = [F.pad(found, (0, 0, 0, stop - found.shape[1])) for found in states]
         scores += _score_batch(scorer, batch, options, offsets, states)
     return scores
 

@@ -30,7 +30,6 @@ class Reader(Protocol):
     @property
     def device(self) -> torch.device: ...
     def modules(self) -> Iterator[nn.Module]: ...
-    def eval(self) -> Any: ...
 
     def obstacle_to_sharing(self) -> str | None:
         """Return why tokens cannot be read behind others; None if they can."""
@@ -38,8 +37,11 @@ class Reader(Protocol):
     def states_last(self) -> bool:
         """Return whether states that `read_on` has returned can be scored later."""
 
-    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None) -> Past:
-        """Read (B, S) tokens, padded on the right, the real ones (B,) `lengths`, behind `past` (B rows)."""
+    def read_on(self, input_ids: Tensor, lengths: Tensor, past: Past | None, parents: Tensor, *, keep: bool) -> Past:
+        """Read (B, S) tokens, padded on the right, the real ones (B,) `lengths`, behind rows (B,) `parents` of `past`.
+
+        If not `keep`, nothing is read behind them later, so what is returned may lack keys and values.
+        """
 
 
 class Scorer(Reader, Protocol):

@@ -1,8 +1,9 @@
 """Run segments level by level: the prefixes of a level together in batches, then the segments behind each batch.
 
-The tokens held (keys, values and states of the levels above) count in the token budget beside the tokens of a batch,
-and so does a row's own copy of its prefix. Prefixes take at most half of the budget that is left, so that rows fit
-behind them. What a batch of prefixes holds is dropped before the next one runs.
+The tokens held (keys, values and states of the levels above) count in the token budget beside the tokens of a batch.
+So does a copy of its prefix for each row, although not every model needs it (model/continuing.py). Prefixes take at
+most half of the budget that is left, so that rows fit behind them. What a batch of prefixes holds is dropped before the
+next one runs.
 """
 
 import sys
@@ -80,7 +81,7 @@ class Shared:
 
         def whole(rows: list[int]) -> list[Tensor]:
             segments = [Segment(row, 0, self.lengths[row]) for row in rows]
-            return ends(segments, self._read(segments, None, []))
+            return ends(segments, self._read(segments, None, [], keep=False))
 
         found: dict[int, Tensor] = {}
         for rows, states in self.results(whole, ends):
@@ -105,7 +106,7 @@ class Shared:
             shared = [segment for segment in apart if not segment.alone]
         return shared
 
-    def _read(self, segments: Sequence[Segment], above: Held | None, parents: list[int]) -> Held:
+    def _read(self, segments: Sequence[Segment], above: Held | None, parents: list[int], keep: bool) -> Held:
         """Read segments behind the rows `parents` of what is held above, with every model."""
         lengths = [segment.stop - segment.start for segment in segments]
         tokens = [self.tokens[s.row][s.start : s.stop] for s in segments]
@@ -115,7 +116,7 @@ class Shared:
         for i, model in enumerate(self.models):
             given, real, chosen = (t.to(model.device) for t in (ids, torch.tensor(lengths), torch.tensor(parents)))
             with evaluating(model):
-                held.append(model.read_on(given, real, None if above is None else above[i].of(chosen)))
+                held.append(model.read_on(given, real, None if above is None else above[i], chosen, keep=keep))
         return held
 
     def _levels(
@@ -127,11 +128,11 @@ class Shared:
         prefixes = [i for i, segment in enumerate(segments) if segment.behind]
         ends = [i for i, segment in enumerate(segments) if not segment.behind]
 
-        def read(places: list[int]) -> Held:
-            return self._read([segments[i] for i in places], above, [parents[i] for i in places])
+        def read(places: list[int], keep: bool = True) -> Held:
+            return self._read([segments[i] for i in places], above, [parents[i] for i in places], keep)
 
         def finished(places: list[int]) -> list[Result]:
-            return finish([segments[i] for i in places], read(places))
+            return finish([segments[i] for i in places], read(places, keep=False))
 
         for places, held in self._batches(read, segments, prefixes, max(1, left // 2)):
             here = [segments[i] for i in places]

@@ -77,8 +77,8 @@ def ids_of(row: Row, name: str) -> list[int]:
     """Return the token ids in a field of the row, which may be a list, a tensor or an array."""
     ids = row[name]
     ids = ids.tolist() if hasattr(ids, "tolist") else ids  # tensors and arrays
-    whole = isinstance(ids, list | tuple) and all(isinstance(i, Integral) and not isinstance(i, bool) for i in ids)
-    if not whole:
+    kinds = set(map(type, ids)) if isinstance(ids, list | tuple) else {type(None)}
+    if not all(issubclass(kind, Integral) and kind is not bool for kind in kinds):
         raise EndoRewardError(f"{name}: wanted a list of token ids, found {kind_of(ids)}")
     return [int(i) for i in ids]
 

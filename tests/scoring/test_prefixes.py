@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from endoreward_fast import EndoRewardModel
+from endoreward_fast.model import continuing
 from endoreward_fast.rivals.judges import JUDGES
 from endoreward_fast.scoring.batching import Room
 from endoreward_fast.scoring.prefixes import DEPTH, LEAST_LENGTH, LEAST_SAVED, plan
@@ -123,6 +124,12 @@ def scorer(request):
 @pytest.fixture(scope="module")
 def llama():
     return EndoRewardModel(MODELS["llama"](), TOKENIZER)
+
+
+@pytest.fixture(autouse=True)
+def short_prefixes_are_read_in_place_too(monkeypatch):
+    """By default, so few tokens are copied. Gemma 2, Bloom and prefixes shorter than what is behind them still are."""
+    monkeypatch.setattr(continuing, "LEAST_COPIED", 0)
 
 
 # ------------------------------------------------------------------------------------------------------- the numbers
