@@ -28,8 +28,11 @@ class OtherProcess:
         """Run one test and return its reports. `following` is the next one: fixtures that it needs are kept."""
         reports = []
         self._connection.send((test, following))
-        while (data := self._connection.recv()) is not None:
-            reports.append(self._config.hook.pytest_report_from_serializable(config=self._config, data=data))
+        try:
+            while (data := self._connection.recv()) is not None:
+                reports.append(self._config.hook.pytest_report_from_serializable(config=self._config, data=data))
+        except (EOFError, ConnectionResetError) as error:
+            raise RuntimeError(f"the process that runs {test} has ended: run it with {HERE}=1 to see why") from error
         return reports
 
     def close(self) -> None:

@@ -170,7 +170,7 @@ def permute(operands: Operands):
 
 def select(operands: Operands):
     ins = operands.instruction
-    a, b, p, write = operands.read(1, ins.type), operands.read(2, ins.type), operands.read(3, "pred"), None
+    a, b, p = operands.read(1, ins.type), operands.read(2, ins.type), operands.read(3, "pred")
     write = operands.write(0, ins.type)
 
     def execute(block, threads):

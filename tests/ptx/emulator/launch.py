@@ -3,8 +3,6 @@
 import itertools
 import struct
 
-import numpy as np
-
 from .faults import NotEmulated
 from .hopper import Box
 from .memory import GlobalMemory
@@ -58,5 +56,5 @@ def _box(descriptor, map_: dict) -> Box:
     if len(descriptor.shape) != 2 or descriptor.padding != "zero" or descriptor.strides[-1] != 1:
         raise NotEmulated("a tensor map of another form than a matrix with zeros around it")
     matrix = descriptor.base.as_strided(descriptor.shape, descriptor.strides)
-    rows, columns = (int(np.int64(n)) for n in map_["block_size"])
+    rows, columns = map_["block_size"]
     return Box(matrix, rows, columns, map_["swizzle"])

@@ -61,29 +61,24 @@ class Block:
     def run(self, order: str | int) -> None:
         turns = _turns(order, self.warps)
         with np.errstate(all="ignore"):
-            idle = 0
             while self.alive.any():
-                warps, most = next(turns)
-                idle = 0 if self._run_warps(warps, most) else idle + len(warps)
-                if idle >= 2 * self.warps and not (self.alive & ~self.blocked).any():
+                if self.blocked[self.alive].all():
                     raise Deadlock(self._why())
+                self._run_warps(*next(turns))
         self._expect_finished()
 
-    def _run_warps(self, warps: range, most: int) -> bool:
-        """Run some warps until they wait, or for `most` steps that move. Return whether anything ran."""
+    def _run_warps(self, warps: range, most: int) -> None:
+        """Run some warps until they wait or end, or for `most` steps that move."""
         ours = np.zeros(len(self.thread), bool)
         for warp in warps:
             ours[32 * warp : 32 * warp + 32] = True
-        ran = 0
-        while ran < most:
+        for _ in range(most):
             ready = ours & self.alive & ~self.blocked
             if not ready.any():
-                break
-            ran += 1
+                return
             at = int(self.pc[ready].min())
             here = ready & (self.pc == at)
             self._run_straight(at, _compact(here), bool((here == ready).all()))
-        return ran > 0
 
     def _run_straight(self, at: int, threads, alone: bool) -> None:
         """Run from `at` to a step that moves, or to a label where threads that ran ahead may wait."""
@@ -121,16 +116,19 @@ class Block:
 
     def _why(self) -> str:
         """Say what each warp waits for."""
-        reasons: dict[str, list[int]] = {}
-        describe = MBarrier.describe
+        waiting: dict[str, list[str]] = {}
         for warp in range(self.warps):
-            own = slice(32 * warp, 32 * warp + 32)
-            if self.alive[own].any():
-                at = [f"barrier {n}, where {b.arrived.sum()} of {b.expected} threads are"
-                      for n, b in self.barriers.items() if b.arrived[own].any()]  # fmt: skip
-                reasons.setdefault(at[0] if at else describe(*self.awaited[warp]), []).append(warp)
-        lines = (f"warp{'s' * (len(w) > 1)} {', '.join(map(str, w))}: {reason}" for reason, w in reasons.items())
-        return "; ".join(("every warp waits", *lines))
+            if self.alive[32 * warp : 32 * warp + 32].any():
+                waiting.setdefault(self._what_a_warp_waits_for(warp), []).append(str(warp))
+        parts = (f"warp{'s' * (len(warps) > 1)} {', '.join(warps)}: {what}" for what, warps in waiting.items())
+        return "; ".join(("every warp waits", *parts))
+
+    def _what_a_warp_waits_for(self, warp: int) -> str:
+        for number, barrier in self.barriers.items():
+            if barrier.arrived[32 * warp : 32 * warp + 32].any():
+                return f"barrier {number}, where {barrier.arrived.sum()} of {barrier.expected} threads are"
+        mbarrier, address = self.awaited[warp]
+        return mbarrier.describe(address)
 
     def _expect_finished(self) -> None:
         if any(b.copies or b.landing for b in self.mbarriers.values()):
