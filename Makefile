@@ -52,7 +52,7 @@ test: $(READY) ## run every test except the families sweep, one process per core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(TESTS)
 
 # The second part runs the tests of impl="fused" as they are, with each of their launches emulated.
-ptx: $(READY) ## run more tests of the emulated PTX, and those of the fused kernels on emulated devices (20 minutes)
+ptx: $(READY) ## run more tests of the emulated PTX, and those of the fused kernels on emulated devices (10 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ptx tests/ptx
 	for arch in 80 90; do ENDOREWARD_EMULATED_ARCH=$$arch PYTHONPATH=.:tests/ptx:tests/harness OMP_NUM_THREADS=1 \
 	  $(BIN)/python -m pytest -p emulate_all -k "fused and not never_falls_back" $(EMULATED_TESTS) || exit 1; done

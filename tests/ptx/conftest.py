@@ -27,6 +27,16 @@ def pytest_runtest_protocol(item, nextitem):
     return True
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _emulated_device():
+    """Leave no moment without a driver: Triton 3.9 asks for one whenever a kernel is collected."""
+    from emulator.driver import EmulatedDriver, use
+
+    with pytest.MonkeyPatch.context() as patch:
+        use(patch, EmulatedDriver(80))
+        yield
+
+
 @pytest.fixture
 def package(monkeypatch):
     """Return a way to run the package on CPU tensors as if they were on an emulated device: see emulated_package.py."""

@@ -55,6 +55,9 @@ class EmulatedDriver(DriverBase):
         """Return (module, function, registers, spills, most threads): the function is the PTX."""
         return binary, binary.decode(), 0, 0, 1024
 
+    def unload_module(self, module) -> None:
+        """Triton 3.9 calls this when a kernel is collected. There is nothing to free."""
+
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
 
