@@ -82,7 +82,7 @@ def vocab_split(vocab: int, block_v: int, processors: int) -> int:
 
 def interpreter_logits_config(vocab: int) -> LogitsConfig:
     """Return small blocks for small vocabularies (many pieces to test), and the device's block size for real ones."""
-    return LogitsConfig(block_v=64 if vocab < 2048 else LogitsConfig().block_v, num_warps=1)
+    return LogitsConfig(block_v=128 if vocab < 2048 else LogitsConfig().block_v, num_warps=1)
 
 
 def linear_config(arch: int | str, itemsize: int, tma: bool) -> LinearConfig:

@@ -136,8 +136,8 @@ OPERATORS = {
     "one row cut into other pieces than many": Mutation(
         "vocab/fused.py",
         "config=_logits_config(vocab),",
-        "config=_logits_config(vocab if logits.shape[0] > 1 else 4096),",
-        f"{IDENTITIES}::test_a_concatenated_batch_equals_its_parts_bitwise[fused-logits]",
+        "config=_logits_config(vocab if logits.shape[1] > 1 else 4096),",
+        f"{HARD}::test_a_row_alone_is_bitwise_the_same_row_in_a_batch_and_from_run_to_run[logits]",
     ),
     "row numbers of before the others went": Mutation(
         "kernels/combine.py",

@@ -18,10 +18,10 @@ F64 = torch.float64
 
 @pytest.fixture(params=["one tile", "many tiles"])
 def tiles(request, monkeypatch):
-    monkeypatch.setattr(workspace, "PIECE", 64)
+    monkeypatch.setattr(workspace, "PIECE", 128)
     if request.param == "many tiles":
         for name, value in {
-            "FORWARD_ROWS": 7, "FORWARD_TILE": 7 * 128, "BACKWARD_ROWS": 6, "BACKWARD_TILE": 300, "GRADIENT": 6 * 100,
+            "FORWARD_ROWS": 7, "FORWARD_TILE": 7 * 256, "BACKWARD_ROWS": 6, "BACKWARD_TILE": 300, "GRADIENT": 6 * 100,
             "ACCUMULATOR": 8 * 24,
         }.items():  # fmt: skip
             monkeypatch.setattr(workspace, name, value)
@@ -138,12 +138,12 @@ def test_extra_device_memory_is_under_256_mib(device):
 
 def test_another_size_of_the_workspace_gives_the_same_statistics(device, monkeypatch):
     """As `endoreward tune` may choose it."""
-    monkeypatch.setattr(workspace, "PIECE", 64)
+    monkeypatch.setattr(workspace, "PIECE", 128)
     hidden, weight, targets, head = _case(HEADS["plain"], torch.float32, device)
     usual, _ = workspace.linear_forward(hidden, weight, targets, entropy=True, logit_mean=True, **head)
     sizes = []
     monkeypatch.setattr(workspace, "Buffer", lambda size, device: sizes.append(size) or Buffer(size, device))
-    small, _ = workspace.linear_forward(hidden, weight, targets, entropy=True, logit_mean=True, tile=20 * 64, **head)
-    assert sizes == [20 * 64]
+    small, _ = workspace.linear_forward(hidden, weight, targets, entropy=True, logit_mean=True, tile=20 * 128, **head)
+    assert sizes == [20 * 128]
     for name in FIELDS:
         torch.testing.assert_close(getattr(small, name), getattr(usual, name), rtol=0, atol=0)
