@@ -95,10 +95,12 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
 
 
 def _about(device: torch.device) -> str:
-    unit = "Processor time" if device.type == "cpu" and torch.get_num_threads() == 1 else "Time"
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    unit = "Processor time" if threads == 1 else "Time"
+    busy = f"Close other programs: they slow down calls on {threads} threads.\n" if threads and threads > 1 else ""
     return (
-        "Statistics from hidden states. Each candidate runs in a process of its own, first against float64.\n"
-        f"{unit} as a ratio to torch.mm, which stores all logits: median (quartiles).\n"
+        "Statistics from hidden states. Each candidate runs in a separate process. It is first compared with float64.\n"
+        f"{busy}{unit} as a ratio to torch.mm, which stores all logits: median (quartiles).\n"
         'The column "both" is the geometric mean of the medians, which decides.\n\n'
     )
 

@@ -120,6 +120,18 @@ def test_the_variable_that_ignores_tunings_is_mentioned(ratios, monkeypatch):
     assert run(*SHAPE).stdout.endswith("ENDOREWARD_TUNED=0 is set here, and ignores it.\n")
 
 
+@pytest.mark.parametrize(
+    ("threads", "unit"),
+    [
+        (1, "Processor time as a ratio"),
+        (4, "Close other programs: they slow down calls on 4 threads.\nTime as a ratio"),
+    ],
+)
+def test_on_several_threads_other_programs_disturb_and_the_user_is_told(threads, unit, ratios, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert f"float64.\n{unit} to torch.mm" in run(*SHAPE).stdout
+
+
 # --- bad input
 
 
