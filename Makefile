@@ -84,7 +84,7 @@ bench-scoring: $(READY) ## compare scoring with transformers, lm-eval, minicons,
 	CMAKE_ARGS='-DLLAVA_BUILD=OFF' $(INSTALL) --editable '.[bench-scoring]' || $(INSTALL) lm-eval minicons trl
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.scoring $(if $(DATA),--data $(DATA))
 
-compare: $(READY) ## accuracy, repeatability and speed of every implementation that runs here (15 minutes); writes to bench/results
+compare: $(READY) ## measure accuracy, repeatability and speed of every implementation that runs here (15 minutes); writes to bench/results
 	$(INSTALL) --editable '.[bench-compare]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.compare
 

@@ -71,7 +71,7 @@ def run(only: list[str], seconds: float, out: Path) -> list[Path]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for compare.json, compare.md and compare.svg")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of one arm")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of one arm (default: %(default)g)")
     parser.add_argument(
         "--only", nargs="*", default=[], metavar="TEXT", help="measure only arms with this in their name"
     )

@@ -192,8 +192,12 @@ def write_archive(work: Path, out: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/gpu", help=f"folder for {ARCHIVE}, {CONSOLE}")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="time limit of the whole run")
-    parser.add_argument("--wheels", type=Path, default=os.environ.get("GPU_WHEELS") or None, help="folder of wheels")
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, help="time limit of the whole run (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--wheels", type=Path, default=os.environ.get("GPU_WHEELS") or None, help="folder of wheels of peers to install"
+    )
     parser.add_argument("--group", choices=GROUPS, help="run only this group, in this process; --out gets its record")
     parser.add_argument(
         "--dry-run", action="store_true", help="tiny shapes in Triton's interpreter; tests are collected"

@@ -15,6 +15,9 @@ from .tune import described
 
 WIDTH = 26
 """columns of names"""
+ABOUT = """\
+largest error against float64
+Time as a ratio to torch.mm: median (quartiles). On a CPU it is the processor's time on one thread"""
 
 
 def examine(*, as_json: bool) -> bool:
@@ -22,7 +25,7 @@ def examine(*, as_json: bool) -> bool:
     found = gathered()
     if not as_json:
         say_now(_known(found))
-        say_now("\nNumbers: largest error against float64; time as a ratio to torch.mm\n")
+        say_now(f"\nNumbers: {ABOUT}\n")
     results = []
     for result in checks.checked(checks.subjects(), fastest_dtype):
         results.append(result)
@@ -92,8 +95,10 @@ def _result(result: checks.Checked) -> str:
         return _lines({name: f"{'FAILS' if result.failed else 'does not run'}: {problems}"})
     errors = ", ".join(f"{d} {error:.0e}" for d, error in result.errors.items() if d != checks.LARGE_HEAD)
     rate = ""
-    if result.ratio is not None and result.matmul is not None:
-        rate = f"time {result.ratio:.2f}, with torch.mm at {result.matmul:.3g} TFLOP/s ({result.timed})"
+    if result.ratios is not None and result.matmul is not None:
+        low, median, high = result.ratios
+        spread = f"{median:.2f} ({low:.2f}-{high:.2f})"
+        rate = f"time {spread}, with torch.mm at {result.matmul:.3g} TFLOP/s ({result.timed})"
     return _lines({name: f"right: {errors}"} | ({"": rate} if rate else {}))
 
 

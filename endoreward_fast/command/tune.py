@@ -44,7 +44,7 @@ def head_to_tune(model: str | None, shape: str | None, dtype: str, device: torch
     if wanted == "fastest":
         wanted = name_of(fastest_dtype(device))
     if wanted not in DTYPES:
-        raise EndoRewardError(f"--dtype must be auto, fastest, {', '.join(DTYPES)}, got {wanted!r}")
+        raise EndoRewardError(f"--dtype must be one of auto, fastest, {', '.join(DTYPES)}, got {wanted!r}")
     if device.type == "cuda" and wanted == "bfloat16" and fastest_dtype(device) != torch.bfloat16:
         raise EndoRewardError(f"device {str(device)!r} does not compute in bfloat16: give --dtype float16")
     return Head(wanted, dim, vocab)
@@ -77,12 +77,13 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
     results = []
     for result in _with_status(found, search.measured_in_turn(head, device, found, seconds, child.ask)):
         results.append(result)
-        say_now(_row(width, result, first=len(results) == 1))
+        say_now(_row(width, result, after=RULE if len(results) == 1 else ""))
     taken = search.chosen(results)
     if taken is None:
         raise EndoRewardError(
             "no candidate could be measured, so nothing is stored: `endoreward doctor` says what runs here"
         )
+    say_now(_row(width, taken, "taken: "))
     why = search.reason(results, taken)
     measured = {"name": taken.candidate.name, "score": taken.score, "why": why, "date": date.today().isoformat()}
     measured |= {"rows": rows, "threads": torch.get_num_threads() if device.type == "cpu" else None}
@@ -94,10 +95,13 @@ def tune(model: str | None, shape: str | None, dtype: str, device_name: str | No
 
 
 def _about(device: torch.device) -> str:
-    unit = "Processor time" if device.type == "cpu" and torch.get_num_threads() == 1 else "Time"
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    unit = "Processor time" if threads == 1 else "Time"
+    busy = f"Close other programs: they slow down calls on {threads} threads.\n" if threads and threads > 1 else ""
     return (
-        "Statistics from hidden states. Each candidate runs in a process of its own, first against float64.\n"
-        f"{unit} as a ratio to torch.mm, which stores all logits: median (quartiles).\n\n"
+        "Statistics from hidden states. Each candidate runs in a separate process. It is first compared with float64.\n"
+        f"{busy}{unit} as a ratio to torch.mm, which stores all logits: median (quartiles).\n"
+        'The column "both" is the geometric mean of the medians, which decides.\n\n'
     )
 
 
@@ -115,8 +119,8 @@ def _status(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _row(width: int, result: search.Measured, *, first: bool) -> str:
-    name = result.candidate.name + (RULE if first else "")
+def _row(width: int, result: search.Measured, before: str = "", after: str = "") -> str:
+    name = before + result.candidate.name + after
     if result.problem:
         return f"{name:<{width}}{result.problem}\n"
     cells = [f"{middle:.2f} ({low:.2f}-{high:.2f})" for low, middle, high in result.ratios.values()]

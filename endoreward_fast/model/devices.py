@@ -22,7 +22,11 @@ def device_of(device: torch.device | str | None) -> torch.device:
     try:
         found = _own(_named(device))
         _touch(found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (NotImplementedError, ImportError) as error:  # with a list of all backends, or "No module named 'torch.hpu'"
+        raise EndoRewardError(
+            f"device {str(device)!r} cannot be used: torch {torch.__version__} has no backend for it here"
+        ) from error
+    except (RuntimeError, AssertionError) as error:
         raise EndoRewardError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
     return found
 

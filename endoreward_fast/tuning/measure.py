@@ -195,6 +195,8 @@ def _run(forward: Callable, inputs: Inputs, n: int, *, entropy: bool) -> Any:
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Check, and time if `seconds` is not 0, the candidate of a request."""
     head, device, batches = Head(**request["head"]), torch.device(request["device"]), request["rows"]
+    if request.get("threads"):
+        torch.set_num_threads(request["threads"])
     if device.type == "cuda":
         torch.cuda.set_device(device)
     inputs = Inputs.make(head, device, max(batches))

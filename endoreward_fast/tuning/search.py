@@ -16,7 +16,7 @@ ROWS = {"cpu": (16, 128), "cuda": (64, 8192)}
 """rows as in decoding and as in training or scoring. One choice holds for both, and for every other number"""
 LEAST_ROWS = 512
 MARGIN = 0.03
-"""Candidates that take less than this share longer than the fastest count as equal: such differences come and go."""
+"""A candidate must take this share less time than a plainer one. Smaller differences come and go."""
 LIMIT = 90.0
 """seconds for one candidate, with the start of its process and its compilation"""
 WEIGHTS_PER_SECOND = 1e7
@@ -88,9 +88,15 @@ def _measured(candidate: Candidate, answer: Answer, rows: Sequence[int]) -> Meas
 
 
 def chosen(results: Sequence[Measured]) -> Measured | None:
-    """Return the first of the candidates that are as fast as the fastest, up to MARGIN. None if all failed."""
-    best = min(result.score for result in results)
-    return None if math.isinf(best) else next(result for result in results if result.score * (1 - MARGIN) <= best)
+    """Return the fastest, where a later candidate must be faster by MARGIN than each that it replaces.
+
+    So it is faster than the rule by MARGIN, or is the rule, and no other is faster by MARGIN. None if all failed.
+    """
+    taken = None
+    for result in results:
+        if not math.isinf(result.score) and (taken is None or result.score <= taken.score * (1 - MARGIN)):
+            taken = result
+    return taken
 
 
 def reason(results: Sequence[Measured], taken: Measured) -> str:
@@ -99,5 +105,11 @@ def reason(results: Sequence[Measured], taken: Measured) -> str:
     if taken is standard:
         return f"it is auto's rule, and no other candidate takes {MARGIN:.0%} less time"
     if standard.problem:
-        return f"{standard.candidate.name}, which is auto's rule, failed"
-    return f"{1 - taken.score / standard.score:.0%} less time than {standard.candidate.name}, which is auto's rule"
+        why = f"{standard.candidate.name}, which is auto's rule, failed"
+    else:
+        why = f"{1 - taken.score / standard.score:.0%} less time than {standard.candidate.name}, which is auto's rule"
+        why += f" ({taken.score:.2f} against {standard.score:.2f})"
+    fastest = min(results, key=lambda result: result.score)
+    if fastest.score < taken.score:
+        why += f"; `{fastest.candidate.name}`, the fastest, takes less than {MARGIN:.0%} less"
+    return why

@@ -61,7 +61,7 @@ def test_what_runs_its_errors_and_its_rate_are_printed(found):
     numbers = section(said, "Numbers")
     right, timed = numbers.partition("  chunked, cpu              ")[2].splitlines()[:2]
     assert right == "right: bfloat16 2e-06, float16 2e-06, float32 2e-06"
-    assert timed.startswith(" " * 28 + "time 1.10, with torch.mm at ")
+    assert timed.startswith(" " * 28 + "time 1.10 (1.10-1.10), with torch.mm at ")
     assert "(D=1024, V=32768, " in timed and timed.endswith(", 128 rows)")
     if not torch.cuda.is_available():
         assert "fused (interpreter), cpu  right: bfloat16 2e-06, float16 2e-06, float32 2e-06\n" in numbers + "\n"
@@ -115,9 +115,33 @@ def test_what_is_missing_is_said_with_what_to_do(found, monkeypatch):
 
 
 def test_a_slow_implementation_is_advised_to_be_tuned(found, monkeypatch):
-    slow = Checked(Subject("chunked", "chunked", "cpu"), {"float32": 1e-6}, {}, 1.62, 0.5)
+    slow = Checked(Subject("chunked", "chunked", "cpu"), {"float32": 1e-6}, {}, (1.5, 1.62, 1.7), 0.5)
     monkeypatch.setattr(checks, "check", lambda subject, fastest: slow)
     assert "chunked on cpu takes 1.62 times torch.mm: `endoreward tune --model NAME`" in run("doctor").stdout
+
+
+def test_a_time_that_may_be_noise_is_shown_without_advice(found, monkeypatch):
+    busy = Checked(Subject("chunked", "chunked", "cpu"), {"float32": 1e-6}, {}, (1.1, 8.31, 9.0), 0.5, "a head")
+    monkeypatch.setattr(checks, "check", lambda subject, fastest: busy)
+    said = run("doctor").stdout
+    assert "time 8.31 (1.10-9.00), with torch.mm at 0.5 TFLOP/s (a head)" in said
+    assert section(said, "Advice\n").strip() == "nothing to do"
+
+
+def test_a_cpu_is_checked_on_all_threads_and_timed_on_one(monkeypatch):
+    """On several threads only the wall clock tells the time, and other programs lengthen it."""
+    asked = []
+
+    def ask(requests, limit, env):
+        asked.extend(requests)
+        return [{"problem": "not run"}] * len(requests)
+
+    monkeypatch.setattr(checks, "ask", ask)
+    checks.check(Subject("chunked", "chunked", "cpu"), lambda device: torch.float32)
+    assert [(bool(r["seconds"]), r["threads"]) for r in asked] == [(False, None)] * 3 + [(True, 1)]
+    asked.clear()
+    checks.check(Subject("chunked", "chunked", "cuda:0"), lambda device: torch.float32)
+    assert [r["threads"] for r in asked] == [None] * 4
 
 
 def test_tuned_heads_are_listed_and_stale_ones_advised_to_be_tuned_again(found, here):
@@ -139,6 +163,8 @@ def test_json_holds_the_same(found):
     assert told["versions"]["torch"] == str(torch.__version__)
     first = told["checks"][0]
     assert first["impl"] == "chunked" and first["failed"] and first["problems"]["float32"] == WRONG
+    timed = next(check for check in told["checks"] if check["timed"] and not check["failed"])
+    assert timed["ratio_to_matmul"] == pytest.approx(1.1) and timed["ratio_quartiles"] == pytest.approx([1.1, 1.1])
     assert told["advice"][0].startswith("chunked on cpu fails")
     assert {"extras", "devices", "compiler", "caches", "environment", "tuned", "unmet"} <= set(told)
 
@@ -176,7 +202,7 @@ def test_the_kernels_are_checked_in_the_interpreter_for_real(monkeypatch):
     monkeypatch.setattr(checks, "KERNEL_DTYPES", (torch.float32,))
     [fused] = [subject for subject in checks.subjects() if subject.impl == "fused"]
     result = checks.check(fused, lambda device: torch.float32)
-    assert not result.problems and result.ratio is None and 0 < result.errors["float32"] < 1e-5
+    assert not result.problems and result.ratios is None and 0 < result.errors["float32"] < 1e-5
 
 
 def test_on_a_gpu_the_kernels_and_the_workspace_are_needed(monkeypatch):

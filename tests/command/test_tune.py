@@ -79,7 +79,10 @@ def test_the_fastest_candidate_is_taken_and_the_table_says_why(folder, ratios):
     assert " ".join(rows["chunked, tiles of 8 MiB"]) == "ended by SIGSEGV"
     taken, why = lines[-2].split(": ")
     assert taken == "auto takes `chunked, tiles of 4 MiB` for this head from now on"
-    assert why == "20% less time than chunked, which is auto's rule."
+    assert why == "20% less time than chunked, which is auto's rule (0.80 against 1.00)."
+    assert rows["taken: chunked, tiles of 4 MiB"] == rows["chunked, tiles of 4 MiB"]
+    assert lines[-4].startswith("taken: "), "the last row of the table"
+    assert '"both" is the geometric mean of the medians' in " ".join(lines)
     [path] = folder.iterdir()
     assert tuned.read(path).choice == Choice("chunked", {"tile": 2**20})
     assert path.name in lines[-1] and max(map(len, lines[:-2])) <= 120
@@ -117,6 +120,18 @@ def test_the_variable_that_ignores_tunings_is_mentioned(ratios, monkeypatch):
     assert run(*SHAPE).stdout.endswith("ENDOREWARD_TUNED=0 is set here, and ignores it.\n")
 
 
+@pytest.mark.parametrize(
+    ("threads", "unit"),
+    [
+        (1, "Processor time as a ratio"),
+        (4, "Close other programs: they slow down calls on 4 threads.\nTime as a ratio"),
+    ],
+)
+def test_on_several_threads_other_programs_disturb_and_the_user_is_told(threads, unit, ratios, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert f"float64.\n{unit} to torch.mm" in run(*SHAPE).stdout
+
+
 # --- bad input
 
 
@@ -130,7 +145,7 @@ def test_the_variable_that_ignores_tunings_is_mentioned(ratios, monkeypatch):
         (("--shape", "24x333"), "got '24x333'"),
         (("--shape", ""), "got ''"),
         (("--shape", "24,0"), "--shape must be two numbers of 1 or more, got '24,0'"),
-        (("--shape", "24,333", "--dtype", "fp64"), "--dtype must be auto, fastest, float32, bfloat16, float16, got"),
+        (("--shape", "24,333", "--dtype", "fp64"), "--dtype must be one of auto, fastest, float32, "),
         (("--shape", "24,333", "--dtype", "magic"), "got 'magic'"),
         (("--shape", "24,333", "--device", "magic"), "device 'magic' cannot be used"),
         (("--shape", "24,333", "--seconds", "0"), "--seconds must be above 0, got 0"),

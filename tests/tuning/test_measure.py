@@ -139,6 +139,17 @@ def test_candidate_and_matmul_are_timed_in_turn(monkeypatch):
     }, "three rounds at least; every other round runs backwards"
 
 
+def test_a_request_may_set_the_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert measure.answer(request())["threads"] == 2
+        assert measure.answer(request(threads=None))["threads"] == 2
+        assert measure.answer(request(threads=1))["threads"] == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_times_are_of_this_process_on_one_thread(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     monkeypatch.setattr(measure.time, "process_time", iter([5.0, 7.5]).__next__)

@@ -183,8 +183,18 @@ def test_the_fastest_is_chosen_and_near_equals_lose_to_the_first():
     assert chosen([rule, equal, fast]) is fast
     assert chosen([rule, nearly, fast]) is nearly
     assert chosen([fast, rule]) is fast
-    assert reason([rule, fast], fast) == "30% less time than x, which is auto's rule"
+    assert reason([rule, fast], fast) == "30% less time than x, which is auto's rule (0.70 against 1.00)"
+    quick = measured(0.69, "quick")
+    assert reason([rule, fast, quick], fast) == (
+        "30% less time than x, which is auto's rule (0.70 against 1.00); `quick`, the fastest, takes less than 3% less"
+    )
     assert reason([rule, equal], rule) == "it is auto's rule, and no other candidate takes 3% less time"
+
+
+def test_a_candidate_must_beat_the_rule_by_the_margin_itself():
+    """It is not enough to be nearly as fast as another that does."""
+    rule, little, enough = (measured(s) for s in (1.04, 1.03, 1.0))
+    assert chosen([rule, little, enough]) is enough
 
 
 def test_the_score_weighs_every_number_of_rows_alike():
