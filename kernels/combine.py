@@ -181,7 +181,7 @@ def combine(
     entropy, logit_mean, rewards = partials.t is not None, partials.u is not None, successor is not None
 
     def field(wanted=True):
-        return torch.empty(rows, dtype=torch.float32, device=partials.m.device) if wanted else None
+        return partials.m.new_empty(rows) if wanted else None
 
     stats = (field(), field(), field(entropy), field(logit_mean), field(), field())
     out = (field(), field(), field(), field(entropy)) if rewards else None
