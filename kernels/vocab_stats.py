@@ -5,7 +5,8 @@ forward   One program summarises BLOCK_V logits of one row, and combine.py merge
 backward  dz_a = (g_lse - g_entropy (log p_a + H)) p_a / alpha + g_target [a = target] + g_mean / V
           with p_a = exp((z_a - shift) / alpha - log_total). Traffic per row: 2 V * itemsize bytes.
 
-How a row is cut into pieces depends on V alone, so a row's result is bitwise the same in any batch.
+How a row is cut into pieces depends on V alone, so a row's result is bitwise the same in any batch. Rows that do not
+begin at multiples of 16 bytes are summed in another order than those that do.
 """
 
 import torch
@@ -186,11 +187,9 @@ def logits_backward_kernel(
 def rows_aligned(logits: torch.Tensor) -> bool:
     """Return whether every row of logits (B, T, V) begins a multiple of 16 bytes behind the first.
 
-    A dimension of size 1 counts as contiguous, whatever its stride: a row alone is loaded like the same row in a batch.
+    The strides say so, also those of a dimension of size 1: a row alone is loaded like the same row in a batch.
     """
-    vocab = logits.shape[2]
-    strides = (s if size > 1 else vocab for s, size in zip(logits.stride()[:2], logits.shape[:2], strict=True))
-    return all(s * logits.element_size() % 16 == 0 for s in strides)
+    return all(stride * logits.element_size() % 16 == 0 for stride in logits.stride()[:2])
 
 
 def logits_partials(

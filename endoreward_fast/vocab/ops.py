@@ -12,6 +12,8 @@ import functools
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforming
+from torch._C._functorch import is_legacy_batchedtensor  # of torch.autograd.grad(is_grads_batched=True)
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .choice import backend as _backend
@@ -25,7 +27,8 @@ PLAIN = (Tensor, torch.nn.Parameter)
 def _op(name: str):
     """Register a function as the operator `name`, and let plain calls of it pass by torch's dispatcher.
 
-    Dispatch takes 40 us of host time. Autograd, torch.compile, dispatch modes and tensor subclasses need it.
+    Dispatch takes 40 us of host time. Autograd, torch.compile, dispatch modes, functorch, meta tensors and tensor
+    subclasses need it.
     """
 
     def register(function):
@@ -33,10 +36,10 @@ def _op(name: str):
 
         @functools.wraps(function)
         def call(*args):
-            plain = not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode())
+            plain = not (torch.compiler.is_compiling() or is_in_torch_dispatch_mode() or transforming())
             for x in args:
                 if isinstance(x, Tensor):
-                    plain = plain and type(x) in PLAIN and not (x.requires_grad and torch.is_grad_enabled())
+                    plain = plain and _holds_data(x) and not (x.requires_grad and torch.is_grad_enabled())
             return function(*args) if plain else operator(*args)
 
         call.register_fake, call.register_autograd = operator.register_fake, operator.register_autograd
@@ -45,9 +48,23 @@ def _op(name: str):
     return register
 
 
-def _on_device_of(x: Tensor):
-    """Make the tensor's device the current one, because Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+def _holds_data(x: Tensor) -> bool:
+    return type(x) in PLAIN and not (x.is_meta or is_legacy_batchedtensor(x))
+
+
+@contextlib.contextmanager
+def _own_surroundings(x: Tensor):
+    """Make the tensor's device the current one, because Triton launches on it. Switch autocast off.
+
+    A backend has its own dtypes. Under autocast torch would round the operands of its float32 products.
+    """
+    device = x.device
+    with contextlib.ExitStack() as stack:
+        if device.type == "cuda":
+            stack.enter_context(torch.cuda.device(device))
+        if torch.is_autocast_enabled(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
 
 
 @_op("endoreward_fast::plan_rows")
@@ -55,7 +72,7 @@ def plan(tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlen
     """Return the fields of RowPlan for tokens (B, T), by a kernel."""
     from ..kernels.rows import plan as launch
 
-    with _on_device_of(tokens):
+    with _own_surroundings(tokens):
         return list(launch(tokens, mask, terminal, cu_seqlens))
 
 
@@ -77,7 +94,7 @@ def logits_stats(
     logits is (B, T, V); targets, mask and successor are (B T,).
     """
     _refuse_outside(targets, mask, logits.shape[-1])
-    with _on_device_of(logits):
+    with _own_surroundings(logits):
         stats, rewards = _backend(impl, logits).logits_forward(
             logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, successor=successor
         )
@@ -95,7 +112,7 @@ def logits_stats_backward(
     g_entropy: Tensor | None, g_mean: Tensor | None, alpha: float, impl: str,
 ) -> Tensor:  # fmt: skip
     grads = RowGrads(g_lse, g_target, g_entropy, g_mean)
-    with _on_device_of(logits):
+    with _own_surroundings(logits):
         return _backend(impl, logits).logits_backward(logits, targets, RowStats(*stats), grads, mask=mask, alpha=alpha)
 
 
@@ -130,7 +147,7 @@ def linear_stats(
 ) -> list[Tensor]:  # fmt: skip
     """Do the same as `logits_stats` from hidden (N, D) and weight (V, D). Rows off the mask skip the matmul."""
     _refuse_outside(targets, mask, weight.shape[0])
-    with _on_device_of(hidden):
+    with _own_surroundings(hidden):
         stats, rewards = _backend(impl, hidden, weight).linear_forward(
             hidden, weight, targets, mask=mask, bias=bias, logit_scale=logit_scale, softcap=softcap, alpha=alpha,
             entropy=entropy, logit_mean=logit_mean, successor=successor,
@@ -151,7 +168,7 @@ def linear_stats_backward(
 ) -> list[Tensor]:  # fmt: skip
     """Return (dhidden, dweight, dbias) in the inputs' dtypes; empty where `needs` is False."""
     grads = RowGrads(g_lse, g_target, g_entropy, g_mean)
-    with _on_device_of(hidden):
+    with _own_surroundings(hidden):
         found = _backend(impl, hidden, weight).linear_backward(
             hidden, weight, targets, RowStats(*stats), grads, mask=mask, bias=bias, logit_scale=logit_scale,
             softcap=softcap, alpha=alpha, needs=tuple(needs),

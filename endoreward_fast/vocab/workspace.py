@@ -91,6 +91,8 @@ class _KernelGradients:
         columns = min(weight.shape[0], max(1, GRADIENT * 2 // (rows * hidden.element_size())))
         if weight.dtype != hidden.dtype or hidden.shape[0] > rows:
             columns = min(columns, max(1, WEIGHT_COPY // weight.shape[1]))
+        if columns < weight.shape[0]:  # whole 16 bytes, so that the rows of a tile are aligned
+            columns = max(1, columns - columns % 8)
         self.tiles = Tiles(rows, columns, columns)
         self._inputs, self._head = (hidden, weight, bias), (logit_scale, softcap)
         rowwise = (targets, stats.shift, stats.log_total, stats.entropy, *grads)

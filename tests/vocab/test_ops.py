@@ -144,6 +144,37 @@ def test_autocast_casts_the_linear_path_like_a_linear_layer(case, impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_backward_under_autocast_is_the_one_outside(case, impl, dtype):
+    hidden, weight, tokens, mask = case
+    leaves = [hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()]
+    loss = er.linear_token_rewards(*leaves, tokens, mask=mask, impl=impl).reward.square().sum()
+    outside = torch.autograd.grad(loss, leaves, retain_graph=True)
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
+        inside = torch.autograd.grad(loss, leaves)
+    assert all(map(torch.equal, inside, outside))
+
+
+def test_meta_tensors_have_the_shapes_of_a_result(case):
+    hidden, weight, tokens, mask = (x.to("meta") for x in case)
+    found = er.linear_token_rewards(hidden, weight, tokens, mask=mask, entropy=True)
+    assert all(x.is_meta and x.shape == (B, T) for x in found)
+    assert er.linear_vocab_stats(hidden, weight, tokens, mask=mask).lse.shape == (B, T)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_vmap_is_refused_by_torch(case, impl):
+    """Neither the kernels nor the workspace know tensors that stand for a batch."""
+    hidden, weight, tokens, _ = case
+    h = hidden.requires_grad_()
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for endoreward_fast"):
+        torch.func.vmap(lambda x: er.linear_vocab_stats(x, weight.detach(), tokens[0], impl=impl).lse)(h.detach())
+    lse = er.linear_vocab_stats(h, weight, tokens, impl=impl).lse
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for endoreward_fast"):
+        torch.autograd.grad(lse, h, torch.ones(3, *lse.shape, device=h.device), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_backward_of_backward_is_refused(case, impl):
     hidden, weight, tokens, _ = case
     h = hidden.requires_grad_()

@@ -5,7 +5,7 @@ import torch
 
 from endoreward_fast.vocab import chunked, reference, workspace
 from endoreward_fast.vocab.chunked_tiles import Buffer
-from endoreward_fast.vocab.rows import RowGrads
+from endoreward_fast.vocab.rows import RowGrads, RowStats
 
 FIELDS = ("lse", "target_logit", "entropy", "logit_mean")
 HEADS = {
@@ -115,6 +115,19 @@ def test_one_row_and_no_rows(device):
         hidden[:0], weight, targets[:0], none, upstream, needs=(True, True, False), **head
     )
     assert dhidden.shape == (0, 24) and dweight.eq(0).all()
+
+
+@pytest.mark.parametrize(("rows", "dim"), [(1000, 64), (9001, 3584)])
+def test_rows_of_gradient_tiles_begin_at_multiples_of_16_bytes(rows, dim):
+    """Otherwise the kernel loads and stores one number at a time, and the matmul has no aligned operand."""
+    like = torch.empty((), device="meta", dtype=torch.bfloat16)
+    hidden, weight = like.new_empty(rows, dim), like.new_empty(151936, dim)
+    row = like.new_empty(rows, dtype=torch.float32)
+    source = workspace._KernelGradients(
+        hidden, weight, None, 1.0, None, row.long(), RowStats(row, row, None, None, row, row),
+        RowGrads(row, row, None, None), 1.0,
+    )  # fmt: skip
+    assert 0 < source.tiles.vocab < 151936 and source.tiles.vocab % 8 == 0
 
 
 @pytest.mark.device
