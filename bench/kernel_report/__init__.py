@@ -11,6 +11,6 @@ A launch is recorded from the public function that makes it. Triton's own binder
 divisibility, so the report compiles exactly what a GPU would run.
 """
 
-from .archs import ARCHS, DTYPES, RESULTS
+from .archs import ARCHS, DTYPES, RESULTS, sources
 
-__all__ = ["ARCHS", "DTYPES", "RESULTS"]
+__all__ = ["ARCHS", "DTYPES", "RESULTS", "sources"]

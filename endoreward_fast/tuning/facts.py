@@ -34,7 +34,7 @@ VARIABLES = (
 def versions() -> dict[str, str | None]:
     """Return the version of each package that is needed; None if it is not installed."""
     own = {PACKAGE: version_of(PACKAGE), "Python": platform.python_version()}
-    return own | {name: version_of(name) for name in CORE}
+    return own | {name: version_of(name) for name in CORE} | {"torch": str(torch.__version__)}  # with its build
 
 
 def unmet() -> dict[str, str]:
