@@ -38,7 +38,8 @@ def main() -> None:
     failures = gates(rows, spent)
     args.output.mkdir(parents=True, exist_ok=True)
     record = {
-        "sources": sources(), "triton": triton.__version__, "torch": torch.__version__, "kernels": [asdict(r) for r in rows],
+        "sources": sources(), "triton": triton.__version__, "torch": torch.__version__,
+        "kernels": [asdict(r) for r in rows],
         "calls": [asdict(c) | {"launches": c.launches} for c in spent], "failures": failures,
     }  # fmt: skip
     (args.output / "kernel-report.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -34,7 +34,10 @@ VARIABLES = (
 def versions() -> dict[str, str | None]:
     """Return the version of each package that is needed; None if it is not installed."""
     own = {PACKAGE: version_of(PACKAGE), "Python": platform.python_version()}
-    return own | {name: version_of(name) for name in CORE} | {"torch": str(torch.__version__)}  # with its build
+    found = own | {name: version_of(name) for name in CORE}
+    if str(torch.__version__).startswith(found["torch"] or " "):  # it names the build, +cpu or +cu130, too
+        found["torch"] = str(torch.__version__)
+    return found
 
 
 def unmet() -> dict[str, str]:
