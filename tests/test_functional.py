@@ -431,3 +431,11 @@ def test_fused_needs_a_device_and_never_falls_back(monkeypatch):
         er.vocab_stats(torch.randn(2, 5), torch.zeros(2, dtype=torch.long), impl="fused")
     out = er.vocab_stats(torch.randn(2, 5), torch.zeros(2, dtype=torch.long))
     assert out.lse.isfinite().all(), "auto takes another way"
+
+
+@pytest.mark.parametrize("impl", ["chunked", "reference"])
+def test_rewards_that_carry_a_gradient_are_no_views(impl):
+    """FSDP2 warns of a module that returns views."""
+    hidden, weight, tokens = torch.randn(2, 5, 8, requires_grad=True), torch.randn(20, 8), torch.arange(10).view(2, 5)
+    out = er.linear_token_rewards(hidden, weight, tokens, entropy=True, impl=impl)
+    assert not any(field._is_view() for field in out)

@@ -311,3 +311,4 @@ def _rank(rank, folder):
     finally:
         torch.save(found, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
+    os._exit(0)  # everything is saved. An abort was seen once, presumably of a thread while the process shut down
