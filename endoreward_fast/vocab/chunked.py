@@ -47,11 +47,12 @@ def logits_forward(
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Return statistics, and rewards if `successor` is given, of logits (B, T, V), any strides; 0 off the mask (N,)."""
     vocab, device = logits.shape[-1], logits.device
-    source = LogitRows(logits, mask)
+    kept = KeptRows(mask)
+    source = LogitRows(logits, kept.index)
     stats = _empty_stats(len(source), device, entropy, logit_mean)
     tiles = logits_tiles(len(source), vocab, device)
     work = _Workspace(tiles.rows * tiles.vocab, device, entropy or logit_mean)
-    stats.target_logit.copy_(source.pick(source.keep(targets)))
+    stats.target_logit.copy_(source.pick(kept.take(targets)))
     whole = vocab - vocab % tiles.chunk
     for rows in spans(0, len(source), tiles.rows):
         partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, alpha, entropy, logit_mean)
@@ -63,7 +64,7 @@ def logits_forward(
             partials.reduce(z, work, chunks, slice(0, length(rows)))
         partials.combine(vocab, rows, stats)
     stats = _with_lse(stats, alpha)
-    stats = RowStats(*(None if f is None else source.spread(f) for f in stats))
+    stats = RowStats(*map(kept.spread, stats))
     return with_rewards(stats, targets, mask, vocab, successor, alpha)
 
 

@@ -36,9 +36,10 @@ def logits_backward(
 ) -> Tensor:
     """Return dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
     vocab = logits.shape[-1]
-    source = LogitRows(logits, mask)
+    kept = KeptRows(mask)
+    source = LogitRows(logits, kept.index)
     tiles = logits_tiles(len(source), vocab, logits.device)
-    upstream = upstream_factors(targets, stats, grads, vocab, alpha).kept(source.keep)
+    upstream = upstream_factors(targets, stats, grads, vocab, alpha).kept(kept.take)
     z_buffer, scratch = (Buffer(tiles.rows * tiles.vocab, logits.device) for _ in range(2))
     make = torch.empty_like if mask is None else torch.zeros_like
     dlogits = make(logits, memory_format=torch.contiguous_format)

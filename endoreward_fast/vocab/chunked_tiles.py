@@ -142,14 +142,14 @@ class Buffer:
 
 
 class LogitRows:
-    """The rows of logits (B, T, V), any strides, that a mask (B T,) keeps. Tiles of them are read; no full copy."""
+    """The rows of logits (B, T, V), any strides, with the given indices among B T; None: all. Tiles are read."""
 
-    def __init__(self, logits: Tensor, mask: Tensor | None):
+    def __init__(self, logits: Tensor, index: Tensor | None):
         self._logits, self._count = logits, logits.shape[0] * logits.shape[1]
         pitch, inner = logits.stride(0), logits.shape[1] * logits.stride(1)
         one_pitch = logits.shape[0] == 1 or pitch == inner  # a slice [:, :-1] has gaps between its sequences
         self._flat = logits.view(self._count, logits.shape[2]) if one_pitch else None
-        self._index = None if mask is None else mask.nonzero().squeeze(1)
+        self._index = index
         if self._index is None and self._flat is None:
             self._index = torch.arange(self._count, device=logits.device)
 
@@ -177,14 +177,6 @@ class LogitRows:
             length = self._logits.shape[1]
             picked = self._logits[self._index // length, self._index % length, column]
         return torch.where(column == targets, picked.float(), 0.0)
-
-    def keep(self, field: Tensor) -> Tensor:
-        """Return the kept rows of a field (B T,)."""
-        return field if self._index is None else field[self._index]
-
-    def spread(self, field: Tensor) -> Tensor:
-        """Return a field of the kept rows as (B T,), with 0 for the other rows."""
-        return field if self._index is None else field.new_zeros(self._count).index_copy_(0, self._index, field)
 
     def store(self, out: Tensor, rows: slice, columns: slice, tile: Tensor) -> None:
         """Write the tile to the kept rows `rows` of out (B T, V)."""
