@@ -139,10 +139,11 @@ OPERATORS = {
         "config=_logits_config(vocab if logits.shape[1] > 1 else 4096),",
         f"{HARD}::test_a_row_alone_is_bitwise_the_same_row_in_a_batch_and_from_run_to_run[logits]",
     ),
-    "row numbers of before the others went": Mutation(
+    "the first kept row in place of the next": Mutation(
         "kernels/combine.py",
         "after = tl.load(place + after, mask=m_after, other=0).to(tl.int64)",
-        "after = after + 0",
+        # Not `after` itself: behind the kept rows nothing is defined, so that test would fail in some runs only.
+        "after = after * 0",
         f"{IDENTITIES}::test_masking_tokens_out_does_not_change_the_others[fused-linear]",
     ),
     "one compilation a length": Mutation(
