@@ -28,7 +28,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .evaluation import Accuracy, Judged, by, over_rows
+from ..input.benchmarks import REWARD_BENCH_2
+from .judged import Accuracy, Judged, by, over_rows
 
 SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety")
 TIES = "Ties"
@@ -78,7 +79,7 @@ def credit(row: Judged) -> float:
 
 def reward_bench_2(rows: Iterable[Judged]) -> RewardBench2 | None:
     """Return RewardBench 2 over the rows of its shape and subsets, or None if there are none."""
-    groups = by(rows, lambda r: r.subset)
+    groups = by((row for row in rows if row.benchmark in (None, REWARD_BENCH_2)), _subset)
     fours = {name: [r for r in groups.get(name, ()) if (len(r.chosen), len(r.rejected)) == (1, 3)] for name in SUBSETS}
     subsets = {name: over_rows(group, credit) for name, group in fours.items() if group}
     tied = [row for row in groups.get(TIES, ()) if row.chosen and row.rejected]
@@ -90,6 +91,10 @@ def reward_bench_2(rows: Iterable[Judged]) -> RewardBench2 | None:
     if not absent and ties and ties.score is not None:
         score = (sum(a.value for a in subsets.values()) + ties.score) / (len(SUBSETS) + 1)
     return RewardBench2(subsets, ties, score, absent)
+
+
+def _subset(row: Judged) -> str | None:
+    return TIES if str(row.subset).lower() == TIES.lower() else row.subset
 
 
 def ties_of(rows: Sequence[Judged]) -> Ties:
