@@ -6,6 +6,7 @@ src/rmgap/task_runner.py of nanzhi84/RMGAP and rewardbench/utils.py of allenai/r
 
 import json
 import math
+import random
 
 import pytest
 
@@ -13,6 +14,7 @@ from cli_harness import put, run
 from endoreward_fast.command.evaluate.evaluation import block
 from endoreward_fast.command.evaluate.judge_bench import judge_bench
 from endoreward_fast.command.evaluate.judged import Judged, mean_of, over_rows, similar_length
+from endoreward_fast.command.evaluate.process_bench import METHODS, Solution
 from endoreward_fast.command.evaluate.report import FileResult, to_json, to_text
 from endoreward_fast.command.evaluate.reward_bench_2 import reward_bench_2, ties_of
 from endoreward_fast.command.evaluate.rmgap import ranking, rmgap
@@ -242,3 +244,42 @@ def test_the_plan_and_the_rule_agree_on_the_order_of_keys():
     task = plan_eval(GAP)
     assert [prompt["place"] for prompt in task.facts["prompts"]] == [n // 3 for n in range(12)]
     assert math.isclose(sum(layout["chosen"] for layout in task.layout), sum(4 * n + n // 3 for n in range(12)))
+
+
+# ---------------------------------------------------------------------------------------------- any shape of a file
+
+
+def any_row(rng, file):
+    scores = [-math.inf, 0.0, 1.0, 2.0]
+    benchmark = rng.choice([None, "RewardBench 2", "JudgeBench", "RMGAP"])
+    counts = {"JudgeBench": (1, 1), "RMGAP": (1, 3)}.get(benchmark, (rng.randint(1, 3), rng.randint(1, 4)))
+    chosen, rejected = (tuple(rng.choice(scores) for _ in range(count)) for count in counts)
+    lengths = tuple(tuple(rng.choice([0, 10, 11, 99]) for _ in range(count)) for count in counts)
+    subset = rng.choice([None, "Ties", "Math", "hep-go", "Chat", "mmlu-pro-law", "Writing"])
+    subset = rng.choice(["Chat", "Safety"]) if benchmark == "RMGAP" else subset
+    where = rng.randint(0, 3) if benchmark == "RMGAP" else None
+    return Judged(
+        file, subset, rng.choice([None, "chat", "safety-refuse"]), rng.choice(["ref:1", "tied:1", 7, None]), chosen,
+        rejected, rng.choice([None, lengths]), benchmark, row=where, group=where and rng.randint(0, 3),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_shape_of_a_file_breaks_the_report(seed):
+    rng = random.Random(seed)
+    methods = [(), ("logprob",), ("logprob", "judge, verifier")][seed % 3]
+    files = [FileResult.by_methods(f"f{n}", methods) for n in range(rng.randint(1, 3))]
+    for file in files:
+        for each in (file, *file.beside.values()):
+            each.judged += [any_row(rng, file.name) for _ in range(rng.choice([0, 1, 2, 9]))]
+            each.rows = each.scored + rng.randint(0, 2)
+        for n in range(rng.choice([0, 0, 1, 5])):
+            scores = tuple(rng.choice([-math.inf, 0.0, 1.0]) for _ in range(rng.randint(1, 3)))
+            label = rng.randrange(-1, len(scores))
+            file.solutions.append(
+                Solution(file.name, rng.choice(["gsm8k", "all"]), n, label, dict.fromkeys(METHODS, scores), (9,) * 3)
+            )
+    text = to_text(files, "a note")
+    assert "nan" not in text and "inf" not in text.replace("information", "")
+    assert "a note." in text and text.count("rows scored") == len(files)
+    assert json.dumps(to_json(files, {}), allow_nan=False)

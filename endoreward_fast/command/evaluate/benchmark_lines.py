@@ -37,11 +37,12 @@ def reward_bench_2_lines(bench: RewardBench2, methods: Mapping[str, RewardBench2
     lines = ["RewardBench 2, best of 4 (k completions that tie for the highest score earn 1/k)"]
     lines += [line(name, a) + chance(OF_FOUR) for name, a in bench.subsets.items()]
     if (ties := bench.ties) is not None:
-        value = f"not computed: {ties.why}" if ties.score is None else percent(ties.score) + "%"
-        about = f"  the Ties formula, over {ties.pairs} pairs of prompts" if ties.score is not None else ""
-        lines.append(f"  {'Ties':<26}{value}{about}")
-    if bench.score is not None:
-        lines.append(f"  {'mean of the six':<26}{percent(bench.score)}%")
+        about = f"not computed: {ties.why}"
+        if ties.score is not None and ties.chance is not None:
+            about = f"{percent(ties.score)}%  the Ties formula, over {ties.pairs} pairs of prompts{chance(ties.chance)}"
+        lines.append(f"  {'Ties':<26}{about}")
+    if bench.score is not None and bench.chance is not None:
+        lines.append(f"  {'mean of the six':<26}{percent(bench.score)}%{chance(bench.chance)}")
         means = [(name, other.score) for name, other in methods.items() if other.score is not None]
         lines += ["  mean of the six by method"] * bool(means)
         lines += [f"    {name:<24}{percent(score)}%" for name, score in means]

@@ -37,7 +37,7 @@ def add(result: FileResult, item: Item, signal: str | None = None, lengths: Leng
         return
     row = item.record.row or {}
     part = None if task.benchmark else rm_bench_part(row, result.name)
-    known = {"subset": row.get("subset"), "id": row.get("id"), "place": 0} | task.facts
+    known = {"subset": row.get("subset"), "id": row.get("id"), "place": 0, **task.facts}
     subset = None if known["subset"] is None else str(known["subset"])
     scored = _scored(item, task.layout, signal, lengths)
     result.judged.append(Judged(result.name, subset, part, known["id"], *scored, task.benchmark, place=known["place"]))

@@ -153,19 +153,16 @@ def _subset(group: Sequence[Solution], fitted: dict[str, float | None]) -> Subse
 
 
 def _figures(wrong: Sequence[Solution], right: Sequence[Solution], method: str, gsm8k: float | None) -> Figures:
-    thresholds = _cross_fitted(wrong, right, method)
-    accuracies: tuple[Accuracy | None, ...] = (None, None)
-    if thresholds is not None:
-        kinds = zip((wrong, right), thresholds, strict=True)
-        accuracies = tuple(_accuracy(solutions, fitted, method) for solutions, fitted in kinds)
+    of_wrong, of_right = _cross_fitted(wrong, right, method) or (None, None)
     lowest = [_credit(s.scores[method], s.label) for s in wrong]
     earlier = [_judged(s, method) for s in wrong if s.label > 0]
     return Figures(
-        f1_of(*(a.value for a in accuracies if a)) if all(accuracies) else None,
-        *accuracies,
-        _f1_at(wrong, right, method, gsm8k),
-        wilson(sum(lowest) / len(lowest), len(lowest)) if lowest else None,
-        over_rows(earlier, lambda row: row.accuracy) if earlier else None,
+        f1=f1_of(of_wrong.value, of_right.value) if of_wrong and of_right else None,
+        wrong=of_wrong,
+        right=of_right,
+        f1_gsm8k=_f1_at(wrong, right, method, gsm8k),
+        lowest=wilson(sum(lowest) / len(lowest), len(lowest)) if lowest else None,
+        earlier=over_rows(earlier, lambda row: row.accuracy) if earlier else None,
     )
 
 
@@ -215,12 +212,17 @@ def best_threshold(solutions: Sequence[Solution], method: str) -> float | None:
     return max([-math.inf, *between, math.inf], key=f1_at)
 
 
-def _cross_fitted(wrong: Sequence[Solution], right: Sequence[Solution], method: str) -> list[list[float]] | None:
-    """Return the thresholds of `wrong` and of `right`, each fitted on the half without that solution."""
-    fitted = [best_threshold([*wrong[half::2], *right[half::2]], method) for half in (0, 1)]
-    if fitted[0] is None or fitted[1] is None:
+def _cross_fitted(
+    wrong: Sequence[Solution], right: Sequence[Solution], method: str
+) -> tuple[Accuracy, Accuracy] | None:  # fmt: skip
+    """Return the accuracies on both kinds of solutions, each at the threshold that fits the half without it best."""
+    first, second = (best_threshold([*wrong[half::2], *right[half::2]], method) for half in (0, 1))
+    if first is None or second is None:
         return None
-    return [[float(fitted[1 - n % 2]) for n in range(len(solutions))] for solutions in (wrong, right)]
+    of_wrong, of_right = (
+        _accuracy(kind, [(second, first)[n % 2] for n in range(len(kind))], method) for kind in (wrong, right)
+    )
+    return of_wrong, of_right
 
 
 def _accuracy(solutions: Sequence[Solution], thresholds: Sequence[float], method: str) -> Accuracy:

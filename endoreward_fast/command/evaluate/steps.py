@@ -8,12 +8,16 @@ its reward is a whole logit, on another scale than the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from ...errors import EndoRewardError
 
-REDUCTIONS = {"mean": lambda values: sum(values) / len(values), "sum": sum, "min": min}
+REDUCTIONS: dict[str, Callable[[list[float]], float]] = {
+    "mean": lambda values: sum(values) / len(values),
+    "sum": sum,
+    "min": min,
+}
 SIGNALS = ("reward", "logprob")
 METHODS = tuple(f"{signal}, {reduction}" for signal in SIGNALS for reduction in REDUCTIONS)
 """what a step is scored with: a signal of its tokens, and how they become one number"""
@@ -39,8 +43,8 @@ def steps_of_tokens(texts: Sequence[str], steps: Sequence[str]) -> list[int | No
     for text in texts:
         count = len(_letters(text))
         mine = seen if count or not text else seen - 1  # white space belongs to the step before it
-        if seen == 0 and text and not count:
-            mine = 0
+        if seen == at == 0 and text and not count:
+            mine = 0  # white space at the very start
         found.append(owner[mine] if 0 <= mine < len(owner) else None)
         seen += count
     if (bare := next((n for n in range(len(steps)) if n not in found), None)) is not None:
@@ -56,7 +60,7 @@ def _letters(text: str) -> str:
 def step_scores(table: Any, steps: Sequence[str]) -> tuple[dict[str, tuple[float, ...]], tuple[int, ...]]:
     """Return ({method: score of each step}, tokens of each step) of a TokenTable."""
     owner = steps_of_tokens(table.texts, steps)
-    found = {}
+    found: dict[str, tuple[float, ...]] = {}
     for signal, values in zip(SIGNALS, (table.rewards, table.logprobs), strict=True):
         parts = _grouped(values, owner, len(steps))
         found |= {f"{signal}, {name}": tuple(map(reduce, parts)) for name, reduce in REDUCTIONS.items()}
