@@ -193,6 +193,13 @@ def test_the_command_scores_each_benchmark_by_its_rule(scorer, tmp_path):
     assert max(map(len, text.splitlines())) <= 120 and "nan" not in text
 
 
+def test_pairs_beside_lists_have_their_chance_printed(scorer, tmp_path):
+    pairs = put(tmp_path, {"prompt": "p", "chosen": "a", "rejected": "bb", "subset": "hep-go"}, name="pairs")
+    assert run("eval", pairs, "-q").stdout.endswith("Chance is 50%.\n")
+    text = run("eval", pairs, put(tmp_path, FOUR), "-q").stdout
+    assert text.endswith("Chance for pairs and for RM-Bench: 50%.\n") and "RewardBench sections" in text
+
+
 def test_only_the_bad_row_of_a_benchmark_is_lost(scorer, tmp_path):
     bad = [JUDGE[0] | {"label": "A=B"}, FOUR | {"num_correct": 3}, {"response_A": "a"}]
     path = put(tmp_path, JUDGE[0], *bad, FOUR)

@@ -153,6 +153,8 @@ def to_text(files: Sequence[FileResult], note: str | None = None) -> str:
     lines.append("Intervals: 95%, Wilson, one trial per row. Ties count as lost.")
     if not any(file.listed or file.solutions for file in files):
         lines[-1] += " Chance is 50%."
+    elif any(file.judged and not file.listed for file in files):
+        lines[-1] += " Chance for pairs and for RM-Bench: 50%."
     return "\n".join(lines) + "\n"
 
 
