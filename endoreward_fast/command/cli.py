@@ -173,15 +173,13 @@ def _engine(
 @app.command("eval", cls=OneProcess, epilog=help_text.EVAL)
 @takes(EvalFlags)
 def evaluate(
-    files: Annotated[
-        list[str], typer.Argument(metavar="FILE", help="Preference files: RM-Bench, RewardBench or your own.")
-    ],
+    files: Annotated[list[str], typer.Argument(metavar="FILE", help="Preference files: of benchmarks or your own.")],
     flags: EvalFlags,
     as_json: Annotated[
         bool, of_output("--json", help="Print JSON instead of tables. --output is always JSON.")
     ] = False,
 ) -> None:
-    """Compute accuracy on preference FILES, by subset, and the scores of RM-Bench, RewardBench and RewardBench 2."""
+    """Compute accuracy on preference FILES, by subset, and the scores of the benchmarks whose columns they have."""
     as_json = as_json or flags.output == STDIN
     flags = replace(flags, date=flags.date or date.today().isoformat())
     with Sink(flags.output, (*files, *flags.inputs), overwrite=flags.overwrite) as sink:

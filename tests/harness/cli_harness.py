@@ -20,6 +20,7 @@ class Score:
     error: str | None = None
     tokens: Tokens | None = None
     signals: dict[str, float] | None = None
+    num_tokens: int = 0
 
 
 class LengthScorer:
@@ -46,7 +47,8 @@ class LengthScorer:
             else:
                 tokens = Tokens((-1.0,) * len(text)) if per_token else None
                 signals = dict.fromkeys(options.get("signals", ()), 1.0)
-                yield i, Score(-float(len(text)), () if text else ("empty",), tokens=tokens, signals=signals)
+                flags = () if text else ("empty",)
+                yield i, Score(-float(len(text)), flags, tokens=tokens, signals=signals, num_tokens=len(text))
 
 
 def run(*args, code=0, **kw):

@@ -18,11 +18,12 @@ sections.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from .judged import Accuracy, Judged, by, mean_of, over_rows, similar_length, wilson
 
 RM_BENCH_DOMAINS = ("chat", "code", "math", "safety")
 RM_BENCH_PARTS = ("chat", "code", "math", "safety-refuse", "safety-response", "safety")
@@ -49,106 +50,21 @@ REWARD_BENCH = {
 MATH_PRM_WEIGHT = 984 / 447
 
 
-@dataclass(frozen=True)
-class Judged:
-    """One preference row with the scores of its completions."""
-
-    file: str
-    subset: str | None
-    domain: str | None
-    """RM-Bench domain, from the row's column, the start of its id, or the start of the file name, in that order"""
-    id: Any
-    chosen: tuple[float, ...]
-    rejected: tuple[float, ...]
-
-    @property
-    def wins(self) -> list[list[bool]]:
-        """wins[i][j]: chosen i scores strictly above rejected j."""
-        return [[c > r for r in self.rejected] for c in self.chosen]
-
-    @property
-    def ties(self) -> int:
-        """Number of equal scores among the comparisons. They count as lost."""
-        return sum(c == r for c in self.chosen for r in self.rejected)
-
-    @property
-    def comparisons(self) -> int:
-        """Number of comparisons: chosen times rejected completions."""
-        return len(self.chosen) * len(self.rejected)
-
-    @property
-    def styled(self) -> bool:
-        """Whether this row has RM-Bench's shape."""
-        return len(self.chosen) == len(self.rejected) == len(STYLES)
-
-    @property
-    def on_top(self) -> float:
-        """1.0 if every chosen completion is strictly above every rejected one, else 0.0."""
-        return float(min(self.chosen) > max(self.rejected))
-
-    @property
-    def chance_on_top(self) -> float:
-        """Probability of `on_top` for scores in random order: k! m! / (k + m)! for k chosen and m rejected."""
-        return 1 / math.comb(len(self.chosen) + len(self.rejected), len(self.chosen))
-
-    @property
-    def accuracy(self) -> float:
-        """Share of comparisons won."""
-        return sum(map(sum, self.wins)) / self.comparisons
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """An accuracy and its 95% interval."""
-
-    value: float
-    low: float
-    high: float
-    rows: int
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain numbers."""
-        return {"accuracy": self.value, "low": self.low, "high": self.high, "rows": self.rows}
-
-
-def wilson(share: float, rows: int, z: float = 1.959964) -> Accuracy:
-    """Return `share` with Wilson's interval for `rows` trials.
-
-    The trial is the row, not the comparison, because comparisons within a row are not independent.
-    """
-    if not rows:
-        return Accuracy(math.nan, 0.0, 1.0, 0)
-    spread = z * math.sqrt(share * (1 - share) / rows + z * z / (4 * rows * rows))
-    middle, scale = share + z * z / (2 * rows), 1 + z * z / rows
-    return Accuracy(share, max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale), rows)
-
-
-def mean_of(parts: Sequence[Accuracy], weights: Sequence[float] | None = None) -> Accuracy:
-    """Return the weighted mean of independent accuracies. Half-widths of intervals add in quadrature (MOVER)."""
-    weights = weights or [1.0] * len(parts)
-    shares = [w / sum(weights) for w in weights]
-    value = sum(s * p.value for s, p in zip(shares, parts, strict=True))
-    low = math.sqrt(sum((s * (p.value - p.low)) ** 2 for s, p in zip(shares, parts, strict=True)))
-    high = math.sqrt(sum((s * (p.high - p.value)) ** 2 for s, p in zip(shares, parts, strict=True)))
-    return Accuracy(value, max(0.0, value - low), min(1.0, value + high), sum(p.rows for p in parts))
-
-
-def over_rows(rows: Sequence[Judged], share: Callable[[Judged], float]) -> Accuracy:
-    """Return the mean of `share` over rows, with Wilson's interval."""
-    return wilson(sum(map(share, rows)) / len(rows) if rows else math.nan, len(rows))
-
-
 def matrix(rows: Sequence[Judged]) -> list[list[float]]:
     """Return RM-Bench's 3x3 matrix: the share of rows in which chosen style i is strictly above rejected style j."""
     return [[sum(r.wins[i][j] for r in rows) / len(rows) for j in range(3)] for i in range(3)]
 
 
-def _level(keep: Callable[[int, int], bool]) -> Callable[[Judged], float]:
-    cells = [(i, j) for i in range(3) for j in range(3) if keep(i, j)]
+def _cells(keep: Callable[[int, int], bool]) -> tuple[tuple[int, int], ...]:
+    return tuple((i, j) for i in range(3) for j in range(3) if keep(i, j))
+
+
+LEVELS = {"easy": _cells(lambda i, j: i > j), "normal": _cells(lambda i, j: i == j), "hard": _cells(lambda i, j: i < j)}
+"""(style of the chosen completion, style of the rejected one) of each level"""
+
+
+def _share_of(cells: Sequence[tuple[int, int]]) -> Callable[[Judged], float]:
     return lambda row: sum(row.wins[i][j] for i, j in cells) / len(cells)
-
-
-LEVELS = {"easy": _level(lambda i, j: i > j), "normal": _level(lambda i, j: i == j), "hard": _level(lambda i, j: i < j)}
 
 
 @dataclass
@@ -170,18 +86,10 @@ class Block:
 
 def block(rows: Sequence[Judged]) -> Block:
     """Return RM-Bench's matrix and levels over rows of its shape (at least one)."""
-    levels = {name: over_rows(rows, share) for name, share in LEVELS.items()}
+    levels = {name: over_rows(rows, _share_of(cells), cells) for name, cells in LEVELS.items()}
     average = wilson(sum(level.value for level in levels.values()) / 3, len(rows))
+    average = replace(average, similar=similar_length(rows))
     return Block(matrix(rows), levels["easy"], levels["normal"], levels["hard"], average)
-
-
-def by(rows: Iterable[Judged], key: Callable[[Judged], str | None]) -> dict[str, list[Judged]]:
-    """Group rows by `key`, in order of appearance. Rows whose key is None are left out."""
-    groups: dict[str, list[Judged]] = {}
-    for row in rows:
-        if (name := key(row)) is not None:
-            groups.setdefault(name, []).append(row)
-    return groups
 
 
 def rm_bench_part(row: dict[str, Any], file: str) -> str | None:

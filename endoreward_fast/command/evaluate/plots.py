@@ -97,7 +97,7 @@ def plot(file: str, flags: RowFlags) -> bool:
         raise EndoRewardError("endoreward plot needs matplotlib: pip install matplotlib")
     with Sink(path, (file, *flags.inputs), overwrite=flags.overwrite) as sink:
         source = open_source(file, flags.limit)
-        batches = pipeline.checked(pipeline.windows(source, "score", flags), source.name)
+        batches = pipeline.checked(pipeline.windows(source, "plot", flags), source.name)
         pipeline.before_loading(flags)
         scorer = pipeline.load_scorer(flags)
         options = {**flags.scoring(), "per_token": True, "texts": False}
@@ -130,8 +130,11 @@ def _kinds(layout: Any, name: str = "completions") -> Iterator[tuple[int, str]]:
     if isinstance(layout, dict):
         for side, part in layout.items():
             yield from _kinds(part, side)
+    elif isinstance(layout, list):
+        for part in layout:
+            yield from _kinds(part, name)
     else:
-        yield from ((i, name) for i in (layout if isinstance(layout, list) else [layout]))
+        yield layout, name
 
 
 def correlation(xs: list[int], ys: list[float]) -> float | None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .evaluation import STYLES, Accuracy, Block, Judged, RmBench, block, by, over_rows, reward_bench, rm_bench
-from .reward_bench_2 import CHANCE, RewardBench2, reward_bench_2
+from . import benchmark_lines as tables
+from .evaluation import STYLES, Block, RmBench, block, reward_bench, rm_bench
+from .judge_bench import judge_bench
+from .judged import Accuracy, Judged, by, count_rows, over_rows
+from .lines import SIMILAR, chance, line, percent, similar
+from .process_bench import Solution, process_bench
+from .reward_bench_2 import reward_bench_2
+from .rmgap import rmgap
+
+SIDES = ("chosen", "rejected")
 
 
 @dataclass
@@ -21,6 +29,8 @@ class FileResult:
     errors: list[str] = field(default_factory=list)
     beside: dict[str, FileResult] = field(default_factory=dict)
     """the same file's results by other methods"""
+    solutions: list[Solution] = field(default_factory=list)
+    """rows of ProcessBench"""
 
     @classmethod
     def by_methods(cls, name: str, methods: Sequence[str]) -> FileResult:
@@ -32,8 +42,8 @@ class FileResult:
         found: dict[str, Any] = {
             "file": self.name,
             "rows": self.rows,
-            "scored": len(self.judged),
-            "skipped": self.rows - len(self.judged),
+            "scored": self.scored,
+            "skipped": self.rows - self.scored,
             "comparisons": sum(row.comparisons for row in self.judged),
             "ties": sum(row.ties for row in self.judged),
             "errors": self.errors,
@@ -45,6 +55,11 @@ class FileResult:
         if self.styled:
             found["rm_bench"] = block(self.judged).to_json()
         return found
+
+    @property
+    def scored(self) -> int:
+        """Number of rows that have a score."""
+        return count_rows(self.judged) + len(self.solutions)
 
     @property
     def subsets(self) -> dict[str, list[Judged]]:
@@ -80,23 +95,32 @@ def to_json(files: Sequence[FileResult], about: dict[str, Any]) -> dict[str, Any
 
 def _numbers(files: Sequence[FileResult]) -> dict[str, Any]:
     judged = _judged(files)
-    bench, rewards, second = rm_bench(judged), reward_bench(judged), reward_bench_2(judged)
-    return {
+    solutions = [solution for file in files for solution in file.solutions]
+    rewards = reward_bench(judged)
+    found: dict[str, Any] = {
         "files": [file.to_json() for file in files],
-        "rm_bench": bench.to_json() if bench else None,
+        "rm_bench": _plain(rm_bench(judged)),
         "reward_bench": {name: a.to_json() for name, a in rewards.items()} if rewards else None,
-        "reward_bench_2": second.to_json() if second else None,
-        "scores": [
-            {
-                "file": r.file,
-                "id": r.id,
-                "subset": r.subset,
-                "chosen": _finite(r.chosen),
-                "rejected": _finite(r.rejected),
-            }
-            for r in judged
-        ],
+        "reward_bench_2": _plain(reward_bench_2(judged)),
+        "judge_bench": _plain(judge_bench(judged)),
+        "rmgap": _plain(rmgap(judged)),
+        "process_bench": _plain(process_bench(solutions)),
+        "scores": [_scores(row) for row in judged],
     }
+    if solutions:
+        found["step_scores"] = [{**vars(s), "scores": {k: _finite(v) for k, v in s.scores.items()}} for s in solutions]
+    return found
+
+
+def _plain(bench: Any) -> dict[str, Any] | None:
+    return None if bench is None else bench.to_json()
+
+
+def _scores(row: Judged) -> dict[str, Any]:
+    found = {"file": row.file, "id": row.id, "subset": row.subset}
+    found |= {} if row.group is None else {"group": row.group}
+    found |= {"chosen": _finite(row.chosen), "rejected": _finite(row.rejected)}
+    return found if row.lengths is None else found | {"lengths": dict(zip(SIDES, row.lengths, strict=True))}
 
 
 def _finite(scores: Sequence[float]) -> list[float | None]:
@@ -116,74 +140,65 @@ def to_text(files: Sequence[FileResult], note: str | None = None) -> str:
         lines += [*_file_lines(file), *_beside_lines(file), ""]
     if (bench := rm_bench(judged)) and len(files) > 1:
         lines += [*_rm_bench_lines(bench), *_beside_rm_bench_lines(files), ""]
-    if rewards := reward_bench(judged):
-        lines += ["RewardBench sections", *(f"  {name:<26}{_with_interval(a)}" for name, a in rewards.items())]
-        lines += [*_beside_reward_bench_lines(files), ""]
-    if second := reward_bench_2(judged):
-        lines += [*_reward_bench_2_lines(second), ""]
+    if sections := reward_bench(judged):
+        others = {name: found["overall"] for name, found in _beside(files, reward_bench).items()}
+        lines += [*tables.reward_bench_lines(sections, others), ""]
+    for rule, table in TABLES:
+        if found := rule(judged):
+            lines += [*table(found, _beside(files, rule)), ""]
+    if steps := process_bench(solution for file in files for solution in file.solutions):
+        lines += [*tables.process_bench_lines(steps), ""]
     lines += [note + "."] if note else []
+    lines += [SIMILAR] if any(row.lengths for row in judged) else []
     lines.append("Intervals: 95%, Wilson, one trial per row. Ties count as lost.")
-    if not any(file.listed for file in files):
+    if not any(file.listed or file.solutions for file in files):
         lines[-1] += " Chance is 50%."
+    elif any(file.judged and not file.listed for file in files):
+        lines[-1] += " Chance for pairs and for RM-Bench: 50%."
     return "\n".join(lines) + "\n"
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:5.1f}"
+TABLES: tuple[tuple[Callable[[list[Judged]], Any], Callable[..., list[str]]], ...] = (
+    (reward_bench_2, tables.reward_bench_2_lines),
+    (judge_bench, tables.judge_bench_lines),
+    (rmgap, tables.rmgap_lines),
+)
+"""(rule of a benchmark, its table from the result and the results of other methods)"""
 
 
-def _with_interval(a: Accuracy) -> str:
-    return f"{_percent(a.value)}%  [{_percent(a.low)}, {_percent(a.high)}]  {a.rows:6d} rows"
+def _beside(files: Sequence[FileResult], rule: Callable[[list[Judged]], Any]) -> dict[str, Any]:
+    """Return {method: result of `rule`} for the methods that have one."""
+    found = {name: rule(_judged([file.beside[name] for file in files])) for name in files[0].beside}
+    return {name: result for name, result in found.items() if result}
 
 
 def _file_lines(file: FileResult) -> list[str]:
-    skipped = file.rows - len(file.judged)
     compared = sum(row.comparisons for row in file.judged)
     ties = sum(row.ties for row in file.judged)
-    counts = f"{len(file.judged)} rows scored, {skipped} skipped, {compared} comparisons, {ties} ties"
+    counts = f"{file.scored} rows scored, {file.rows - file.scored} skipped, {compared} comparisons, {ties} ties"
     lines = [file.name, f"  {counts}"]
     if not file.judged:
         return lines
     if file.styled:
         lines += _matrix_lines(block(file.judged))
-    accuracy = _with_interval(over_rows(file.judged, lambda r: r.accuracy))
+    accuracy = over_rows(file.judged, lambda r: r.accuracy)
     if not file.listed:
-        lines.append(f"  {'accuracy':<26}{accuracy}")
-        for name, rows in file.subsets.items():
-            lines.append(f"    {name:<24}{_with_interval(over_rows(rows, lambda r: r.accuracy))}")
-        return lines
-    lines.append(f"  {'accuracy of comparisons':<26}{accuracy}{_chance(0.5)}")
-    lines.append(f"  {'every chosen on top':<26}{_with_interval(file.on_top)}{_chance(file.chance)}")
+        lines.append(line("accuracy", accuracy))
+        return lines + [line(n, over_rows(rows, lambda r: r.accuracy), 4) for n, rows in file.subsets.items()]
+    lines.append(line("accuracy of comparisons", accuracy) + chance(0.5))
+    lines.append(line("every chosen on top", file.on_top) + chance(file.chance))
     for name, rows in file.subsets.items():
         subset = FileResult(name, len(rows), rows)
-        lines.append(f"    {name:<24}{_with_interval(subset.on_top)}{_chance(subset.chance)}")
-    return lines
-
-
-def _chance(value: float) -> str:
-    return f"  chance {100 * value:.1f}%"
-
-
-def _reward_bench_2_lines(bench: RewardBench2) -> list[str]:
-    lines = ["RewardBench 2, best of 4 (k completions that tie for the highest score earn 1/k)"]
-    lines += [f"  {name:<26}{_with_interval(a)}{_chance(CHANCE)}" for name, a in bench.subsets.items()]
-    if (ties := bench.ties) is not None:
-        value = f"not computed: {ties.why}" if ties.score is None else _percent(ties.score) + "%"
-        about = f"  the Ties formula, over {ties.pairs} pairs of prompts" if ties.score is not None else ""
-        lines.append(f"  {'Ties':<26}{value}{about}")
-    if bench.score is not None:
-        lines.append(f"  {'mean of the six':<26}{_percent(bench.score)}%")
-    elif bench.absent:
-        lines.append(f"  not in these files: {', '.join(bench.absent)} (the benchmark's score needs all six subsets)")
+        lines.append(line(name, subset.on_top, 4) + chance(subset.chance))
     return lines
 
 
 def _matrix_lines(b: Block) -> list[str]:
     lines = [f"  {'chosen / rejected':<22}" + "".join(f"{style:>10}" for style in STYLES)]
     for style, row in zip(STYLES, b.matrix, strict=True):
-        lines.append(f"  {style:<22}" + "".join(f"{_percent(share):>10}" for share in row))
+        lines.append(f"  {style:<22}" + "".join(f"{percent(share):>10}" for share in row))
     for name in ("easy", "normal", "hard"):
-        lines.append(f"  {name:<26}{_with_interval(getattr(b, name))}")
+        lines.append(line(name, getattr(b, name)))
     return lines
 
 
@@ -192,20 +207,20 @@ def _rm_bench_lines(bench: RmBench) -> list[str]:
         f"RM-Bench{'':<12}" + "".join(f"{name:>9}" for name in ("easy", "normal", "hard", "average")) + "     rows"
     ]
     for name, b in bench.domains.items():
-        lines.append(f"  {name:<18}" + _levels(vars(b)) + f"{b.average.rows:9d}")
+        lines.append(f"  {name:<18}" + _levels(vars(b)) + f"{b.average.rows:9d}{similar(b.average)}")
         for part, p in bench.parts.items():
             if part.startswith(name):
-                lines.append(f"    {part:<16}" + _levels(vars(p)) + f"{p.average.rows:9d}")
+                lines.append(f"    {part:<16}" + _levels(vars(p)) + f"{p.average.rows:9d}{similar(p.average)}")
     lines.append(f"  {'mean of domains':<18}" + _levels(bench.overall) + f"{bench.overall['average'].rows:9d}")
     average = bench.overall["average"]
-    lines.append(f"  interval of the average: [{_percent(average.low)}, {_percent(average.high)}]")
+    lines.append(f"  interval of the average: [{percent(average.low)}, {percent(average.high)}]{similar(average)}")
     if bench.absent:
         lines.append(f"  not in these files: {', '.join(bench.absent)} (the benchmark's mean needs all four domains)")
     return lines
 
 
 def _levels(of: dict[str, Any]) -> str:
-    return "".join(f"{_percent(of[name].value):>9}" for name in ("easy", "normal", "hard", "average"))
+    return "".join(f"{percent(of[name].value):>9}" for name in ("easy", "normal", "hard", "average"))
 
 
 # ------------------------------------------------------------------------------------------------ methods side by side
@@ -215,6 +230,8 @@ def _beside_lines(file: FileResult) -> list[str]:
     """Return one line per other method on a file: its accuracy, or RM-Bench's levels."""
     if not file.beside:
         return []
+    if file.solutions and not file.judged:
+        return ["  no other methods: ProcessBench needs a score for each step, and they have one for each completion"]
     lines = [_levels_heading("by method")] if file.styled else ["  by method"]
     for name, other in file.beside.items():
         if not other.judged:
@@ -222,20 +239,13 @@ def _beside_lines(file: FileResult) -> list[str]:
         elif file.styled:
             lines.append(_levels_line(name, vars(block(other.judged))))
         else:
-            lines.append(f"    {name:<24}{_with_interval(over_rows(other.judged, lambda r: r.accuracy))}")
+            lines.append(line(name, over_rows(other.judged, lambda r: r.accuracy), 4))
     return lines
 
 
 def _beside_rm_bench_lines(files: Sequence[FileResult]) -> list[str]:
-    benches = {name: rm_bench(_judged([file.beside[name] for file in files])) for name in files[0].beside}
-    lines = [_levels_line(name, bench.overall) for name, bench in benches.items() if bench]
+    lines = [_levels_line(name, bench.overall) for name, bench in _beside(files, rm_bench).items()]
     return [_levels_heading("mean of domains by method"), *lines] if lines else []
-
-
-def _beside_reward_bench_lines(files: Sequence[FileResult]) -> list[str]:
-    benches = {name: reward_bench(_judged([file.beside[name] for file in files])) for name in files[0].beside}
-    lines = [f"    {name:<24}{_with_interval(bench['overall'])}" for name, bench in benches.items() if bench]
-    return ["  overall by method", *lines] if lines else []
 
 
 def _levels_heading(title: str) -> str:
@@ -246,4 +256,5 @@ def _levels_heading(title: str) -> str:
 
 def _levels_line(name: str, of: dict[str, Any]) -> str:
     average = of["average"]
-    return f"    {name:<24}{_levels(of)}  [{_percent(average.low)}, {_percent(average.high)}]{average.rows:7d}"
+    share = f"    {name:<24}{_levels(of)}  [{percent(average.low)}, {percent(average.high)}]{average.rows:7d}"
+    return share + similar(average)

@@ -14,8 +14,9 @@ answer. For each prompt,
           + 0.20 * mean(gap_tied > spread) + 0.20 * mean(min(gap_ref, gap_tied) > spread)
           + 0.01 * mean(tanh(min(gap_ref, gap_tied) / spread - 1))
 
-The last three means are over the N that have both prompts (0/0 counts 0). The best score is 1.01. Ties has no single
-chance level, because it depends on the distribution of scores.
+The last three means are over the N that have both prompts (0/0 counts 0). The best score is 1.01. What random scores
+reach depends on their distribution. `chance` is for independent normal ones: the accuracies are exact, and the last
+three means are over DRAWS draws.
 
 The benchmark's score is the mean of its six subsets.
 """
@@ -28,11 +29,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .evaluation import Accuracy, Judged, by, over_rows
+from ..input.benchmarks import REWARD_BENCH_2
+from .judged import Accuracy, Judged, by, over_rows
 
 SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety")
 TIES = "Ties"
 CHANCE = 0.25
+DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Ties:
     tied_accuracy: float | None = None
     ref_accuracy: float | None = None
     why: str | None = None
+    chance: float | None = None
+    """the score of independent normal scores"""
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,12 @@ class RewardBench2:
     """mean over the subsets; None unless all six are there"""
     absent: tuple[str, ...]
 
+    @property
+    def chance(self) -> float | None:
+        """The score of independent normal scores, where `score` is not None."""
+        ties = None if self.ties is None or self.score is None else self.ties.chance
+        return None if ties is None else (CHANCE * len(SUBSETS) + ties) / (len(SUBSETS) + 1)
+
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
         return {
@@ -65,6 +76,7 @@ class RewardBench2:
             "chance": CHANCE,
             "ties": vars(self.ties) if self.ties else None,
             "score": self.score,
+            "chance_of_score": self.chance,
             "subsets_absent": list(self.absent),
         }
 
@@ -78,7 +90,7 @@ def credit(row: Judged) -> float:
 
 def reward_bench_2(rows: Iterable[Judged]) -> RewardBench2 | None:
     """Return RewardBench 2 over the rows of its shape and subsets, or None if there are none."""
-    groups = by(rows, lambda r: r.subset)
+    groups = by((row for row in rows if row.benchmark in (None, REWARD_BENCH_2)), _subset)
     fours = {name: [r for r in groups.get(name, ()) if (len(r.chosen), len(r.rejected)) == (1, 3)] for name in SUBSETS}
     subsets = {name: over_rows(group, credit) for name, group in fours.items() if group}
     tied = [row for row in groups.get(TIES, ()) if row.chosen and row.rejected]
@@ -90,6 +102,10 @@ def reward_bench_2(rows: Iterable[Judged]) -> RewardBench2 | None:
     if not absent and ties and ties.score is not None:
         score = (sum(a.value for a in subsets.values()) + ties.score) / (len(SUBSETS) + 1)
     return RewardBench2(subsets, ties, score, absent)
+
+
+def _subset(row: Judged) -> str | None:
+    return TIES if str(row.subset).lower() == TIES.lower() else row.subset
 
 
 def ties_of(rows: Sequence[Judged]) -> Ties:
@@ -114,7 +130,26 @@ def ties_of(rows: Sequence[Judged]) -> Ties:
         + 0.20 * _mean([float(gap > spread) for gap, spread in zip(least, spreads, strict=True)])
         + 0.01 * _mean([_margin(gap, spread) for gap, spread in zip(least, spreads, strict=True)])
     )
-    return Ties(score, len(rows), len(both), tied_accuracy, ref_accuracy)
+    expected = [_mean([row.chance_on_top for row in of.values()]) for of in (tied, refs)]
+    chance = 0.30 * sum(expected) + _chance_of_margins([(refs[n], tied[n]) for n in both])
+    return Ties(score, len(rows), len(both), tied_accuracy, ref_accuracy, chance=chance)
+
+
+def _chance_of_margins(pairs: Sequence[tuple[Judged, Judged]]) -> float:
+    """Return the expectation of the last three terms of the score for independent normal scores."""
+    import numpy as np
+
+    draw = np.random.default_rng(0).standard_normal
+    total = 0.0
+    for ref, tied in pairs:
+        right = draw((DRAWS, len(tied.chosen)))
+        gap = right.min(1) - draw((DRAWS, len(tied.rejected))).max(1)
+        other = draw((DRAWS, len(ref.chosen))).min(1) - draw((DRAWS, len(ref.rejected))).max(1)
+        spread, least = right.max(1) - right.min(1), np.minimum(gap, other)
+        # A tied prompt with one right answer has no spread. Then the ratio is infinite, with the sign of the gap.
+        ratio = np.where(spread > 0, least / np.where(spread > 0, spread, 1), np.copysign(np.inf, least))
+        total += float((0.20 * (gap > spread) + 0.20 * (least > spread) + 0.01 * np.tanh(ratio - 1)).mean())
+    return total / len(pairs)
 
 
 def _gap(row: Judged) -> float:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from ..flags.options import PAIRWISE, SOURCE, EvalFlags
 from ..run import pipeline
 from ..run.monitor import Aside, Monitor
 from ..run.pipeline import Item, Scorer
-from .evaluation import Judged, rm_bench_part
+from .collect import Lengths, add, add_solution, is_solution, lengths_of
 from .report import FileResult
 
 REWARD_MODEL = "reward model"
@@ -59,15 +58,21 @@ class Panel:
 
     def judge(self, items: list[Item], result: FileResult, monitor: Monitor, *, strict: bool) -> None:
         """Score one window of rows with every method and add the scores to `result`."""
-        pipeline.score_items(items, self.scorer, self.options, self._collect(result), monitor, strict=strict)
+        tables = {"per_token": True} if any(map(is_solution, items)) else {}
+        collect = self._collect(result, strict=strict)
+        pipeline.score_items(items, self.scorer, self.options | tables, collect, monitor, strict=strict)
+        readable = [item for item in items if item.task and not is_solution(item)]
+        lengths = {item.record.where: lengths_of(item) for item in readable}
         for rival in self.rivals:
-            readable = [item.again() for item in items if item.task]
-            collect = partial(add, result.beside[rival.name])
-            aside = Aside(monitor, rival.name)
-            pipeline.score_items(readable, rival.scorer, self.rival_options, collect, aside, strict=strict)
+            again, aside = [item.again() for item in readable], Aside(monitor, rival.name)
+            collect = partial(_add_with, lengths, result.beside[rival.name])
+            aside.advance(sum(map(is_solution, items)))
+            pipeline.score_items(again, rival.scorer, self.rival_options, collect, aside, strict=strict)
 
-    def _collect(self, result: FileResult) -> Callable[[Item], None]:
+    def _collect(self, result: FileResult, *, strict: bool) -> Callable[[Item], None]:
         def collect(item: Item) -> None:
+            if is_solution(item):
+                return add_solution(result, item, strict=strict)
             add(result, item)
             for name in self.signals:
                 add(result.beside[name], item, name)
@@ -76,6 +81,10 @@ class Panel:
                     add(result.beside[rival.name], item)
 
         return collect
+
+
+def _add_with(lengths: Mapping[str, Lengths], result: FileResult, item: Item) -> None:
+    add(result, item, lengths=lengths[item.record.where])
 
 
 def panel(flags: EvalFlags) -> Panel:
@@ -111,24 +120,3 @@ def heading(models: dict[str, dict[str, str]], flags: EvalFlags) -> str:
     """Return the lines above the tables: every model, and how rewards became a score."""
     lines = [f"{what.replace('_', ' '):<18}{found['name']}, {found['weights']}" for what, found in models.items()]
     return "\n".join([*lines, f"{'score':<18}{flags.score_described()}", ""])
-
-
-def add(result: FileResult, item: Item, signal: str | None = None) -> None:
-    """Add one row's scores, or one signal of it, to `result`."""
-    result.rows += 1
-    problem = item.trouble(signal)
-    if problem or item.task is None:
-        result.errors.append(f"{item.record.where}: {problem}")
-        return
-    row = item.record.row or {}
-    chosen, rejected = (_scores(item, item.task.layout[side], signal) for side in ("chosen", "rejected"))
-    subset = None if row.get("subset") is None else str(row["subset"])
-    part = rm_bench_part(row, result.name)
-    result.judged.append(Judged(result.name, subset, part, row.get("id"), chosen, rejected))
-
-
-def _scores(item: Item, layout: Any, signal: str | None) -> tuple[float, ...]:
-    positions = layout if isinstance(layout, list) else [layout]
-    # An empty completion without a score loses every comparison.
-    scores = (-math.inf if item.says_nothing(i) else item.score(i, signal) for i in positions)
-    return tuple(score for score in scores if score is not None)

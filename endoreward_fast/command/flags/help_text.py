@@ -47,7 +47,13 @@ Examples:
 
 {_HEADING}
 {_PAIR}
-  subset                          optional; results are also given by subset"""
+  subset                          optional; results are also given by subset
+Files of benchmarks, recognised by their columns:
+  RM-Bench, RewardBench           as published
+  RewardBench 2                   the same, and num_correct
+  JudgeBench                      question, response_A, response_B, label
+  RMGAP                           domain, responses, prompt_groups
+  ProcessBench                    problem, steps, label"""
 
 SHOW = f"""\
 Examples:

@@ -22,7 +22,7 @@ template puts the part before the split into one user turn.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any
 
@@ -58,6 +58,10 @@ class Task:
     """positions in `samples`, in the shape of the scores: an int, a list, or {"chosen": ..., "rejected": ...}"""
     flags: tuple[str, ...] = ()
     """keys of text.row_flags.FLAGS that say how the row was read; they hold for every sample"""
+    benchmark: str | None = None
+    """the benchmark that the row's columns belong to (input.benchmarks); None: the row is not from one of those"""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """what that benchmark's rule needs besides the scores"""
 
 
 def arrange(layout: Any, value: Callable[[int], Any]) -> Any:
@@ -185,14 +189,15 @@ def _sample(prompt: Any, completion: Any) -> dict[str, Any]:
 
 
 def _prompt(value: Any, name: str) -> Any:
-    return _messages(value, name) if is_messages(value) else _text(value, name)
+    return _messages(value, name) if is_messages(value) else as_text(value, name)
 
 
 def _completion(value: Any, name: str) -> Any:
-    return _dialogue(value, name) if is_messages(value) else _text(value, name)
+    return _dialogue(value, name) if is_messages(value) else as_text(value, name)
 
 
-def _text(value: Any, name: str) -> str:
+def as_text(value: Any, name: str) -> str:
+    """Return `value` as text. Raises EndoRewardError, which names `name`, if it is none."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
         value = str(value)  # JSON files have numeric answers
     if not isinstance(value, str):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET
 from ...text.row_flags import NOTHING_TO_SCORE
+from ..input.benchmarks import plan_eval, plan_plot
 from ..input.columns import MissingColumns, Task, plan
 from ..input.files import Record, Source
 from .monitor import Aside, Monitor
@@ -180,7 +181,8 @@ def _item(record: Record, command: str) -> Item:
     if record.row is None or record.error:
         return Item(record, None, record.error)
     try:
-        return Item(record, plan(record.row, command))
+        of_benchmarks = {"eval": plan_eval, "plot": plan_plot}.get(command)
+        return Item(record, of_benchmarks(record.row) if of_benchmarks else plan(record.row, command))
     except EndoRewardError as error:
         return Item(record, None, str(error), unusable=isinstance(error, MissingColumns))
 
@@ -206,8 +208,9 @@ def checked(batches: Iterator[list[Item]], name: str) -> Iterator[list[Item]]:
 
 
 def samples_of(items: list[Item]) -> list[dict[str, Any]]:
-    """Return the rows to score. Scorers that compare completions compare those of one group: an item."""
-    return [{**sample, "group": n} for n, item in enumerate(items) if item.task for sample in item.task.samples]
+    """Return the rows to score. Scorers that compare completions compare those of one group: an item, or its prompt."""
+    samples = ((n, sample) for n, item in enumerate(items) if item.task for sample in item.task.samples)
+    return [{**sample, "group": (n, sample["group"]) if "group" in sample else n} for n, sample in samples]
 
 
 def encoded(
