@@ -95,12 +95,12 @@ def kept_stats(
     keep = [not mine or bool(encoded.others) for encoded, mine in zip(batch, own, strict=True)]
     if stats is None or not any(keep):
         return [(None, {})] * len(batch)
-    fields = {name: value.cpu() for name, value in stats._asdict().items() if isinstance(value, Tensor)}
+    fields = [field.cpu() for field in stats if isinstance(field, Tensor)]
     inputs = {name: value.cpu() for name, value in given.items()}
     found: list[tuple[TokenStats | None, Mapping[str, Tensor]]] = []
     for i, (encoded, offset) in enumerate(zip(batch, offsets, strict=True)):
         part = slice(offset + encoded.prompt_length, offset + len(encoded.input_ids))
-        kept = stats._replace(**{n: value[i : i + 1, part] for n, value in fields.items()}) if keep[i] else None
+        kept = TokenStats._make([*(x[i : i + 1, part] for x in fields), *stats[-2:]]) if keep[i] else None
         found.append((kept, {name: value[i : i + 1, part] for name, value in inputs.items()} if keep[i] else {}))
     return found
 
