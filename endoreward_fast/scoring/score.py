@@ -61,27 +61,33 @@ def _scored(
     scorer: Scorer, readings: Readings, options: ScoreOptions
 ) -> Iterator[tuple[list[int], Sequence[Read] | None]]:
     """(readings, what is found): those that share prefixes, then the others. None: memory has no room for one."""
-    budget = Budget.of(options.max_tokens_per_batch, scorer.device)
-    every = range(len(readings.all))
+    every = list(range(len(readings.all)))
     models = _models(scorer, options)
-    groups = [(models, list(every))]
-    if len(models) > 1:  # only the rows themselves are compared with the second model
-        own = [i for i in every if readings.is_row(i)]
-        groups = [(models, own), ([scorer], list(every[len(own) :]))]
-    for reading_models, group in groups:
+    if len(models) == 1:
+        yield from _scored_together(models, readings, every, options)
+        return
+    own = [i for i in every if readings.is_row(i)]
+    yield from _scored_together(models, readings, own, options)
+    # Only the rows themselves are compared with the second model.
+    yield from _scored_together([scorer], readings, every[len(own) :], options)
 
-        def run(places: list[int], group: list[int] = group, models: list[Scorer] = reading_models) -> list[Read]:
-            return _score_batch(models, readings, [group[i] for i in places], options)
 
-        def finish(
-            segments: Sequence[Segment], held: Held, group: list[int] = group, models: list[Scorer] = reading_models
-        ) -> list[Read]:
-            return _score_ends(models, readings, group, segments, held, budget.computed, options)
+def _scored_together(
+    models: list[Scorer], readings: Readings, group: list[int], options: ScoreOptions
+) -> Iterator[tuple[list[int], Sequence[Read] | None]]:
+    """Do the same for the readings of `group`, which all `models` read."""
+    budget = Budget.of(options.max_tokens_per_batch, models[0].device)
 
-        rows = [readings.all[i] for i in group]
-        tokens, lengths = [_read_tokens(row) for row in rows], [len(row.input_ids) for row in rows]
-        for places, found in Shared(reading_models, tokens, lengths, budget, scorer.room).results(run, finish):
-            yield [group[i] for i in places], found
+    def run(places: list[int]) -> list[Read]:
+        return _score_batch(models, readings, [group[i] for i in places], options)
+
+    def finish(segments: Sequence[Segment], held: Held) -> list[Read]:
+        return _score_ends(models, readings, group, segments, held, budget.computed, options)
+
+    rows = [readings.all[i] for i in group]
+    tokens, lengths = [_read_tokens(row) for row in rows], [len(row.input_ids) for row in rows]
+    for places, found in Shared(models, tokens, lengths, budget, models[0].room).results(run, finish):
+        yield [group[i] for i in places], found
 
 
 def _read_tokens(row: Encoded) -> list[int]:
