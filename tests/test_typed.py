@@ -23,7 +23,7 @@ ROOT = Path(endoreward_fast.__file__).parents[1]
 def test_score_kwargs_are_the_fields_of_score_options():
     options = get_type_hints(scoring.ScoreOptions)
     given = get_type_hints(ScoreKwargs, localns={"Scorer": scoring.Scorer})
-    assert given == {f.name: options[f.name] for f in dataclasses.fields(scoring.ScoreOptions) if f.init}
+    assert given == {f.name: options[f.name] for f in dataclasses.fields(scoring.ScoreOptions)}
     assert not ScoreKwargs.__required_keys__ and not LoadKwargs.__required_keys__
 
 

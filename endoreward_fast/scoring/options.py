@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -65,8 +65,12 @@ class ScoreOptions:
     """further variables of the chat template, such as enable_thinking; a row's own values take precedence"""
     date: str | None = None
     """the date that a chat template writes, as "YYYY-MM-DD"; None: today"""
-    named: frozenset[str] = field(init=False, default=frozenset())
-    """the signals that were asked for by name; "all" is no name"""
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The signals that were asked for by name. "all" is no name."""
+        found: frozenset[str] = self.__dict__["_named"]
+        return found
 
     @property
     def row_needs(self) -> dict[str, bool]:
@@ -87,7 +91,7 @@ class ScoreOptions:
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "ScoreOptions":
         """Create from keyword arguments (`arguments.ScoreKwargs`). Raises EndoRewardError for an unknown option."""
-        refuse_unknown(given, (name for name, found in cls.__dataclass_fields__.items() if found.init))
+        refuse_unknown(given, cls.__dataclass_fields__)
         return cls(**given)
 
     def __post_init__(self) -> None:
@@ -95,7 +99,7 @@ class ScoreOptions:
         if isinstance(self.system, str):
             check_text(self.system, "system")
         given = () if self.reference is None else ("reference",)
-        object.__setattr__(self, "named", frozenset(names_in(self.signals)) - {ALL})
+        object.__setattr__(self, "_named", frozenset(names_in(self.signals)) - {ALL})
         object.__setattr__(self, "signals", select(self.signals, given=given))
         for name, fine, wanted in (
             ("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < math.inf, "a number above 0"),
