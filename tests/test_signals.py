@@ -8,17 +8,18 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel, signals
 from endoreward_fast.head.head import without_cache
-from endoreward_fast.signals import SIGNALS, linear_token_stats, select, token_stats
+from endoreward_fast.signals import NEEDS, SIGNALS, linear_token_stats, select, token_stats
 from endoreward_fast.vocab.reference import final_logits
 from tiny_models import EOS, MODELS, ROWS, TOKENIZER, VOCAB, build, byte_tokenizer, random_rows
 
-ONE_MODEL = [name for name, signal in SIGNALS.items() if not signal.needs_reference]
+NO_NEEDS = [name for name, signal in SIGNALS.items() if not signal.needs]
+OF_CALL = [name for name, signal in SIGNALS.items() if not any(NEEDS[need].of_row for need in signal.needs)]
 B, T, D, V = 3, 9, 16, 70
 
 
 def by_hand(z, tokens, mask, ends, alpha, reference):
-    """Return {signal: (B, T)} in z's dtype, token by token as in the papers."""
-    found = {name: torch.zeros(tokens.shape, dtype=z.dtype) for name in SIGNALS}
+    """Return {signal: (B, T)} in z's dtype, token by token as in the papers, of signals without needs of rows."""
+    found = {name: torch.zeros(tokens.shape, dtype=z.dtype) for name in OF_CALL}
     for b, t in mask.nonzero().tolist():
         here, after, a = z[b, t - 1], z[b, t], tokens[b, t]
         pi = torch.softmax(here / alpha, 0)
@@ -38,17 +39,28 @@ def by_hand(z, tokens, mask, ends, alpha, reference):
             "probability": pi[a],
             "log-ratio": log_pi[a] - reference[b, t],
         }
+        at |= {"discounted-reward": at["endogenous"], "discounted-logprob": log_pi[a]}
+        before = found["log-ratio"][b, :t]
+        at["prefix-value"] = (before.sum() + at["log-ratio"]) / (mask[b, :t].sum() + 1)
         for name, number in at.items():
             found[name][b, t] = number
     return found
 
 
 MEANS = {"mean-logprob", "entropy", "self-certainty", "probability"}
+GAMMA = 0.93
 
 
 def totals(found, mask):
+    """Return {signal: (B,)} by the reduction of its source."""
     sums = {name: tokens.sum(1) for name, tokens in found.items()}
-    return {name: s / mask.sum(1).clamp(min=1) if name in MEANS else s for name, s in sums.items()}
+    scores = {name: s / mask.sum(1).clamp(min=1) if name in MEANS else s for name, s in sums.items()}
+    weights = GAMMA ** (mask.cumsum(1) - 1).clamp(min=0).to(found["logprob"].dtype)  # 1 at the first scored token
+    for name in ("discounted-reward", "discounted-logprob"):
+        scores[name] = (found[name] * weights).sum(1)
+    last = mask.shape[1] - 1 - mask.flip(1).int().argmax(1)
+    scores["prefix-value"] = found["prefix-value"].gather(1, last[:, None])[:, 0]
+    return scores
 
 
 def case(scale=4.0):
@@ -94,7 +106,8 @@ def test_every_signal_matches_its_formula(assert_within_budget, device, impl, al
     }
     scale = float(logits.abs().max()) / min(alpha, 1.0)
     for source, stats in given.items():
-        for name, signal in SIGNALS.items():
+        for name in OF_CALL:
+            signal = SIGNALS[name]
             needed = (put(reference),) if signal.needs_reference else ()
             per_token = signal.per_token(stats, *needed)
             assert per_token.dtype == torch.float32 and not per_token[~stats.mask].any(), name
@@ -132,9 +145,9 @@ def test_a_constant_on_a_states_logits_changes_the_endogenous_reward_alone():
     open_ended = torch.zeros(1, 8, dtype=torch.bool)
     shifted = logits + torch.randn(1, 8, 1) * 20
     one, other = (token_stats(z, tokens, terminal=open_ended) for z in (logits, shifted))
-    for name in ONE_MODEL:
+    for name in NO_NEEDS:
         a, b = SIGNALS[name].per_token(one), SIGNALS[name].per_token(other)
-        assert torch.allclose(a, b, atol=1e-4) == (name != "endogenous"), name
+        assert torch.allclose(a, b, atol=1e-4) == (name not in ("endogenous", "discounted-reward")), name
 
 
 # --- underflow, infinities and rounding
@@ -150,7 +163,7 @@ def test_certainty_where_every_probability_but_one_underflows(assert_within_budg
         by_hand(logits.to(dtype), tokens, stats.mask, last_of_runs(stats.mask), 1.0, torch.zeros(1, 3))
         for dtype in (torch.float64, torch.float32)
     )
-    for name in ONE_MODEL:
+    for name in NO_NEEDS:
         ours = SIGNALS[name].per_token(stats)
         assert_within_budget(ours, eager[name], exact[name], scale=float(logits.abs().max()), name=name)
     assert exact["probability"].max() < 1e-100 and not signals.token_probability(stats).any()
@@ -168,12 +181,12 @@ def test_no_signal_is_nan_where_logits_are_minus_infinity():
     for terminal in (None, open_ended):
         for impl in ("reference", "chunked"):
             stats = token_stats(logits, tokens, terminal=terminal, impl=impl)
-            found = {name: SIGNALS[name].per_token(stats) for name in ONE_MODEL}
+            found = {name: SIGNALS[name].per_token(stats) for name in NO_NEEDS}
             reference = torch.where(stats.mask, -1.0, 0.0)
             reference[1, 2] = reference[2, 2] = -torch.inf
-            found["log-ratio"] = signals.log_ratio(stats, reference)
+            found |= {name: SIGNALS[name].per_token(stats, reference) for name in ("log-ratio", "prefix-value")}
             for name, tokenwise in found.items():
-                needed = (reference,) if name == "log-ratio" else ()
+                needed = (reference,) if SIGNALS[name].needs else ()
                 assert not tokenwise.isnan().any() and not SIGNALS[name].score(stats, *needed).isnan().any(), name
             for name in ("endogenous", "centred", "logprob", "log-ratio"):
                 assert found[name][0, 2] == found[name][1, 2] == -torch.inf, name
@@ -183,7 +196,7 @@ def test_no_signal_is_nan_where_logits_are_minus_infinity():
             assert torch.equal(found["centred"][2], found["endogenous"][2])  # the mean is -inf and not subtracted
             assert found["endogenous"][3, 3] == logits[3, 2, tokens[3, 3]]  # a dead end is terminal
             assert found["log-ratio"][2, 2] == torch.inf
-            scored = {name: SIGNALS[name].score(stats) for name in ONE_MODEL}
+            scored = {name: SIGNALS[name].score(stats) for name in NO_NEEDS}
             assert scored["logprob"][4].isfinite() and scored["self-certainty"][4].isfinite()
 
 
@@ -217,7 +230,8 @@ def test_gradients_are_those_of_the_formulas():
     def gradient(score):
         return torch.autograd.grad(score.sum(), (hidden, weight))
 
-    for name, signal in SIGNALS.items():
+    for name in OF_CALL:
+        signal = SIGNALS[name]
         hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
         needed = (reference,) if signal.needs_reference else ()
         ours = gradient(signal.score(linear_token_stats(hidden, weight, tokens, mask=mask, alpha=0.8), *needed))
@@ -277,7 +291,7 @@ def test_scores_of_rows(scorer, alpha):
     ]
     results = scorer.score(texts, signals="all", reference=second, alpha=alpha)
     for (ids, start, whole), result in zip(rows, results, strict=True):
-        assert list(result.signals) == list(SIGNALS)
+        assert list(result.signals) == OF_CALL and result.signal_errors is None
         for name, value in expected(scorer, ids, start, whole, alpha, second).items():
             assert math.isclose(result.signals[name], value, rel_tol=1e-4, abs_tol=1e-4), name
         assert math.isclose(result.signals["endogenous"], result.score, rel_tol=1e-6)
@@ -291,8 +305,8 @@ def test_one_forward_and_one_pass_over_the_vocabulary(llama, monkeypatch):
     def count(what):
         calls[what] += 1
 
-    inner = signals.linear_vocab_stats
-    monkeypatch.setattr(signals, "linear_vocab_stats", lambda *a, **o: count("vocabulary") or inner(*a, **o))
+    inner = signals.stats.linear_vocab_stats
+    monkeypatch.setattr(signals.stats, "linear_vocab_stats", lambda *a, **o: count("vocabulary") or inner(*a, **o))
     monkeypatch.setattr(
         "endoreward_fast.model.reader.linear_token_rewards", lambda *a, **o: pytest.fail("the vocabulary is read twice")
     )
@@ -316,7 +330,7 @@ def test_signals_do_not_change_scores(llama):
         assert one.tokens.rewards == pytest.approx(other.tokens.rewards, rel=1e-6, abs=1e-6)
     assert other.signals["entropy"] < 0
     empty = llama.score(ROWS[2:3], signals="all")[0]
-    assert empty.flags == ("empty",) and set(empty.signals) == set(ONE_MODEL) and empty.num_tokens == 1
+    assert empty.flags == ("empty",) and set(empty.signals) == set(NO_NEEDS) and empty.num_tokens == 1
     nothing = llama.score(ROWS[2:3], signals="all", append_eos=False)[0]
     assert nothing.score is None and nothing.signals is None and "nothing to score" in nothing.error
 
@@ -354,19 +368,19 @@ def test_a_head_that_is_not_linear_is_read_from_its_logits():
     row = {"prompt_ids": ids[:3].tolist(), "completion_ids": ids[3:].tolist()}
     found = other.score([row], signals="all")[0].signals
     for name, value in expected(other, ids, 3, True, 1.0).items():
-        assert name == "log-ratio" or math.isclose(found[name], value, rel_tol=1e-4, abs_tol=1e-4), name
+        assert SIGNALS[name].needs or math.isclose(found[name], value, rel_tol=1e-4, abs_tol=1e-4), name
 
 
 # --- names, and the second model
 
 
 def test_names_are_selected_and_unknown_names_refused(llama):
-    assert select("all", reference=True) == tuple(SIGNALS)
-    assert select("all", reference=False) == tuple(ONE_MODEL)
-    assert select("entropy, logprob,entropy", reference=False) == ("entropy", "logprob")
-    assert select((), reference=False) == ()
+    assert select("all", given=["reference"]) == tuple(SIGNALS)
+    assert select("all") == tuple(name for name, signal in SIGNALS.items() if not signal.needs_reference)
+    assert select("entropy, logprob,entropy") == ("entropy", "logprob")
+    assert select(()) == ()
     with pytest.raises(EndoRewardError, match=r"unknown signal 'entropi'.*endogenous, centred.*log-ratio"):
-        select("entropy,entropi", reference=True)
+        select("entropy,entropi", given=["reference"])
     with pytest.raises(EndoRewardError, match="'log-ratio' compares two models"):
         llama.iter_scores(ROWS, signals="log-ratio")
     hidden, weight, _, tokens, _, _ = case()

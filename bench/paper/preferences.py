@@ -37,6 +37,8 @@ REDUCTIONS = {
 }
 SIGNAL_OF = {"reward, sum": "endogenous", "logprob, sum": "logprob", "logprob, mean": "mean-logprob"}
 """reductions that are signals already"""
+REDUCED = ("discounted-reward", "discounted-logprob")
+"""signals that are reductions here: gamma 0.93"""
 NO_END = ", no end token"
 SHORTER = "shorter answer"
 RIDGE = 1.0
@@ -54,7 +56,7 @@ def scores_of(groups: Sequence[Sequence[Recorded]]) -> dict[str, np.ndarray]:
 
     Reductions are computed with and without the token that ends the turn: no V(s') is subtracted from its reward.
     """
-    signals = groups[0][0].signals
+    signals = [name for name in groups[0][0].signals if name not in REDUCED]
     found = {name: np.array([[one.signals[name] for one in group] for group in groups]) for name in signals}
     for what, field in (("reward", "rewards"), ("logprob", "logprobs")):
         for cut, ending in ((0, ""), (1, NO_END)):

@@ -104,7 +104,7 @@ def every_score(
     """Return {method: scores (problems, 4), right answer first} and the answers' lengths in tokens (problems, 4)."""
     scorer, asked = output.load(model), samples(rows)
     read = scorer.score(asked, signals="all", reference=untrained(scorer, seed))
-    found = {name: [row.signals[name] for row in read] for name in SIGNALS}
+    found = {name: [row.signals[name] for row in read] for name in read[0].signals}
     for name, judge in JUDGES.items():
         found[f"judge, {name}"] = [row.score for row in judge(scorer).score(asked)]
     if model == output.POCKET:
@@ -164,13 +164,11 @@ def report_tasks(tasks: dict[str, dict[str, Accuracy]]) -> str:
     return output.table(header, rows)
 
 
-def sentence_of_real(
-    found: dict[str, dict[str, Accuracy]], tasks: dict[str, dict[str, Accuracy]], reference: str = "log-ratio"
-) -> str:
+def sentence_of_real(found: dict[str, dict[str, Accuracy]], tasks: dict[str, dict[str, Accuracy]]) -> str:
     """Summarise the results of a real model."""
     judges = {name: found[f"judge, {name}"]["all"] for name in JUDGES}
     best = max(judges, key=lambda name: judges[name].value)
-    signals = {name: row["all"] for name, row in found.items() if name in SIGNALS and name != reference}
+    signals = {name: row["all"] for name, row in found.items() if name in SIGNALS and not SIGNALS[name].needs}
     top = max(signals, key=lambda name: signals[name].value)
     each = ", ".join(f"{task} {100 * row['endogenous'].value:.1f}" for task, row in tasks.items())
     return output.paragraph(

@@ -21,6 +21,7 @@ from .evaluate.report import FileResult, to_json, to_text
 from .flags import help_text
 from .flags.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
 from .flags.panels import of_head, of_input, of_output, takes
+from .flags.score_flags import ScoreFlags
 from .flags.values import device_name
 from .group import BAD_INPUT, Group, OneProcess
 from .input.files import STDIN, open_source
@@ -77,9 +78,9 @@ def _common(
 
 
 @app.command(epilog=help_text.SCORE)
-@takes(EngineFlags)
+@takes(ScoreFlags)
 def score(
-    context: typer.Context, file: File, flags: EngineFlags, per_token: PerToken = False, resume: Resume = False
+    context: typer.Context, file: File, flags: ScoreFlags, per_token: PerToken = False, resume: Resume = False
 ) -> None:
     """Score every completion of FILE. Writes JSON Lines: the columns of FILE, and `score`."""
     _rows_to_rows(Job("score", flags, per_token), flags, file, resume, context.find_root().obj)
@@ -201,6 +202,7 @@ def evaluate(
                     panel.judge(items, result, monitor, strict=flags.strict)
         if not monitor.rows:
             end(ended)
+        left_out = side_by_side.leave_out(results, flags)
         about = {"version": version("endoreward-fast"), "complete": not ended} | models
         about |= {"flags": flags.to_json(), "tokens": monitor.tokens, "seconds": round(monitor.seconds, 3)}
         found = json.dumps(to_json(results, about), indent=1)
@@ -210,7 +212,7 @@ def evaluate(
         except EndoRewardError as error:
             ended.append(error)
         if not as_json:
-            say(f"{side_by_side.heading(models, flags)}\n{to_text(results, flags.left_out)}")
+            say(f"{side_by_side.heading(models, flags)}\n{to_text(results, left_out)}")
         elif flags.output != STDIN:
             say(f"{found}\n")
         end(ended)

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 from ..errors import EndoRewardError
-from ..signals import select
+from ..signals import ALL, NEEDS, SIGNALS, names_in, select
 from ..text.encoding import Truncate
 from ..text.messages import check_text
 from ..text.template import Extras, as_date
@@ -52,8 +52,9 @@ class ScoreOptions:
     entropy: bool = False
     """fill RowScore.tokens.entropies"""
     signals: str | Sequence[str] = ()
-    """fill RowScore.signals, in the same pass, with these of `signals.SIGNALS`: names, or "all". "all" includes signals
-    that compare two models if there is a `reference`. `reduction`, `gamma` and `floor` do not apply to signals"""
+    """fill RowScore.signals, in the same pass, with these of `signals.SIGNALS`: names, or "all". "all" stands for those
+    whose needs are met: by `reference`, and by the keys of each row. A row that lacks what a named signal needs gets an
+    entry in RowScore.signal_errors. `reduction`, `gamma` and `floor` do not apply to signals"""
     reference: Scorer | None = None
     """a second model with the same tokenizer, for signals that compare two models; it costs one more forward pass"""
     tools: Sequence[Any] | None = None
@@ -64,6 +65,22 @@ class ScoreOptions:
     """further variables of the chat template, such as enable_thinking; a row's own values take precedence"""
     date: str | None = None
     """the date that a chat template writes, as "YYYY-MM-DD"; None: today"""
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The signals that were asked for by name. "all" is no name."""
+        found: frozenset[str] = self.__dict__["_named"]
+        return found
+
+    @property
+    def row_needs(self) -> dict[str, bool]:
+        """The needs of these signals that rows meet: {name in NEEDS: whether a named signal has it}."""
+        found: dict[str, bool] = {}
+        for signal in self.signals:
+            for need in SIGNALS[signal].needs:
+                if NEEDS[need].of_row:
+                    found[need] = found.get(need, False) or signal in self.named
+        return found
 
     @property
     def extras(self) -> Extras:
@@ -81,7 +98,9 @@ class ScoreOptions:
         _ = self.extras, self.date is None or as_date(self.date)  # raises before any row is read
         if isinstance(self.system, str):
             check_text(self.system, "system")
-        object.__setattr__(self, "signals", select(self.signals, reference=self.reference is not None))
+        given = () if self.reference is None else ("reference",)
+        object.__setattr__(self, "_named", frozenset(names_in(self.signals)) - {ALL})
+        object.__setattr__(self, "signals", select(self.signals, given=given))
         for name, fine, wanted in (
             ("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < math.inf, "a number above 0"),
             ("reduction", self.reduction in ("sum", "mean"), "'sum' or 'mean'"),

@@ -44,7 +44,9 @@ class RowScore:
     tokens: TokenTable | None = None
     """only with per_token=True"""
     signals: Mapping[str, float] | None = None
-    """{name: score}, only with signals"""
+    """{name: score}, only with signals; without those whose needs the row does not meet"""
+    signal_errors: Mapping[str, str] | None = None
+    """{name: one line that says why the row does not have this signal}; None: there is no such signal"""
 
     @property
     def note(self) -> str | None:

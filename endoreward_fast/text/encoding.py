@@ -27,7 +27,7 @@ no reward. The episode does not end before them: a marked token followed by an u
 right after it.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -58,6 +58,12 @@ class Encoded:
     """keys of `flags.FLAGS`, which explains them"""
     completion_mask: tuple[bool, ...] | None = None
     """for each token from prompt_length on, whether it is scored; None: all are"""
+    answer: tuple[int, int] | None = None
+    """positions in input_ids at which the final answer starts and stops, if a signal needs them"""
+    others: Mapping[str, "Encoded"] = field(default_factory=dict)
+    """further readings of the row that signals need (readings.py), each under the name of the need"""
+    unmet: Mapping[str, str] = field(default_factory=dict)
+    """{need of signals: why this row does not meet it}"""
 
     @property
     def num_scored(self) -> int:
@@ -89,6 +95,11 @@ class Encoder:
     def template(self) -> Template:
         """The tokenizer's chat template, which writes the same date for every row."""
         return Template(self.tokenizer) if self.date is None else Template(self.tokenizer, as_date(self.date))
+
+    @cached_property
+    def unlimited(self) -> "Encoder":
+        """The same encoder without a limit of length."""
+        return replace(self, max_length=None)
 
     @cached_property
     def around(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -57,7 +57,7 @@ def test_ranking_gives_every_method_the_same_answers(tmp_path, capsys, monkeypat
     ranking.main(["--per-task", "1", "--steps", "2", "--out", str(tmp_path)])
     record = record_of(tmp_path, "ranking", capsys.readouterr().out)
     methods = record["results"]["methods"]
-    assert len(methods) == 12 and ranking.TRAINED in methods
+    assert len(methods) == 15 and ranking.TRAINED in methods
     assert all(row["all"]["rows"] == len(tasks) for row in methods.values())
     assert methods["endogenous"]["all"] == methods["logprob"]["all"] == methods["centred"]["all"]
 

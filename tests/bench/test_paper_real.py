@@ -129,7 +129,7 @@ def test_ranking_of_a_real_model(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(questions, "facts", lambda: facts)
     ranking.main(["--model", MODEL, "--per-task", "1", "--out", str(tmp_path)])
     found = record_of(tmp_path, "ranking", capsys.readouterr().out)
-    assert ranking.TRAINED not in found["methods"] and len(found["methods"]) == 11
+    assert ranking.TRAINED not in found["methods"] and len(found["methods"]) == 14
     assert list(found["tasks"]) == ["geography", "fact", *questions.GENERATED]
     assert all(set(row) == set(found["methods"]) for row in found["tasks"].values())
 

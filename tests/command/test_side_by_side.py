@@ -12,15 +12,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.command.flags.options import JUDGES as JUDGE_NAMES
-from endoreward_fast.command.flags.options import SIGNALS as SIGNAL_NAMES
+from endoreward_fast.command.flags.signal_names import NEEDS
+from endoreward_fast.command.flags.signal_names import SIGNALS as SIGNAL_NAMES
 from endoreward_fast.model.checkpoint import pocket_path
 from endoreward_fast.rivals.judges import JUDGES
 from endoreward_fast.rivals.reward_model import RewardModel
+from endoreward_fast.scoring.readings import KEYS
 from endoreward_fast.signals import SIGNALS
 
 QUESTIONS = [("What is 2 + 2?", "4", ["5", "44"]), ("What is 3 + 1?", "4", ["three", "7"])]
 PAIRS = [{"id": i, "prompt": q, "chosen": c, "rejected": r} for i, (q, c, r) in enumerate(QUESTIONS)]
-ONE_MODEL = [name for name, signal in SIGNALS.items() if not signal.needs_reference]
+NO_NEEDS = [name for name, signal in SIGNALS.items() if not signal.needs]
+OF_TWO_MODELS = [name for name, signal in SIGNALS.items() if signal.needs_reference]
 
 
 def samples():
@@ -54,6 +57,9 @@ def reward_model(tmp_path_factory, pocket):
 def test_the_command_knows_every_signal_and_judge_by_name():
     """options.py repeats the names, so that --help does not wait for torch."""
     assert tuple(SIGNALS) == SIGNAL_NAMES and tuple(JUDGES) == JUDGE_NAMES
+    for name, signal in SIGNALS.items():
+        columns = {key for need in signal.needs for key in KEYS.get(need, (need,))}
+        assert set(NEEDS.get(name, ())) == columns, name
 
 
 def test_every_method_gets_its_own_scores(pocket, reward_model, tmp_path):
@@ -62,10 +68,12 @@ def test_every_method_gets_its_own_scores(pocket, reward_model, tmp_path):
     rows = list(samples())
     wanted = pocket.score(rows, signals="all", reference=pocket)
     assert listed(found) == pytest.approx([s.score for s in wanted], abs=1e-4)
-    for name in SIGNALS:
+    methods = [name for name in SIGNALS if name in NO_NEEDS + OF_TWO_MODELS]
+    assert list(found["methods"])[: len(methods)] == methods
+    for name in methods:
         signals = [s.signals[name] for s in wanted]
         assert listed(found["methods"][name]) == pytest.approx(signals, rel=1e-4, abs=1e-4)
-        assert name == "log-ratio" or len({round(s, 3) for s in signals}) > 3
+        assert name in OF_TWO_MODELS or len({round(s, 3) for s in signals}) > 3
     for name, judge in JUDGES.items():
         verdicts = [v.score for v in judge(pocket).score(rows)]
         assert listed(found["methods"][f"judge, {name}"]) == pytest.approx(verdicts, rel=1e-4, abs=1e-4)
@@ -79,9 +87,11 @@ def test_every_method_gets_its_own_scores(pocket, reward_model, tmp_path):
 def test_tables_have_a_line_for_each_method(pocket, tmp_path):
     shown = run("eval", put(tmp_path, *PAIRS), "--signals", "all", "--judge", "verifier", "-q").stdout
     lines = shown[shown.index("by method") :].splitlines()[1:]
-    assert [line.split("  ")[2] for line in lines[: len(ONE_MODEL) + 1]] == [*ONE_MODEL, "judge, verifier"]
-    assert all("%" in line and "2 rows" in line for line in lines[: len(ONE_MODEL) + 1])
-    assert "log-ratio is left out: it needs a second model (--reference-model)." in shown
+    assert [line.split("  ")[2] for line in lines[: len(NO_NEEDS) + 1]] == [*NO_NEEDS, "judge, verifier"]
+    assert all("%" in line and "2 rows" in line for line in lines[: len(NO_NEEDS) + 1])
+    assert "log-ratio and prefix-value are left out: they need a second model (--reference-model).\n" in shown
+    assert "answer-logprob, answer-probability are left out: they need the column answer_span.\n" in shown
+    assert "privileged-log-ratio is left out: it needs the column privileged.\n" in shown
 
 
 def test_eval_says_how_often_a_completion_is_read(pocket, reward_model, tmp_path):
@@ -126,7 +136,8 @@ def test_a_row_that_one_method_cannot_score_is_scored_by_the_others(pocket, tmp_
     [
         (["--signals", "entropy,certainty"], "--signals must be all, or some of endogenous, .*, got 'certainty'"),
         (["--signals", "log-ratio"], "--signals log-ratio compares two models: name the second with --reference-model"),
-        (["--reference-model", "pocket"], "--reference-model needs --signals log-ratio"),
+        (["--signals", "prefix-value"], "--signals prefix-value compares two models: name the second with"),
+        (["--reference-model", "pocket"], "--reference-model needs --signals log-ratio or prefix-value"),
         (["--judge", "jury"], "--judge must be all, or some of verifier, pointwise, pairwise, got 'jury'"),
         (["--reward-model", "nowhere/at/all"], "nowhere/at/all"),
         (["--reward-model", "pocket"], "'pocket' is a .*ForCausalLM, which is not a reward model"),

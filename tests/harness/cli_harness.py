@@ -20,6 +20,7 @@ class Score:
     error: str | None = None
     tokens: Tokens | None = None
     signals: dict[str, float] | None = None
+    signal_errors: dict[str, str] | None = None
     num_tokens: int = 0
 
 

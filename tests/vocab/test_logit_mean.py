@@ -83,7 +83,7 @@ def test_no_signal_is_nan_and_the_centred_reward_skips_such_a_mean(impl, low, al
     tokens, logits = torch.randint(0, 50, (2, 5), device=device), torch.randn(2, 5, 300, device=device)
     logits[0, :, 100:], logits[1, ::2, 100:] = low, low
     stats = token_stats(logits, tokens, alpha=alpha, impl=impl)
-    found = {name: signal.per_token(stats) for name, signal in SIGNALS.items() if not signal.needs_reference}
+    found = {name: signal.per_token(stats) for name, signal in SIGNALS.items() if not signal.needs}
     assert not any(tokens.isnan().any() for tokens in found.values())
     assert all(found[name].isfinite().all() for name in found if name != "self-certainty")
     if low < -1e30:

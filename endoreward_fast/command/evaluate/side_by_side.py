@@ -9,6 +9,8 @@ from typing import Any
 
 from ...model.checkpoint import weights_of
 from ..flags.options import PAIRWISE, SOURCE, EvalFlags
+from ..flags.signal_names import NEEDS, left_out
+from ..flags.values import ALL
 from ..run import pipeline
 from ..run.monitor import Aside, Monitor
 from ..run.pipeline import Item, Scorer
@@ -59,7 +61,7 @@ class Panel:
     def judge(self, items: list[Item], result: FileResult, monitor: Monitor, *, strict: bool) -> None:
         """Score one window of rows with every method and add the scores to `result`."""
         tables = {"per_token": True} if any(map(is_solution, items)) else {}
-        collect = self._collect(result, strict=strict)
+        collect = self._collect(result, monitor, strict=strict)
         pipeline.score_items(items, self.scorer, self.options | tables, collect, monitor, strict=strict)
         readable = [item for item in items if item.task and not is_solution(item)]
         lengths = {item.record.where: lengths_of(item) for item in readable}
@@ -69,13 +71,15 @@ class Panel:
             aside.advance(sum(map(is_solution, items)))
             pipeline.score_items(again, rival.scorer, self.rival_options, collect, aside, strict=strict)
 
-    def _collect(self, result: FileResult, *, strict: bool) -> Callable[[Item], None]:
+    def _collect(self, result: FileResult, monitor: Monitor, *, strict: bool) -> Callable[[Item], None]:
         def collect(item: Item) -> None:
             if is_solution(item):
                 return add_solution(result, item, strict=strict)
             add(result, item)
             for name in self.signals:
-                add(result.beside[name], item, name)
+                if not item.lacks(name):
+                    add(result.beside[name], item, name)
+                    Aside(monitor, name).on_row(item.record.where, item.signal_error(name))
             if item.task is None:
                 for rival in self.rivals:
                     add(result.beside[rival.name], item)
@@ -91,7 +95,8 @@ def panel(flags: EvalFlags) -> Panel:
     """Load every model that `flags` name. Call this after the cheap checks."""
     pipeline.refuse_other_models(flags)
     scorer, plain = pipeline.load_scorer(flags), flags.scoring()
-    options = plain | ({"signals": flags.compared} if flags.compared else {})
+    # "all" leaves out what a row has no columns for. A signal that is named is an error of such a row.
+    options = plain | ({"signals": ALL if flags.signals == ALL else flags.compared} if flags.compared else {})
     if flags.reference_model:
         elsewhere = replace(flags, model=flags.reference_model, **dict.fromkeys(SOURCE))
         options["reference"] = pipeline.load_scorer(elsewhere)
@@ -100,6 +105,17 @@ def panel(flags: EvalFlags) -> Panel:
     if flags.reward_model:
         rivals.append(Rival(REWARD_MODEL, pipeline.load_reward_model(flags, flags.reward_model)))
     return Panel(scorer, options, flags.compared, tuple(rivals), plain)
+
+
+def leave_out(results: list[FileResult], flags: EvalFlags) -> str | None:
+    """Drop the signals of --signals all whose columns no row has. Return why signals are left out, or None."""
+    if flags.signals != ALL:
+        return None
+    unused = [name for name in flags.compared if name in NEEDS and not any(r.beside[name].rows for r in results)]
+    for result in results:
+        for name in unused:
+            del result.beside[name]
+    return left_out(one_model=not flags.reference_model, unused=unused)
 
 
 def _readings(name: str) -> str:

@@ -19,17 +19,21 @@ _SEVERAL = """\
 _PAIR = """\
   prompt, chosen and rejected     each one completion, or a list of them
   chosen and rejected             two chats; their common start is the prompt"""
+_SIGNALS = """\
+  answer_span, reference_answer,  optional; some of --signals need them
+  privileged"""
 _HEADING = "Columns of FILE (a text may also be a list of chat messages):"
 
 SCORE = f"""\
 Examples:
   endoreward score rows.jsonl -m Qwen/Qwen2.5-0.5B-Instruct -o scored.jsonl
-  zcat rows.jsonl.gz | endoreward score - -m MODEL --per-token
+  zcat rows.jsonl.gz | endoreward score - -m MODEL --per-token --signals all
 
 {_HEADING}
 {_SINGLE}
 {_SEVERAL}
-{_PAIR}"""
+{_PAIR}
+{_SIGNALS}"""
 
 RANK = f"""\
 Examples:
@@ -53,7 +57,8 @@ Files of benchmarks, recognised by their columns:
   RewardBench 2                   the same, and num_correct
   JudgeBench                      question, response_A, response_B, label
   RMGAP                           domain, responses, prompt_groups
-  ProcessBench                    problem, steps, label"""
+  ProcessBench                    problem, steps, label
+{_SIGNALS}"""
 
 SHOW = f"""\
 Examples:

@@ -13,14 +13,13 @@ from ...model.checkpoint import POCKET, on_this_machine
 from ...model.dtypes import DTYPES
 from ...text.messages import check_text
 from .panels import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
+from .signal_names import OF_TWO_MODELS, SIGNALS, asked, refuse_one_model
 from .values import ALL, at_least_one, day, device_name, dtype_name, names, one_of, template_kwargs, tools_in
 
 REDUCTIONS = ("sum", "mean")
 TRUNCATE = ("prompt", "completion")
 
-# These names repeat signals.SIGNALS and judges.JUDGES, because importing those would make --help wait for torch.
-LOG_RATIO = "log-ratio"
-SIGNALS = (*("endogenous", "centred", "logprob", "mean-logprob", "entropy", "self-certainty", "probability"), LOG_RATIO)
+# These names repeat judges.JUDGES, because importing it would make --help wait for torch.
 PAIRWISE = "pairwise"
 JUDGES = ("verifier", "pointwise", PAIRWISE)
 
@@ -253,9 +252,9 @@ class EvalFlags(RowFlags):
             help=f"Compare intrinsic rewards from the same forward pass: all, or some of {', '.join(SIGNALS)}."
         ),
     ] = None
-    reference_model: Annotated[Text, of_comparison(help=f"Second model with the same tokenizer, for {LOG_RATIO}.")] = (
-        None
-    )
+    reference_model: Annotated[
+        Text, of_comparison(help=f"Second model with the same tokenizer, for {' and '.join(OF_TWO_MODELS)}.")
+    ] = None
     reward_model: Annotated[Text, of_comparison(help="Compare a trained reward model (a sequence classifier).")] = None
     judge: Annotated[
         Text, of_comparison(help=f"Compare the model as its own judge: all, or some of {', '.join(JUDGES)}.")
@@ -263,12 +262,11 @@ class EvalFlags(RowFlags):
 
     def check(self) -> None:
         super().check()
-        wanted = names("--signals", self.signals, SIGNALS)
         names("--judge", self.judge, JUDGES)
-        if LOG_RATIO in wanted and self.signals != ALL and not self.reference_model:
-            raise EndoRewardError(f"--signals {LOG_RATIO} compares two models: name the second with --reference-model")
-        if self.reference_model and LOG_RATIO not in wanted:
-            raise EndoRewardError(f"--reference-model needs --signals {LOG_RATIO} (or {ALL})")
+        if not self.reference_model:
+            refuse_one_model(self.signals, where="name the second with --reference-model")
+        elif not set(OF_TWO_MODELS) & set(self.compared):
+            raise EndoRewardError(f"--reference-model needs --signals {' or '.join(OF_TWO_MODELS)} (or {ALL})")
 
     @property
     def models(self) -> dict[str, str]:
@@ -282,17 +280,8 @@ class EvalFlags(RowFlags):
     @property
     def compared(self) -> tuple[str, ...]:
         """Signals to compare. With a judge or reward model and no --signals: the endogenous reward."""
-        wanted = names("--signals", self.signals, SIGNALS)
-        if not wanted and (self.judge or self.reward_model):
-            return SIGNALS[:1]
-        return wanted if self.reference_model else tuple(name for name in wanted if name != LOG_RATIO)
-
-    @property
-    def left_out(self) -> str | None:
-        """Why --signals all leaves out a signal, or None."""
-        if self.signals == ALL and not self.reference_model:
-            return f"{LOG_RATIO} is left out: it needs a second model (--reference-model)"
-        return None
+        wanted = asked(self.signals, reference=self.reference_model is not None)
+        return wanted or (SIGNALS[:1] if self.judge or self.reward_model else ())
 
     def to_json(self) -> dict[str, Any]:
         new = [f.name for f in fields(EvalFlags) if f.name not in {g.name for g in fields(RowFlags)}]

@@ -29,6 +29,7 @@ from typing import Any
 from ...errors import EndoRewardError
 from ...text.messages import check_message, check_text
 from .records import is_messages, kind_of
+from .signal_columns import of_signals
 
 PROMPT = ("prompt", "question")
 COMPLETION = ("completion", "response", "answer")
@@ -80,7 +81,8 @@ def plan(row: Mapping[str, Any], command: str = "score") -> Task:
     """
     task = _plan(row, command)
     given = {name: row[name] for name in GIVEN if row.get(name) is not None}
-    return replace(task, samples=tuple(sample | given for sample in task.samples)) if given else task
+    own = of_signals(row, task.layout, len(task.samples))
+    return replace(task, samples=tuple(sample | given | one for sample, one in zip(task.samples, own, strict=True)))
 
 
 def _plan(row: Mapping[str, Any], command: str) -> Task:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 from ..input.columns import arrange
@@ -48,6 +48,9 @@ def _with_columns(item: Item, new: dict[str, Any], layout: Any, per_token: bool)
             new["flags"] = arrange(layout, lambda i: [*given, *results[i].flags])
         if item.first_problem:
             new["error"] = arrange(layout, item.problem)
+        for name in ("signals", "signal_errors"):
+            if any(getattr(result, name) for result in results.values()):
+                new[name] = arrange(layout, lambda i, name=name: _plain(getattr(results[i], name)))
         if per_token:
             new["token_rewards"] = arrange(layout, lambda i: _token_table(results[i]))
     row = item.record.row or {}
@@ -61,6 +64,12 @@ def _kept_as(name: str, new: Mapping[str, Any], row: Mapping[str, Any]) -> str:
         name = f"input_{name}"
         taken = name in row  # the file was scored twice before
     return name
+
+
+def _plain(found: Mapping[str, float | str] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {n: v if isinstance(v, str) else compact(v) if isfinite(v) else None for n, v in found.items()}
 
 
 def _token_table(result: RowScore) -> dict[str, list[Any]] | None:

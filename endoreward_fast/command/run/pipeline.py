@@ -119,9 +119,19 @@ class Item:
         result, score = self.results[position], self._value(position, signal)
         if self.says_nothing(position):
             return None
-        if result.error is None and (score is None or not isfinite(score)):
+        why = None if signal is None else (result.signal_errors or {}).get(signal)
+        if result.error is None and why is None and (score is None or not isfinite(score)):
             return f"the score is not finite ({score})"
-        return result.error
+        return result.error or why
+
+    def lacks(self, signal: str) -> bool:
+        """Return whether the row has no columns for `signal`, which nobody named: it is left out."""
+        scored = [result for result in self.results.values() if result.error is None]
+        return bool(scored) and not any(signal in {**(r.signals or {}), **(r.signal_errors or {})} for r in scored)
+
+    def signal_error(self, signal: str) -> str | None:
+        """Return why a sample of the row does not have what `signal` needs, or None."""
+        return next((why for r in self.results.values() if (why := (r.signal_errors or {}).get(signal))), None)
 
     def says_nothing(self, position: int) -> bool:
         """Return whether the sample at `position` is empty and has no score. That is no error; it ranks last."""

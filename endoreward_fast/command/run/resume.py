@@ -26,7 +26,7 @@ from ..flags.options import SOURCE, EngineFlags
 from ..input.files import STDIN, Record, Source
 from .sink import PART, plain
 
-ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "token_rewards"})
+ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "signals", "signal_errors", "token_rewards"})
 """columns that a command adds after the row's own columns"""
 FIRST = {"score": "score", "rank": "scores"}
 """the first added column, which every row gets"""

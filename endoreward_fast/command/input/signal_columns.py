@@ -1,0 +1,50 @@
+"""The columns that signals need: what each sample of a row gets of them.
+
+| column             | each sample gets                                                                 |
+| `answer_span`      | the text of its final answer, or [start, stop] in characters (tokens, with ids)  |
+| `reference_answer` | the reference answer                                                             |
+| `privileged`       | the privileged context of the prompt                                             |
+
+A column may have the shape of the scores: a list for several completions, {"chosen": ..., "rejected": ...} for a pair.
+Any other value belongs to every sample. Values are checked where a signal needs them (text/readings.py), because other
+data has such columns too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+OF_SIGNALS = ("answer_span", "reference_answer", "privileged")
+
+
+def of_signals(row: Mapping[str, Any], layout: Any, samples: int) -> list[dict[str, Any]]:
+    """Return the columns of signals for each sample. `layout` has positions of samples in the shape of the scores."""
+    found: list[dict[str, Any]] = [{} for _ in range(samples)]
+    for name in OF_SIGNALS:
+        if row.get(name) not in (None, ""):  # "" is an empty cell of a CSV file
+            _place(found, name, layout, row[name])
+    return found
+
+
+def _place(found: list[dict[str, Any]], name: str, layout: Any, value: Any) -> None:
+    if isinstance(layout, dict):
+        alike = isinstance(value, Mapping) and value.keys() == layout.keys()
+        for side, part in layout.items():
+            _place(found, name, part, value[side] if alike else value)
+    elif isinstance(layout, list):
+        alike = isinstance(value, list) and len(value) == len(layout) and not _one_span(value) and not _messages(value)
+        for i, part in enumerate(layout):
+            _place(found, name, part, value[i] if alike else value)
+    else:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+        found[layout][name] = str(value) if number else value  # JSON files have numeric answers
+
+
+def _one_span(value: list[Any]) -> bool:
+    return len(value) == 2 and all(type(end) is int for end in value)
+
+
+def _messages(value: list[Any]) -> bool:
+    return all(isinstance(one, Mapping) for one in value)

@@ -1,0 +1,118 @@
+"""Find a part of a completion among its tokens, and put another text in its place.
+
+A row's `answer_span` is the part: a text, of which the last occurrence counts, or [start, stop]. Both count characters
+of the completion; of a row of token ids, [start, stop] counts tokens of completion_ids.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from numbers import Integral
+from typing import Any, NamedTuple
+
+from ..errors import EndoRewardError
+from .boundary import token_texts
+from .encoding import Encoded
+from .messages import are_messages, kind_of
+from .rows import Row, ids_of, prompt_and_completion
+
+NAME = "answer_span"
+CHANGED = "the chat template or the tokenizer changes the completion, or it was cut"
+
+
+class Span(NamedTuple):
+    """Characters (of text) or tokens (of ids) start ... stop of a completion; none if start == stop."""
+
+    start: int
+    stop: int
+
+
+def has_ids(row: Row) -> bool:
+    """Return whether the row's completion is given as token ids."""
+    return "prompt_ids" in row and "completion_ids" in row
+
+
+def text_of_completion(row: Row) -> str:
+    """Return the text that a row of text or messages scores. EndoRewardError if it is not one text."""
+    completion = prompt_and_completion(row)[1]
+    last = completion[-1].get("content") if are_messages(completion) and completion else completion
+    if not isinstance(last, str):
+        raise EndoRewardError(f"{NAME}: wanted a completion of one text, found {kind_of(last)}")
+    return last
+
+
+def span_in(row: Row, tokenizer: Any) -> Span:
+    """Return the row's `answer_span` in its completion. EndoRewardError, in one line, if it is not there."""
+    given = row[NAME]
+    given = given.tolist() if hasattr(given, "tolist") else given  # tensors and arrays
+    whole: Sequence[Any] = ids_of(row, "completion_ids") if has_ids(row) else text_of_completion(row)
+    if isinstance(given, str):
+        if has_ids(row):
+            return _in_ids(given, row, tokenizer)
+        at = str(whole).rfind(given)
+        if at < 0 or not given:
+            raise EndoRewardError(f"{NAME}: {_short(given)} is not in the completion: give a text that it contains")
+        return Span(at, at + len(given))
+    ends = given if isinstance(given, list | tuple) and len(given) == 2 else ()
+    if not ends or not all(isinstance(end, Integral) and not isinstance(end, bool) for end in ends):
+        raise EndoRewardError(f"{NAME}: wanted a text of the completion, or [start, stop], found {kind_of(given)}")
+    start, stop = (int(end) for end in ends)
+    if not 0 <= start <= stop <= len(whole):
+        unit = "tokens" if has_ids(row) else "characters"
+        raise EndoRewardError(f"{NAME}: [{start}, {stop}] is not in the completion, which has {len(whole)} {unit}")
+    return Span(start, stop)
+
+
+def tokens_of(span: Span, row: Row, encoded: Encoded, tokenizer: Any) -> Span:
+    """Return the positions in `encoded.input_ids` of the tokens that hold a part of the span, scored or not."""
+    begin = begin_of_completion(encoded)
+    if has_ids(row):
+        return Span(begin + span.start, min(begin + span.stop, len(encoded.input_ids)))
+    texts = token_texts(tokenizer, encoded.input_ids, begin)
+    text, joined = text_of_completion(row), "".join(texts)
+    at = joined.find(text.strip())  # a template may trim the turn
+    if at < 0:
+        raise EndoRewardError(f"{NAME}: the completion is not found among its tokens ({CHANGED}): give token ids")
+    shift = at - (len(text) - len(text.lstrip()))
+    return _covering(texts, begin, span.start + shift, span.stop + shift)
+
+
+def with_completion(row: Row, text: str) -> dict[str, Any]:
+    """Return the row of text or messages with another text as what is scored."""
+    if "prompt" in row and isinstance(row["completion"], str):
+        return {**row, "completion": text}
+    name = "completion" if "prompt" in row else "messages"
+    return {**row, name: [*row[name][:-1], {**row[name][-1], "content": text}]}
+
+
+def begin_of_completion(encoded: Encoded) -> int:
+    """Return the position of the completion's first token, which is not scored if no token comes before it."""
+    return encoded.prompt_length - ("first_token_unscored" in encoded.flags)
+
+
+def _in_ids(text: str, row: Row, tokenizer: Any) -> Span:
+    """Return the tokens of completion_ids that hold the last occurrence of `text`."""
+    if tokenizer is None:
+        raise EndoRewardError(f"{NAME}: text needs a tokenizer, and the model has none: give [start, stop] in tokens")
+    prompt, completion = (ids_of(row, name) for name in ("prompt_ids", "completion_ids"))
+    texts = token_texts(tokenizer, [*prompt, *completion], len(prompt))
+    at = "".join(texts).rfind(text)
+    if at < 0 or not text:
+        raise EndoRewardError(f"{NAME}: {_short(text)} is not in the completion: give a text that it contains")
+    return _covering(texts, 0, at, at + len(text))
+
+
+def _covering(texts: Sequence[str], begin: int, start: int, stop: int) -> Span:
+    """Return the positions, from `begin` on, of the texts that hold a part of characters start ... stop.
+
+    A text is "" if its token ends inside a character. The token that completes the character has all of it.
+    """
+    ends = list(accumulate(map(len, texts)))
+    first = next((i for i, end in enumerate(ends) if end > start), len(ends))
+    while first and not texts[first - 1]:
+        first -= 1
+    last = next((i for i, end in enumerate(ends) if end >= stop), len(ends) - 1)
+    return Span(begin + first, begin + (last + 1 if stop > start else first))
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:40]}...")

@@ -1,0 +1,107 @@
+"""The columns that signals need, through `eval` and `score`: their shapes, their errors, and --resume."""
+
+import json
+
+import pytest
+
+from cli_harness import put, run
+from endoreward_fast import EndoRewardModel
+from endoreward_fast.command.input.columns import plan
+from endoreward_fast.signals import SIGNALS
+
+OF_ROW = [name for name, signal in SIGNALS.items() if signal.needs and not signal.needs_reference]
+PAIR = {
+    "prompt": "What is 2 + 2?", "chosen": "2 + 2 = 4", "rejected": ["2 + 2 = 5", "it is 44"],
+    "answer_span": {"chosen": "4", "rejected": ["5", [6, 8]]}, "reference_answer": 4, "privileged": "Solution: 4",
+}  # fmt: skip
+BARE = {"prompt": "What is 3 + 1?", "chosen": "4", "rejected": "7"}
+GIVEN = {"prompt": PAIR["prompt"], "reference_answer": "4", "privileged": "Solution: 4"}
+SPANS = {"2 + 2 = 4": "4", "2 + 2 = 5": "5", "it is 44": "44"}
+SAMPLES = [{**GIVEN, "completion": text, "answer_span": span} for text, span in SPANS.items()]
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return EndoRewardModel.from_pretrained("pocket")
+
+
+@pytest.mark.parametrize(
+    ("row", "spans"),
+    [
+        (PAIR, ["4", "5", [6, 8]]),
+        (PAIR | {"answer_span": "4"}, ["4"] * 3),
+        (PAIR | {"answer_span": [0, 1]}, [[0, 1]] * 3),
+        (PAIR | {"answer_span": 4}, ["4"] * 3),
+        (PAIR | {"answer_span": {"chosen": "4"}}, [{"chosen": "4"}] * 3),
+        ({"prompt": "p", "completions": ["a", "b"], "answer_span": ["a", "b"]}, ["a", "b"]),
+        ({"prompt": "p", "completions": ["a", "b"], "answer_span": [0, 1]}, [[0, 1]] * 2),
+        ({"prompt": "p", "completions": ["a", "b"], "answer_span": [[0, 1], "b"]}, [[0, 1], "b"]),
+        ({"question": "p", "answer": "a", "answer_span": "a"}, ["a"]),
+        ({"prompt_ids": [1], "completion_ids": [2, 3], "answer_span": [0, 1]}, [[0, 1]]),
+        (PAIR | {"answer_span": ""}, [None] * 3),
+    ],
+)
+def test_a_column_has_the_shape_of_the_scores_or_belongs_to_every_sample(row, spans):
+    assert [sample.get("answer_span") for sample in plan(row).samples] == spans
+
+
+def test_messages_belong_to_every_sample():
+    hint = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    task = plan({"prompt": "p", "completions": ["a", "b"], "privileged": hint})
+    assert [sample["privileged"] for sample in task.samples] == [hint] * 2
+
+
+def test_eval_prints_signals_of_the_rows_that_have_their_columns(pocket, tmp_path):
+    found = json.loads(run("eval", put(tmp_path, PAIR, BARE), "--signals", "all", "--json", "-q").stdout)
+    wanted = pocket.score(SAMPLES, signals=OF_ROW)
+    for name in OF_ROW:
+        (row,) = found["methods"][name]["scores"]
+        assert [*row["chosen"], *row["rejected"]] == pytest.approx([s.signals[name] for s in wanted], abs=1e-3), name
+        assert found["methods"][name]["files"][0]["rows"] == 1
+    assert len(found["methods"]["logprob"]["scores"]) == 2
+    shown = run("eval", put(tmp_path, PAIR, BARE), "--signals", "all", "-q").stdout
+    assert all(f"    {name} " in shown for name in OF_ROW) and "the column" not in shown
+
+
+def test_a_named_signal_is_an_error_of_the_rows_without_its_columns(tmp_path):
+    wrong = PAIR | {"answer_span": "9"}
+    result = run("eval", put(tmp_path, PAIR, BARE, wrong), "--signals", "answer-probability", "--json", code=2)
+    (file,) = json.loads(result.stdout)["methods"]["answer-probability"]["files"]
+    assert (file["scored"], file["skipped"]) == (1, 2)
+    assert "line 2: answer-probability: needs the row's `answer_span`: the final answer's text in the" in result.stderr
+    assert "line 3: answer-probability: answer_span: '9' is not in the completion: give a text" in result.stderr
+    assert "scored 3 of 3 rows" in result.stderr
+
+
+def test_score_writes_signals_beside_the_score_and_resumes_with_the_same_ones(pocket, tmp_path):
+    rows, out = put(tmp_path, *SAMPLES, SAMPLES[0] | {"answer_span": "9"}), tmp_path / "out.jsonl"
+    run("score", rows, "--signals", ",".join(("entropy", *OF_ROW)), "-o", out, "-q")
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    wanted = pocket.score(SAMPLES, signals=["entropy", *OF_ROW])
+    for line, one in zip(lines, wanted, strict=False):
+        assert line["signals"] == pytest.approx(one.signals, abs=1e-3) and "signal_errors" not in line
+        assert line["score"] == pytest.approx(one.score, abs=1e-3)
+    assert (
+        list(lines[3]["signals"]) == ["entropy", "privileged-log-ratio"]
+        and list(lines[3]["signal_errors"]) == OF_ROW[:5]
+    )
+    whole = out.read_text()
+    out.write_text("".join(line + "\n" for line in whole.splitlines()[:2]))
+    said = run("score", rows, "--signals", "entropy", "-o", out, "--resume", "-q", code=2).stderr
+    assert "was made with signals='entropy," in said and "not 'entropy'" in said
+    run("score", rows, "--signals", ",".join(("entropy", *OF_ROW)), "-o", out, "--resume", "-q")
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["answer_span"] for line in again] == [line["answer_span"] for line in lines]
+    assert again[2]["signals"] == pytest.approx(lines[2]["signals"], abs=1e-3)
+    said = run("score", out, "-o", tmp_path / "twice.jsonl", "-q")
+    assert "signals" in json.loads((tmp_path / "twice.jsonl").read_text().splitlines()[0]), said
+
+
+@pytest.mark.parametrize("name", ["log-ratio", "certainty"])
+def test_score_refuses_signals_that_it_cannot_give(name, tmp_path):
+    said = {
+        "log-ratio": "--signals log-ratio compares two models: `endoreward eval` takes the second with",
+        "certainty": "--signals must be all, or some of endogenous, ",
+    }[name]
+    result = run("score", put(tmp_path, *SAMPLES), "--signals", name, "-q", code=2)
+    assert said in result.stderr and result.stderr.count("\n") == 1
