@@ -111,7 +111,9 @@ def leave_out(results: list[FileResult], flags: EvalFlags) -> str | None:
     """Drop the signals of --signals all whose columns no row has. Return why signals are left out, or None."""
     if flags.signals != ALL:
         return None
-    unused = [name for name in flags.compared if name in NEEDS and not any(r.beside[name].rows for r in results)]
+    # A row that has no score at all counts for every signal.
+    failed = sum(result.rows - result.scored for result in results)
+    unused = [n for n in flags.compared if n in NEEDS and sum(result.beside[n].rows for result in results) <= failed]
     for result in results:
         for name in unused:
             del result.beside[name]
