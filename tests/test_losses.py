@@ -259,6 +259,20 @@ def test_without_a_reward_only_reval_leaves_the_reference_alone():
     assert torch.autograd.grad(moving.loss, z)[0].any()
 
 
+def test_at_the_start_reval_is_a_policy_gradient_with_the_mean_reward_as_baseline():
+    """Completions of one prompt share V(s_1). With rewards that sum to 0, its gradient cancels."""
+    z = torch.randn(4, 6, V, dtype=torch.float64)
+    z[:, :3] = z[:1, :3]  # the prompt, and the state after it
+    z.requires_grad_()
+    tokens, mask = torch.randint(0, V, (4, 6)), torch.arange(6).expand(4, -1) > 2
+    reward = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    model, advantage = exact(z, tokens, mask, None), reward - reward.mean()
+    ours = torch.autograd.grad(reval_loss(model, model, mask, advantage, beta=BETA).loss, z, retain_graph=True)[0]
+    theirs = torch.autograd.grad(-2 / BETA * (advantage * model.logprob.sum(1)).mean(), z)[0]
+    ours, theirs = (torch.cat([g[:, :3].sum(0), g[:, 3:].flatten(0, 1)]) for g in (ours, theirs))  # shared parameters
+    torch.testing.assert_close(ours, theirs)
+
+
 # --- masks, lengths, infinities
 
 
