@@ -9,10 +9,11 @@ for the right answer, else 0. Three objectives train it:
     grpo    advantages of a group divided by their standard deviation, and the k3 estimate of KL times a penalty,
             averaged over the tokens of an answer (arXiv 2402.03300)
 
-All see the same questions in the same order, with the same number of samples and optimiser steps: 40 steps of 8
+All see the same questions in the same order, with the same number of samples and optimiser steps: 30 steps of 6
 questions with 8 answers, AdamW with a cosine schedule, gradients clipped at a norm of 1. Each objective has the same
-number of tries: 3 learning rates times 2 penalties, on a seed of its own (`TUNING`), with one run each. The best on the
-questions trained on is run with further seeds. A penalty is beta of ReVal and TBRM, and the factor of GRPO's KL.
+number of tries: 3 learning rates times 2 penalties, one run each, on a seed that no other run has (`TUNING`). The
+setting with the highest accuracy on the questions trained on is run with further seeds. A penalty is beta of ReVal and
+TBRM, and the factor of GRPO's KL. `--runs` keeps each finished run, so that a stopped command goes on.
 
 Measured: the exact probability of the right answer and its end token, on the questions trained on (`quiz`) and on
 others, and of each step's answers the reward, KL to the initial policy, entropy and length.
@@ -24,11 +25,13 @@ not the answers.
 """
 
 import copy
+import json
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +44,7 @@ from endoreward_fast import EndoRewardModel, TokenRewards, linear_token_rewards
 from endoreward_fast.losses import reval_loss, tbrm_loss
 from endoreward_fast.pocket.quiz import Problem
 
-PROMPTS, GROUP, STEPS, WARMUP, QUIZ, OTHERS = 8, 8, 40, 4, 128, 200
+PROMPTS, GROUP, STEPS, WARMUP, QUIZ, OTHERS = 6, 8, 30, 3, 96, 150
 RATES = (3e-5, 1e-4, 3e-4)
 PENALTIES = {"reval": (0.1, 0.5), "tbrm": (0.1, 0.5), "grpo": (0.01, 0.1)}
 TUNING = 1000
@@ -186,10 +189,26 @@ def scale(step: int, steps: int) -> float:
     return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - WARMUP) / max(steps - WARMUP, 1)))))
 
 
-def tune(objective: str, **sizes: int) -> tuple[Try, list[dict]]:
+def kept(one: Try, seed: int, folder: Path | None, **sizes: int) -> dict:
+    """Return the run that is kept in `folder`, or run it and keep it there."""
+    if folder is None:
+        return run(one, seed, **sizes)
+    path = folder / f"{one.objective}-{one.rate:g}-{one.penalty:g}-{seed}.json"
+    if path.is_file():
+        found = json.loads(path.read_text())
+        if found["sizes"] != sizes:
+            raise ValueError(f"{path} was run with {found['sizes']}, not {sizes}: give another folder to --runs")
+        return found["run"]
+    made = run(one, seed, **sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"sizes": sizes, "run": made}) + "\n")
+    return made
+
+
+def tune(objective: str, folder: Path | None, **sizes: int) -> tuple[Try, list[dict]]:
     """Run every setting of an objective once. Return the best on the questions trained on, and the runs."""
     tries = [Try(objective, *setting) for setting in product(RATES, PENALTIES[objective])]
-    runs = [run(one, TUNING, **sizes) for one in tries]
+    runs = [kept(one, TUNING, folder, **sizes) for one in tries]
     best = max(range(len(tries)), key=lambda i: runs[i]["accuracy"]["quiz"]["sampled"][-1])
     return tries[best], runs
 
@@ -199,19 +218,20 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps, of {PROMPTS * GROUP} answers each")
     parser.add_argument("--quiz", type=int, default=QUIZ, help="number of questions to train on")
     parser.add_argument("--others", type=int, default=OTHERS, help="number of other questions")
+    parser.add_argument("--runs", type=Path, help="folder that keeps each finished run, so that a stopped one goes on")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sizes = {"steps": args.steps, "quiz": args.quiz, "others": args.others}
     chosen, tuning = {}, []
     for objective in OBJECTIVES:
-        chosen[objective], tried = tune(objective, **sizes)
+        chosen[objective], tried = tune(objective, args.runs, **sizes)
         tuning += tried
         print(output.table(
             ("tries", "learning rate", "penalty", "accuracy after, quiz"),
             [(objective, r["rate"], r["penalty"], f"{100 * r['accuracy']['quiz']['sampled'][-1]:.1f}") for r in tried],
         ), flush=True)  # fmt: skip
     seeds = range(args.seed, args.seed + args.seeds)
-    runs = [run(chosen[objective], seed, **sizes) for seed in seeds for objective in OBJECTIVES]
+    runs = [kept(chosen[objective], seed, args.runs, **sizes) for seed in seeds for objective in OBJECTIVES]
     found = table_of(runs)
     said = sentence(found, args.seeds)
     print(report(found), said, sep="\n\n")

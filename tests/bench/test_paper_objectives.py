@@ -103,7 +103,11 @@ def test_the_command_tunes_each_objective_as_often_and_compares_by_seed(tmp_path
 
     monkeypatch.setattr(objectives, "run", run)
     monkeypatch.setattr(objectives, "draw", lambda *_: None)
-    objectives.main(["--seeds", "3", "--out", str(tmp_path)])
+    command = ["--seeds", "3", "--out", str(tmp_path), "--runs", str(tmp_path / "runs")]
+    for _ in range(2):  # the second time, every run is there
+        objectives.main(command)
+    with pytest.raises(ValueError, match="give another folder to --runs"):
+        objectives.main([*command, "--steps", "7"])
     assert [tried.count((name, objectives.TUNING)) for name in gains] == [6, 6, 6] and len(tried) == 18 + 9
     record = json.loads((tmp_path / "paper-objectives.json").read_text())
     chosen = record["settings"]["chosen"]
