@@ -33,7 +33,8 @@ def interval(values: Sequence[float]) -> list[float]:
 def table_of(runs: list[dict]) -> dict[str, dict]:
     """Return {objective: {set: {measure: {"before", "after", "gain", "ahead"}}, curve: its last 5 steps}}.
 
-    Each cell is the mean over seeds and its 95% interval. "ahead" is the gain less GRPO's with the same seed.
+    Each cell is the mean over seeds and its 95% interval. "ahead" is the accuracy after training less GRPO's with the
+    same seed.
     """
 
     def change(objective: str, name: str, measure: str) -> np.ndarray:
@@ -67,7 +68,7 @@ def report(found: dict[str, dict]) -> str:
     for name, label in SETS.items():
         header = [f"{label}: accuracy, %, [95%]"]
         for measure in ("sampled", "greedy"):
-            header += [f"{measure}, before", "after", "gain", "ahead of GRPO"]
+            header += [f"{measure}, before", "after", "gain", "less GRPO's"]
         rows = []
         for objective, cells in found.items():
             row = [NAMES[objective]]
@@ -94,15 +95,15 @@ def sentence(found: dict[str, dict], seeds: int) -> str:
         if objective != "grpo":
             ahead = [quiz["sampled"]["ahead"], others["sampled"]["ahead"]]
             parts.append(
-                f"It is ahead of GRPO by {percent(ahead[0], '+')} and {percent(ahead[1], '+')} points "
-                f"({verdict(ahead[0])}; {verdict(ahead[1])})."
+                f"Its accuracy less GRPO's: {percent(ahead[0], '+')} points on the questions trained on "
+                f"({verdict(ahead[0])}), {percent(ahead[1], '+')} on others ({verdict(ahead[1])})."
             )
     return output.paragraph(*parts, f"{seeds} seeds; brackets are 95% intervals over seeds.")
 
 
 def verdict(cell: list[float]) -> str:
     _, low, high = cell
-    return "ahead" if low > 0 else "behind" if high < 0 else "no difference beyond the interval"
+    return "ahead" if low > 0 else "behind" if high < 0 else "within the interval"
 
 
 def draw(runs: list[dict], found: dict[str, dict], seeds: int, path: Path) -> None:

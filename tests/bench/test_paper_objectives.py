@@ -70,8 +70,10 @@ def test_a_run_trains_on_its_questions_in_their_order(monkeypatch):
 
 def test_the_learning_rate_rises_then_falls_to_zero():
     factors = [objectives.scale(step, 20) for step in range(21)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0] and factors[4] == 1.0 and factors[-1] == pytest.approx(0.0)
-    assert all(np.diff(factors[4:]) < 0)
+    warmup = objectives.WARMUP
+    assert factors[:warmup] == [(step + 1) / warmup for step in range(warmup)]
+    assert factors[warmup] == 1.0 and factors[-1] == pytest.approx(0.0)
+    assert all(np.diff(factors[warmup:]) < 0)
 
 
 def test_intervals_are_students():
@@ -117,5 +119,22 @@ def test_the_command_tunes_each_objective_as_often_and_compares_by_seed(tmp_path
     ahead = {name: cells["quiz"]["sampled"]["ahead"] for name, cells in record["results"]["table"].items()}
     assert ahead["reval"] == pytest.approx([0.1] * 3) and ahead["tbrm"] == pytest.approx([-0.05] * 3)
     said = capsys.readouterr().out
-    assert record["results"]["sentence"] in said and "(ahead; ahead)" in said and "(behind; behind)" in said
+    assert record["results"]["sentence"] in said and said.count("(ahead)") == said.count("(behind)") == 4
     assert record["settings"]["processor_minutes"] == pytest.approx(2.7)
+
+
+def test_the_numbers_in_the_documentation_are_those_of_the_record():
+    record = json.loads((ROOT / "bench" / "results" / "paper-objectives.json").read_text())
+    table, settings = record["results"]["table"], record["settings"]
+    page = " ".join((ROOT / "docs" / "evidence.md").read_text().partition("\n## Objectives\n")[2].split())
+    wanted = [f"{settings['seeds']} seeds", f"{settings['processor_minutes']:.0f} minutes of one core"]
+    for objective, cells in table.items():
+        wanted += [objectives_report.percent(cells["quiz"]["sampled"][when]) for when in ("before", "after")]
+        wanted += [objectives_report.percent(cells["others"][m]["gain"], "+") for m in ("sampled", "greedy")]
+        one = settings["chosen"][objective]
+        wanted += [f"{one['rate']:.0e}".replace("e-0", "e-"), f"{one['penalty']:g}"]
+        if objective != "grpo":
+            wanted += [objectives_report.percent(cells[name]["sampled"]["ahead"], "+") for name in ("quiz", "others")]
+    assert not [w for w in wanted if w not in page]
+    tries = [(r["objective"], r["rate"], r["penalty"]) for r in record["results"]["tuning"]]
+    assert len(set(tries)) == len(tries) and {sum(t[0] == name for t in tries) for name in table} == {12}
