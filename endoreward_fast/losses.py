@@ -115,7 +115,8 @@ def tbrm_loss(
     reference  rewards of the tokens under the reference, or its log-probabilities (B, T), nats
 
     The other arguments are as in `reval_loss`. The paper takes beta = 0.002 for completions of up to 2048 tokens, and
-    works with one completion per prompt.
+    works with one completion per prompt. r / beta of a right answer has to be above V(s_1), 17 nats in `pocket`: below
+    it, the residual is positive at the start, and the loss lowers the probability of right answers too.
 
         >>> from endoreward_fast import token_rewards
         >>> tokens, mask = torch.tensor([[0, 1, 2]]), torch.tensor([[False, True, True]])
