@@ -2,7 +2,8 @@
 
 Functions on tensors: `token_rewards`, `linear_token_rewards`, `vocab_stats`, `linear_vocab_stats`, `sequence_score`,
 `rewards_to_go`, `terminal_at`. Loaded models: `EndoRewardModel`, which returns `RowScore`, `TokenTable` and `Ranked`;
-`RewardModel`, a trained reward model to compare with. Intrinsic rewards by name: `SIGNALS`.
+`RewardModel`, a trained reward model to compare with. Intrinsic rewards by name: `SIGNALS`. Objectives for RL on a
+model's values: the module `losses`.
 
 Each name is imported on first use, so the command's help does not wait for torch. Importing the package imports neither
 triton nor transformers.

@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "vocab": "types errors kernels",
     "functional": "types vocab",
     "returns": "vocab",
+    "losses": "types vocab",
     "signals": "types errors vocab functional returns",
     "text": "errors",
     "head": "errors vocab",

@@ -37,7 +37,10 @@ def answers(
     return [found[i : i + each] for i in range(0, len(found), each)]
 
 
-def _generate(model: nn.Module, tokenizer, problems: Sequence[Problem], greedy: bool, longest: int) -> list[Answer]:
+def generated(
+    model: nn.Module, tokenizer, problems: Sequence[Problem], greedy: bool = False, longest: int = LONGEST
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Return the prompts as the model reads them, padded on the left, and (N, longest) ids of the answers."""
     prompts = tokenizer.apply_chat_template(
         [p.prompt() for p in problems], add_generation_prompt=True, return_tensors="pt", return_dict=True,
         padding=True, tokenizer_kwargs={"padding_side": "left"},
@@ -48,12 +51,19 @@ def _generate(model: nn.Module, tokenizer, problems: Sequence[Problem], greedy: 
     with torch.inference_mode():
         ids = model.generate(**prompts, **sampling, max_new_tokens=longest, pad_token_id=tokenizer.pad_token_id)
     model.train(training)
-    made = []
-    for row in ids[:, prompts["input_ids"].shape[1] :].tolist():
-        ended = tokenizer.eos_token_id in row
-        length = row.index(tokenizer.eos_token_id) + 1 if ended else len(row)
-        made.append(Answer(tokenizer.decode(row[:length], skip_special_tokens=True).strip(), length, ended))
-    return made
+    return prompts, ids[:, prompts["input_ids"].shape[1] :].clone()
+
+
+def read(tokenizer, row: list[int]) -> Answer:
+    """Return the answer in a row of ids, which ends with its first end token."""
+    ended = tokenizer.eos_token_id in row
+    length = row.index(tokenizer.eos_token_id) + 1 if ended else len(row)
+    return Answer(tokenizer.decode(row[:length], skip_special_tokens=True).strip(), length, ended)
+
+
+def _generate(model: nn.Module, tokenizer, problems: Sequence[Problem], greedy: bool, longest: int) -> list[Answer]:
+    _, ids = generated(model, tokenizer, problems, greedy, longest)
+    return [read(tokenizer, row) for row in ids.tolist()]
 
 
 def right(problems: Sequence[Problem], found: Sequence[Sequence[Answer]]) -> torch.Tensor:

@@ -87,7 +87,7 @@ def test_every_method_gets_its_own_scores(pocket, reward_model, tmp_path):
 def test_tables_have_a_line_for_each_method(pocket, tmp_path):
     # A row without a score has no signals either: it does not make them signals that some row could have had.
     broken = {"prompt": "No completion."}
-    shown = run("eval", put(tmp_path, *PAIRS, broken), "--signals", "all", "--judge", "verifier", "-q").stdout
+    shown = run("eval", put(tmp_path, *PAIRS, broken), "--signals", "all", "--judge", "verifier", "-q", code=2).stdout
     lines = shown[shown.index("by method") :].splitlines()[1:]
     assert [line.split("  ")[2] for line in lines[: len(NO_NEEDS) + 1]] == [*NO_NEEDS, "judge, verifier"]
     assert all("%" in line and "2 rows" in line for line in lines[: len(NO_NEEDS) + 1])

@@ -27,6 +27,7 @@ from endoreward_fast import (
     token_rewards,
     vocab_stats,
 )
+from endoreward_fast.losses import BellmanLoss, reval_loss, tbrm_loss
 from endoreward_fast.rivals.judges import JUDGES, Judge, Pairwise, Verifier
 from endoreward_fast.signals import Signal, TokenStats
 
@@ -75,6 +76,8 @@ hidden, weight, on = torch.randn(1, 3, 4), torch.randn(8, 4), torch.tensor([[0, 
 logits = hidden @ weight.T
 assert_type(token_rewards(logits, ids, mask=on, impl="reference"), TokenRewards)
 assert_type(linear_token_rewards(hidden, weight, ids, mask=on, softcap=30.0), TokenRewards)
+assert_type(reval_loss(scorer(ids), scorer(ids), on, ids[:, 0], beta=0.1, level="token"), BellmanLoss)
+assert_type(tbrm_loss(scorer(ids), scorer(ids).logprob, on, ids[:, 0], beta=0.1).loss, Tensor)
 assert_type(vocab_stats(logits).lse, Tensor)
 assert_type(vocab_stats(logits, ids, entropy=True, logit_mean=True), VocabStats)
 assert_type(linear_vocab_stats(hidden, weight), VocabStats)

@@ -4,6 +4,7 @@ import torch
 
 import endoreward_fast
 from endoreward_fast import EndoRewardModel, RewardModel, rewards_to_go, sequence_score, token_rewards, vocab_stats
+from endoreward_fast.losses import reval_loss
 from endoreward_fast.rivals.judges import Verifier
 
 scorer, rival = EndoRewardModel.from_pretrained("pocket"), RewardModel.from_pretrained("a/name")
@@ -41,6 +42,8 @@ scorer(ids, impl="fast")  # no
 _ = scorer(ids).rewards  # no
 token_rewards(logits, ids, ids)  # no
 token_rewards(logits)  # no
+reval_loss(scorer(ids), scorer(ids).logprob, ids > 0, logits, beta=0.1)  # no
+reval_loss(scorer(ids), scorer(ids), ids > 0, logits)  # no
 vocab_stats(logits, impl="fast")  # no
 vocab_stats(logits, "targets")  # no
 sequence_score(logits[..., 0], ids, reduction="max")  # no
