@@ -66,7 +66,8 @@ def post_process_rewards(args: Any, samples: Sequence[Any], **_: Any) -> tuple[l
     the policy did not choose. slime sends them to the trainers in place of one reward for each sample, and `advantages`
     takes them there. A sample without a reward is no part of its group's mean, and its advantages are 0.
 
-    Raises EndoRewardError: samples that `custom_rm` has not scored, or no `--custom-advantage-function-path`.
+    Raises EndoRewardError: samples that `custom_rm` has not scored, samples without a group_index, no
+    `--custom-advantage-function-path`.
     """
     if getattr(args, "custom_advantage_function_path", None) is None:
         raise EndoRewardError(
@@ -77,6 +78,12 @@ def post_process_rewards(args: Any, samples: Sequence[Any], **_: Any) -> tuple[l
     if unknown is not None:
         raise EndoRewardError(
             f"sample {unknown.index} has no endogenous reward: set --custom-rm-path {__name__}.custom_rm"
+        )
+    alone = next((sample for sample in samples if sample.group_index is None), None)
+    if alone is not None:
+        raise EndoRewardError(
+            f"sample {alone.index} has no group_index, so the other samples of its prompt are unknown: let the data "
+            "source set it"
         )
     options = _options(args)
     places: dict[Any, list[int]] = {}

@@ -31,7 +31,7 @@ def group_advantages(
     A completion without any reward is no part of the group's mean and spread, and its advantages are 0.
     """
     known = [None if row is None else torch.tensor(row, dtype=torch.float64) for row in rewards]
-    to_go = torch.full((len(known), max(lengths, default=0)), torch.nan, dtype=torch.float64)
+    to_go = torch.full((len(known), max(1, *lengths)), torch.nan, dtype=torch.float64)
     for place, row in zip(to_go, known, strict=True):
         if row is not None:
             place[: len(row)] = rewards_to_go(row[None], torch.ones_like(row[None], dtype=torch.bool), gamma=gamma)[0]

@@ -140,7 +140,7 @@ def test_samples_without_a_reward_do_not_lose_the_others(pocket, eos, real):
 @SOURCES
 def test_token_advantages_reach_the_trainers(pocket, eos, real):
     group = samples(eos, real)
-    lost = sample([5, 6], [7, 8], real=real, loss_mask=[0, 0], index=4)
+    lost = sample([5, 6], [7, 8], real=real, loss_mask=[0, 0], index=4, group_index=0)
     group.insert(1, lost)  # groups need not be consecutive, nor of one size
     args = slime_args(PATH, endo_reward={"scale": "none"})
     ask(args, group, real)
@@ -171,6 +171,10 @@ def test_functions_without_each_other_are_named(eos):
     args = slime_args(PATH)
     args.custom_advantage_function_path = PER_TOKEN
     with pytest.raises(EndoRewardError, match="sample 0 has no endogenous reward: set --custom-rm-path"):
+        post_process_rewards(args, group)
+    ask(args, group)
+    group[0].group_index = None
+    with pytest.raises(EndoRewardError, match="sample 0 has no group_index"):
         post_process_rewards(args, group)
     data = {"rewards": [1.0], "kl": [torch.zeros(2)], "total_lengths": [3], "response_lengths": [2]}
     with pytest.raises(EndoRewardError, match="set --custom-reward-post-process-path"):
