@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ..errors import EndoRewardError
 from .batched import BatchedReward, Rewarded
 from .generated import generated_row
-from .token_level import group_advantages
+from .token_level import group_advantages, mean_of
 
 
 class Branch(NamedTuple):
@@ -54,6 +54,9 @@ class EndoScoring:
 
     A branch that cannot be scored (too long, not finite, with images) is no part of its group's baseline. Without an
     environment's weight its advantages are 0, and prime-rl drops such tokens. `reward.reasons` counts the reasons.
+    Each trace's metrics get endo_reward/token (mean reward of a token), endo_reward/first_value (V of the prompt),
+    endo_reward/length and endo_reward/unscored (a number of branches).
+
     Traces with an error, and agents that are not trained, are left alone.
 
     Raises EndoRewardError: a configuration without a model, an option outside of its range, a node whose mask does not
@@ -93,6 +96,8 @@ class EndoScoring:
         )  # fmt: skip
         for trace in _trained(episodes):  # a node of no branch, such as an abandoned attempt, gets 0
             _assign(trace.nodes, [0.0] * sum(sum(map(bool, node.mask)) for node in trace.nodes))
+            mine = [one.metrics() for branch, one in zip(branches, found, strict=True) if branch.trace is trace]
+            trace.metrics.update(mean_of(mine))
         for branch, values in zip(branches, advantages, strict=True):
             _assign(branch.nodes, values)
 

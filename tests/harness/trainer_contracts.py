@@ -29,7 +29,9 @@ def trace(nodes, *, real=False, reward=0.0, error=False, trainable=True):
     leaves = [i for i in range(len(made)) if all(node.parent != i for node in made)]
     branches = [SimpleNamespace(nodes=_path(made, leaf), multi_modal_data=None) for leaf in leaves]
     agent = SimpleNamespace(trainable=trainable)
-    return SimpleNamespace(id="t", nodes=made, branches=branches, reward=reward, has_error=error, agent=agent)
+    return SimpleNamespace(
+        id="t", nodes=made, branches=branches, reward=reward, has_error=error, agent=agent, metrics={}
+    )
 
 
 def _path(nodes, leaf):

@@ -1,6 +1,8 @@
 """Statistics of a batch against numbers worked out by hand, and when a run counts as collapsed."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 
@@ -127,3 +129,28 @@ def test_logs_without_a_value_neither_count_nor_end_a_run():
 def test_a_limit_outside_of_its_range_is_refused(name, value):
     with pytest.raises(EndoRewardError, match=rf"Limits\({name}=.*expected a number"):
         Limits(**{name: value})
+
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+
+
+def seen(file, arm):
+    """The step at which each recorded run first counts as collapsed, by seed. None: never."""
+    found = []
+    for run in json.loads((RESULTS / file).read_text())["results"]["runs"]:
+        if run["arm"] == arm:
+            curves = run["curves"] | ({"reward": run["curves"]["accuracy"]} if arm == "verifiable" else {})
+            course, names = Course(Limits()), ("reward", "entropy", "accuracy")
+            logs = (
+                course.update(dict(zip(names, log, strict=True))) for log in zip(*map(curves.get, names), strict=True)
+            )
+            found.append(next((step for step, verdict in enumerate(logs, 1) if verdict.collapsed), None))
+    return found
+
+
+def test_recorded_runs_collapse_where_the_evidence_says():
+    """docs/evidence.md has these steps."""
+    assert seen("paper-rl-smollm2.json", "endogenous") == [15, 20, 17]
+    assert seen("paper-rl-smollm2.json", "verifiable") == [13, 17, None]
+    for file in ("paper-rl.json", "paper-rl-fresh-seeds.json", "paper-rl-320-questions.json"):
+        assert seen(file, "endogenous") == seen(file, "verifiable") == [None] * 3

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from endoreward_fast import EndoRewardError, EndoRewardModel, rewards_to_go
 from endoreward_fast.integrations.prime_rl import EndoScoring
-from tiny_models import EOS, TOKENIZER, build, sampled_rewards
+from tiny_models import EOS, TOKENIZER, alone, build, sampled_rewards
 from trainer_contracts import Algorithm, episodes, installed, trace
 
 REAL = pytest.param(
@@ -61,6 +61,10 @@ def compact(scorer, prompt, completion, own):
     return rewards[torch.tensor(own, dtype=torch.bool)]
 
 
+def first_value(scorer):
+    return alone(scorer, torch.tensor([1, 2, 3])).value[0, 2].item()
+
+
 def given(one):
     return [node.advantages for node in one.nodes if any(node.mask)]
 
@@ -80,6 +84,10 @@ def test_advantages_are_rewards_to_go_less_the_groups_mean(scorer, real):
     wanted = torch.cat([to_go[1][:3] - mean, torch.zeros(1)])  # the last position is in one completion only
     assert [len(values) for values in second] == [2, 2]  # by node, the tool's tokens left out
     torch.testing.assert_close(torch.tensor([*second[0], *second[1]]), wanted, rtol=1e-4, atol=1e-4)
+    assert traces[1].metrics == {
+        "endo_reward/token": pytest.approx(rows[1].mean().item(), abs=1e-3), "endo_reward/length": 4.0,
+        "endo_reward/first_value": pytest.approx(first_value(scorer), abs=1e-3), "endo_reward/unscored": 0.0,
+    }  # fmt: skip
     if real:
         from prime_rl.orchestrator.trajectories import trace_to_samples
 
@@ -119,15 +127,16 @@ def test_traces_that_are_not_trained_are_left_alone(scorer, real):
 def test_an_unscored_trace_gets_zero_and_leaves_the_others_theirs(scorer, real):
     long = [(None, [1], False), (0, [2] * scorer.max_positions, True)]
     bad = [(None, [1], False), (0, [10**6, EOS], True)]
-    alone = [trace(ONE_TURN, real=real), trace(TWO_TURNS, real=real)]
-    finalize(algorithm(scorer, real), alone, real)
+    apart = [trace(ONE_TURN, real=real), trace(TWO_TURNS, real=real)]
+    finalize(algorithm(scorer, real), apart, real)
     mixed = [trace(long, real=real), trace(ONE_TURN, real=real), trace(bad, real=real), trace(TWO_TURNS, real=real)]
     made = algorithm(scorer, real)
     finalize(made, mixed, real)
     assert given(mixed[0]) == [[0.0] * scorer.max_positions] and given(mixed[2]) == [[0.0, 0.0]]
-    for one, other in ((mixed[1], alone[0]), (mixed[3], alone[1])):
+    for one, other in ((mixed[1], apart[0]), (mixed[3], apart[1])):
         for mine, theirs in zip(given(one), given(other), strict=True):
             assert mine == pytest.approx(theirs, abs=1e-4)
+    assert mixed[0].metrics == {"endo_reward/unscored": 1.0}
     assert sum(made.reward.reasons.values()) == 2 and any("limit is 128" in reason for reason in made.reward.reasons)
 
 
