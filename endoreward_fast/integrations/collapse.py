@@ -51,7 +51,8 @@ def last_text(completion: Any) -> str:
 def measure(rows: Sequence[Sampled]) -> dict[str, float]:
     """Return statistics of a batch. A statistic without a value (no group of two, no variance) is left out.
 
-    majority            share of a group's most frequent answer, mean over the groups (prompts) of two or more
+    majority            share of a group's most frequent answer, mean over the groups (prompts) of two or more: the
+                        majority ratio of PRIME-RL/TTRL. 0 for a group without any answer
     distinct            number of different completions of a group, divided by its size, mean over the same groups
     one_answer          share of the batch's most frequent answer, whatever the prompt; for two or more prompts
     no_answer           share of completions without an answer. Such completions agree with no other one
@@ -85,7 +86,7 @@ def _mean(values: Iterable[float]) -> float:
 
 def _top_share(rows: Sequence[Sampled]) -> float:
     counts = Counter(row.answer for row in rows if row.answer is not None)
-    return (max(counts.values()) if counts else 1) / len(rows)
+    return max(counts.values(), default=0) / len(rows)
 
 
 def _correlation(groups: Sequence[Sequence[Sampled]]) -> float | None:
@@ -153,9 +154,10 @@ class Course:
 
     Under an intrinsic reward, accuracy rises and then falls, while the reward is held (the "rise-then-fall" of arXiv
     2603.08660's abstract). A run has collapsed if its reward is at or above its start and a sign of `Limits` holds.
-    The paper's own Model Collapse Step needs labels: it is the first step with a reward accuracy below 1% (after the
-    paper's summaries; its text was not at hand). Entropy, majority and one_answer need none. They say that the policy
-    has one answer left, right or wrong, so that the reward cannot tell completions apart any more.
+    The paper's Model Collapse Step is where "reward accuracy" collapses. In its code (PRIME-RL/TTRL, ttrl_utils.py), this
+    is the share of completions whose intrinsic reward equals the reward by their labels. It needs rewards of 0 and 1;
+    here, accuracy takes its place. Entropy, majority and one_answer need no labels. They say that the policy has one
+    answer left, right or wrong, so that the reward cannot tell completions apart any more.
 
     Values are means over the last `window` logs. The start is the mean over the first `window` logs, or `start`.
     Nothing is judged before the first `window` logs are complete.

@@ -30,7 +30,9 @@ def test_statistics_of_two_groups_are_those_worked_out_by_hand():
 
 def test_completions_without_an_answer_agree_with_no_other():
     found = measure(rows((1, None, 1, 1, 0.0), (1, None, 1, 1, 0.0), (1, None, 1, 1, 0.0)))
-    assert found["majority"] == 1 / 3 and found["distinct"] == 1 / 3 and found["no_answer"] == 1
+    assert found["majority"] == 0 and found["distinct"] == 1 / 3 and found["no_answer"] == 1
+    some = measure(rows((1, None, 1, 1, 0.0), (1, None, 1, 1, 0.0), (1, 5, 2, 1, 0.0)))
+    assert some["majority"] == 1 / 3
 
 
 @pytest.mark.parametrize("reward", [None, math.nan, -math.inf])
