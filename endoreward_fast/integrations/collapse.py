@@ -154,9 +154,9 @@ class Course:
 
     Under an intrinsic reward, accuracy rises and then falls, while the reward is held (the "rise-then-fall" of arXiv
     2603.08660's abstract). A run has collapsed if its reward is at or above its start and a sign of `Limits` holds.
-    The paper's Model Collapse Step is where "reward accuracy" collapses. In its code (PRIME-RL/TTRL, ttrl_utils.py), this
-    is the share of completions whose intrinsic reward equals the reward by their labels. It needs rewards of 0 and 1;
-    here, accuracy takes its place. Entropy, majority and one_answer need no labels. They say that the policy has one
+    The paper's Model Collapse Step is where "reward accuracy" collapses. In its code (PRIME-RL/TTRL, ttrl_utils.py),
+    this is the share of completions whose intrinsic reward equals the reward by their labels. It needs rewards of 0 and
+    1; here, accuracy takes its place. Entropy, majority and one_answer need no labels. They say that the policy has one
     answer left, right or wrong, so that the reward cannot tell completions apart any more.
 
     Values are means over the last `window` logs. The start is the mean over the first `window` logs, or `start`.
