@@ -169,3 +169,51 @@ def test_skyrls_trainer_takes_token_rewards(scorer):
     trainer = SimpleNamespace(cfg=SimpleNamespace(generator=generator), all_metrics={})
     found, _ = RayPPOTrainer.postprocess_generator_output(trainer, dict(output), PROMPTS)
     assert found["rewards"] == output["rewards"]
+
+
+@SKYRL
+def test_skyrls_own_generator_is_wrapped_in_two_turns():
+    """SkyRLGymGenerator with the embedded model's tokenizer, an environment of two turns, and a stand-in for vLLM."""
+    from types import SimpleNamespace
+
+    import skyrl_gym
+    from skyrl.train.config import GeneratorConfig
+    from skyrl.train.generators.skyrl_gym_generator import SkyRLGymGenerator
+    from skyrl_gym.envs.base_text_env import BaseTextEnv, BaseTextEnvStepOutput
+
+    pocket = EndoRewardModel.from_pretrained("pocket")
+    eos = pocket.tokenizer.eos_token_id
+
+    class Twice(BaseTextEnv):
+        def __init__(self, **_):
+            super().__init__()
+            self.asked = 0
+
+        def step(self, action):
+            self.asked += 1
+            seen = [{"role": "user", "content": "And 2 + 2?"}] if self.asked == 1 else []
+            return BaseTextEnvStepOutput(observations=seen, reward=0.5, done=self.asked == 2, metadata={})
+
+    class Engine:
+        async def generate(self, asked, model=None):
+            ids = [7, 8, eos]
+            return {"responses": ["x"], "stop_reasons": ["stop"], "response_logprobs": None, "response_ids": [ids]}
+
+        async def finish_session(self, session_id):
+            pass
+
+    skyrl_gym.register(id="twice", entry_point=Twice)  # in this process alone
+    cfg = GeneratorConfig(batched=False, max_turns=2, use_conversation_multi_turn=True, max_input_length=512)
+    cfg.sampling_params.logprobs = None
+    inner = SkyRLGymGenerator(cfg, SimpleNamespace(max_env_workers=0), Engine(), pocket.tokenizer)
+    asked = generator_input(["a", "a"]) | {
+        "env_classes": ["twice"] * 2,
+        "env_extras": [{}] * 2,
+        "sampling_params": None,
+    }
+    output = asyncio.run(EndoGenerator(inner, pocket).generate(asked))
+    fields = ("rewards", "prompt_token_ids", "response_ids", "loss_masks")
+    for rewards, prompt, response, mask in zip(*(output[name] for name in fields), strict=True):
+        assert mask[:4] == [1, 1, 1, 0] and mask[-3:] == [1, 1, 1]  # two turns, the observation between them
+        theirs = sampled_rewards(pocket, prompt, response, {eos}) * torch.tensor(mask)
+        torch.testing.assert_close(torch.tensor(rewards), theirs, rtol=1e-4, atol=1e-3)
