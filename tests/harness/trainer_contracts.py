@@ -2,7 +2,7 @@
 
 prime-rl 0.8.0 (559b447, read 2026-11-29)     src/prime_rl/orchestrator/algo/base.py, trajectories.py and
                                               verifiers/v1/graph.py: episodes -> traces -> nodes and branches
-SkyRL 0.3.0 (a956457, read 2026-11-29)        skyrl/train/generators/base.py: GeneratorInput and GeneratorOutput
+skyrl 0.3.0 (PyPI, read 2026-11-29)          skyrl/train/generators/base.py: GeneratorInput and GeneratorOutput
 slime 0.3.1 (624b824, read 2026-11-29)        slime/utils/types.py: Sample; slime/rollout/rm_hub: how it is asked for
 """
 
@@ -12,9 +12,22 @@ from enum import Enum
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 
-def installed(name):
-    return importlib.util.find_spec(name) is not None
+
+def needs(module):
+    """A mark that skips a test where a trainer's module cannot be imported, and says why."""
+    package = module.partition(".")[0]
+    if importlib.util.find_spec(package) is None:
+        return pytest.mark.skipif(True, reason=f"{package} is not installed")
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # installed without what it needs, as `pip install --no-deps skyrl` does for its kernel
+        return pytest.mark.skipif(True, reason=f"{module} cannot be imported: {error!r}"[:150])
+    return pytest.mark.skipif(False, reason="")
+
+
+PRIME_RL, SKYRL, SLIME = "prime_rl.orchestrator.algo", "skyrl.train.trainer", "slime.rollout.sglang_rollout"
 
 
 # --- prime-rl: a node (parent, token ids, sampled), as verifiers' MessageNode

@@ -13,11 +13,9 @@ from transformers import LlamaConfig
 from endoreward_fast import EndoRewardError, EndoRewardModel, rewards_to_go
 from endoreward_fast.integrations.prime_rl import EndoScoring
 from tiny_models import EOS, TOKENIZER, alone, build, sampled_rewards
-from trainer_contracts import Algorithm, episodes, installed, trace
+from trainer_contracts import PRIME_RL, Algorithm, episodes, needs, trace
 
-REAL = pytest.param(
-    True, marks=pytest.mark.skipif(not installed("prime_rl"), reason="prime-rl is not installed"), id="prime-rl"
-)
+REAL = pytest.param(True, marks=needs(PRIME_RL), id="prime-rl")
 SOURCES = pytest.mark.parametrize("real", [pytest.param(False, id="recorded"), REAL])
 ONE_TURN = [(None, [1, 2], False), (0, [3, 4, EOS], True)]
 TWO_TURNS = [(None, [1, 2], False), (0, [3, 4], True), (1, [5, 6], False), (2, [7, EOS], True)]
@@ -165,3 +163,31 @@ def test_mistakes_are_named_in_one_line(scorer):
     odd.nodes[1].mask = [True]
     with pytest.raises(EndoRewardError, match="1 mask entries for 3 tokens"):
         finalize(algorithm(scorer), [odd], False)
+
+
+@needs(PRIME_RL)
+def test_prime_rl_builds_and_runs_the_algorithm_of_the_page(monkeypatch):
+    """The two classes of docs/trainers.md, registered as prime-rl registers its own."""
+    from typing import Literal
+
+    from prime_rl.configs.algorithm import BaseAlgoConfig
+    from prime_rl.orchestrator.algo import ALGORITHM_CLASSES, build_algorithm
+    from prime_rl.orchestrator.algo.base import Algorithm as Base
+
+    class EndoAlgoConfig(BaseAlgoConfig):
+        type: Literal["endo"] = "endo"
+        model: str
+        gamma: float = 1.0
+        environment: float = 0.0
+
+    class EndoAlgorithm(EndoScoring, Base):
+        pass
+
+    monkeypatch.setitem(ALGORITHM_CLASSES, "endo", EndoAlgorithm)
+    made = build_algorithm(EndoAlgoConfig(model="pocket", gamma=0.9), None)
+    asyncio.run(made.setup())
+    turns = [(None, [5, 6], False), (0, [7, 8, 2], True)], [(None, [5, 6], False), (0, [9, 10], True)]
+    traces = [trace(nodes, real=True) for nodes in turns]
+    finalize(made, traces, True)
+    assert made.gamma == 0.9 and given(traces[0])[0][0] == pytest.approx(-given(traces[1])[0][0])
+    assert abs(given(traces[0])[0][0]) <= 0.7072

@@ -15,9 +15,8 @@ from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.integrations.advantages import token_advantages
 from endoreward_fast.integrations.skyrl import EndoGenerator, token_level_advantages
 from tiny_models import EOS, TOKENIZER, build, sampled_rewards
-from trainer_contracts import Generated, generator_input, generator_output, installed
+from trainer_contracts import SKYRL, Generated, generator_input, generator_output, needs
 
-SKYRL = pytest.mark.skipif(not installed("skyrl"), reason="SkyRL is not installed")
 # complete; cut; two turns with an observation between them; ended by SkyRL, which appended the end token
 ROWS = [
     ([1, 2], [3, 4, EOS], [1, 1, 1]),
@@ -127,7 +126,7 @@ def test_the_estimator_gives_every_token_the_advantage_within_its_group():
     assert token_level_advantages(rewards, mask, index, gamma=0.5)[1][2, 0] == 5 + 0.5 * (1 + 0.5)
 
 
-@SKYRL
+@needs(SKYRL)
 def test_skyrls_own_checks_and_estimators_take_the_output(scorer):
     from skyrl.backends.skyrl_train.utils.ppo_utils import AdvantageEstimatorRegistry, compute_advantages_and_returns
     from skyrl.train.generators.base import GeneratorInterface
@@ -158,7 +157,7 @@ def test_skyrls_own_checks_and_estimators_take_the_output(scorer):
     assert (found["endo_token_level"][mask == 0] == 0).all() and found["endo_token_level"][:3, 0].sum().abs() < 1e-4
 
 
-@SKYRL
+@needs(SKYRL)
 def test_skyrls_trainer_takes_token_rewards(scorer):
     from types import SimpleNamespace
 
@@ -171,7 +170,7 @@ def test_skyrls_trainer_takes_token_rewards(scorer):
     assert found["rewards"] == output["rewards"]
 
 
-@SKYRL
+@needs(SKYRL)
 def test_skyrls_own_generator_is_wrapped_in_two_turns():
     """SkyRLGymGenerator with the embedded model's tokenizer, an environment of two turns, and a stand-in for vLLM."""
     from types import SimpleNamespace

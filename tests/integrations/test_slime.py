@@ -5,6 +5,7 @@ slime is installed from its source and needs SGLang and Megatron to run, so the 
 
 import asyncio
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,10 +17,10 @@ from endoreward_fast.integrations.slime import advantages, custom_rm, log_rollou
 from endoreward_fast.integrations.token_level import group_advantages
 from endoreward_fast.model.checkpoint import pocket_path
 from tiny_models import sampled_rewards
-from trainer_contracts import installed, sample, slime_args
+from trainer_contracts import SLIME, needs, sample, slime_args
 
 PATH = str(pocket_path())
-REAL = pytest.param(True, marks=pytest.mark.skipif(not installed("slime"), reason="slime is not installed"), id="slime")
+REAL = pytest.param(True, marks=needs(SLIME), id="slime")
 SOURCES = pytest.mark.parametrize("real", [pytest.param(False, id="recorded"), REAL])
 PER_TOKEN = "endoreward_fast.integrations.slime.advantages"
 
@@ -191,7 +192,7 @@ def test_context_parallel_parts_are_taken_by_slimes_rule(monkeypatch):
 
     names = "slime", "slime.backends", "slime.backends.megatron_utils", "slime.backends.megatron_utils.cp_utils"
     for name in names:
-        monkeypatch.setitem(__import__("sys").modules, name, SimpleNamespace(slice_log_prob_with_cp=cut, __path__=[]))
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(slice_log_prob_with_cp=cut, __path__=[]))
     data = {"rewards": [torch.arange(4.0)], "kl": [torch.zeros(2)], "total_lengths": [7], "response_lengths": [4]}
     advantages(None, data)
     assert data["advantages"][0].tolist() == [1, 2] and asked == [(7, 4)]
@@ -219,3 +220,30 @@ def test_the_model_is_loaded_once(eos, monkeypatch):
     asyncio.run(together())
     integration._reward.cache_clear()
     assert made == [{"model": PATH}]
+
+
+@needs(SLIME)
+@pytest.mark.parametrize("group_rm", [False, True])
+def test_slimes_own_rollout_asks_for_rewards(pocket, eos, group_rm, monkeypatch):
+    """slime's rollout of a group, with a generate function in place of SGLang. One of its samples is aborted."""
+    from slime.rollout.sglang_rollout import generate_and_rm_group
+    from slime.utils.types import Sample
+
+    async def generate(args, one, sampling_params):
+        one.tokens, one.response_length = [5, 6, 7, 8 + one.index, eos], 3
+        one.status = Sample.Status.ABORTED if one.index == 1 else Sample.Status.COMPLETED
+        return one
+
+    monkeypatch.setitem(sys.modules, "generating", SimpleNamespace(generate=generate))
+    args = slime_args(
+        PATH, sglang_server_concurrency=8, rollout_num_engines=1, sglang_dp_size=1, rollout_temperature=1.0,
+        rollout_top_p=1.0, rollout_top_k=-1, rollout_max_response_len=8, rollout_stop=None, rollout_stop_token_ids=None,
+        rollout_skip_special_tokens=False, partial_rollout=False, mask_offpolicy_in_partial_rollout=False,
+        custom_generate_function_path="generating.generate", rollout_num_gpus=1, rollout_num_gpus_per_engine=1,
+    )  # fmt: skip
+    args.group_rm = group_rm
+    group = [Sample(index=n, group_index=0) for n in range(3)]
+    done = asyncio.run(generate_and_rm_group(args, group, {}))
+    assert [one.index for one in done] == [0, 1, 2] and done[1].reward is None
+    for one in (done[0], done[2]):
+        assert one.reward == pytest.approx(wanted(pocket, one).sum().item(), abs=5e-4)
