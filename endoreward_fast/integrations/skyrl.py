@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import EndoRewardError
@@ -21,7 +20,7 @@ from ..returns import rewards_to_go
 from .advantages import token_advantages
 from .batched import BatchedReward, Rewarded
 from .generated import Own, generated_row
-from .token_level import OTHERS_ONLY, mean_of, spread
+from .token_level import mean_of, spread
 
 
 class EndoGenerator:
@@ -82,8 +81,6 @@ class EndoGenerator:
         return output
 
     async def _score(self, prompt: Sequence[int], response: Sequence[int], mask: Own) -> Rewarded:
-        if len(response) and not any(mask):
-            return self.reward.without(OTHERS_ONLY)
         if len(mask) != len(response):
             return self.reward.without(f"its loss mask has {len(mask)} entries for {len(response)} tokens")
         asked = generated_row(list(prompt), list(response), self.reward.ends, [int(chosen) for chosen in mask])
@@ -143,5 +140,5 @@ def token_level_advantages(
             to_go[rows].masked_fill(~on[rows], torch.nan), totals[rows], endo=0,
             weights=torch.ones(1, device=to_go.device), group=len(rows), scale="group" if grpo_norm_by_std else "none",
         )  # fmt: skip
-        advantages[rows] = F.pad(found, (0, to_go.shape[1] - found.shape[1])) * on[rows]
+        advantages[rows] = found
     return advantages, to_go * on

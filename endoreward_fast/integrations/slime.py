@@ -23,7 +23,7 @@ from torch import Tensor
 from ..errors import EndoRewardError
 from .batched import BatchedReward, Rewarded
 from .generated import generated_row
-from .token_level import OTHERS_ONLY, group_advantages, mean_of, spread
+from .token_level import group_advantages, mean_of, spread
 
 KEY = "endo_reward"
 OPTIONS = ("model", "alpha", "reduction", "gamma", "floor", "max_tokens_per_batch", "unscored", "scale")
@@ -147,8 +147,6 @@ async def _rewarded(args: Any, reward: BatchedReward, sample: Any) -> Any:
         found = reward.without("it has images, and one pass reads token ids")
     elif len(own) != length:
         found = reward.without(f"its loss mask has {len(own)} entries for {length} tokens")
-    elif length and not any(own):
-        found = reward.without(OTHERS_ONLY)
     else:
         found = await asyncio.wrap_future(reward.submit(generated_row(prompt, response, reward.ends, own)))
     sample.metadata = (sample.metadata or {}) | {KEY: _kept(found, own)}

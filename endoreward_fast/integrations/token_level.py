@@ -9,8 +9,6 @@ from ..returns import rewards_to_go
 from .advantages import Scale, token_advantages
 from .generated import Own
 
-OTHERS_ONLY = "its mask leaves no token that the policy chose"
-
 
 def spread(values: Iterable[float], own: Own) -> list[float]:
     """Return one value for each token of a response: `values` on the policy's tokens, in order, and 0 on the others."""

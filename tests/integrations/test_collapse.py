@@ -117,6 +117,12 @@ def test_start_and_course_are_running_means():
     assert course.update({"reward": 3.0, "entropy": 0.1}).collapsed
 
 
+def test_a_resumed_run_takes_the_first_ones_start():
+    course = Course(Limits(), window=2, start=START)
+    assert not course.update(START | {"entropy": 0.0}).collapsed  # one log is no mean of two
+    assert course.update(START | {"entropy": 0.0}).collapsed and course.start == START
+
+
 def test_logs_without_a_value_neither_count_nor_end_a_run():
     course = Course(Limits(), window=2)
     for reward, entropy in ((1.0, 1.0), (None, math.nan), (1.0, 1.0)):

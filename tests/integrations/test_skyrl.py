@@ -90,7 +90,7 @@ def test_an_unscored_trajectory_leaves_the_loss_and_does_not_move_its_group(scor
 
 
 def test_a_group_without_any_score_gets_zero(scorer):
-    with pytest.warns(UserWarning, match="leaves no token that the policy chose"):
+    with pytest.warns(UserWarning, match="no token of the completion is marked"):
         output = generate(scorer, [([1, 2], [3, 4], [0, 0])], ["a"])
     assert output["rewards"] == [[0.0, 0.0]]
 

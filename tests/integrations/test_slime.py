@@ -6,6 +6,7 @@ slime is installed from its source and needs SGLang and Megatron to run, so the 
 import asyncio
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -142,12 +143,14 @@ def test_samples_without_a_reward_do_not_lose_the_others(pocket, eos, real):
 def test_token_advantages_reach_the_trainers(pocket, eos, real):
     group = samples(eos, real)
     lost = sample([5, 6], [7, 8], real=real, loss_mask=[0, 0], index=4, group_index=0)
-    group.insert(1, lost)  # groups need not be consecutive, nor of one size
+    unknown = sample([5, 6], [10**6, eos], real=real, index=5, group_index=0)
+    group[1:1] = [lost]  # groups need not be consecutive, nor of one size
+    group.append(unknown)
     args = slime_args(PATH, endo_reward={"scale": "none"})
     ask(args, group, real)
     args.custom_advantage_function_path = PER_TOKEN
     raw, rewards = post_process_rewards(args, group)
-    assert raw == [one.reward for one in group] and rewards[1].tolist() == [0, 0]
+    assert raw == [one.reward for one in group] and rewards[1].tolist() == rewards[5].tolist() == [0, 0]
     same = [group[0], group[2], group[3]]
     mine = [[r for r in wanted(pocket, one).tolist() if r] for one in same]
     expected = group_advantages(mine, [3, 2, 3], scale="none")
@@ -212,7 +215,12 @@ def test_metrics_join_the_rollouts(eos):
 def test_the_model_is_loaded_once(eos, monkeypatch):
     made = []
     integration._reward.cache_clear()
-    monkeypatch.setattr(integration, "BatchedReward", lambda **options: made.append(options) or SimpleNamespace())
+
+    def slowly(**options):
+        time.sleep(0.02)
+        made.append(options)
+
+    monkeypatch.setattr(integration, "BatchedReward", slowly)
 
     async def together():
         await asyncio.gather(*(asyncio.to_thread(integration._loaded, slime_args(PATH)) for _ in range(8)))

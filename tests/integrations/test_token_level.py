@@ -24,7 +24,8 @@ def test_a_group_of_any_size_has_grpos_bound():
 def test_another_reward_counts_with_its_weight_and_for_completions_without_one():
     found = group_advantages([[1.0], [1.0], None], [1, 1, 2], others=[0.0, 0.0, 3.0], weight=2.0, scale="none")
     assert found == [[-2.0], [-2.0], [4.0, 4.0]]
-    assert group_advantages([[1.0], None], [1, 1], others=[0.0, 9.0])[1] == [0.0]
+    rewards, lengths = [[1.0], [3.0], None], [1, 1, 1]
+    assert group_advantages(rewards, lengths, others=[0.0, 9.0, 9.0]) == group_advantages(rewards, lengths)
 
 
 @pytest.mark.parametrize("rewards, lengths", [([None], [0]), ([None, None], [0, 2]), ([[1.0]], [1])])
