@@ -31,12 +31,12 @@ def right(completions, answer, **_):
 def test_a_planted_collapse_stops_the_run_and_says_why(tmp_path, caplog):
     monitor = CollapseMonitor(window=2, patience=2, stop=True, limits=Limits(accuracy=None))  # no label decides
     rewards = [monitor.watch(short), monitor.accuracy(right)]
-    settings = RUN | {"max_steps": 10, "learning_rate": 3e-3, "reward_weights": [1.0, 0.0]}
+    settings = RUN | {"max_steps": 16, "learning_rate": 3e-3, "reward_weights": [1.0, 0.0]}
     trainer = grpo(trl.GRPOTrainer, tmp_path, rewards, options={"callbacks": [monitor]}, **settings)
     with caplog.at_level(logging.WARNING, module.__name__):
         trainer.train()
     logs = [log for log in trainer.state.log_history if "collapse/reward" in log]
-    assert trainer.state.global_step == monitor.collapse_step < 10
+    assert trainer.state.global_step == monitor.collapse_step < 16
     assert "whatever the prompt, have the same answer" in monitor.reason
     [said] = [r.getMessage() for r in caplog.records if r.name == module.__name__]
     assert said == f"CollapseMonitor stops the training at step {monitor.collapse_step}: {monitor.reason}"
@@ -50,8 +50,8 @@ def test_a_planted_collapse_stops_the_run_and_says_why(tmp_path, caplog):
 
 
 def test_a_healthy_run_is_left_alone(tmp_path):
-    monitor = CollapseMonitor(window=2, patience=1, stop=True)
-    settings = RUN | {"max_steps": 4, "learning_rate": 1e-4}
+    monitor = CollapseMonitor(window=2, patience=2, stop=True)
+    settings = RUN | {"max_steps": 4, "learning_rate": 1e-4, "per_device_train_batch_size": 16}
     trainer = grpo(trl.GRPOTrainer, tmp_path, monitor.watch(right), options={"callbacks": [monitor]}, **settings)
     trainer.train()
     assert trainer.state.global_step == 4 and monitor.collapse_step is None is monitor.reason
