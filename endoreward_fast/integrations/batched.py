@@ -38,6 +38,8 @@ class Rewarded(NamedTuple):
     """V of the prompt"""
     error: str | None
     """the reason for a missing score, in one line"""
+    rewards: tuple[float, ...] = ()
+    """the reward of each token, without the weights of a reduction"""
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics to log. Every completion has the same names, because trainers stack them."""
@@ -119,7 +121,7 @@ class BatchedReward:
         score = math.fsum(parts)
         if score <= self.unscored:
             return self.without(f"its score is not above unscored={self.unscored:g}")
-        return Rewarded(score, parts, math.fsum(rewards) / len(rewards), row.tokens.values[0], None)
+        return Rewarded(score, parts, math.fsum(rewards) / len(rewards), row.tokens.values[0], None, tuple(rewards))
 
     def without(self, reason: str) -> Rewarded:
         """Return the answer for a completion that cannot be scored. Count it, and warn once for each reason."""

@@ -185,8 +185,9 @@ class EndoGRPOMixin:
 
 
 def _find_endo_reward(functions: Sequence[Any]) -> tuple[int, EndoReward]:
-    """Return (index, function) of the one EndoReward."""
-    found = [(i, f) for i, f in enumerate(functions) if isinstance(f, EndoReward)]
+    """Return (index, function) of the one EndoReward. A CollapseMonitor may watch it."""
+    inner = [getattr(function, "watched", function) for function in functions]
+    found = [(i, f) for i, f in enumerate(inner) if isinstance(f, EndoReward)]
     if len(found) != 1:
         raise EndoRewardError(f"EndoGRPOMixin wants exactly one EndoReward in reward_funcs, found {len(found)}")
     return found[0]

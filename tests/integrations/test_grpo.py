@@ -282,11 +282,14 @@ def test_a_changed_trainer_interface_raises_the_methods_name():
 TWO = """
 import os, sys, torch
 from trl_harness import Keeping, batch_of, grpo
+from endoreward_fast.integrations.monitor import CollapseMonitor
 from endoreward_fast.integrations.trl import EndoReward
 
-trainer = grpo(Keeping, sys.argv[1], EndoReward("pocket"), per_device_train_batch_size=2)
+watched = CollapseMonitor().watch(EndoReward("pocket"))
+trainer = grpo(Keeping, sys.argv[1], watched, per_device_train_batch_size=2)
 batch = trainer._generate_and_score_completions(batch_of(trainer))
 kept = {k: batch[k] for k in ("advantages", "completion_mask")} | {"scored": trainer._scored._asdict()}
+kept |= {"metrics": dict(trainer._metrics["train"]), "texts": [c[-1]["content"] for c in trainer._logs["completion"]]}
 torch.save(kept, f"{sys.argv[1]}/rank{os.environ['RANK']}.pt")
 """
 
@@ -310,6 +313,9 @@ def test_a_group_may_span_processes(tmp_path):
     reward, mask = joined("reward", 0.0), joined("mask", False)  # one group of four: two on each process
     to_go = rewards_to_go(reward, mask).masked_fill(~mask, NAN)
     expected = by_hand(to_go, reward.sum(1, keepdim=True), 0, torch.ones(1), 4, "group")
+    texts = [text.strip() for text in ranks[0]["texts"]]
     for rank, part in zip(ranks, expected.split(2), strict=True):
         own = rank["completion_mask"].bool()
+        assert rank["metrics"]["collapse/majority"] == [max(map(texts.count, texts)) / 4]  # on both, of all four
+        assert rank["metrics"]["collapse/reward"] == [pytest.approx(reward.sum(1).mean().item(), abs=1e-3)]
         assert (rank["advantages"] - part[:, : own.shape[1]])[own].abs().max() < 1e-4

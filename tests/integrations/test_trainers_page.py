@@ -15,7 +15,7 @@ OTHERS = [block for block in BLOCKS if block not in (*TRL, TOOLS)]
 SAID = re.findall(r"^\| (.*?) \|", PAGE[PAGE.index("| it says |") :], re.M)[1:]
 
 
-@pytest.mark.parametrize("block", TRL, ids=["reward function", "token-level, one forward"])
+@pytest.mark.parametrize("block", TRL, ids=["reward function", "token-level, one forward", "watched"])
 def test_training_blocks_run(block, tmp_path, monkeypatch):
     pytest.importorskip("trl", reason="TRL asks for Python 3.11")
     monkeypatch.chdir(tmp_path)
