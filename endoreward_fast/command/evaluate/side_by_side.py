@@ -10,7 +10,7 @@ from typing import Any
 
 from ...model.checkpoint import weights_of
 from ..flags.options import PAIRWISE, SOURCE, EvalFlags
-from ..flags.signal_names import NEEDS, left_out
+from ..flags.signal_names import OF_ROWS, left_out
 from ..flags.values import ALL
 from ..run import pipeline
 from ..run.monitor import Aside, Monitor
@@ -41,6 +41,8 @@ class Panel:
     signals: tuple[str, ...]
     rivals: tuple[Rival, ...]
     rival_options: dict[str, Any]
+    optional: tuple[str, ...] = ()
+    """signals that count only on rows with the columns that they need"""
 
     @property
     def passes(self) -> int:
@@ -73,7 +75,7 @@ class Panel:
         def collect(item: Item) -> None:
             add(result, item)
             for name in self.signals:
-                if not item.lacks(name):
+                if name not in self.optional or item.has(name):
                     add(result.beside[name], item, name)
                     Aside(monitor, name).on_row(item.record.where, item.signal_error(name))
             if item.task is None:
@@ -96,14 +98,15 @@ def panel(flags: EvalFlags) -> Panel:
     rivals = [Rival(f"judge, {name}", judge, _readings(name)) for name, judge in judges.items()]
     if flags.reward_model:
         rivals.append(Rival(REWARD_MODEL, pipeline.load_reward_model(flags, flags.reward_model)))
-    return Panel(scorer, options, flags.compared, tuple(rivals), plain)
+    optional = OF_ROWS if flags.signals == ALL else ()
+    return Panel(scorer, options, flags.compared, tuple(rivals), plain, optional)
 
 
 def leave_out(results: list[FileResult], flags: EvalFlags) -> str | None:
     """Drop the signals of --signals all whose columns no row has. Return why signals are left out, or None."""
     if flags.signals != ALL:
         return None
-    unused = [name for name in flags.compared if name in NEEDS and not any(r.beside[name].rows for r in results)]
+    unused = [name for name in OF_ROWS if not any(result.beside[name].rows for result in results)]
     for result in results:
         for name in unused:
             del result.beside[name]
