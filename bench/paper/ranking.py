@@ -2,7 +2,7 @@ r"""`python -m bench.paper.ranking`: rank right answers against wrong ones by ev
 
 The claim (Li et al., arXiv 2506.23235, Tables 1 and 5): the endogenous reward ranks at least as well as trained reward
 models and as the same model asked to judge. Here, a model ranks answers. Each right answer is compared with three wrong
-ones of similar length. The methods are every signal of signals.py from one pass, the model as verifier and as judge,
+ones of similar length. The methods are every signal of one pass, the model as verifier and as judge,
 and a reward model trained from the same weights with a scalar head and the Bradley-Terry loss on the training split.
 The reference of the log-ratio is a model with random weights, because there is no second model.
 

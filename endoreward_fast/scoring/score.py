@@ -132,7 +132,7 @@ def _score_ends(
     first = held[0].first
     width = max(first[n] + len(rows[row].input_ids) for n, row in ending)
     count = max(len(segments), most // width)  # of riders there may be any number
-    found = []
+    reads: list[Read] = []
     for part in (ending[i : i + count] for i in range(0, len(ending), count)):
         batch = [rows[row] for _, row in part]
         cut = min(first[n] + encoded.prompt_length - 1 for (n, _), encoded in zip(part, batch, strict=True))
@@ -142,8 +142,8 @@ def _score_ends(
         states = [past.hidden[:, cut : cut + stop][places.to(past.hidden.device)] for past in held]
         # No state was computed behind a last token that ends the episode.
         states = [F.pad(found, (0, 0, 0, stop - found.shape[1])) for found in states]
-        found += _score_batch(models, readings, [row for _, row in part], options, offsets, states)
-    return found
+        reads += _score_batch(models, readings, [row for _, row in part], options, offsets, states)
+    return reads
 
 
 def _score_batch(

@@ -21,7 +21,17 @@ from ..errors import EndoRewardError
 from .encoding import Encoded, Encoder, wants_chat
 from .messages import are_messages, check_message, check_text, kind_of
 from .rows import Row, ids_of, prompt_and_completion
-from .spans import NAME, Span, begin_of_completion, has_ids, span_in, text_of_completion, tokens_of, with_completion
+from .spans import (
+    NAME,
+    Span,
+    begin_of_completion,
+    has_ids,
+    has_prompt,
+    span_in,
+    text_of_completion,
+    tokens_of,
+    with_completion,
+)
 
 REFERENCE = "reference_answer"
 PRIVILEGED = "privileged"
@@ -68,7 +78,7 @@ def privileged(encoder: Encoder, row: Row, encoded: Encoded) -> Encoded:
         if not before:
             raise EndoRewardError(f"{PRIVILEGED}: no token: give the ids of the prompt with the privileged context")
     else:
-        other = encoder.unlimited.encode(_with_context(encoder, row, given))
+        other = _named(PRIVILEGED, encoder.unlimited, _with_context(encoder, row, given))
         before = other.input_ids[: begin_of_completion(other)]
     ids = [*before, *encoded.input_ids[begin_of_completion(encoded) :]]
     if encoder.max_length is not None and len(ids) > encoder.max_length:
@@ -90,21 +100,25 @@ def _with_context(encoder: Encoder, row: Row, given: Any) -> dict[str, Any]:
     else:
         for i, message in enumerate(given):
             check_message(message, f"{PRIVILEGED}[{i}]")
-    rest = {name: value for name, value in row.items() if name not in ("prompt", "completion", "messages")}
     plain = isinstance(prompt, str) and isinstance(completion, str)
     if plain and not wants_chat(encoder.tokenizer, row.get("chat", encoder.chat)):
         if messages:
             raise EndoRewardError(f"{PRIVILEGED}: the row is plain text, which has no place for messages: give text")
-        return {**rest, "prompt": f"{given}\n\n{prompt}", "completion": completion}
+        return {**row, "prompt": f"{given}\n\n{prompt}"}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if messages:
-        return {**rest, "prompt": [*turns, *given], "completion": completion}
+        return _with_prompt(row, [*turns, *given])
     last = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "user"), None)
     said = None if last is None else turns[last].get("content")
     if last is None or not isinstance(said, str):
         raise EndoRewardError(f"{PRIVILEGED}: the prompt has no user turn of text to add it to: give messages")
     turns[last] = {**turns[last], "content": f"{said}\n\n{given}"}
-    return {**rest, "prompt": turns, "completion": completion}
+    return _with_prompt(row, turns)
+
+
+def _with_prompt(row: Row, turns: list[Any]) -> dict[str, Any]:
+    """Return the row with other turns before what is scored."""
+    return {**row, "prompt": turns} if has_prompt(row) else {**row, "messages": [*turns, row["messages"][-1]]}
 
 
 def _reference_text(row: Mapping[str, Any]) -> str:
@@ -118,7 +132,7 @@ def _reference_text(row: Mapping[str, Any]) -> str:
 
 def _answer(encoder: Encoder, row: Row, before: str, answer: str, after: str) -> Encoded:
     other = with_completion(row, before + answer + after)
-    encoded = _named(encoder, other)
+    encoded = _named(REFERENCE, encoder, other)
     span = tokens_of(Span(len(before), len(before) + len(answer)), other, encoded, encoder.tokenizer)
     return _scored(encoded, span)
 
@@ -128,16 +142,17 @@ def _answer_ids(encoder: Encoder, row: Row, before: list[int]) -> Encoded:
     if not answer:
         raise EndoRewardError(f"{REFERENCE}: no token: give the ids of an answer")
     other = {**row, "completion_ids": [*before, *answer], "completion_mask": None, "terminal": True}
-    encoded = _named(encoder, other)
+    encoded = _named(REFERENCE, encoder, other)
     stop = begin_of_completion(encoded) + len(before) + len(answer)
     return _scored(encoded, Span(stop - len(answer), stop))
 
 
-def _named(encoder: Encoder, row: Row) -> Encoded:
+def _named(name: str, encoder: Encoder, row: Row) -> Encoded:
+    """Return the row's tokens. An error names the key of the row that asked for them."""
     try:
         return encoder.encode(row)
     except EndoRewardError as error:
-        raise EndoRewardError(f"{REFERENCE}: {error}") from None
+        raise EndoRewardError(f"{name}: {error}") from None
 
 
 def _scored(encoded: Encoded, span: Span) -> Encoded:

@@ -31,6 +31,11 @@ def has_ids(row: Row) -> bool:
     return "prompt_ids" in row and "completion_ids" in row
 
 
+def has_prompt(row: Row) -> bool:
+    """Return whether the row of text or messages has a prompt and a completion, not one list of messages."""
+    return "prompt" in row and "completion" in row
+
+
 def text_of_completion(row: Row) -> str:
     """Return the text that a row of text or messages scores. EndoRewardError if it is not one text."""
     completion = prompt_and_completion(row)[1]
@@ -78,9 +83,9 @@ def tokens_of(span: Span, row: Row, encoded: Encoded, tokenizer: Any) -> Span:
 
 def with_completion(row: Row, text: str) -> dict[str, Any]:
     """Return the row of text or messages with another text as what is scored."""
-    if "prompt" in row and isinstance(row["completion"], str):
+    if has_prompt(row) and isinstance(row["completion"], str):
         return {**row, "completion": text}
-    name = "completion" if "prompt" in row else "messages"
+    name = "completion" if has_prompt(row) else "messages"
     return {**row, name: [*row[name][:-1], {**row[name][-1], "content": text}]}
 
 

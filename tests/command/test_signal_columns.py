@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
@@ -59,8 +62,22 @@ def test_eval_prints_signals_of_the_rows_that_have_their_columns(pocket, tmp_pat
         assert [*row["chosen"], *row["rejected"]] == pytest.approx([s.signals[name] for s in wanted], abs=1e-3), name
         assert found["methods"][name]["files"][0]["rows"] == 1
     assert len(found["methods"]["logprob"]["scores"]) == 2
-    shown = run("eval", put(tmp_path, PAIR, BARE), "--signals", "all", "-q").stdout
-    assert all(f"    {name} " in shown for name in OF_ROW) and "the column" not in shown
+    shown = run("eval", put(tmp_path, PAIR, BARE), "--signals", "all", "--judge", "verifier", "-q").stdout
+    assert all(f"    {name} " in shown for name in (*OF_ROW, "judge, verifier")) and "the column" not in shown
+    failed = {"prompt": "a b " * 60, "chosen": "4", "rejected": "5"}
+    limit = ["--max-length", "100", "-q"]
+    shown = run("eval", put(tmp_path, BARE, failed), "--signals", "all", *limit, code=2).stdout
+    assert not any(f"    {name} " in shown for name in OF_ROW) and "they need the columns answer_span and" in shown
+
+
+def test_a_reference_model_with_another_vocabulary_is_one_clear_line(tmp_path):
+    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "No": 1}, unk_token="<unk>"))
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=2, **size)).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "model")
+    flags = ["--signals", "prefix-value", "--reference-model", tmp_path / "model", "-q"]
+    said = run("eval", put(tmp_path, BARE), *flags, code=2).stderr
+    assert "is not the reference model's" in said and said.count("\n") == 1, said
 
 
 def test_a_named_signal_is_an_error_of_the_rows_without_its_columns(tmp_path):

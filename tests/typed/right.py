@@ -54,6 +54,7 @@ assert_type(results, list[RowScore])
 assert_type(results[0].score, float | None)
 assert_type(results[0].tokens, TokenTable | None)
 assert_type(results[0].signals, Mapping[str, float] | None)
+assert_type(results[0].signal_errors, Mapping[str, str] | None)
 assert_type(scorer.score(r for r in [row]), list[RowScore])
 for position, result in scorer.iter_scores([row], on_tokens=lambda tokens: None, system="Be brief."):
     assert_type(position, int)

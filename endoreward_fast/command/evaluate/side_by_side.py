@@ -9,7 +9,7 @@ from typing import Any
 
 from ...model.checkpoint import weights_of
 from ..flags.options import PAIRWISE, SOURCE, EvalFlags
-from ..flags.signal_names import NEEDS, left_out
+from ..flags.signal_names import OF_ROWS, left_out
 from ..flags.values import ALL
 from ..run import pipeline
 from ..run.monitor import Aside, Monitor
@@ -40,6 +40,8 @@ class Panel:
     signals: tuple[str, ...]
     rivals: tuple[Rival, ...]
     rival_options: dict[str, Any]
+    optional: tuple[str, ...] = ()
+    """signals that count only on rows with the columns that they need"""
 
     @property
     def passes(self) -> int:
@@ -77,7 +79,7 @@ class Panel:
                 return add_solution(result, item, strict=strict)
             add(result, item)
             for name in self.signals:
-                if not item.lacks(name):
+                if name not in self.optional or item.has(name):
                     add(result.beside[name], item, name)
                     Aside(monitor, name).on_row(item.record.where, item.signal_error(name))
             if item.task is None:
@@ -104,16 +106,15 @@ def panel(flags: EvalFlags) -> Panel:
     rivals = [Rival(f"judge, {name}", judge, _readings(name)) for name, judge in judges.items()]
     if flags.reward_model:
         rivals.append(Rival(REWARD_MODEL, pipeline.load_reward_model(flags, flags.reward_model)))
-    return Panel(scorer, options, flags.compared, tuple(rivals), plain)
+    optional = OF_ROWS if flags.signals == ALL else ()
+    return Panel(scorer, options, flags.compared, tuple(rivals), plain, optional)
 
 
 def leave_out(results: list[FileResult], flags: EvalFlags) -> str | None:
     """Drop the signals of --signals all whose columns no row has. Return why signals are left out, or None."""
     if flags.signals != ALL:
         return None
-    # A row that has no score at all counts for every signal.
-    failed = sum(result.rows - result.scored for result in results)
-    unused = [n for n in flags.compared if n in NEEDS and sum(result.beside[n].rows for result in results) <= failed]
+    unused = [name for name in OF_ROWS if not any(result.beside[name].rows for result in results)]
     for result in results:
         for name in unused:
             del result.beside[name]

@@ -28,6 +28,8 @@ NEEDS = {
 """{signal: a second model, or the columns of a row that it needs}"""
 OF_TWO_MODELS = tuple(name for name in SIGNALS if REFERENCE in NEEDS.get(name, ()))
 
+OF_ROWS = tuple(name for name in NEEDS if name not in OF_TWO_MODELS)
+
 
 def asked(text: str | None, *, reference: bool) -> tuple[str, ...]:
     """Return the signals that --signals names. "all" leaves out those of two models without a reference model."""

@@ -124,10 +124,9 @@ class Item:
             return f"the score is not finite ({score})"
         return result.error or why
 
-    def lacks(self, signal: str) -> bool:
-        """Return whether the row has no columns for `signal`, which nobody named: it is left out."""
-        scored = [result for result in self.results.values() if result.error is None]
-        return bool(scored) and not any(signal in {**(r.signals or {}), **(r.signal_errors or {})} for r in scored)
+    def has(self, signal: str) -> bool:
+        """Return whether the row has the columns that `signal` needs, right or wrong."""
+        return any(signal in {**(r.signals or {}), **(r.signal_errors or {})} for r in self.results.values())
 
     def signal_error(self, signal: str) -> str | None:
         """Return why a sample of the row does not have what `signal` needs, or None."""
