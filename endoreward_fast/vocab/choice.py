@@ -36,14 +36,19 @@ class Configured(NamedTuple):
     linear_backward: Callable[..., Any]
 
 
-def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | Configured:
+def backend(impl: str, x: Tensor, weight: Tensor | None = None, *, extras: bool = False) -> ModuleType | Configured:
     """Return what runs `impl` for x: logits, or hidden states of a head with this weight.
+
+    `extras` says that rows have temperatures of their own, or that tokens are named. Of the choices that AUTO finds,
+    "compiled" and the candidate for Hopper lack both, so AUTO then takes the rule's implementation.
 
     Modules are imported on first use. "chunked" from hidden states is `workspace` on a GPU that runs the kernels. AUTO,
     for hidden states only, is what `endoreward tune` chose for the head, or else the rule.
     """
     if impl == AUTO and weight is not None:
         impl, arguments = _auto(x.device, x.dtype, weight.dtype, weight.shape[1], weight.shape[0])
+        if extras and not _takes_extras(impl, arguments):
+            impl, arguments = standard_impl(x.device, x.dtype, weight.dtype, linear=True), {}
         if impl == "fused" and arguments and not _measured_like(weight):
             arguments = {}
         return _configured(impl, arguments, x, weight)
@@ -51,6 +56,12 @@ def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | 
     if impl == "chunked" and on_gpu and not obstacle_to_kernels(x.device, x.dtype):
         impl = "workspace"
     return import_module(f".{impl}", __package__)
+
+
+def _takes_extras(impl: str, arguments: dict[str, Any]) -> bool:
+    from ..kernels.config import LinearConfig
+
+    return impl != "compiled" and isinstance(arguments.get("config"), LinearConfig | None)
 
 
 def _measured_like(weight: Tensor) -> bool:

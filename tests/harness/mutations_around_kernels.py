@@ -111,7 +111,7 @@ REWARDS = {
     ),
     "alpha forgotten in the gradient of the next value": Mutation(
         "vocab/rows.py",
-        "-alpha * g_reward",
+        "-at(alpha, after) * g_reward",
         "-g_reward",
         f"{PROPERTIES}::test_gradients_within_the_budget[fused-logits-rewards]",
     ),
