@@ -100,7 +100,8 @@ def vocab_stats(
 
     Two sampling temperatures, and the log-probabilities of tokens 0 and 1:
 
-        >>> vocab_stats(torch.tensor([[2.0, 0.0], [2.0, 0.0]]), alpha=torch.tensor([1.0, 2.0]), named=[0, 1]).named_logprob
+        >>> logits, alpha = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([1.0, 2.0])
+        >>> vocab_stats(logits, alpha=alpha, named=[0, 1]).named_logprob
         tensor([[-0.1269, -2.1269],
                 [-0.3133, -1.3133]])
 
@@ -199,8 +200,8 @@ def token_rewards(
                 alpha of the run's last token. Values off the mask are not used. No gradient flows into alpha
     entropy, impl  as in `vocab_stats`
 
-    Returns TokenRewards, float32 (B, T), 0 off the mask. The rewards up to a terminal token sum to
-    sum of (alpha_t * logprob_t) + V of the first state. A state that is all -inf allows no action: a token that leads to it
+    Returns TokenRewards, float32 (B, T), 0 off the mask. The rewards up to a terminal token sum to the sum of
+    alpha_t * logprob_t, plus V of the first state. A state that is all -inf allows no action: a token that leads to it
     counts as terminal, and a token chosen in it has reward and logprob -inf.
     Raises as `vocab_stats`.
     Source: Li et al., arXiv 2506.23235, inverse soft Bellman operator.

@@ -8,7 +8,7 @@ NO_TARGET = -100  # marks a row without a target, as the ignore_index of torch a
 
 
 class VocabStats(NamedTuple):
-    """Statistics of each row of logits z over the vocabulary, float32. All but the last have the targets' shape (...)."""
+    """Statistics of each row of logits z over the vocabulary, float32. All but the last have targets' shape (...)."""
 
     lse: Tensor
     """log sum_a exp(z_a / alpha), nats"""

@@ -228,7 +228,8 @@ def logits_partials(
     splits = cdiv(vocab, config.block_v)
     if out is None:
         out = Partials.empty(
-            splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean, names=0 if named is None else len(named)
+            splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean,
+            names=0 if named is None else named.shape[0],
         )  # fmt: skip
     if rows:
         logits_partials_kernel[(rows * splits,)](

@@ -162,9 +162,7 @@ def check_named_inside(named: Tensor | None, vocab: int) -> None:
         _refuse_outside(named.tolist(), vocab)
 
 
-def _check_alpha(
-    alpha: float | Tensor, shape: torch.Size | None, mask: Tensor | None, device: torch.device
-) -> None:
+def _check_alpha(alpha: float | Tensor, shape: torch.Size | None, mask: Tensor | None, device: torch.device) -> None:
     """Check a temperature. `shape` is the shape of a tensor of temperatures; None: only a number is possible."""
     if isinstance(alpha, Tensor):
         if shape is None:

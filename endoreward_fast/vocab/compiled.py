@@ -94,11 +94,9 @@ def linear_forward(
 
 
 def one_alpha(alpha: float | Tensor, named: Tensor | None) -> float:
-    """Return alpha. Raises ValueError for temperatures of rows and for named tokens, which the library does not know."""
+    """Return alpha. Raises ValueError for temperatures of rows and named tokens, which the library does not know."""
     if isinstance(alpha, Tensor) or named is not None:
-        raise ValueError(
-            "impl='compiled' takes one alpha for all rows, and no named tokens: use impl='auto', which is 'chunked' here"
-        )
+        raise ValueError("impl='compiled' takes one alpha for all rows, and no named tokens: use impl='chunked'")
     return alpha
 
 

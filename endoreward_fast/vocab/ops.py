@@ -90,7 +90,7 @@ def logits_stats(
     logits: Tensor, targets: Tensor, mask: Tensor | None, successor: Tensor | None,
     alpha: float, entropy: bool, logit_mean: bool, impl: str, alphas: Tensor | None, named: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
-    """Return six fields of RowStats; if `successor` is given, the four of RowRewards, at tokens; `named` last, if given.
+    """Return six fields of RowStats; if `successor` is given, the four of RowRewards at tokens; last `named`, if given.
 
     logits is (B, T, V); targets, mask, successor and alphas, the temperatures that replace alpha, are (B T,). named is
     (K,).

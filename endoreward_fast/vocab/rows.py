@@ -174,6 +174,7 @@ def at_rows(field: Tensor) -> Tensor:
 
 def poisoned(fields, lost: Tensor):
     """Return a RowStats or RowRewards with NaN in the `lost` rows."""
+
     def without(field: Tensor) -> Tensor:
         return torch.where(lost if field.ndim == 1 else lost.unsqueeze(1), torch.nan, field)
 
