@@ -13,7 +13,7 @@ A named impl that cannot run raises ValueError. It never falls back to another o
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,53 +21,10 @@ from torch import Tensor
 from .types import TokenRewards, VocabStats
 from .vocab import reference
 from .vocab.checks import check_linear, check_logits, check_named, check_reverse_mode, check_rewards, check_rows
-from .vocab.choice import AUTO, standard_impl
-from .vocab.fused import obstacle_to_kernels
+from .vocab.choice import AUTO, Impl, choose_impl, uses_kernels
 
 if TYPE_CHECKING:
     from .vocab.shard_layout import VocabShard
-
-Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
-
-
-def choose_impl(
-    impl: Impl, device: torch.device, *dtypes: torch.dtype, linear: bool = False, extras: bool = False
-) -> str:
-    """Return the implementation to run. Raises ValueError for an impl that cannot run.
-
-    linear   whether the statistics are computed from hidden states, not from stored logits
-    extras   whether alpha is a tensor, or tokens are named. "compiled" can do neither, and "auto" then ignores a tuning
-             that chose it, or the candidate kernel for Hopper
-
-    "auto" follows a rule. From hidden states, what `endoreward tune` chose for the head replaces the rule when the
-    operator runs (vocab/tuned.py). Without a tuning:
-
-    "auto" is "fused" on CUDA and ROCm devices if Triton is installed and all tensors have one dtype out of bf16, fp16
-    and fp32; otherwise "chunked". From fp32 hidden states on CUDA it is "chunked": cuBLAS multiplies exact fp32 several
-    times as fast as the kernel does (estimated from compiled code). The product follows torch's settings, so it is
-    exact unless the caller allows TF32. On the CPU "auto" is always "chunked". TRITON_INTERPRET=1 does not change that:
-    the interpreter is for tests. An existing build of "compiled" does not change it either: a default must not depend
-    on earlier runs on the machine.
-    """
-    if impl not in ("auto", "fused", "chunked", "compiled", "reference"):
-        raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked', 'compiled' or 'reference'")
-    if impl == "compiled" and device.type != "cpu":
-        raise ValueError(
-            f"impl='compiled' cannot run here: the tensors are on {device.type!r}, and it runs on the CPU only"
-        )
-    if impl == "compiled" and extras:
-        raise ValueError("impl='compiled' takes one alpha for all rows, and no named tokens: use impl='chunked'")
-    if impl == "auto":
-        return standard_impl(device, *dtypes, linear=linear)
-    obstacle = obstacle_to_kernels(device, *dtypes) if impl == "fused" else None
-    if obstacle:
-        raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would choose 'chunked'")
-    return impl
-
-
-def uses_kernels(chosen: str, device: torch.device) -> bool:
-    """Return whether this implementation launches Triton kernels on this device."""
-    return chosen == "fused" or (chosen == "chunked" and device.type == "cuda" and not obstacle_to_kernels(device))
 
 
 def vocab_stats(
@@ -111,8 +68,9 @@ def vocab_stats(
     """
     check_logits(logits)
     targets, mask = check_rows(targets, mask, logits, "logits", alpha)
-    named = check_named(named, logits.shape[-1], logits.device)
-    chosen = choose_impl(impl, logits.device, logits.dtype, extras=_extras(alpha, named))
+    many = alpha if isinstance(alpha, Tensor) else None
+    named = None if named is None else check_named(named, logits.shape[-1], logits.device)
+    chosen = choose_impl(impl, logits.device, logits.dtype, extras=many is not None or named is not None)
     if chosen == "reference":
         return reference.vocab_stats(
             logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, named=named
@@ -120,7 +78,7 @@ def vocab_stats(
     check_reverse_mode(chosen, logits)
     from .vocab.ops import logits_stats
 
-    number, alphas = _temperatures(alpha, mask)
+    number, alphas = (float(alpha), None) if many is None else (1.0, _alpha_of_rows(many, mask))
     out = logits_stats(
         _as_3d(logits), _flat(targets), _flat(mask), None, number, entropy, logit_mean, chosen, alphas, named
     )
@@ -157,10 +115,12 @@ def linear_vocab_stats(
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     targets, mask = check_rows(targets, mask, hidden, "hidden", alpha)
-    _refuse_extras(shard, alpha, named)
-    named = check_named(named, weight.shape[0], hidden.device)
+    many = alpha if isinstance(alpha, Tensor) else None
+    if shard is not None:
+        _refuse_extras(alpha, named)
+    named = None if named is None else check_named(named, weight.shape[0], hidden.device)
     chosen = choose_impl(
-        impl, hidden.device, hidden.dtype, weight.dtype, linear=True, extras=_extras(alpha, named)
+        impl, hidden.device, hidden.dtype, weight.dtype, linear=True, extras=many is not None or named is not None
     )  # fmt: skip
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     if chosen == "reference":
@@ -169,7 +129,7 @@ def linear_vocab_stats(
             hidden, weight, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, named=named, **head
         )
     check_reverse_mode(chosen, hidden, weight, bias)
-    number, alphas = _temperatures(alpha, mask)
+    number, alphas = (float(alpha), None) if many is None else (1.0, _alpha_of_rows(many, mask))
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(targets), _flat(mask), None,
         float(logit_scale), softcap, number, entropy, logit_mean, _run_as(impl, chosen, shard),
@@ -208,7 +168,8 @@ def token_rewards(
     """
     check_logits(logits)
     mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, logits, "logits", alpha, alpha_of_each=True)
-    chosen = choose_impl(impl, logits.device, logits.dtype, extras=_extras(alpha, None))
+    many = alpha if isinstance(alpha, Tensor) else None
+    chosen = choose_impl(impl, logits.device, logits.dtype, extras=many is not None)
     if chosen == "reference":
         return reference.token_rewards(
             logits, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, alpha=alpha, entropy=entropy
@@ -218,7 +179,7 @@ def token_rewards(
     from .vocab.plan import alpha_of_rows, plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
-    number, alphas = (1.0, alpha_of_rows(alpha, plan)) if isinstance(alpha, Tensor) else (float(alpha), None)
+    number, alphas = (float(alpha), None) if many is None else (1.0, alpha_of_rows(many, plan))
     out = logits_stats(logits, plan.targets, plan.needed, plan.successor, number, entropy, False, chosen, alphas, None)
     return _token_rewards(out, tokens, entropy)
 
@@ -238,10 +199,10 @@ def linear_token_rewards(
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha, alpha_of_each=True)
-    _refuse_extras(shard, alpha, None)
-    chosen = choose_impl(
-        impl, hidden.device, hidden.dtype, weight.dtype, linear=True, extras=_extras(alpha, None)
-    )  # fmt: skip
+    many = alpha if isinstance(alpha, Tensor) else None
+    if shard is not None:
+        _refuse_extras(alpha, None)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype, linear=True, extras=many is not None)
     if chosen == "reference":
         _refuse_sharded(shard)
         return reference.linear_token_rewards(
@@ -252,7 +213,7 @@ def linear_token_rewards(
     from .vocab.plan import alpha_of_rows, plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
-    number, alphas = (1.0, alpha_of_rows(alpha, plan)) if isinstance(alpha, Tensor) else (float(alpha), None)
+    number, alphas = (float(alpha), None) if many is None else (1.0, alpha_of_rows(many, plan))
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan.targets, plan.needed, plan.successor,
         float(logit_scale), softcap, number, entropy, False, _run_as(impl, chosen, shard),
@@ -299,23 +260,16 @@ def _linear_stats(shard: "VocabShard | None") -> Callable[..., list[Tensor]]:
     return partial(sharded_linear_stats, shard=shard)
 
 
-def _extras(alpha: float | Tensor, named: Tensor | None) -> bool:
-    return named is not None or isinstance(alpha, Tensor)
+def _alpha_of_rows(alpha: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the temperatures of rows (N,), with 1 in rows off the mask."""
+    return (alpha if mask is None else torch.where(mask, alpha, 1.0)).reshape(-1)
 
 
-def _temperatures(alpha: float | Tensor, mask: Tensor | None) -> tuple[float, Tensor | None]:
-    """Return (alpha, None), or (1, the temperatures of rows (N,)) with 1 in rows off the mask."""
-    if not isinstance(alpha, Tensor):
-        return float(alpha), None
-    return 1.0, _flat(alpha if mask is None else torch.where(mask, alpha, 1.0))
-
-
-def _refuse_extras(
-    shard: "VocabShard | None", alpha: float | Tensor, named: Sequence[int] | Tensor | None
-) -> None:  # fmt: skip
-    if shard is not None and (named is not None or isinstance(alpha, Tensor)):
-        given = "named tokens" if named is not None else "alpha as a tensor"
-        raise ValueError(f"a sharded head takes no {given}: pass {'named=None' if named is not None else 'a number'}")
+def _refuse_extras(alpha: float | Tensor, named: Sequence[int] | Tensor | None) -> None:
+    if named is not None:
+        raise ValueError("a sharded head takes no named tokens: pass named=None")
+    if isinstance(alpha, Tensor):
+        raise ValueError("a sharded head takes no alpha as a tensor: pass a number")
 
 
 def _refuse_sharded(shard: "VocabShard | None") -> None:

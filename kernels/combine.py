@@ -223,6 +223,7 @@ def combine(
     def field(wanted=True):
         return partials.m.new_empty(rows) if wanted else None
 
+    c = exp2_scale(alpha)
     of_named = partials.m.new_empty(rows, names) if names else None
     stats = (field(), field(), field(entropy), field(logit_mean), field(), field(), of_named)
     out = (field(), field(), field(), field(entropy)) if rewards else None
@@ -230,9 +231,9 @@ def combine(
         combine_kernel[(cdiv(rows, ROWS_PER_PROGRAM),)](
             *partials, targets, needed, place, successor, named,
             *stats, *(out or (None,) * 4),
-            rows, splits, pitch, vocab, math.log(vocab), exp2_scale(alpha), alpha,
+            rows, splits, pitch, vocab, math.log(vocab), c, alpha,
             HAS_NEEDED=needed is not None, HAS_PLACE=place is not None, ENTROPY=entropy, LOGIT_MEAN=logit_mean,
-            REWARDS=rewards, ALPHAS=isinstance(alpha, torch.Tensor), NAMES=names,
+            REWARDS=rewards, ALPHAS=c is alpha, NAMES=names,
             SPLITS=min(MOST_SPLITS, 1 << (splits - 1).bit_length()), BLOCK=ROWS_PER_PROGRAM, num_warps=4,
         )  # fmt: skip
     return stats, out

@@ -191,6 +191,7 @@ def linear_partials(
     """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     splits = cdiv(vocab, split)
+    c = exp2_scale(alpha)
     names = 0 if named is None else named.shape[0]
     partials = Partials.empty(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean, names=names)
     if not rows:
@@ -208,9 +209,9 @@ def linear_partials(
     grid = min(work, programs) if programs else work
     linear_partials_kernel[(grid,)](
         hidden, weight, head.bias, targets, *(kept[:2] if kept else (None, None)), named, *partials,
-        rows, vocab, dim, *strides, *head.numbers(), exp2_scale(alpha),
+        rows, vocab, dim, *strides, *head.numbers(), c,
         HAS_ROWS=kept is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
-        ALPHAS=isinstance(alpha, torch.Tensor), NAMES=names, TMA=tma,
+        ALPHAS=c is alpha, NAMES=names, TMA=tma,
         UPCAST=interpreted, PRECISION="ieee", BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
         SPLIT=split, GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

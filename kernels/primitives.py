@@ -56,7 +56,9 @@ def exp2_scale(alpha: float | torch.Tensor) -> float | torch.Tensor:
 
     A kernel's argument c is thus a number, or a pointer to the temperatures of rows. Triton compiles it for each.
     """
-    return alpha if isinstance(alpha, torch.Tensor) else math.log2(math.e) / alpha
+    if not isinstance(alpha, float) and isinstance(alpha, torch.Tensor):  # the first of these takes a third of the time
+        return alpha
+    return math.log2(math.e) / alpha
 
 
 @triton.jit

@@ -224,7 +224,7 @@ def logits_partials(
     """
     outer, inner, vocab = logits.shape
     rows = outer * inner
-    config = config or LogitsConfig()
+    config, c = config or LogitsConfig(), exp2_scale(alpha)
     splits = cdiv(vocab, config.block_v)
     if out is None:
         out = Partials.empty(
@@ -234,9 +234,9 @@ def logits_partials(
     if rows:
         logits_partials_kernel[(rows * splits,)](
             logits, targets, needed, named, head.bias, *out,
-            out.m.stride(0), inner, vocab, first, *logits.stride(), *head.numbers(), exp2_scale(alpha),
+            out.m.stride(0), inner, vocab, first, *logits.stride(), *head.numbers(), c,
             HAS_NEEDED=needed is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
-            ALPHAS=isinstance(alpha, torch.Tensor), NAMES=0 if named is None else named.shape[0],
+            ALPHAS=c is alpha, NAMES=0 if named is None else named.shape[0],
             ALIGNED=rows_aligned(logits), BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
     return out
@@ -258,16 +258,16 @@ def logits_backward(
     """
     outer, inner, columns = logits.shape
     rows = outer * inner
-    config = config or LogitsConfig()
+    config, c = config or LogitsConfig(), exp2_scale(alpha)
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if rows:
         logits_backward_kernel[(rows * cdiv(columns, config.block_v),)](
             logits, targets, needed, named, head.bias, shift, log_total, entropy,
             g_lse, g_target, g_entropy, g_mean, g_named, out,
-            inner, columns, first, vocab or columns, *logits.stride(), *head.numbers(), exp2_scale(alpha), alpha,
+            inner, columns, first, vocab or columns, *logits.stride(), *head.numbers(), c, alpha,
             HAS_NEEDED=needed is not None, **head.flags(), ENTROPY=g_entropy is not None,
-            LOGIT_MEAN=g_mean is not None, ALPHAS=isinstance(alpha, torch.Tensor),
+            LOGIT_MEAN=g_mean is not None, ALPHAS=c is alpha,
             NAMES=0 if named is None else named.shape[0],
             ALIGNED=rows_aligned(logits), BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip

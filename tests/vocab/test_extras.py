@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 
 import endoreward_fast as er
@@ -283,10 +284,18 @@ def test_what_reads_one_alpha_refuses_many():
     logits, tokens, alpha = torch.randn(2, 4, 9), torch.zeros(2, 4).long(), torch.ones(2, 4)
     with pytest.raises(ValueError, match="alpha is a tensor: expected a number"):
         token_stats(logits, tokens, alpha=alpha)
-    shard, weight = VocabShard(None, 0), torch.randn(5, 9)
-    for given_, said in (({"alpha": alpha}, "no alpha as a tensor"), ({"named": [1]}, "no named tokens")):
-        with pytest.raises(ValueError, match=f"a sharded head takes {said}"):
-            er.linear_vocab_stats(logits, weight, tokens, shard=shard, **given_)
+
+
+def test_a_sharded_head_takes_one_alpha_and_no_names():
+    hidden, weight, tokens = torch.randn(2, 4, 9), torch.randn(5, 9), torch.zeros(2, 4).long()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        for given, said in (({"alpha": torch.ones(2, 4)}, "no alpha as a tensor"), ({"named": [1]}, "no named tokens")):
+            with pytest.raises(ValueError, match=f"a sharded head takes {said}"):
+                er.linear_vocab_stats(hidden, weight, tokens, shard=VocabShard(None, 0), **given)
+        assert er.linear_vocab_stats(hidden, weight, tokens, shard=VocabShard(None, 0)).named_logprob is None
+    finally:
+        dist.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------- torch's own machinery
