@@ -178,6 +178,17 @@ class LogitRows:
             picked = self._logits[self._index // length, self._index % length, column]
         return torch.where(column == targets, picked.float(), 0.0)
 
+    def columns(self, named: Tensor) -> Tensor:
+        """Return z[i, named[k]] of each kept row, (rows, K) float32; of a token that is no column, any number."""
+        column = named.clamp(0, self._logits.shape[2] - 1)
+        if self._index is None:
+            return self._flat.index_select(1, column).float()
+        index = self._index.unsqueeze(1)
+        if self._flat is not None:
+            return self._flat[index, column].float()
+        length = self._logits.shape[1]
+        return self._logits[index // length, index % length, column].float()
+
     def store(self, out: Tensor, rows: slice, columns: slice, tile: Tensor) -> None:
         """Write the tile to the kept rows `rows` of out (B T, V)."""
         out[rows if self._index is None else self._index[rows], columns] = tile.to(out.dtype)

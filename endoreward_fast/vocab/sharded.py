@@ -106,7 +106,7 @@ class _ShardedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads):
         hidden, weight, bias, own, targets, successor, log_share, *stats = ctx.saved_tensors
-        local, whole = RowStats(*stats[:6]), RowStats(*stats[6:])
+        local, whole = RowStats(*stats[: len(stats) // 2]), RowStats(*stats[len(stats) // 2 :])
         upstream = row_grads(list(grads), targets, successor, whole, ctx.head["alpha"])
         ours = _share_of(upstream, local, whole, log_share, ctx.fraction)
         needs = list(ctx.needs_input_grad[:3])
@@ -133,7 +133,7 @@ def _local_stats(hidden, weight, bias, own, head, wanted) -> RowStats:
         return RowStats(dead, zero, zero, zero, dead, dead)
     out = linear_stats(
         hidden, weight, bias, own, None, None, head["logit_scale"], head["softcap"], head["alpha"], wanted["entropy"],
-        wanted["logit_mean"], head["impl"],
+        wanted["logit_mean"], head["impl"], None, None,
     )[: len(RowStats._fields)]  # fmt: skip
     return RowStats(*(f if f.numel() == len(own) else torch.zeros_like(out[0]) for f in out))
 

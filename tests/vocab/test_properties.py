@@ -6,18 +6,19 @@ every run; HYPOTHESIS_PROFILE=long draws 1000 new ones per test. test_mutations.
 test fails.
 """
 
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given
 
 import endoreward_fast as er
-from endoreward_fast.vocab import chunked_tiles, reference
+from endoreward_fast.vocab import reference
 from endoreward_fast.vocab.compiled import find_compiler
 from property_cases import (
+    EPS32,
     F64,
+    call,
     drawn,
+    exact_logits,
     final_logits,
     flat,
     linear_cases,
@@ -25,12 +26,12 @@ from property_cases import (
     logits_by_definition,
     offsets_of,
     rewards_by_definition,
+    scale_of,
     stats_by_definition,
 )
 
 pytestmark = pytest.mark.device  # drawn on the device by property_cases.py
 
-EPS32 = torch.finfo(torch.float32).eps
 COMPILED = pytest.param(
     "compiled",
     marks=pytest.mark.skipif(
@@ -40,32 +41,6 @@ COMPILED = pytest.param(
 )
 FAST = ("fused", "chunked", COMPILED)
 CASES = {"logits": logit_cases(), "linear": linear_cases()}
-
-
-def call(module, case, kind, leaves=None, **extra):
-    """Compute `kind` ("stats" or "rewards") of a case from `leaves`. Default: the case's own inputs."""
-    leaves = case.tensors if leaves is None else leaves
-    name = {"stats": "vocab_stats", "rewards": "token_rewards"}[kind]
-    want = case.stats_want if kind == "stats" else case.rewards_want
-    if "logits" in leaves:
-        return getattr(module, name)(leaves["logits"], case.tokens, **want, **extra)
-    head = {"bias": leaves.get("bias"), **case.head}
-    return getattr(module, f"linear_{name}")(leaves["hidden"], leaves["weight"], case.tokens, **head, **want, **extra)
-
-
-def exact_logits():
-    """Upcast bfloat16 on any CPU. With native units the chunked path, and with it every backward, rounds its logits.
-
-    test_chunked.py tests that case.
-    """
-    return mock.patch.object(chunked_tiles, "uses_native_matmul", lambda hidden, weight: False)
-
-
-def scale_of(case, field):
-    """Return the magnitude of a field's summands. Entropy and logprob contain no common offset of the logits."""
-    if field in ("entropy", "logprob"):
-        return max(1.0, case.spread)
-    return max(1.0, case.scale, case.scale / case.alpha)
 
 
 def bits(x):
