@@ -113,7 +113,7 @@ class _ShardedLinear(torch.autograd.Function):
         found = [torch.zeros_like(x) if need else None for x, need in zip((hidden, weight, bias), needs, strict=True)]
         if len(weight):
             out = linear_stats_backward(
-                hidden, weight, bias, own, None, outputs(local, None), *ours, ctx.head["logit_scale"],
+                hidden, weight, bias, own, None, outputs(local, None), *ours[:4], ctx.head["logit_scale"],
                 ctx.head["softcap"], ctx.head["alpha"], needs, ctx.head["impl"],
             )  # fmt: skip
             found = [g if need else None for g, need in zip(out, needs, strict=True)]
