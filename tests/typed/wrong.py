@@ -3,7 +3,15 @@
 import torch
 
 import endoreward_fast
-from endoreward_fast import EndoRewardModel, RewardModel, rewards_to_go, sequence_score, token_rewards, vocab_stats
+from endoreward_fast import (
+    EndoRewardModel,
+    RewardModel,
+    rewards_to_go,
+    sequence_score,
+    token_rewards,
+    vocab_divergence,
+    vocab_stats,
+)
 from endoreward_fast.rivals.judges import Verifier
 
 scorer, rival = EndoRewardModel.from_pretrained("pocket"), RewardModel.from_pretrained("a/name")
@@ -43,6 +51,8 @@ token_rewards(logits, ids, ids)  # no
 token_rewards(logits)  # no
 vocab_stats(logits, impl="fast")  # no
 vocab_stats(logits, "targets")  # no
+vocab_divergence(logits, logits, kind="kl")  # no
+vocab_divergence(logits, logits, impl="compiled")  # no
 sequence_score(logits[..., 0], ids, reduction="max")  # no
 rewards_to_go(logits[..., 0])  # no
 _ = endoreward_fast.RowScroe  # no
