@@ -49,7 +49,7 @@ class Case:
 CASES = [
     Case(source, kind, rows, vocab, dims, backward)
     for source, rows, vocab, dims in (
-        ("hidden", 128, 32000, (512, 1024)), ("hidden", 512, 50257, (128, 256)), ("logits", 64, 151936, (0, 0)),
+        ("hidden", 128, 32000, (512, 1024)), ("hidden", 256, 50257, (128, 256)), ("logits", 32, 151936, (0, 0)),
     )
     for kind in BETA
     for backward in (False, True)
@@ -185,7 +185,8 @@ def run(rounds: int, folder: Path) -> Path:
         for name, s in found.items():
             print(f"  {name:40}{s['median_s']:8.3f} s {s['ratio']:7.2f} of eager {s['extra_mib']:9.1f} MiB")
         records.append(asdict(case) | {"case": case.name, "baseline": EAGER, "peers": found, "skipped": skipped})
-    return timing.write("divergence", about, records, folder)
+        written = timing.write("divergence", about, records, folder)
+    return written
 
 
 if __name__ == "__main__":
