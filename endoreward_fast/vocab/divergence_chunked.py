@@ -165,9 +165,10 @@ class _Peaks:
     def finish(self, out: Stats) -> None:
         """Write shift and log_total, for KL all statistics."""
         tops = self._peaks.amax(1)
-        offsets = (self._peaks - _finite(tops).unsqueeze(1)).mul_(self._scale)  # (2, chunks, rows)
-        weights = torch.exp2(offsets).mul_(self._totals)
-        totals = weights.sum(1)
+        # In nats: torch's exp, unlike its exp2, gives a number the same bits wherever it stands in the batch.
+        offsets = (self._peaks - _finite(tops).unsqueeze(1)).mul_(self._scale / LOG2_E)  # (2, chunks, rows)
+        weights = torch.exp(offsets).mul_(self._totals)
+        totals = in_order(weights)
         dead = totals == 0
         for i, (shift, log_total) in enumerate(((out.shift_p, out.log_total_p), (out.shift_q, out.log_total_q))):
             shift.copy_(_finite(tops[i]))
@@ -178,9 +179,9 @@ class _Peaks:
             return
         outside = self._gap == torch.inf
         ahead = offsets[0].clamp(min=EXP_IS_ZERO)
-        means = torch.exp2(ahead).mul_(self._gap.masked_fill(outside, 0.0))
+        means = torch.exp(ahead).mul_(self._gap.masked_fill(outside, 0.0)).div_(LOG2_E)
         means += weights[0] * (ahead - offsets[1].clamp(min=LOWEST))
-        kl = means.sum(0) / totals[0].masked_fill(dead[0], 1.0) / LOG2_E + (out.log_total_q - out.log_total_p)
+        kl = in_order(means) / totals[0].masked_fill(dead[0], 1.0) + (out.log_total_q - out.log_total_p)
         kl.masked_fill_(dead[0], 0.0)
         infinite = outside.any(0)
         out.divergence.copy_(non_negative(kl).masked_fill_(infinite, torch.inf))
@@ -207,7 +208,7 @@ class _Mixture:
             self._over[i, chunks, rows] = over.mul_(torch.exp(-log_total).unsqueeze(-1)).T
 
     def finish(self, out: Stats) -> None:
-        over_p, over_q = self._over.sum(1)
+        over_p, over_q = in_order(self._over)
         out.divergence.copy_(non_negative(self._beta * over_p + (1 - self._beta) * over_q))
         out.mean_p.copy_(over_p)
         out.mean_q.copy_(over_q)
@@ -237,6 +238,14 @@ def over_mixture(y_p: Tensor, y_q: Tensor, stats: Stats, beta: float, work: list
     torch.log1p(work[3].padded(count), out=work[3].padded(count))
     yield torch.clamp(u, min=0.0, out=out).add_(low).neg_()
     yield torch.clamp(u, max=0.0, out=out).sub_(low)
+
+
+def in_order(parts: Tensor) -> Tensor:
+    """Sum (..., chunks, rows) over the chunks. torch's sum takes another order for the last rows of a batch."""
+    total = parts[..., 0, :].clone()
+    for chunk in range(1, parts.shape[-2]):
+        total += parts[..., chunk, :]
+    return total
 
 
 def per_row(field: Tensor, ndim: int) -> Tensor:
