@@ -25,7 +25,7 @@ def with_gradients(function, leaves, g):
     """Return function(*leaves) and the gradients of its sum weighted by g."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in leaves]
     out = function(*leaves)
-    return out.detach(), *torch.autograd.grad(out, leaves, g.to(out.dtype))
+    return out.detach(), *torch.autograd.grad(out, leaves, g.to(out))
 
 
 def check(budget, student, teacher, impl, g=None, scale=1.0, **how):
