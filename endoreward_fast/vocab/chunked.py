@@ -26,6 +26,7 @@ from .chunked_tiles import (
     Limits,
     LinearTile,
     LogitRows,
+    in_order,
     length,
     limits_for,
     linear_tiles,
@@ -182,15 +183,15 @@ class _Partials:
         dead = self._peak == -torch.inf
         peak = self._peak.amax(0)
         part = ((self._peak - peak) / self._alpha).exp_().mul_(self._total).masked_fill_(dead, 0.0)
-        total = part.sum(0)
+        total = in_order(part)
         stats.shift[rows], stats.log_total[rows] = peak, total.log()
         if stats.entropy is not None:
             share = part / total.clamp(min=1.0)  # smaller only in a row that is all -inf, where it is 0
             log_share = share.log().clamp_(min=EXP_IS_ZERO)
             within = self._entropy.masked_fill(dead, 0.0)
-            stats.entropy[rows] = (share * (within - log_share)).sum(0).clamp_(0.0, math.log(vocab))
+            stats.entropy[rows] = in_order(share * (within - log_share)).clamp_(0.0, math.log(vocab))
         if stats.logit_mean is not None:
-            stats.logit_mean[rows] = self._sum.sum(0) / vocab / SUM_SCALE
+            stats.logit_mean[rows] = in_order(self._sum) / vocab / SUM_SCALE
 
 
 def _empty_stats(num_rows: int, device: torch.device, entropy: bool, logit_mean: bool) -> RowStats:

@@ -122,6 +122,11 @@ def length(span: slice) -> int:
     return span.stop - span.start
 
 
+def in_order(parts: Tensor) -> Tensor:
+    """Sum (..., chunks, rows) over the chunks, in their order. torch's sum has another for the last rows of a batch."""
+    return parts.cumsum(-2).select(-2, -1)
+
+
 class Buffer:
     """Memory that is allocated once and reused as contiguous views."""
 

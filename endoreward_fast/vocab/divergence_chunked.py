@@ -29,6 +29,7 @@ from .chunked_tiles import (
     LogitRows,
     Tiles,
     even_share,
+    in_order,
     length,
     limits_for,
     linear_tiles,
@@ -238,14 +239,6 @@ def over_mixture(y_p: Tensor, y_q: Tensor, stats: Stats, beta: float, work: list
     torch.log1p(work[3].padded(count), out=work[3].padded(count))
     yield torch.clamp(u, min=0.0, out=out).add_(low).neg_()
     yield torch.clamp(u, max=0.0, out=out).sub_(low)
-
-
-def in_order(parts: Tensor) -> Tensor:
-    """Sum (..., chunks, rows) over the chunks. torch's sum takes another order for the last rows of a batch."""
-    total = parts[..., 0, :].clone()
-    for chunk in range(1, parts.shape[-2]):
-        total += parts[..., chunk, :]
-    return total
 
 
 def per_row(field: Tensor, ndim: int) -> Tensor:

@@ -252,6 +252,15 @@ def test_a_row_alone_equals_the_row_in_a_batch_of_stored_logits():
     assert all(torch.equal(a[217:218], b) for a, b in zip(whole[:6], one[:6], strict=True))
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 9])
+def test_a_row_has_the_same_bits_in_batches_of_any_size(size):
+    """torch's sum over chunks has another order for the rows behind the last whole vector of the batch."""
+    z, targets = 3 * torch.randn(11, 50257), random_targets(11, 50257)
+    parts = [stats_of(*part) for part in zip(z.split(size), targets.split(size), strict=True)]
+    for whole, *found in zip(stats_of(z, targets)[:6], *(part[:6] for part in parts), strict=True):
+        assert torch.equal(whole, torch.cat(found))
+
+
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_a_row_has_the_same_bits_for_any_number_of_threads(threads):
     """torch gives each thread a share of a tile; exp2 has other last bits behind the last whole vector of a share."""
