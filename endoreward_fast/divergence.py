@@ -7,7 +7,7 @@ The student is pi = softmax(z / alpha) and the teacher tau = softmax(z_teacher /
     jsd          beta KL(tau || m) + (1 - beta) KL(pi || m),   m = beta tau + (1 - beta) pi
 
 All are in nats. None is multiplied by alpha^2, as in TRL, Liger and verl; Hinton's loss and NeMo's are. beta weights
-the teacher, as in GKD (Agarwal et al., arXiv 2306.13649) and in TRL, Liger and verl. vocab/divergence_reference.py has
+the teacher, as in GKD (Agarwal et al., arXiv 2306.13649) and in TRL, Liger and verl. vocab/divergence/reference.py has
 the formulas of the limits.
 
 impl  "fused"      Triton kernels; from stored logits only, on a CUDA or ROCm device
@@ -23,10 +23,10 @@ from typing import Any, Literal
 from torch import Tensor
 
 from .functional import _as_3d, _autocast, _flat
-from .vocab import divergence_reference as reference
 from .vocab.checks import as_bool, check_linear, check_logits, check_numbers, check_reverse_mode
-from .vocab.divergence_fused import obstacle
-from .vocab.divergence_rows import Head
+from .vocab.divergence import reference
+from .vocab.divergence.fused import obstacle
+from .vocab.divergence.rows import Head
 
 Kind = Literal["forward-kl", "reverse-kl", "jsd"]
 DivergenceImpl = Literal["auto", "fused", "chunked", "reference"]
@@ -75,7 +75,7 @@ def vocab_divergence(
     if chosen == "reference":
         return reference.divergence(p, q, mask=mask, beta=weight, alpha=alpha)
     check_reverse_mode(chosen, p, q)
-    from .vocab.divergence_ops import logits_divergence
+    from .vocab.divergence.ops import logits_divergence
 
     out = logits_divergence(_as_3d(p), _as_3d(q), _flat(mask), weight, float(alpha), chosen)
     return out[0].view(logits.shape[:-1])
@@ -128,7 +128,7 @@ def linear_vocab_divergence(
     if chosen == "reference":
         return reference.linear_divergence(p, q, mask=mask, beta=share, alpha=alpha)
     check_reverse_mode(chosen, *p[:3], *q[:3])
-    from .vocab.divergence_ops import linear_divergence
+    from .vocab.divergence.ops import linear_divergence
 
     out = linear_divergence(
         _rows(p[0]), *p[1:3], _rows(q[0]), *q[1:3], _flat(mask), *p[3:], *q[3:], share, float(alpha), chosen

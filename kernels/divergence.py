@@ -1,4 +1,4 @@
-"""Divergence of two stored logits (N, V) per row. endoreward_fast/vocab/divergence_rows.py has the formulas.
+"""Divergence of two stored logits (N, V) per row. endoreward_fast/vocab/divergence/rows.py has the formulas.
 
 partials  One program reads BLOCK_V logits of the same row of p and of q, and summarises them relative to their maxima
           m_p and m_q. With e = 2^((z_p - m_p) c) and d the difference of the two exponents of 2,
@@ -190,7 +190,7 @@ def divergence(
     p: torch.Tensor, q: torch.Tensor, *, beta: float | None, alpha: float, needed=None,
     config: LogitsConfig | None = None,
 ) -> list[torch.Tensor]:  # fmt: skip
-    """Return the fields of vocab/divergence_rows.Stats, each (N,) float32, of logits p and q (B, T, V), N = B T.
+    """Return the fields of vocab/divergence/rows.Stats, each (N,) float32, of logits p and q (B, T, V), N = B T.
 
     Any strides and dtypes.  needed (N,) bool: rows to compute, the others come back 0; None: all
     """

@@ -1,6 +1,6 @@
 """Gradients of the divergence of two stored logits, in one read of both rows and one write of each gradient.
 
-vocab/divergence_rows.py has the formulas. Traffic per row: V * itemsize of both, and of each gradient.
+vocab/divergence/rows.py has the formulas. Traffic per row: V * itemsize of both, and of each gradient.
 """
 
 import torch

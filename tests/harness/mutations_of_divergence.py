@@ -18,7 +18,7 @@ OF_DIVERGENCE = {
         f"{DIVERGENCE}::test_the_oracle_is_the_definition",
     ),
     "the oracle's KL of q from p": Mutation(
-        "vocab/divergence_reference.py",
+        "vocab/divergence/reference.py",
         "p * (log_p - log_q)",
         "q * (log_q - log_p)",
         f"{DIVERGENCE}::test_the_oracle_is_the_definition",
@@ -49,25 +49,25 @@ OF_DIVERGENCE = {
         f"{DIVERGENCE}::test_values_and_gradients[200-reverse-kl-fused]",
     ),
     "divergence, chunked: the two log-sum-exps lost": Mutation(
-        "vocab/divergence_chunked.py",
+        "vocab/divergence/chunked.py",
         "(dead[0], 1.0) + (out.log_total_q - out.log_total_p)",
         "(dead[0], 1.0)",
         f"{DIVERGENCE}::test_values_and_gradients[200-forward-kl-chunked]",
     ),
     "divergence, chunked: 0 times the logarithm of 0": Mutation(
-        "vocab/divergence_chunked.py",
+        "vocab/divergence/chunked.py",
         "y.clamp_(min=EXP_IS_ZERO)  # 0",
         "y  # 0",
         f"{DIVERGENCE}::test_excluded_words[chunked]",
     ),
     "divergence, chunked: beta and 1 - beta swapped in the mixture": Mutation(
-        "vocab/divergence_chunked.py",
+        "vocab/divergence/chunked.py",
         ".mul_(2 * beta - 1).add_(1 - beta)",
         ".mul_(1 - 2 * beta).add_(beta)",
         f"{DIVERGENCE}::test_values_and_gradients[200-jsd-chunked]",
     ),
     "divergence: softcap left out of the gradient": Mutation(
-        "vocab/divergence_backward.py",
+        "vocab/divergence/backward.py",
         "slope.mul_(-1 / self._head.softcap**2).add_(1.0)",
         "slope.mul_(0.0).add_(1.0)",
         f"{DIVERGENCE}::test_hidden_states[forward-kl-37]",

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import endoreward_fast as er
-from endoreward_fast.vocab import divergence_chunked, divergence_reference
+from endoreward_fast.vocab.divergence import chunked, reference
 
 FAST = ("fused", "chunked")
 IMPLS = (*FAST, "reference")
@@ -18,7 +18,7 @@ F64 = torch.float64
 def oracle(student, teacher, kind="forward-kl", beta=0.5, mask=None, alpha=1.0, dtype=F64):
     p, q = (student, teacher) if kind == "reverse-kl" else (teacher, student)
     beta = beta if kind == "jsd" else None
-    return divergence_reference.divergence(p, q, mask=mask, beta=beta, alpha=alpha, dtype=dtype)
+    return reference.divergence(p, q, mask=mask, beta=beta, alpha=alpha, dtype=dtype)
 
 
 def with_gradients(function, leaves, g):
@@ -271,7 +271,7 @@ def linear_oracle(numbers, kind, beta, mask, alpha, dtype):
         )
         p, q = (student, teacher) if kind == "reverse-kl" else (teacher, student)
         how = {"mask": mask, "beta": beta if kind == "jsd" else None, "alpha": alpha, "dtype": dtype}
-        return divergence_reference.linear_divergence(p, q, **how)
+        return reference.linear_divergence(p, q, **how)
 
     return call
 
@@ -280,9 +280,9 @@ def linear_oracle(numbers, kind, beta, mask, alpha, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_hidden_states(kind, rows, device, assert_within_budget, monkeypatch):
     """Every head option, gradients of all six tensors, several tiles in both directions."""
-    limits = divergence_chunked.limits_for(device)
+    limits = chunked.limits_for(device)
     small = type(limits)(**{**vars(limits), "tile": 1024, "native_tile": 1024, "rows": 8, "rows_per_sweep": 20})
-    monkeypatch.setattr(divergence_chunked, "limits_for", lambda device: small)
+    monkeypatch.setattr(chunked, "limits_for", lambda device: small)
     given, g = tensors(rows, device), torch.randn(rows, device=device)
     mask = torch.rand(rows, device=device) > 0.3
     mask[0] = True
@@ -306,13 +306,11 @@ def test_hidden_states(kind, rows, device, assert_within_budget, monkeypatch):
 
 def test_two_dtypes_and_no_gradient_for_the_teacher(device, monkeypatch):
     """A teacher without a gradient costs no sweep of its own. Its dtype and width are its own."""
-    from endoreward_fast.vocab import divergence_backward
+    from endoreward_fast.vocab.divergence import backward
 
     sweeps = []
-    real = divergence_backward.sweep_gradients
-    monkeypatch.setattr(
-        divergence_backward, "sweep_gradients", lambda *a, **k: sweeps.append(a[0]._which) or real(*a, **k)
-    )
+    real = backward.sweep_gradients
+    monkeypatch.setattr(backward, "sweep_gradients", lambda *a, **k: sweeps.append(a[0]._which) or real(*a, **k))
     given = tensors(30, device, (torch.float32, torch.bfloat16))
     leaves = [given[name].requires_grad_() for name in ("hidden", "weight")]
     value = er.linear_vocab_divergence(**given, kind="reverse-kl")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import endoreward_fast as er
-from endoreward_fast.vocab import divergence_ops
+from endoreward_fast.vocab.divergence import ops
 
 FAST = ("fused", "chunked")
 V, D = 70, 12
@@ -24,7 +24,7 @@ def test_opcheck_logits(impl, beta, device):
     torch.library.opcheck(torch.ops.endoreward_fast.logits_divergence.default, (p, q, mask, beta, 0.7, impl))
     if beta is None:
         return
-    stats = divergence_ops.logits_divergence(p.detach(), q.detach(), mask, beta, 0.7, impl)
+    stats = ops.logits_divergence(p.detach(), q.detach(), mask, beta, 0.7, impl)
     args = p.detach(), q.detach(), mask, stats, torch.ones(2, device=device), beta, 0.7, [True, False], impl
     torch.library.opcheck(torch.ops.endoreward_fast.logits_divergence_backward.default, args)
 
@@ -35,7 +35,7 @@ def test_opcheck_linear(heads):
     mask = torch.tensor([True, False, True, True], device=hidden.device)
     args = hidden, weight, bias, *other, None, mask, 0.5, 4.0, 1.0, None, 0.3, 0.7, "chunked"
     torch.library.opcheck(torch.ops.endoreward_fast.linear_divergence.default, args)
-    stats = divergence_ops.linear_divergence(*(x.detach() if isinstance(x, torch.Tensor) else x for x in args))
+    stats = ops.linear_divergence(*(x.detach() if isinstance(x, torch.Tensor) else x for x in args))
     needs = [True, True, False, True, False, False]
     args = *args[:11], stats, torch.ones(4, device=hidden.device), *args[11:13], needs, "chunked"
     args = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in args)

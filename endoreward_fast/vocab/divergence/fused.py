@@ -5,8 +5,8 @@ Rows off the mask cost nothing, and no number is read back to the host. There is
 
 from torch import Tensor
 
-from .divergence_rows import Stats
-from .fused import interpreted, obstacle_to_kernels
+from ..fused import interpreted, obstacle_to_kernels
+from .rows import Stats
 
 BLOCK_V = 4096
 """logits of each of the two rows per program: together as many as one program of the statistics reads"""
@@ -18,7 +18,7 @@ def obstacle(p: Tensor, q: Tensor) -> str | None:
 
 
 def logits_forward(p: Tensor, q: Tensor, *, mask: Tensor | None, beta: float | None, alpha: float) -> Stats:
-    from ..kernels.divergence import divergence
+    from ...kernels.divergence import divergence
 
     mask = None if mask is None else mask.contiguous()
     return Stats(*divergence(p, q, needed=mask, beta=beta, alpha=alpha, config=_config(p.shape[-1])))
@@ -28,7 +28,7 @@ def logits_backward(
     p: Tensor, q: Tensor, stats: Stats, g: Tensor, *, mask: Tensor | None, beta: float | None, alpha: float,
     needs: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    from ..kernels.divergence_backward import divergence_backward
+    from ...kernels.divergence_backward import divergence_backward
 
     mask = None if mask is None else mask.contiguous()
     rowwise = (stats.upstream(g), *stats[1:7])
@@ -39,6 +39,6 @@ def logits_backward(
 
 
 def _config(vocab: int):
-    from ..kernels.config import LogitsConfig, interpreter_logits_config
+    from ...kernels.config import LogitsConfig, interpreter_logits_config
 
     return interpreter_logits_config(vocab) if interpreted() else LogitsConfig(block_v=BLOCK_V)

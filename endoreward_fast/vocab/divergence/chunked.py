@@ -21,7 +21,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .chunked_tiles import (
+from ..chunked_tiles import (
     EXP_IS_ZERO,
     Buffer,
     Limits,
@@ -36,8 +36,8 @@ from .chunked_tiles import (
     logits_tiles,
     spans,
 )
-from .divergence_rows import LOWEST, Head, Stats
-from .rows import KeptRows
+from ..rows import KeptRows
+from .rows import LOWEST, Head, Stats
 
 LOG2_E = 1 / math.log(2)
 

@@ -1,6 +1,6 @@
 """Gradients of the divergence in a bounded workspace: both logits are computed again, tile by tile.
 
-divergence_rows.py has the formulas. A head that needs no gradient costs its logits and nothing else. If both heads need
+rows.py has the formulas. A head that needs no gradient costs its logits and nothing else. If both heads need
 one, each takes a sweep of its own, so logits are computed twice.
 """
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .chunked_backward import sweep_gradients
-from .chunked_tiles import EXP_IS_ZERO, Buffer, length, limits_for, spans
-from .divergence_chunked import LOG2_E, LinearPair, StoredPair, exponent, over_mixture, per_row
-from .divergence_rows import LOWEST, Head, Stats
-from .rows import KeptRows
+from ..chunked_backward import sweep_gradients
+from ..chunked_tiles import EXP_IS_ZERO, Buffer, length, limits_for, spans
+from ..rows import KeptRows
+from .chunked import LOG2_E, LinearPair, StoredPair, exponent, over_mixture, per_row
+from .rows import LOWEST, Head, Stats
 
 BUFFERS = 5
 

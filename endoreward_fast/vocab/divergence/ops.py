@@ -1,7 +1,7 @@
 """The custom operators of the divergence: schemas, fakes and autograd (see ops.py).
 
 `impl` is "fused" or "chunked", and `beta` None stands for KL(p || q). Each operator returns the fields of
-divergence_rows.Stats; only the first, the divergence, is differentiable.
+rows.Stats; only the first, the divergence, is differentiable.
 """
 
 from importlib import import_module
@@ -10,11 +10,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .divergence_rows import Head, Stats
-from .ops import _op, _own_surroundings
+from ..ops import _op, _own_surroundings
+from .rows import Head, Stats
 
-FORWARD = {"fused": "divergence_fused", "chunked": "divergence_chunked"}
-BACKWARD = {"fused": "divergence_fused", "chunked": "divergence_backward"}
+FORWARD = {"fused": "fused", "chunked": "chunked"}
+BACKWARD = {"fused": "fused", "chunked": "backward"}
 
 
 def _module(names: dict[str, str], impl: str) -> ModuleType:

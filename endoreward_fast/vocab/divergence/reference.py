@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from .reference import _only, final_logits
+from ..reference import _only, final_logits
 
 
 def divergence(p_logits, q_logits, *, mask=None, beta: float | None = None, alpha=1.0, dtype=torch.float32) -> Tensor:
