@@ -144,6 +144,7 @@ OPERATORS = {
         "after = tl.load(place + after, mask=m_after, other=0).to(tl.int64)",
         "after = after + 0",
         f"{IDENTITIES}::test_masking_tokens_out_does_not_change_the_others[fused-linear]",
+        "AssertionError|FlakyFailure",  # it reads what was there, which may be right the second time
     ),
     "one compilation a length": Mutation(
         "vocab/ops.py",
