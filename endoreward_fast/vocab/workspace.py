@@ -97,7 +97,7 @@ class _KernelGradients:
     """Makes tiles of dy (see chunked_backward.sweep_gradients) in hidden's dtype by a matmul and one kernel launch."""
 
     def __init__(
-        self, hidden, weight, bias, logit_scale, softcap, targets, stats: RowStats, grads: RowGrads, alpha, named
+        self, hidden, weight, bias, logit_scale, softcap, targets, stats: RowStats, grads: RowGrads, alpha, named=None
     ):  # fmt: skip
         rows = even_share(hidden.shape[0], BACKWARD_ROWS)
         columns = min(weight.shape[0], max(1, GRADIENT * 2 // (rows * hidden.element_size())))

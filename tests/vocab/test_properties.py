@@ -60,7 +60,7 @@ def test_within_the_budget(impl, path, kind, assert_within_budget):
             ours = call(er, case, kind, impl=impl)
         eager = call(reference, case, kind)
         oracle = call(reference, case, kind, case.leaves(F64), dtype=F64)
-        for name, field in ours._asdict().items():
+        for name, field in zip(ours._fields[:4], ours[:4], strict=True):
             assert field.dtype == torch.float32 and field.shape == case.tokens.shape
             scale = scale_of(case, name)
             assert_within_budget(field, getattr(eager, name), getattr(oracle, name), scale=scale, name=name)
@@ -88,7 +88,7 @@ def test_low_precision_logits_equal_the_same_numbers_in_float32(impl):
 def gradients(module, case, kind, leaf_dtype=None, **extra):
     """Return the gradients of every input, with a different upstream gradient for every row and field."""
     leaves = {k: x.detach().requires_grad_() for k, x in case.leaves(leaf_dtype).items()}
-    out = call(module, case, kind, leaves, **extra)
+    out = call(module, case, kind, leaves, **extra)[:4]
     upstream = [g.to(field.dtype) for g, field in zip(case.upstream, out, strict=True)]
     return torch.autograd.grad(list(out), list(leaves.values()), upstream, allow_unused=True)
 
@@ -152,5 +152,5 @@ def test_the_oracle_is_the_definition(path):
 def _assert_same(fields, by_token, case):
     scale = max(1.0, case.scale, case.scale / case.alpha)
     expected = torch.tensor(by_token, dtype=F64, device=case.tokens.device).T
-    for name, field, column in zip(fields._fields, fields, expected, strict=True):
+    for name, field, column in zip(fields._fields[:4], fields[:4], expected, strict=True):
         torch.testing.assert_close(field.flatten(), column, rtol=1e-12, atol=1e-13 * scale, msg=lambda m, n=name: n + m)
