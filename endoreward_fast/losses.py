@@ -54,9 +54,10 @@ class BellmanLoss(NamedTuple):
     value: Tensor
     """(B,) V(s_1) - V_ref(s_1), or V(s_1) in `tbrm_loss`, nats"""
     log_ratio: Tensor
-    """(B,) log pi(y) - log pi_ref(y), nats. Its mean over completions of the policy estimates KL(pi || pi_ref)"""
+    """(B,) log pi(y) - log pi_ref(y), nats. Its mean over completions of the policy estimates KL(pi || pi_ref). If
+    gamma < 1, it is the sum of the steps' log-ratios, each times gamma^(h - 1), and no such estimate"""
     target: Tensor
-    """(B,) r / beta"""
+    """(B,) r / beta, with each step's reward times gamma^(h - 1)"""
 
 
 def reval_loss(
@@ -73,7 +74,8 @@ def reval_loss(
     mask       (B, T) scored tokens, as bool or as integers 0 and 1. A row is one trajectory: a packed row is not. If
                the mask has several unbroken runs (turns), the next turn's first state follows the last of this turn.
                Position 0 has no state and is never scored. A token of -100 is not scored either, so leave it out
-    reward     (B,) reward of the completion, which counts at its last scored token; or (B, T) reward of each token
+    reward     (B,) reward of the completion, which counts at its last scored token; or (B, T) reward of each token.
+               Values off the mask do not count, and may be NaN: clear the mask of a row that has no reward
     beta       weight of the KL penalty, > 0, in the unit of the reward. log pi(y) is a sum over tokens, so long
                completions need a small beta: the paper takes 0.02 at 600 tokens and 0.002 at 5000
     alpha      the alpha that policy and reference were computed with
@@ -96,9 +98,10 @@ def reval_loss(
         tensor([-2.])
 
     A token that only the policy excludes (logprob -inf) has residual -inf, and a token that only the reference excludes
-    +inf. One that both exclude adds 0. Float64 fields give float64 results; all others give float32.
-    Raises ValueError for a reference without V, wrong shapes, devices and numbers, and, on the CPU, for a reward that
-    is not finite. On a GPU, where reading it would stall the stream, such a reward makes the loss NaN or inf.
+    +inf; a row with one of each has NaN. The loss is then not finite and its gradient is NaN, so leave such rows out of
+    the mask. A token that both exclude adds 0. Float64 fields give float64 results; all others give float32.
+    Raises ValueError for a reference without V, wrong shapes, devices and numbers, and, on the CPU, for a reward on the
+    mask that is not finite. On a GPU, where reading it would stall the stream, such a reward makes the loss NaN or inf.
     Source: arXiv 2603.23355, eq. 2.
     """
     return _loss("reval_loss", policy, reference, mask, reward, beta, alpha, gamma, level, bootstrap)
@@ -243,13 +246,14 @@ def _checked(
                 f"{place} is {tuple(x.shape)} {x.dtype} on {x.device}: expected floating point {tuple(shape)} on "
                 f"{device}, like policy.logprob"
             )
-    mask = as_bool("mask", mask, shape, device)
-    _check_reward(reward, shape, device)
-    return mask & (torch.arange(shape[1], device=device) > 0)
+    mask = as_bool("mask", mask, shape, device) & (torch.arange(shape[1], device=device) > 0)
+    _check_reward(reward, mask)
+    return mask
 
 
-def _check_reward(reward: Tensor, shape: torch.Size, device: torch.device) -> None:
+def _check_reward(reward: Tensor, mask: Tensor) -> None:
     check_tensors(reward=reward)
+    shape, device = mask.shape, mask.device
     if reward.shape not in (shape[:1], shape) or reward.dtype not in (torch.bool, *INTEGERS, *FLOATS):
         raise ValueError(
             f"reward is {tuple(reward.shape)} {reward.dtype}: expected numbers ({shape[0]},), one for each row, or "
@@ -257,9 +261,15 @@ def _check_reward(reward: Tensor, shape: torch.Size, device: torch.device) -> No
         )
     if reward.device != device:
         raise ValueError(f"reward is on {reward.device}: expected {device}, like policy.logprob")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(reward.isfinite().all()):
-        place = (~reward.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"reward holds {reward[tuple(place)].item()} in row {place[0]}: expected finite numbers")
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    odd = ~reward.isfinite() & (mask.any(-1) if reward.ndim == 1 else mask)
+    if bool(odd.any()):
+        place = odd.nonzero()[0].tolist()
+        raise ValueError(
+            f"reward holds {reward[tuple(place)].item()} in row {place[0]}: expected finite numbers. Leave a row "
+            "without a reward out of the mask"
+        )
 
 
 def _check_settings(beta: float, alpha: float, gamma: float, level: str) -> None:

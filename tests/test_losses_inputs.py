@@ -48,8 +48,11 @@ def test_what_lies_off_the_mask_changes_nothing(name, level):
     policy, fixed = (token_rewards(x.detach(), tokens, mask=mask) for x in (z, z_ref))
     spoilt = [TokenRewards(*(f if f is None else f.masked_fill(~mask, torch.nan) for f in m)) for m in (policy, fixed)]
     options = {"beta": BETA, "level": level, "bootstrap": True}
-    one, other = (LOSSES[name](*m, mask, reward, **options) for m in ((policy, fixed), spoilt))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    odd_rows = reward.masked_fill(~mask.any(1), torch.nan)
+    tokens_too = torch.randn(mask.shape)
+    for given, odd in ((reward, odd_rows), (tokens_too, tokens_too.masked_fill(~mask, torch.nan))):
+        one, other = (LOSSES[name](*m, mask, r, **options) for m, r in (((policy, fixed), given), (spoilt, odd)))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_terminal_tokens_of_the_pass_matter_only_for_bootstrapping():
@@ -76,6 +79,8 @@ def test_impossible_tokens():
         assert out.residual.tolist() == [-inf, inf, 1.0, 2.0] and out.loss == inf
     gone = fields([0.0, -inf, -1.0], value=[[0.0, -inf, 0.0]])  # a state that allows no token, in both models
     assert reval_loss(gone, gone, mask[:1], torch.zeros(1), beta=1.0).residual.tolist() == [0.0]
+    torn = fields([0.0, -1.0, -inf]), fields([0.0, -inf, -1.0])  # -inf and +inf in one row
+    assert reval_loss(*torn, mask[:1], torch.zeros(1), beta=1.0).residual.isnan().tolist() == [True]
     far = reval_loss(policy, fixed, mask, torch.zeros(4), beta=1.0, gamma=1e-50)  # the discount underflows
     assert far.residual.tolist() == [1.0] * 4
 
@@ -123,6 +128,10 @@ WRONG = {
     "rewards": ({"reward": torch.zeros(3)}, r"reward is \(3,\) torch.float32: expected numbers \(2,\), one for each"),
     "no tensor": ({"reward": [0.0, 1.0]}, r"reward is a list: expected a tensor; torch.as_tensor\(reward\) makes one"),
     "nan": ({"reward": torch.tensor([0.0, torch.nan])}, "reward holds nan in row 1: expected finite numbers"),
+    "nan of a token": (
+        {"reward": torch.tensor([[torch.nan, 0.0, 0.0], [0.0, 0.0, torch.nan]])},
+        r"reward holds nan in row 1: expected finite numbers. Leave a row without a reward out of the mask",
+    ),
     "beta 0": ({"beta": 0.0}, "beta=0.0: expected a finite number > 0"),
     "beta inf": ({"beta": float("inf")}, "beta=inf: expected a finite number > 0"),
     "beta tensor": ({"beta": torch.tensor(1.0)}, "beta is a Tensor: expected a number"),
