@@ -71,13 +71,13 @@ class CollapseMonitor(TrainerCallback):
         if extract is not None and not callable(extract):
             raise EndoRewardError(f"extract is a {type(extract).__name__}: expected a function of a completion's text")
         self.extract, self.patience, self.stop = extract, patience, stop
-        self.new_course = partial(Course, limits or Limits(), window, start)
+        self._new_course = partial(Course, limits or Limits(), window, start)
         self._begin()
         self._watching = 0  # reward functions
         self._attached = False  # whether a trainer has called this callback
 
     def _begin(self) -> None:
-        self.course = self.new_course()
+        self.course = self._new_course()
         self.collapse_step: int | None = None
         self.reason: str | None = None
         self.indicator: float | None = None

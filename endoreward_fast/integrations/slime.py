@@ -45,6 +45,8 @@ async def custom_rm(args: Any, samples: Any, **_: Any) -> Any:
     unscored   the reward of a response that cannot be scored. Default: -1e6, which is never the best (BatchedReward)
     scale      of `post_process_rewards`: "group" (default) or "none" (`token_advantages`)
 
+    slime asks this function in evaluation too, unless the data set of `--eval-config` names its own `custom_rm_path`.
+
     A sample that is empty, too long, not finite or has images is unscored. An aborted sample gets None, as slime leaves
     it: its response goes on later. With `--reward-key`, a reward is a dictionary with that key.
 
