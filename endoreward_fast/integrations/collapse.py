@@ -93,18 +93,23 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def _centred(values: Sequence[float]) -> list[float]:
+    """Return the values minus their mean: exactly 0 if they are equal, which a rounded mean would not give."""
+    middle = _mean(values) if min(values) < max(values) else values[0]
+    return [value - middle for value in values]
+
+
 def _top_share(rows: Sequence[Sampled]) -> float:
     counts = Counter(row.answer for row in rows if row.answer is not None)
     return max(counts.values(), default=0) / len(rows)
 
 
 def _correlation(groups: Sequence[Sequence[Sampled]]) -> float | None:
-    pairs = []
+    pairs: list[tuple[float, float]] = []
     for group in groups:
         known = [(r.reward, r.length) for r in group if r.reward is not None and math.isfinite(r.reward)]
         if known:
-            middle = [_mean(column) for column in zip(*known, strict=True)]
-            pairs += [(reward - middle[0], length - middle[1]) for reward, length in known]
+            pairs += zip(*map(_centred, zip(*known, strict=True)), strict=True)
     squares = [math.fsum(pair[k] ** 2 for pair in pairs) for k in (0, 1)]
     if min(squares, default=0.0) <= 0:
         return None

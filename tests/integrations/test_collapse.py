@@ -51,6 +51,8 @@ def test_statistics_without_a_value_are_left_out():
     assert set(alone) == {"no_answer", "reward"}
     alike = measure(rows((1, 1, 1, 2, 1.0), (1, 1, 1, 4, 1.0)))  # rewards do not vary
     assert "length_correlation" not in alike and alike["majority"] == 1
+    rounded = measure(rows(*[(1, n, n, n, 0.1) for n in range(3)]))  # the mean of three 0.1 is 0.10000000000000002
+    assert "length_correlation" not in rounded
 
 
 def test_digests_tell_prompts_apart_and_are_alike_for_the_same_messages():
