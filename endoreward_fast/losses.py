@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .types import TokenRewards
-from .vocab.checks import FLOATS, INTEGERS, as_bool, check_numbers, check_tensors
+from .vocab.checks import FLOATS, INTEGERS, as_bool, check_numbers, check_tensors, readable
 
 Level = Literal["trajectory", "token"]
 
@@ -101,7 +101,8 @@ def reval_loss(
     +inf; a row with one of each has NaN. The loss is then not finite and its gradient is NaN, so leave such rows out of
     the mask. A token that both exclude adds 0. Float64 fields give float64 results; all others give float32.
     Raises ValueError for a reference without V, wrong shapes, devices and numbers, and, on the CPU, for a reward on the
-    mask that is not finite. On a GPU, where reading it would stall the stream, such a reward makes the loss NaN or inf.
+    mask that is not finite. On a GPU, where reading it would stall the stream, and under torch.compile and torch.func,
+    such a reward makes the loss NaN or inf.
     Source: arXiv 2603.23355, eq. 2.
     """
     return _loss("reval_loss", policy, reference, mask, reward, beta, alpha, gamma, level, bootstrap)
@@ -261,7 +262,7 @@ def _check_reward(reward: Tensor, mask: Tensor) -> None:
         )
     if reward.device != device:
         raise ValueError(f"reward is on {reward.device}: expected {device}, like policy.logprob")
-    if device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(reward):
         return
     odd = ~reward.isfinite() & (mask.any(-1) if reward.ndim == 1 else mask)
     if bool(odd.any()):

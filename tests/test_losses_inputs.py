@@ -103,6 +103,24 @@ def test_a_compiled_loss_is_one_graph():
     )
 
 
+def test_gradients_of_each_row_under_vmap():
+    heads, tokens, mask, terminal, reward = case()
+    policy, fixed = (exact(z.detach(), tokens, mask, terminal) for z in both(heads, torch.float64))
+
+    def loss(logprob, value, row_mask, row_reward, *reference):
+        one = TokenRewards(value, logprob, value, None)
+        fields = (x[None] for x in reference)
+        ref = TokenRewards(None, *fields, None)
+        model = TokenRewards(*(None if x is None else x[None] for x in one))
+        return reval_loss(model, ref, row_mask[None], row_reward[None], beta=BETA, gamma=0.9).loss
+
+    rows = policy.logprob, policy.value, mask.long(), reward, fixed.logprob, fixed.value
+    found = torch.func.vmap(torch.func.grad(loss))(*rows)
+    for b, gradient in enumerate(found):
+        torch.testing.assert_close(gradient, torch.func.grad(loss)(*(x[b] for x in rows)))
+    assert found[0].any() and not found[4].any()
+
+
 def test_the_examples_of_the_docstrings_run():
     found = doctest.testmod(losses)
     assert found.attempted == 8 and not found.failed

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforming
 from torch.autograd.forward_ad import unpack_dual
 
 from ..types import NO_TARGET
@@ -135,6 +136,12 @@ def _check_alpha(alpha: float) -> None:
         raise ValueError(f"alpha={alpha}: expected a finite temperature > 0")
 
 
+def readable(x: Tensor) -> bool:
+    """Return whether a check may read values of x. On a GPU it would stall the stream. Under torch.compile and torch.func
+    it can fail."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforming()
+
+
 def check_tensors(**arguments: Tensor | None) -> None:
     for name, x in arguments.items():
         if x is not None and not isinstance(x, Tensor):
@@ -151,7 +158,8 @@ def _as_bool(name: str, x: Tensor | None, shape: torch.Size, device: torch.devic
 def as_bool(name: str, x: Tensor, shape: torch.Size, device: torch.device | None = None) -> Tensor:
     """Return the mask x as bool, from bool or from the integers 0 and 1. Raises ValueError for a wrong shape or device.
 
-    Other integers raise on the CPU. On a GPU they count as 1, because reading them would stall the stream.
+    Other integers raise on the CPU. On a GPU they count as 1, because reading them would stall the stream. So they do
+    under torch.compile and torch.func.
     """
     check_tensors(**{name: x})
     wrong_place = device is not None and x.device != device
@@ -161,7 +169,7 @@ def as_bool(name: str, x: Tensor, shape: torch.Size, device: torch.device | None
     if x.dtype == torch.bool:
         return x
     on = x != 0
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.equal(x, on.to(x.dtype)):
+    if readable(x) and not torch.equal(x, on.to(x.dtype)):
         odd = x[(x != 0) & (x != 1)][0].item()
         raise ValueError(f"{name} holds {odd}: expected bool, or integers 0 and 1")
     return on
