@@ -137,8 +137,8 @@ def _check_alpha(alpha: float) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Return whether a check may read values of x. On a GPU it would stall the stream. Under torch.compile and torch.func
-    it can fail."""
+    """Return whether a check may read values of x. It would stall a GPU's stream, and can fail under torch.compile and
+    torch.func."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforming()
 
 
