@@ -247,6 +247,9 @@ def _checked(
                 f"{place} is {tuple(x.shape)} {x.dtype} on {x.device}: expected floating point {tuple(shape)} on "
                 f"{device}, like policy.logprob"
             )
+    for place, x in (("mask", mask), ("reward", reward)):
+        if x is None:
+            raise ValueError(f"{place} is None: expected a tensor")
     mask = as_bool("mask", mask, shape, device) & (torch.arange(shape[1], device=device) > 0)
     _check_reward(reward, mask)
     return mask

@@ -143,6 +143,8 @@ WRONG = {
     ),
     "one dimension": ({"policy": TokenRewards(*(GOOD.value[0],) * 3, None)}, r"policy.logprob \(3,\): expected \(B, T"),
     "mask": ({"mask": ON[:1]}, r"mask is \(1, 3\) torch.bool on cpu: expected \(2, 3\) bool"),
+    "no mask": ({"mask": None}, "mask is None: expected a tensor"),
+    "no reward": ({"reward": None}, "reward is None: expected a tensor"),
     "rewards": ({"reward": torch.zeros(3)}, r"reward is \(3,\) torch.float32: expected numbers \(2,\), one for each"),
     "no tensor": ({"reward": [0.0, 1.0]}, r"reward is a list: expected a tensor; torch.as_tensor\(reward\) makes one"),
     "nan": ({"reward": torch.tensor([0.0, torch.nan])}, "reward holds nan in row 1: expected finite numbers"),
