@@ -7,6 +7,7 @@ The workloads are RM-Bench (six answers to each of 4 prompts), a GRPO batch (8 a
     again     the same once more: what two equal arms differ by on this machine
     body      as `whole`, with one scored token a row: the time of the body, which sharing saves from
     shared    each prefix is read once
+    named     the judge's rows alone: as `shared`, and the ratings are named in one state of the question
 
 What the saved tokens promise is whole - body * (share of tokens saved): the head reads as many states as before.
 Seconds are those of the processor, on one thread, because other work runs on the machine. Writes
@@ -134,6 +135,8 @@ def case(model: str, name: str, scorer: EndoRewardModel, rows: list[dict], round
         "body": lambda: whole.score(bare, **options),
         "shared": lambda: scorer.score(rows, **options),
     }
+    if name.startswith("judge"):
+        calls["named"] = lambda: list(scorer.iter_logprobs(rows, **options))
     times = timing.interleave(calls, rounds, Processor())
     total = sum(len(r["prompt_ids"]) + len(r["completion_ids"]) for r in rows)
     distinct = trie_size(rows)
@@ -167,11 +170,12 @@ def run(rounds: int, file: Path, size: int, budgets: list[int | None], folder: P
         found = case(model, name, scorer, workloads(scorer.vocab_size, file, size)[name], rounds, budget)
         cases.append(found)
         took = found["arms"]["shared"]
+        named = f", named {found['arms']['named']['ratio']:.3f}" if "named" in found["arms"] else ""
         quartiles = f"{took['ratio_low']:.2f}-{took['ratio_high']:.2f}"
         print(
             f"{model + ', ' + name + (f' ({budget})' if budget else ''):42}{found['computed'] / found['distinct']:9.3f}"
             f"{found['promised']:9.3f}{took['ratio']:7.3f}{quartiles:>12}"
-            f"{found['over_promise']['ratio']:10.3f}{found['arms']['again']['ratio']:7.3f}",
+            f"{found['over_promise']['ratio']:10.3f}{found['arms']['again']['ratio']:7.3f}{named}",
             flush=True,
         )  # fmt: skip
         timing.write("prefixes", timing.environment(), cases, folder)

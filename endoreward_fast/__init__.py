@@ -1,9 +1,9 @@
 """endoreward_fast: the reward inside every language model, in one fused pass over the vocabulary.
 
 Functions on tensors: `token_rewards`, `linear_token_rewards`, `vocab_stats`, `linear_vocab_stats`, `sequence_score`,
-`rewards_to_go`, `terminal_at`. Loaded models: `EndoRewardModel`, which returns `RowScore`, `TokenTable` and `Ranked`;
-`RewardModel`, a trained reward model to compare with. Intrinsic rewards by name: `SIGNALS`. Objectives for RL on a
-model's values: the module `losses`.
+`rewards_to_go`, `terminal_at`; for distillation `vocab_divergence` and `linear_vocab_divergence`. Loaded models:
+`EndoRewardModel`, which returns `RowScore`, `TokenTable` and `Ranked`; `RewardModel`, a trained reward model to compare
+with. Intrinsic rewards by name: `SIGNALS`. Objectives for RL on a model's values: the module `losses`.
 
 Each name is imported on first use, so the command's help does not wait for torch. Importing the package imports neither
 triton nor transformers.
@@ -21,6 +21,7 @@ if not Path(__file__).with_name("kernels").is_dir():
     )
 
 if TYPE_CHECKING:
+    from .divergence import linear_vocab_divergence, vocab_divergence
     from .errors import EndoRewardError
     from .functional import linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
     from .model.model import EndoRewardModel
@@ -45,11 +46,13 @@ _MODULE_OF = {
     "VocabShard": "vocab.shard_layout",
     "VocabStats": "types",
     "linear_token_rewards": "functional",
+    "linear_vocab_divergence": "divergence",
     "linear_vocab_stats": "functional",
     "rewards_to_go": "returns",
     "sequence_score": "returns",
     "terminal_at": "returns",
     "token_rewards": "functional",
+    "vocab_divergence": "divergence",
     "vocab_stats": "functional",
 }
 
@@ -66,11 +69,13 @@ __all__ = [
     "VocabShard",
     "VocabStats",
     "linear_token_rewards",
+    "linear_vocab_divergence",
     "linear_vocab_stats",
     "rewards_to_go",
     "sequence_score",
     "terminal_at",
     "token_rewards",
+    "vocab_divergence",
     "vocab_stats",
 ]
 

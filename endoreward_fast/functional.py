@@ -11,62 +11,25 @@ impl  "fused"      Triton kernels, on a CUDA or ROCm device (or in the interpret
 A named impl that cannot run raises ValueError. It never falls back to another one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .types import TokenRewards, VocabStats
 from .vocab import reference
-from .vocab.checks import check_linear, check_logits, check_reverse_mode, check_rewards, check_rows
-from .vocab.choice import AUTO, standard_impl
-from .vocab.fused import obstacle_to_kernels
+from .vocab.checks import check_linear, check_logits, check_named, check_reverse_mode, check_rewards, check_rows
+from .vocab.choice import AUTO, Impl, choose_impl, uses_kernels
 
 if TYPE_CHECKING:
     from .vocab.shard_layout import VocabShard
 
-Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
-
-
-def choose_impl(impl: Impl, device: torch.device, *dtypes: torch.dtype, linear: bool = False) -> str:
-    """Return the implementation to run. Raises ValueError for an impl that cannot run.
-
-    `linear` says that the statistics are computed from hidden states, not from stored logits.
-
-    "auto" follows a rule. From hidden states, what `endoreward tune` chose for the head replaces the rule when the
-    operator runs (vocab/tuned.py). Without a tuning:
-
-    "auto" is "fused" on CUDA and ROCm devices if Triton is installed and all tensors have one dtype out of bf16, fp16
-    and fp32; otherwise "chunked". From fp32 hidden states on CUDA it is "chunked": cuBLAS multiplies exact fp32 several
-    times as fast as the kernel does (estimated from compiled code). The product follows torch's settings, so it is
-    exact unless the caller allows TF32. On the CPU "auto" is always "chunked". TRITON_INTERPRET=1 does not change that:
-    the interpreter is for tests. An existing build of "compiled" does not change it either: a default must not depend
-    on earlier runs on the machine.
-    """
-    if impl not in ("auto", "fused", "chunked", "compiled", "reference"):
-        raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked', 'compiled' or 'reference'")
-    if impl == "compiled" and device.type != "cpu":
-        raise ValueError(
-            f"impl='compiled' cannot run here: the tensors are on {device.type!r}, and it runs on the CPU only"
-        )
-    if impl == "auto":
-        return standard_impl(device, *dtypes, linear=linear)
-    obstacle = obstacle_to_kernels(device, *dtypes) if impl == "fused" else None
-    if obstacle:
-        raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would choose 'chunked'")
-    return impl
-
-
-def uses_kernels(chosen: str, device: torch.device) -> bool:
-    """Return whether this implementation launches Triton kernels on this device."""
-    return chosen == "fused" or (chosen == "chunked" and device.type == "cuda" and not obstacle_to_kernels(device))
-
 
 def vocab_stats(
-    logits: Tensor, targets: Tensor | None = None, *, mask: Tensor | None = None, alpha: float = 1.0,
-    entropy: bool = False, logit_mean: bool = False, impl: Impl = "auto",
+    logits: Tensor, targets: Tensor | None = None, *, mask: Tensor | None = None, alpha: float | Tensor = 1.0,
+    entropy: bool = False, logit_mean: bool = False, named: Sequence[int] | Tensor | None = None, impl: Impl = "auto",
 ) -> VocabStats:  # fmt: skip
     """Compute statistics of each row of logits over the vocabulary, reading the logits once.
 
@@ -74,14 +37,17 @@ def vocab_stats(
         target_logit = z[target]
         entropy      = -sum_a pi_a log pi_a, with pi = softmax(z / alpha)       nats
         logit_mean   = sum_a z_a / V
+        named_logprob[k] = log pi_named[k]                                      nats
 
     Row i is paired with targets[i]; nothing is shifted.
 
     logits   (..., V) bf16, fp16, fp32 or fp64, any strides
     targets  (...) int64. -100 marks a row without a target; its target_logit is 0. None: no row has a target
     mask     (...) rows to compute, as bool or as integers 0 and 1. On a GPU any other integer counts as 1, unchecked
-    alpha    soft-RL temperature, > 0
+    alpha    soft-RL temperature, > 0: a number, or (...) float32 with one for each row. No gradient flows into it
     entropy, logit_mean  whether to compute these fields; otherwise they are None
+    named    K token ids, a list or a tensor (K,) int64: their log-probabilities in every row, (..., K), from the same
+             logits as lse, so none exceeds 0. An id may occur twice. A judge's "Yes" and "No" need one pass, not two
     impl     implementation, see `choose_impl`
 
     Without targets this is a logsumexp in one read:
@@ -89,27 +55,41 @@ def vocab_stats(
         >>> vocab_stats(torch.tensor([[0.0, 0.0], [1.0, -float("inf")]])).lse
         tensor([0.6931, 1.0000])
 
-    Returns VocabStats, float32 (...). A row that is all -inf has lse -inf and entropy 0.
-    Raises ValueError for a wrong shape, dtype or device. A target outside [0, V) raises IndexError on the CPU; on a GPU
-    its row comes back NaN.
+    Two sampling temperatures, and the log-probabilities of tokens 0 and 1:
+
+        >>> logits, alpha = torch.tensor([[2.0, 0.0], [2.0, 0.0]]), torch.tensor([1.0, 2.0])
+        >>> vocab_stats(logits, alpha=alpha, named=[0, 1]).named_logprob
+        tensor([[-0.1269, -2.1269],
+                [-0.3133, -1.3133]])
+
+    Returns VocabStats, float32 (...). A row that is all -inf has lse -inf, entropy 0 and named_logprob -inf.
+    Raises ValueError for a wrong shape, dtype or device, and for alpha <= 0 (in a tensor: on the mask, and not on a
+    GPU). A target or a named id outside [0, V) raises IndexError on the CPU; on a GPU its row or column comes back NaN.
     """
     check_logits(logits)
     targets, mask = check_rows(targets, mask, logits, "logits", alpha)
-    chosen = choose_impl(impl, logits.device, logits.dtype)
+    many = alpha if isinstance(alpha, Tensor) else None
+    named = None if named is None else check_named(named, logits.shape[-1], logits.device)
+    chosen = choose_impl(impl, logits.device, logits.dtype, extras=many is not None or named is not None)
     if chosen == "reference":
-        return reference.vocab_stats(logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean)
+        return reference.vocab_stats(
+            logits, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, named=named
+        )
     check_reverse_mode(chosen, logits)
     from .vocab.ops import logits_stats
 
-    out = logits_stats(_as_3d(logits), _flat(targets), _flat(mask), None, float(alpha), entropy, logit_mean, chosen)
-    return _vocab_stats(out, targets.shape, entropy, logit_mean)
+    number, alphas = (float(alpha), None) if many is None else (1.0, _alpha_of_rows(many, mask))
+    out = logits_stats(
+        _as_3d(logits), _flat(targets), _flat(mask), None, number, entropy, logit_mean, chosen, alphas, named
+    )
+    return _vocab_stats(out, targets.shape, entropy, logit_mean, named)
 
 
 def linear_vocab_stats(
     hidden: Tensor, weight: Tensor, targets: Tensor | None = None, *, mask: Tensor | None = None,
-    bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None, alpha: float = 1.0,
-    entropy: bool = False, logit_mean: bool = False, impl: Impl = "auto", shard: "VocabShard | None" = None,
-    vocab_size: int | None = None,
+    bias: Tensor | None = None, logit_scale: float = 1.0, softcap: float | None = None, alpha: float | Tensor = 1.0,
+    entropy: bool = False, logit_mean: bool = False, named: Sequence[int] | Tensor | None = None, impl: Impl = "auto",
+    shard: "VocabShard | None" = None, vocab_size: int | None = None,
 ) -> VocabStats:  # fmt: skip
     """Compute `vocab_stats` from hidden states and the head's weight, without writing the logits to memory.
 
@@ -126,7 +106,7 @@ def linear_vocab_stats(
     vocab_size   number of vocabulary entries; the rows of weight behind them are padding and are left out
     shard        describes the rows of a split vocabulary that weight and bias of this process hold. hidden, targets and
                  mask must be the same on every rank, and every rank returns the same (see vocab/sharded.py). A DTensor
-                 weight placed Shard(0) needs no shard
+                 weight placed Shard(0) needs no shard. A split head takes one alpha for all rows, and no named tokens
 
     The other arguments are as in `vocab_stats`. Under autocast, hidden, weight and bias are cast first, as in a linear
     layer. Returns and raises as `vocab_stats`.
@@ -135,24 +115,32 @@ def linear_vocab_stats(
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
     targets, mask = check_rows(targets, mask, hidden, "hidden", alpha)
-    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype, linear=True)
+    many = alpha if isinstance(alpha, Tensor) else None
+    if shard is not None:
+        _refuse_extras(alpha, named)
+    named = None if named is None else check_named(named, weight.shape[0], hidden.device)
+    chosen = choose_impl(
+        impl, hidden.device, hidden.dtype, weight.dtype, linear=True, extras=many is not None or named is not None
+    )  # fmt: skip
     head = {"bias": bias, "logit_scale": logit_scale, "softcap": softcap}
     if chosen == "reference":
         _refuse_sharded(shard)
         return reference.linear_vocab_stats(
-            hidden, weight, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, **head
+            hidden, weight, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, named=named, **head
         )
     check_reverse_mode(chosen, hidden, weight, bias)
+    number, alphas = (float(alpha), None) if many is None else (1.0, _alpha_of_rows(many, mask))
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(targets), _flat(mask), None,
-        float(logit_scale), softcap, float(alpha), entropy, logit_mean, _run_as(impl, chosen, shard),
+        float(logit_scale), softcap, number, entropy, logit_mean, _run_as(impl, chosen, shard),
+        *(() if shard else (alphas, named)),
     )  # fmt: skip
-    return _vocab_stats(out, targets.shape, entropy, logit_mean)
+    return _vocab_stats(out, targets.shape, entropy, logit_mean, named)
 
 
 def token_rewards(
     logits: Tensor, tokens: Tensor, *, mask: Tensor | None = None, terminal: Tensor | None = None,
-    cu_seqlens: Tensor | None = None, alpha: float = 1.0, entropy: bool = False, impl: Impl = "auto",
+    cu_seqlens: Tensor | None = None, alpha: float | Tensor = 1.0, entropy: bool = False, impl: Impl = "auto",
 ) -> TokenRewards:  # fmt: skip
     """Compute the endogenous reward of each token from a language model's logits, read as a soft Q function.
 
@@ -165,34 +153,41 @@ def token_rewards(
     terminal    (B, T) tokens after which the episode ends, of the same types. Default: the last token of each
                 unbroken run of the mask. All False bootstraps every run with V (truncated completions)
     cu_seqlens  (S + 1,) int32 or int64: offsets of S sequences packed into the B * T tokens in row-major order
-    alpha, entropy, impl  as in `vocab_stats`
+    alpha       soft-RL temperature, > 0: a number, or (B, T) float32 with one for each token. alpha[:, t] is the
+                temperature under which token t was sampled, so it belongs to the state before the token:
+                logprob_t = log softmax(z_{t-1} / alpha_t)[token_t] and V(s) = alpha_t logsumexp(z_{t-1} / alpha_t).
+                V(s') has the alpha of the next token of the run; where the end of a run is bootstrapped, V(s') has the
+                alpha of the run's last token. Values off the mask are not used. No gradient flows into alpha
+    entropy, impl  as in `vocab_stats`
 
-    Returns TokenRewards, float32 (B, T), 0 off the mask. The rewards up to a terminal token sum to
-    alpha * (sum of logprob) + V of the first state. A state that is all -inf allows no action: a token that leads to it
+    Returns TokenRewards, float32 (B, T), 0 off the mask. The rewards up to a terminal token sum to the sum of
+    alpha_t * logprob_t, plus V of the first state. A state that is all -inf allows no action: a token that leads to it
     counts as terminal, and a token chosen in it has reward and logprob -inf.
     Raises as `vocab_stats`.
     Source: Li et al., arXiv 2506.23235, inverse soft Bellman operator.
     """
     check_logits(logits)
-    mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, logits, "logits", alpha)
-    chosen = choose_impl(impl, logits.device, logits.dtype)
+    mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, logits, "logits", alpha, alpha_of_each=True)
+    many = alpha if isinstance(alpha, Tensor) else None
+    chosen = choose_impl(impl, logits.device, logits.dtype, extras=many is not None)
     if chosen == "reference":
         return reference.token_rewards(
             logits, tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens, alpha=alpha, entropy=entropy
         )
     check_reverse_mode(chosen, logits)
     from .vocab.ops import logits_stats
-    from .vocab.plan import plan_rows
+    from .vocab.plan import alpha_of_rows, plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
-    out = logits_stats(logits, plan.targets, plan.needed, plan.successor, float(alpha), entropy, False, chosen)
+    number, alphas = (float(alpha), None) if many is None else (1.0, alpha_of_rows(many, plan))
+    out = logits_stats(logits, plan.targets, plan.needed, plan.successor, number, entropy, False, chosen, alphas, None)
     return _token_rewards(out, tokens, entropy)
 
 
 def linear_token_rewards(
     hidden: Tensor, weight: Tensor, tokens: Tensor, *, mask: Tensor | None = None, terminal: Tensor | None = None,
     cu_seqlens: Tensor | None = None, bias: Tensor | None = None, logit_scale: float = 1.0,
-    softcap: float | None = None, alpha: float = 1.0, entropy: bool = False, impl: Impl = "auto",
+    softcap: float | None = None, alpha: float | Tensor = 1.0, entropy: bool = False, impl: Impl = "auto",
     shard: "VocabShard | None" = None, vocab_size: int | None = None,
 ) -> TokenRewards:  # fmt: skip
     """Compute `token_rewards` from hidden states (B, T, D) and the head's weight (V, D), without writing the logits.
@@ -203,8 +198,11 @@ def linear_token_rewards(
     hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
     hidden, weight, bias = _autocast(hidden, weight, bias)
-    mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha)
-    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype, linear=True)
+    mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha, alpha_of_each=True)
+    many = alpha if isinstance(alpha, Tensor) else None
+    if shard is not None:
+        _refuse_extras(alpha, None)
+    chosen = choose_impl(impl, hidden.device, hidden.dtype, weight.dtype, linear=True, extras=many is not None)
     if chosen == "reference":
         _refuse_sharded(shard)
         return reference.linear_token_rewards(
@@ -212,12 +210,14 @@ def linear_token_rewards(
             logit_scale=logit_scale, softcap=softcap, alpha=alpha, entropy=entropy,
         )  # fmt: skip
     check_reverse_mode(chosen, hidden, weight, bias)
-    from .vocab.plan import plan_rows
+    from .vocab.plan import alpha_of_rows, plan_rows
 
     plan = plan_rows(tokens, mask, terminal, cu_seqlens, uses_kernels(chosen, tokens.device))
+    number, alphas = (float(alpha), None) if many is None else (1.0, alpha_of_rows(many, plan))
     out = _linear_stats(shard)(
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, plan.targets, plan.needed, plan.successor,
-        float(logit_scale), softcap, float(alpha), entropy, False, _run_as(impl, chosen, shard),
+        float(logit_scale), softcap, number, entropy, False, _run_as(impl, chosen, shard),
+        *(() if shard else (alphas, None)),
     )  # fmt: skip
     return _token_rewards(out, tokens, entropy)
 
@@ -260,6 +260,18 @@ def _linear_stats(shard: "VocabShard | None") -> Callable[..., list[Tensor]]:
     return partial(sharded_linear_stats, shard=shard)
 
 
+def _alpha_of_rows(alpha: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the temperatures of rows (N,), with 1 in rows off the mask."""
+    return (alpha if mask is None else torch.where(mask, alpha, 1.0)).reshape(-1)
+
+
+def _refuse_extras(alpha: float | Tensor, named: Sequence[int] | Tensor | None) -> None:
+    if named is not None:
+        raise ValueError("a sharded head takes no named tokens: pass named=None")
+    if isinstance(alpha, Tensor):
+        raise ValueError("a sharded head takes no alpha as a tensor: pass a number")
+
+
 def _refuse_sharded(shard: "VocabShard | None") -> None:
     if shard is not None:
         raise ValueError("impl='reference' cannot read a sharded head: use impl='auto'")
@@ -276,11 +288,14 @@ def _flat(rows: Tensor | None) -> Tensor | None:
     return None if rows is None else rows.reshape(-1)
 
 
-def _vocab_stats(out: list[Tensor], shape: torch.Size, entropy: bool, logit_mean: bool) -> VocabStats:
+def _vocab_stats(
+    out: list[Tensor], shape: torch.Size, entropy: bool, logit_mean: bool, named: Tensor | None
+) -> VocabStats:  # fmt: skip
     lse, target_logit, h, mean = out[:4]
     return VocabStats(
         lse.view(shape), target_logit.view(shape),
         h.view(shape) if entropy else None, mean.view(shape) if logit_mean else None,
+        None if named is None else out[-1].view(*shape, len(named)),
     )  # fmt: skip
 
 
@@ -289,5 +304,5 @@ def _token_rewards(out: list[Tensor], tokens: Tensor, entropy: bool) -> TokenRew
         # Modules return these fields, and FSDP2 warns of views: its hooks do not see what is written to them in place.
         return field.view_as(tokens).clone() if field.requires_grad else field.view_as(tokens)
 
-    reward, logprob, value, h = out[6:]
+    reward, logprob, value, h = out[6:10]
     return TokenRewards(shaped(reward), shaped(logprob), shaped(value), shaped(h) if entropy else None)

@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 
 from .types import TokenRewards
-from .vocab.checks import FLOATS, INTEGERS, as_bool, check_numbers, check_tensors, readable
+from .vocab.checks import FLOATS, INTEGERS, as_bool, check_numbers, check_tensors, readable, require_tensors
 
 Level = Literal["trajectory", "token"]
 
@@ -247,16 +247,13 @@ def _checked(
                 f"{place} is {tuple(x.shape)} {x.dtype} on {x.device}: expected floating point {tuple(shape)} on "
                 f"{device}, like policy.logprob"
             )
-    for place, x in (("mask", mask), ("reward", reward)):
-        if x is None:
-            raise ValueError(f"{place} is None: expected a tensor")
     mask = as_bool("mask", mask, shape, device) & (torch.arange(shape[1], device=device) > 0)
     _check_reward(reward, mask)
     return mask
 
 
 def _check_reward(reward: Tensor, mask: Tensor) -> None:
-    check_tensors(reward=reward)
+    require_tensors(reward=reward)
     shape, device = mask.shape, mask.device
     if reward.shape not in (shape[:1], shape) or reward.dtype not in (torch.bool, *INTEGERS, *FLOATS):
         raise ValueError(

@@ -8,7 +8,7 @@ NO_TARGET = -100  # marks a row without a target, as the ignore_index of torch a
 
 
 class VocabStats(NamedTuple):
-    """Statistics of each row of logits z over the vocabulary. Every field is float32 with the targets' shape (...)."""
+    """Statistics of each row of logits z over the vocabulary, float32. All but the last have targets' shape (...)."""
 
     lse: Tensor
     """log sum_a exp(z_a / alpha), nats"""
@@ -18,6 +18,8 @@ class VocabStats(NamedTuple):
     """of softmax(z / alpha), nats; None unless requested"""
     logit_mean: Tensor | None
     """mean of z over the vocabulary; None unless requested"""
+    named_logprob: Tensor | None = None
+    """log pi of the K tokens of `named`, (..., K), nats; None unless requested"""
 
 
 class TokenRewards(NamedTuple):

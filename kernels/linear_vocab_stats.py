@@ -22,6 +22,7 @@ from .primitives import (
     exp2_scale,
     finite_or_zero,
     merge,
+    scale_of,
     weight_and_exponent,
 )
 from .rows import Kept, gather
@@ -64,10 +65,9 @@ def logits_tile(
 
 
 @triton.jit
-def load_targets(targets, rows, row, m_row, vocab, HAS_ROWS: tl.constexpr):
+def load_targets(targets, o_row, m_row, vocab):
     """Return the targets of rows as int32; -1 for those outside the vocabulary."""
-    o_target = tl.load(rows + row, mask=m_row, other=0) if HAS_ROWS else row
-    target = tl.load(targets + o_target, mask=m_row, other=-1)
+    target = tl.load(targets + o_row, mask=m_row, other=-1)
     return tl.where((target >= 0) & (target < vocab), target, -1).to(tl.int32)
 
 
@@ -87,13 +87,15 @@ def tiles_with_targets(target, first, end, BLOCK_V: tl.constexpr):
 # sm_90: the code for a V that is a multiple of 16 spilled, and so did that for a split known only at run time.
 @triton.jit(
     do_not_specialize=["n_rows", "vocab"],
-    do_not_specialize_on_alignment=["targets", "p_m", "p_s", "p_t", "p_u", "p_target", "rows", "count"],
-)
+    do_not_specialize_on_alignment=[
+        "targets", "named", "p_m", "p_s", "p_t", "p_u", "p_target", "p_named", "rows", "count", "c",
+    ],
+)  # fmt: skip
 def linear_partials_kernel(
-    hidden, weight, bias, targets, rows, count, p_m, p_s, p_t, p_u, p_target,
+    hidden, weight, bias, targets, rows, count, named, p_m, p_s, p_t, p_u, p_target, p_named,
     n_rows, vocab, dim, stride_hidden, stride_weight, logit_scale, softcap, c,
     HAS_ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, ALPHAS: tl.constexpr, NAMES: tl.constexpr,
     TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +111,9 @@ def linear_partials_kernel(
         m_row = row < n_rows
         first = split * SPLIT
         end = tl.minimum(first + SPLIT, vocab)
-        target = load_targets(targets, rows, row, m_row, vocab, HAS_ROWS)
+        o_row = tl.load(rows + row, mask=m_row, other=0) if HAS_ROWS else row
+        target = load_targets(targets, o_row, m_row, vocab)
+        c_row = scale_of(c, o_row, m_row, ALPHAS)
         hit_tiles = tiles_with_targets(target, first, end, BLOCK_V)
 
         m = tl.full([BLOCK_N], NEG_INF, dtype=tl.float32)
@@ -137,12 +141,19 @@ def linear_partials_kernel(
                 b_target = tl.sum(tl.where(col[None, :] == target[:, None], z, 0.0), 1)
                 tl.store(p_target + row, b_target, mask=m_hit)
 
+            if NAMES:
+                for k in range(NAMES):
+                    token = (tl.load(named + k) - o_v).to(tl.int32)
+                    if (token >= 0) & (token < BLOCK_V):
+                        b_named = tl.sum(tl.where((tl.arange(0, BLOCK_V) == token)[None, :], z, 0.0), 1)
+                        tl.store(p_named + row.to(tl.int64) * NAMES + k, b_named, mask=m_row)
+
             b_m = tl.max(z, 1)
-            e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c)
+            e, d = weight_and_exponent(z, finite_or_zero(b_m)[:, None], c_row[:, None] if ALPHAS else c)
             b_t = t
             if ENTROPY:
                 b_t = tl.sum(e * d, 1)
-            m, s, t = merge(m, s, t, b_m, tl.sum(e, 1), b_t, c, ENTROPY)
+            m, s, t = merge(m, s, t, b_m, tl.sum(e, 1), b_t, c_row, ENTROPY)
 
         o = split.to(tl.int64) * pitch + row
         tl.store(p_m + o, m, mask=m_row)
@@ -164,12 +175,14 @@ def tma_usable(x: torch.Tensor) -> bool:
 
 
 def linear_partials(
-    hidden, weight, targets, *, alpha: float, entropy: bool, logit_mean: bool, config: LinearConfig, split: int,
-    head: Head = PLAIN_HEAD, kept: Kept | None = None, tma: bool = False, interpreted: bool = False,
-    programs: int | None = None,
+    hidden, weight, targets, *, alpha: float | torch.Tensor, entropy: bool, logit_mean: bool, config: LinearConfig,
+    split: int, head: Head = PLAIN_HEAD, kept: Kept | None = None, tma: bool = False, interpreted: bool = False,
+    programs: int | None = None, named=None,
 ) -> Partials:  # fmt: skip
     """Return partials (ceil(V / split), N) of hidden (N, D), weight (V, D) of the same dtype, and targets (N,) int64.
 
+    alpha     a number, or (N,) float32: the temperature of each row
+    named     (K,) int64: tokens whose logits are wanted too
     split     vocabulary entries of a split, see config.vocab_split
     kept      the rows to compute; None: all. Column i of the partials belongs to the i-th row that is kept
     tma       load through TMA; requires `tma_usable(weight)`. hidden is copied if TMA cannot read it: the alignment of
@@ -178,7 +191,9 @@ def linear_partials(
     """
     (rows, dim), vocab = hidden.shape, weight.shape[0]
     splits = cdiv(vocab, split)
-    partials = Partials.empty(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
+    c = exp2_scale(alpha)
+    names = 0 if named is None else named.shape[0]
+    partials = Partials.empty(splits, rows, hidden.device, entropy=entropy, logit_mean=logit_mean, names=names)
     if not rows:
         return partials
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
@@ -193,9 +208,10 @@ def linear_partials(
     work = cdiv(rows, config.block_n) * splits
     grid = min(work, programs) if programs else work
     linear_partials_kernel[(grid,)](
-        hidden, weight, head.bias, targets, *(kept[:2] if kept else (None, None)), *partials,
-        rows, vocab, dim, *strides, *head.numbers(), exp2_scale(alpha),
-        HAS_ROWS=kept is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean, TMA=tma,
+        hidden, weight, head.bias, targets, *(kept[:2] if kept else (None, None)), named, *partials,
+        rows, vocab, dim, *strides, *head.numbers(), c,
+        HAS_ROWS=kept is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
+        ALPHAS=c is alpha, NAMES=names, TMA=tma,
         UPCAST=interpreted, PRECISION="ieee", BLOCK_N=config.block_n, BLOCK_V=config.block_v, BLOCK_D=config.block_d,
         SPLIT=split, GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

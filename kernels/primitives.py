@@ -51,9 +51,30 @@ class Head(NamedTuple):
 PLAIN_HEAD = Head()
 
 
-def exp2_scale(alpha: float) -> float:
-    """Return c of the formulas above. It is rounded once, on the host."""
+def exp2_scale(alpha: float | torch.Tensor) -> float | torch.Tensor:
+    """Return c of the formulas above, rounded once, on the host. Temperatures (N,) stay what they are: see `scale_of`.
+
+    A kernel's argument c is thus a number, or a pointer to the temperatures of rows. Triton compiles it for each.
+    """
+    if not isinstance(alpha, float) and isinstance(alpha, torch.Tensor):  # the first of these takes a third of the time
+        return alpha
     return math.log2(math.e) / alpha
+
+
+@triton.jit
+def scale_of(c, row, m_row, ALPHAS: tl.constexpr):
+    """Return c of rows: the number c or, with ALPHAS, log2(e) / alpha from temperatures that c points to."""
+    if ALPHAS:
+        c = LOG2E / tl.load(c + row, mask=m_row, other=1.0)
+    return c
+
+
+@triton.jit
+def alpha_of(alpha, row, m_row, ALPHAS: tl.constexpr):
+    """Return the temperature of rows: the number alpha or, with ALPHAS, one for each that alpha points to."""
+    if ALPHAS:
+        alpha = tl.load(alpha + row, mask=m_row, other=1.0)
+    return alpha
 
 
 @triton.jit

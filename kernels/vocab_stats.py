@@ -2,7 +2,7 @@
 
 forward   One program summarises BLOCK_V logits of one row, and combine.py merges the pieces of a row. Traffic per row:
           V * itemsize bytes, and 16 bytes per piece.
-backward  dz_a = (g_lse - g_entropy (log p_a + H)) p_a / alpha + g_target [a = target] + g_mean / V
+backward  dz_a = (g_lse - g_entropy (log p_a + H)) p_a / alpha + g_target [a = target] + g_mean / V + g_k [a = named_k]
           with p_a = exp((z_a - shift) / alpha - log_total). Traffic per row: 2 V * itemsize bytes.
 
 How a row is cut into pieces depends on V alone, so a row's result is bitwise the same in any batch. Rows that do not
@@ -22,9 +22,11 @@ from .primitives import (
     PLAIN_HEAD,
     SUM_SCALE,
     Head,
+    alpha_of,
     apply_head,
     exp2_scale,
     finite_or_zero,
+    scale_of,
     weight_and_exponent,
 )
 
@@ -98,19 +100,21 @@ def load_logits(
     return z
 
 
-PER_ROW = ["targets", "needed", "p_m", "p_s", "p_t", "p_u", "p_target", "shift", "log_total", "entropy"]
-PER_ROW += ["g_lse", "g_target", "g_entropy", "g_mean"]
+PER_ROW = ["targets", "needed", "named", "c"]
+PARTIALS = ["p_m", "p_s", "p_t", "p_u", "p_target", "p_named"]
+GRADS = ["alpha", "shift", "log_total", "entropy", "g_lse", "g_target", "g_entropy", "g_mean", "g_named"]
 
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_inner", "stride_outer", "stride_inner", "first"],
-    do_not_specialize_on_alignment=PER_ROW[:7],
+    do_not_specialize_on_alignment=PER_ROW + PARTIALS,
 )
 def logits_partials_kernel(
-    logits, targets, needed, bias, p_m, p_s, p_t, p_u, p_target,
+    logits, targets, needed, named, bias, p_m, p_s, p_t, p_u, p_target, p_named,
     n_rows, n_inner, vocab, first, stride_outer, stride_inner, stride_vocab, logit_scale, softcap, c,
     HAS_NEEDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, ALPHAS: tl.constexpr, NAMES: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     splits = tl.cdiv(vocab, BLOCK_V)
     row = (tl.program_id(0) // splits).to(tl.int64)
@@ -126,7 +130,7 @@ def logits_partials_kernel(
     col = neighbours(o_v, BLOCK_V)
 
     m = tl.max(tl.max(tl.max(z, 2), 0), 0)
-    e, d = weight_and_exponent(z, finite_or_zero(m), c)
+    e, d = weight_and_exponent(z, finite_or_zero(m), scale_of(c, row, True, ALPHAS))
     o = split.to(tl.int64) * n_rows + row
     tl.store(p_m + o, m)
     tl.store(p_s + o, total(e))
@@ -137,16 +141,23 @@ def logits_partials_kernel(
     target = tl.load(targets + row) - first
     if (target >= o_v) & (target < tl.minimum(o_v + BLOCK_V, vocab)):
         tl.store(p_target + row, total(tl.where(col == target, z, 0.0)))
+    if NAMES:
+        for k in range(NAMES):
+            token = (tl.load(named + k) - first).to(tl.int32)
+            if (token >= o_v) & (token < o_v + BLOCK_V):
+                tl.store(p_named + row * NAMES + k, total(tl.where(col == token, z, 0.0)))
 
 
 @triton.jit(
-    do_not_specialize=["n_inner", "stride_outer", "stride_inner", "first"], do_not_specialize_on_alignment=PER_ROW
+    do_not_specialize=["n_inner", "stride_outer", "stride_inner", "first"],
+    do_not_specialize_on_alignment=PER_ROW + GRADS,
 )
 def logits_backward_kernel(
-    logits, targets, needed, bias, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, grad,
+    logits, targets, needed, named, bias, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, g_named, grad,
     n_inner, vocab, first, total_vocab, stride_outer, stride_inner, stride_vocab, logit_scale, softcap, c, alpha,
     HAS_NEEDED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
+    ENTROPY: tl.constexpr, LOGIT_MEAN: tl.constexpr, ALPHAS: tl.constexpr, NAMES: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(vocab, BLOCK_V)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -161,9 +172,9 @@ def logits_backward_kernel(
         HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, ALIGNED, BLOCK_V,
     )  # fmt: skip
     b_log_total = tl.load(log_total + row)
-    e, d = weight_and_exponent(z, finite_or_zero(tl.load(shift + row)), c)
+    e, d = weight_and_exponent(z, finite_or_zero(tl.load(shift + row)), scale_of(c, row, True, ALPHAS))
     # log_total is applied as a factor. Subtracting it from every exponent would round the largest p the most.
-    share = tl.exp2(-b_log_total * LOG2E) / alpha
+    share = tl.exp2(-b_log_total * LOG2E) / alpha_of(alpha, row, True, ALPHAS)
     g = tl.load(g_lse + row)
     if ENTROPY:
         b_g_entropy = tl.load(g_entropy + row)
@@ -176,6 +187,11 @@ def logits_backward_kernel(
     dz += tl.where(at_target, tl.load(g_target + row), 0.0)
     if LOGIT_MEAN:
         dz += tl.load(g_mean + row) / total_vocab
+    if NAMES:
+        for k in range(NAMES):
+            token = (tl.load(named + k) - first).to(tl.int32)
+            if (token >= o_v) & (token < o_v + BLOCK_V):
+                dz += tl.where(neighbours(o_v, BLOCK_V) == token, tl.load(g_named + row * NAMES + k), 0.0)
     if HAS_SOFTCAP:  # the stored logits are matmul products, before bias, scale and softcap
         y = z * (1.0 / softcap)
         dz *= 1.0 - y * y
@@ -193,11 +209,14 @@ def rows_aligned(logits: torch.Tensor) -> bool:
 
 
 def logits_partials(
-    logits, targets, *, alpha: float, entropy: bool, logit_mean: bool, needed=None, config: LogitsConfig | None = None,
-    head: Head = PLAIN_HEAD, first: int = 0, out: Partials | None = None,
+    logits, targets, *, alpha: float | torch.Tensor, entropy: bool, logit_mean: bool, needed=None,
+    config: LogitsConfig | None = None, head: Head = PLAIN_HEAD, first: int = 0, out: Partials | None = None,
+    named=None,
 ) -> Partials:  # fmt: skip
     """Return partials (ceil(V / BLOCK_V), N) of logits (B, T, V), any strides, and targets (N = B T,) int64.
 
+    alpha   a number, or (N,) float32: the temperature of each row
+    named   (K,) int64: tokens of the larger vocabulary whose logits are wanted too
     needed  (N,) bool: rows to compute; None: all
     head    turns the stored logits into final logits; its bias covers the V columns given
     first   index of the first column, if the columns are a part of a larger vocabulary
@@ -205,45 +224,51 @@ def logits_partials(
     """
     outer, inner, vocab = logits.shape
     rows = outer * inner
-    config = config or LogitsConfig()
+    config, c = config or LogitsConfig(), exp2_scale(alpha)
     splits = cdiv(vocab, config.block_v)
     if out is None:
-        out = Partials.empty(splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean)
+        out = Partials.empty(
+            splits, rows, logits.device, entropy=entropy, logit_mean=logit_mean,
+            names=0 if named is None else named.shape[0],
+        )  # fmt: skip
     if rows:
         logits_partials_kernel[(rows * splits,)](
-            logits, targets, needed, head.bias, *out,
-            out.m.stride(0), inner, vocab, first, *logits.stride(), *head.numbers(), exp2_scale(alpha),
+            logits, targets, needed, named, head.bias, *out,
+            out.m.stride(0), inner, vocab, first, *logits.stride(), *head.numbers(), c,
             HAS_NEEDED=needed is not None, **head.flags(), ENTROPY=entropy, LOGIT_MEAN=logit_mean,
+            ALPHAS=c is alpha, NAMES=0 if named is None else named.shape[0],
             ALIGNED=rows_aligned(logits), BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
     return out
 
 
 def logits_backward(
-    logits, targets, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, *, alpha: float, needed=None,
-    config: LogitsConfig | None = None, head: Head = PLAIN_HEAD, first: int = 0, vocab: int | None = None,
-    out: torch.Tensor | None = None,
+    logits, targets, shift, log_total, entropy, g_lse, g_target, g_entropy, g_mean, g_named=None, *,
+    alpha: float | torch.Tensor, needed=None, config: LogitsConfig | None = None, head: Head = PLAIN_HEAD,
+    first: int = 0, vocab: int | None = None, out: torch.Tensor | None = None, named=None,
 ) -> torch.Tensor:  # fmt: skip
     """Return the gradient (B, T, V) of the stored logits, before bias, scale and softcap, in the logits' dtype.
 
     shift, log_total and entropy come from the forward's `combine`. The upstream gradients g_* are (N,) float32.
-    g_entropy and g_mean are None if they are zero; g_entropy requires entropy.
+    g_entropy and g_mean are None if they are zero; g_entropy requires entropy. g_named is (N, K), for the K tokens of
+    `named`.
 
-    head, first  as in `logits_partials`; `vocab` is the size of the whole vocabulary
+    alpha, head, first, named  as in `logits_partials`; `vocab` is the size of the whole vocabulary
     out          contiguous output of any dtype
     """
     outer, inner, columns = logits.shape
     rows = outer * inner
-    config = config or LogitsConfig()
+    config, c = config or LogitsConfig(), exp2_scale(alpha)
     if out is None:
         out = torch.empty_like(logits, memory_format=torch.contiguous_format)
     if rows:
         logits_backward_kernel[(rows * cdiv(columns, config.block_v),)](
-            logits, targets, needed, head.bias, shift, log_total, entropy,
-            g_lse, g_target, g_entropy, g_mean, out,
-            inner, columns, first, vocab or columns, *logits.stride(), *head.numbers(), exp2_scale(alpha), alpha,
+            logits, targets, needed, named, head.bias, shift, log_total, entropy,
+            g_lse, g_target, g_entropy, g_mean, g_named, out,
+            inner, columns, first, vocab or columns, *logits.stride(), *head.numbers(), c, alpha,
             HAS_NEEDED=needed is not None, **head.flags(), ENTROPY=g_entropy is not None,
-            LOGIT_MEAN=g_mean is not None,
+            LOGIT_MEAN=g_mean is not None, ALPHAS=c is alpha,
+            NAMES=0 if named is None else named.shape[0],
             ALIGNED=rows_aligned(logits), BLOCK_V=config.block_v, num_warps=config.num_warps,
         )  # fmt: skip
     return out

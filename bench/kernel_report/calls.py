@@ -15,14 +15,18 @@ VOCAB, DIM, BATCH, TOKENS = 151936, 256, 2, 8
 # A width of 70, or rows of an odd number of logits, leave no pitch a multiple of 16 bytes.
 ODD_VOCAB, ODD_DIM = 50257, 70
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+ROWWISE = ("combine", "sum")
 NAMES = {"logits_partials_kernel": "logits_forward", "linear_partials_kernel": "linear"}
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a public function. `full` asks for entropy and mean; a linear head then has bias and softcap."""
+    """A call of a public function. `full` asks for entropy and mean; a linear head then has bias and softcap.
 
-    source: str  # logits, linear, or chunked: a linear head through a workspace
+    The divergence is KL, and JSD if full.
+    """
+
+    source: str  # logits, linear, chunked: a linear head through a workspace, or divergence: of two stored logits
     arch: str
     dtype: str
     full: bool
@@ -37,6 +41,8 @@ def calls(archs: Iterable[str] = ARCHS) -> list[Call]:
                 out.append(Call("logits", arch, dtype, full))
                 out += [Call("linear", arch, dtype, full, aligned) for aligned in (True, False)]
         out += [Call("chunked", arch, dtype, True) for dtype in ("bf16", "fp32")]
+        out += [Call("divergence", arch, dtype, full) for dtype in ("bf16", "fp32") for full in (False, True)]
+        out.append(Call("divergence", arch, "bf16", True, aligned=False))
         out.append(Call("logits", arch, "bf16", False, aligned=False))
     return out
 
@@ -67,7 +73,7 @@ def plan(calls: list[Call]) -> list[Planned]:
         for launch in found:
             planned = Planned(call, launch, launch in chosen)
             known = any(p.call.arch == call.arch and p.launch == launch for p in out)
-            if not known and (call.aligned or planned.kernel != "combine"):  # combine reads no pitch
+            if not known and (call.aligned or not planned.kernel.endswith(ROWWISE)):  # these read no pitch
                 out.append(planned)
     return out
 
@@ -77,6 +83,10 @@ def _run(call: Call, impl: str) -> None:
     dtype, rows = TORCH[call.dtype], (BATCH, TOKENS)
     tokens, mask = torch.zeros(rows, dtype=torch.long), torch.ones(rows, dtype=torch.bool)
     extras = {"entropy": True, "logit_mean": True} if call.full else {}
+    if call.source == "divergence":
+        pair = (torch.empty(*rows, vocab, dtype=dtype, requires_grad=True) for _ in range(2))
+        er.vocab_divergence(*pair, kind="jsd" if call.full else "reverse-kl", mask=mask, impl=impl).sum().backward()
+        return
     if call.source == "logits":
         args = (torch.empty(*rows, vocab, dtype=dtype, requires_grad=True),)
         fn = er.vocab_stats if call.full else er.token_rewards

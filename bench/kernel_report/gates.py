@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .calls import ROWWISE
 from .compile import Row
 from .host import CallCost
 
@@ -29,7 +30,7 @@ ROW_GATES = (
     ),
     # A lane that loads 2 bytes at a time needs 8 instructions and 8 requests for what one load of 16 bytes brings.
     Gate(
-        lambda r: r.kernel.startswith("logits") and r.aligned,
+        lambda r: r.kernel.startswith(("logits", "divergence")) and not r.kernel.endswith(ROWWISE) and r.aligned,
         lambda r: r.load_bytes >= WIDE,
         lambda r: f"loads {r.load_bytes} bytes at a time (bytes x loads: {r.loads}), expected {WIDE}",
     ),

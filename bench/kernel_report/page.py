@@ -10,8 +10,8 @@ HEAD = """\
 The kernels were compiled ahead of time and not run, so no figure of theirs is a time. Each row is a launch that a
 public call makes, with the types and the alignment of its arguments.
 
-- call: logits, linear, or chunked (a linear head through a workspace)
-- form: full computes entropy and mean, with bias and softcap for a linear head
+- call: logits, linear, chunked (a linear head through a workspace), or divergence (of two stored logits)
+- form: full computes entropy and mean, with bias and softcap for a linear head; of a divergence it is JSD, else KL
 - aligned: whether pitches are multiples of 16 bytes
 - auto: whether impl="auto" launches it
 - programs: how many fit on one processor (SM, CU), given registers, shared memory and warps

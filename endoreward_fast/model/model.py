@@ -27,6 +27,7 @@ from ..scoring.arguments import (
     refuse_no_name,
 )
 from ..scoring.options import ScoreOptions
+from ..scoring.replies import logprob_rows
 from ..scoring.results import OnTokens, Ranked, RowScore, Scores, in_order
 from ..scoring.score import EncodedRows, encode_rows, score_rows
 from ..text.row_flags import NOTHING_TO_SCORE
@@ -111,6 +112,17 @@ class EndoRewardModel(TokenReader):
         `on_tokens` is called with the number of tokens of each finished batch.
         """
         return score_rows(self, list_of_rows(rows), self._options(options), on_tokens)
+
+    def iter_logprobs(
+        self, rows: Iterable[Row], *, on_tokens: OnTokens = None, **options: Unpack[ScoreKwargs]
+    ) -> Scores:  # fmt: skip
+        """Yield (position in rows, result) as `iter_scores` does, with `logprob` in place of the score.
+
+        For callers that need log-probabilities alone, such as a judge. Rows that differ in their last token alone are
+        read once, without it, and one pass over the vocabulary gives the log-probabilities of all of them. `per_token`
+        and `signals` do not apply to these rows.
+        """
+        return logprob_rows(self, list_of_rows(rows), self._options(options), on_tokens)
 
     def encode(self, rows: Iterable[Row], **options: Unpack[ScoreKwargs]) -> EncodedRows:
         """Return the tokens of rows; `score` and `iter_scores` take them in place of rows, with the same options.

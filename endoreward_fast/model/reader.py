@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import Impl, linear_token_rewards, token_rewards
+from ..functional import Impl, linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
 from ..head.gathered import weights_come_and_go
 from ..head.head import Head, logits_of
+from ..head.module import is_dtensor
 from ..scoring.batching import Budget, Room
 from ..scoring.past import Past
 from ..scoring.shared import Shared
@@ -145,6 +146,34 @@ class TokenReader(nn.Module):
         return self._read(
             token_stats, linear_token_stats, {"input_ids": input_ids}, scored, terminal, states=states, alpha=alpha
         )  # fmt: skip
+
+    def names_tokens(self) -> bool:
+        """Return whether `named_logprobs` can run: not for a head that is split over processes, or gathered by FSDP."""
+        return not (is_dtensor(self.head.module.weight) or weights_come_and_go(self.model))
+
+    def named_logprobs(
+        self, input_ids: Tensor, chosen: Tensor, named: Tensor, *, alpha: float = 1.0, states: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Return log pi (N, K) of tokens `named` (K,) in N states, nats.
+
+        input_ids   (B, T), padded on the right
+        chosen      (B, T) bool: the states to read, N of them, row by row. State t is the one after token t
+        states      (B, T, D), the states of these tokens from `read_on`; the model then does not run
+        """
+
+        def read(states: Tensor) -> Tensor:
+            rows, names = states[chosen.to(states.device)], named.to(states.device)
+            if not self.head.linear:
+                logprobs = vocab_stats(rows, alpha=alpha, named=names).named_logprob
+            else:
+                logprobs = linear_vocab_stats(
+                    rows, self.head.weight, bias=self.head.bias, logit_scale=self.head.logit_scale,
+                    softcap=self.head.softcap, vocab_size=self.head.vocab_size, alpha=alpha, named=names,
+                ).named_logprob  # fmt: skip
+            assert logprobs is not None
+            return logprobs
+
+        return self._run({"input_ids": input_ids}, read) if states is None else read(states)
 
     def obstacle_to_sharing(self) -> str | None:
         """Return why a prefix of several rows is not read once for all of them; None if it is. See continuing.py."""

@@ -2,8 +2,9 @@
 
 A judge has the methods of EndoRewardModel (`iter_scores(rows, **options)`, `score`), so `endoreward eval` accepts both.
 It rewrites each row as questions about the answer, and an EndoRewardModel gives the log-probabilities of the replies
-under pi = softmax(z / alpha). The score of the row is computed from these. Of the options, alpha and those that say how
-text is encoded and batched have an effect. Instructions are `str.format` templates, which a caller may replace.
+under pi = softmax(z / alpha). If the replies are one token each, the model reads the question alone, once for all.
+The score of the row is computed from these. Of the options, alpha and those that say how text is encoded and batched
+have an effect. Instructions are `str.format` templates, which a caller may replace.
 """
 
 import math
@@ -110,7 +111,7 @@ class Judge:
                 users.setdefault(reply, []).append(position)
         missing = {position: len(set(replies)) for position, replies in needs.items()}
         results: dict[int, RowScore] = {}
-        for i, result in self.scorer.iter_scores(asked.rows, on_tokens=on_tokens, **kept | {"append_eos": False}):
+        for i, result in self.scorer.iter_logprobs(asked.rows, on_tokens=on_tokens, **kept | {"append_eos": False}):
             results[i] = result
             for position in users.get(i, ()):  # empty if the row of the question has no score
                 missing[position] -= 1
@@ -192,7 +193,7 @@ class Pointwise(Judge):
     instruction: str = POINTWISE
     """`str.format` template with {question} and {answer}"""
     ratings: tuple[str, ...] = RATINGS
-    """the replies, each a number; the model runs once for each"""
+    """the replies, each a number"""
     method = "Judge, pointwise"
     formula = "sum k pi(k | question, answer) / sum pi(k | question, answer), k = 1 ... 5"
     source = "G-Eval, 2303.16634"

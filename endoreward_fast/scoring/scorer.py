@@ -69,3 +69,14 @@ class Scorer(Reader, Protocol):
         self, input_ids: Tensor, scored: Tensor, terminal: Tensor, *, alpha: float = 1.0, states: Tensor | None = None
     ) -> TokenStats:  # fmt: skip
         """Return the statistics from which all signals are computed, likewise."""
+
+    def names_tokens(self) -> bool:
+        """Return whether `named_logprobs` can run."""
+
+    def named_logprobs(
+        self, input_ids: Tensor, chosen: Tensor, named: Tensor, *, alpha: float = 1.0, states: Tensor | None = None
+    ) -> Tensor:  # fmt: skip
+        """Return log pi (N, K) of tokens `named` (K,) in the N `chosen` states (B, T) of rows padded on the right.
+
+        Row by row; from their `states` (B, T, D) if given.
+        """

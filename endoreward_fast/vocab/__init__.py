@@ -4,5 +4,5 @@
 are the fast implementations; `rows` holds the types and the row plan that they share. `checks` refuses bad arguments.
 `choice` says which of them runs, `tuned` finds what `endoreward tune` chose for a head on this `machine`, in the user's
 `cache` folder. `shard_layout` describes a vocabulary that is split over ranks, and `sharded` runs a pass on one shard.
-`ops` registers the passes with torch.
+`ops` registers the passes with torch. The folder `divergence` compares two distributions over the vocabulary.
 """

@@ -1,7 +1,7 @@
 """Argument checks of the public functions. Each error names the argument, its value and what was expected."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def _wrong(name: str, x: Tensor, expected: str) -> ValueError:
 
 
 def check_logits(logits: Tensor) -> None:
-    check_tensors(logits=logits)
+    require_tensors(logits=logits)
     if logits.ndim < 1 or logits.dtype not in FLOATS or logits.shape[-1] == 0:
         raise _wrong("logits", logits, "a floating-point tensor (..., V) with V >= 1")
 
@@ -29,7 +29,8 @@ def check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, *,
     sharded: bool = False,
 ) -> None:  # fmt: skip
-    check_tensors(hidden=hidden, weight=weight, bias=bias)
+    require_tensors(hidden=hidden, weight=weight)
+    check_tensors(bias=bias)
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
         raise _wrong("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
     dim = hidden.shape[-1]
@@ -51,32 +52,37 @@ def check_linear(
 
 
 def check_rows(
-    targets: Tensor | None, mask: Tensor | None, like: Tensor, name: str, alpha: float
+    targets: Tensor | None, mask: Tensor | None, like: Tensor, name: str, alpha: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Check targets and mask of `vocab_stats` against `like` (logits or hidden). Return targets, and mask as bool."""
     check_tensors(targets=targets, mask=mask)
-    _check_alpha(alpha)
     shape = like.shape[:-1]
     if targets is None:
         targets = torch.full(shape, NO_TARGET, device=like.device)
     if targets.shape != shape or targets.dtype != torch.int64 or targets.device != like.device:
         raise _wrong("targets", targets, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
-    return targets, _as_bool("mask", mask, shape, like.device)
+    mask = _as_bool("mask", mask, shape, like.device)
+    _check_alpha(alpha, shape, mask, like)
+    return targets, mask
 
 
 def check_rewards(
     tokens: Tensor, mask: Tensor | None, terminal: Tensor | None, cu_seqlens: Tensor | None, like: Tensor,
-    name: str, alpha: float,
+    name: str, alpha: float | Tensor, *, alpha_of_each: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Check tokens, mask, terminal and cu_seqlens of `token_rewards`. Return mask and terminal as bool."""
-    check_tensors(tokens=tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens)
-    _check_alpha(alpha)
+    """Check tokens, mask, terminal and cu_seqlens of `token_rewards`. Return mask and terminal as bool.
+
+    `alpha_of_each` says that alpha may be a tensor (B, T).
+    """
+    require_tensors(tokens=tokens)
+    check_tensors(mask=mask, terminal=terminal, cu_seqlens=cu_seqlens)
     if like.ndim != 3:
         raise _wrong(name, like, "(B, T, V)" if name == "logits" else "(B, T, D)")
     shape = like.shape[:2]
     if tokens.shape != shape or tokens.dtype != torch.int64 or tokens.device != like.device:
         raise _wrong("tokens", tokens, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     flags = _as_bool("mask", mask, shape, like.device), _as_bool("terminal", terminal, shape, like.device)
+    _check_alpha(alpha, shape if alpha_of_each else None, flags[0], like)
     if cu_seqlens is None:
         return flags
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
@@ -126,14 +132,64 @@ def check_numbers(**arguments: float | None) -> None:
             raise ValueError(f"{name} is a {type(x).__name__}: expected a number")
 
 
-def _check_alpha(alpha: float) -> None:
+def check_named(named: Sequence[int] | Tensor | None, vocab: int, device: torch.device) -> Tensor | None:
+    """Return the token ids `named` as (K,) int64 on `device`; None if there are none.
+
+    An id outside [0, vocab) raises IndexError, unless it is in a tensor on a GPU: reading it would stall the stream.
+    """
+    if named is None:
+        return None
+    if isinstance(named, str | bytes) or not isinstance(named, Sequence | Tensor):
+        raise ValueError(f"named is a {type(named).__name__}: expected token ids, a list or a tensor (K,) int64")
+    if isinstance(named, Tensor):
+        if named.ndim != 1 or named.dtype != torch.int64 or not named.numel():
+            raise _wrong("named", named, "(K,) int64 with K >= 1")
+        if named.device.type == "cpu" and not torch.compiler.is_compiling():
+            _refuse_outside(named.tolist(), vocab)
+        return named.to(device)
+    if not named or not all(isinstance(token, int) and not isinstance(token, bool) for token in named):
+        raise ValueError(f"named is {list(named)!r}: expected at least one token id, each an integer")
+    _refuse_outside(named, vocab)
+    return torch.tensor(named, dtype=torch.int64, device=device)
+
+
+def _refuse_outside(named: Sequence[int], vocab: int) -> None:
+    for place, token in enumerate(named):
+        if not 0 <= token < vocab:
+            raise IndexError(f"named[{place}] is {token}, which is outside the vocabulary [0, {vocab})")
+
+
+def check_named_inside(named: Tensor | None, vocab: int) -> None:
+    """Raise IndexError for an id outside [0, vocab) in a tensor on the CPU. Elsewhere its columns come back NaN."""
+    if named is not None and named.device.type == "cpu":
+        _refuse_outside(named.tolist(), vocab)
+
+
+def _check_alpha(alpha: float | Tensor, shape: torch.Size | None, mask: Tensor | None, like: Tensor) -> None:
+    """Check a temperature. `shape` is the shape of a tensor of temperatures; None: only a number is possible."""
     if isinstance(alpha, Tensor):
-        raise ValueError("alpha is a tensor: expected a number; no gradient flows into it")
+        if shape is None:
+            raise ValueError("alpha is a tensor: expected a number; no gradient flows into it")
+        _check_temperatures(alpha, shape, mask, like.device)
+        return
     if alpha is None:
         raise ValueError("alpha is None: expected a finite temperature > 0")
     check_numbers(alpha=alpha)
     if not 0 < alpha < math.inf:  # dynamo cannot trace math.isfinite once alpha has had two values
         raise ValueError(f"alpha={alpha}: expected a finite temperature > 0")
+
+
+def _check_temperatures(alpha: Tensor, shape: torch.Size, mask: Tensor | None, device: torch.device) -> None:
+    if alpha.shape != shape or alpha.dtype != torch.float32 or alpha.device != device:
+        raise _wrong("alpha is a tensor, and it", alpha, f"a number, or {tuple(shape)} float32 on {device}")
+    if alpha.requires_grad:
+        raise ValueError("alpha requires a gradient, and none flows into it: pass alpha.detach()")
+    if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+        used = alpha if mask is None else alpha[mask]
+        wrong = ~((used > 0) & (used < math.inf))
+        if wrong.any():
+            where = "" if mask is None else " on the mask"
+            raise ValueError(f"alpha holds {used[wrong][0].item()}{where}: expected finite temperatures > 0")
 
 
 def readable(x: Tensor) -> bool:
@@ -142,7 +198,16 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforming()
 
 
+def require_tensors(**arguments: Tensor) -> None:
+    """Raise ValueError for anything but a tensor, also for None."""
+    for name, x in arguments.items():
+        if x is None:
+            raise ValueError(f"{name} is None: expected a tensor")
+    check_tensors(**arguments)
+
+
 def check_tensors(**arguments: Tensor | None) -> None:
+    """Raise ValueError for anything but a tensor. None passes."""
     for name, x in arguments.items():
         if x is not None and not isinstance(x, Tensor):
             made = (
@@ -161,7 +226,7 @@ def as_bool(name: str, x: Tensor, shape: torch.Size, device: torch.device | None
     Other integers raise on the CPU. On a GPU they count as 1, because reading them would stall the stream. So they do
     under torch.compile and torch.func.
     """
-    check_tensors(**{name: x})
+    require_tensors(**{name: x})
     wrong_place = device is not None and x.device != device
     if x.shape != shape or wrong_place or x.dtype not in (torch.bool, *INTEGERS):
         where = "" if device is None else f" on {device}"

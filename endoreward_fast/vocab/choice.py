@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,49 @@ from .tuned import Choice, stored_choice
 
 AUTO = "auto"
 """impl of the linear operators: they look the head's choice up when they run, so torch.compile does not trace it"""
+
+
+Impl = Literal["auto", "fused", "chunked", "compiled", "reference"]
+
+
+def choose_impl(
+    impl: Impl, device: torch.device, *dtypes: torch.dtype, linear: bool = False, extras: bool = False
+) -> str:
+    """Return the implementation to run. Raises ValueError for an impl that cannot run.
+
+    linear   whether the statistics are computed from hidden states, not from stored logits
+    extras   whether alpha is a tensor, or tokens are named. "compiled" can do neither, and "auto" then ignores a tuning
+             that chose it, or the candidate kernel for Hopper
+
+    "auto" follows a rule. From hidden states, what `endoreward tune` chose for the head replaces the rule when the
+    operator runs (vocab/tuned.py). Without a tuning:
+
+    "auto" is "fused" on CUDA and ROCm devices if Triton is installed and all tensors have one dtype out of bf16, fp16
+    and fp32; otherwise "chunked". From fp32 hidden states on CUDA it is "chunked": cuBLAS multiplies exact fp32 several
+    times as fast as the kernel does (estimated from compiled code). The product follows torch's settings, so it is
+    exact unless the caller allows TF32. On the CPU "auto" is always "chunked". TRITON_INTERPRET=1 does not change that:
+    the interpreter is for tests. An existing build of "compiled" does not change it either: a default must not depend
+    on earlier runs on the machine.
+    """
+    if impl not in ("auto", "fused", "chunked", "compiled", "reference"):
+        raise ValueError(f"impl={impl!r}: expected 'auto', 'fused', 'chunked', 'compiled' or 'reference'")
+    if impl == "compiled" and device.type != "cpu":
+        raise ValueError(
+            f"impl='compiled' cannot run here: the tensors are on {device.type!r}, and it runs on the CPU only"
+        )
+    if impl == "compiled" and extras:
+        raise ValueError("impl='compiled' takes one alpha for all rows, and no named tokens: use impl='chunked'")
+    if impl == "auto":
+        return standard_impl(device, *dtypes, linear=linear)
+    obstacle = obstacle_to_kernels(device, *dtypes) if impl == "fused" else None
+    if obstacle:
+        raise ValueError(f"impl='fused' cannot run here: {obstacle}; impl='auto' would choose 'chunked'")
+    return impl
+
+
+def uses_kernels(chosen: str, device: torch.device) -> bool:
+    """Return whether this implementation launches Triton kernels on this device."""
+    return chosen == "fused" or (chosen == "chunked" and device.type == "cuda" and not obstacle_to_kernels(device))
 
 
 def standard_impl(device: torch.device, *dtypes: torch.dtype, linear: bool) -> str:
@@ -36,14 +79,19 @@ class Configured(NamedTuple):
     linear_backward: Callable[..., Any]
 
 
-def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | Configured:
+def backend(impl: str, x: Tensor, weight: Tensor | None = None, *, extras: bool = False) -> ModuleType | Configured:
     """Return what runs `impl` for x: logits, or hidden states of a head with this weight.
+
+    `extras` says that rows have temperatures of their own, or that tokens are named. Of the choices that AUTO finds,
+    "compiled" and the candidate for Hopper lack both, so AUTO then takes the rule's implementation.
 
     Modules are imported on first use. "chunked" from hidden states is `workspace` on a GPU that runs the kernels. AUTO,
     for hidden states only, is what `endoreward tune` chose for the head, or else the rule.
     """
     if impl == AUTO and weight is not None:
         impl, arguments = _auto(x.device, x.dtype, weight.dtype, weight.shape[1], weight.shape[0])
+        if extras and not _takes_extras(impl, arguments):
+            impl, arguments = standard_impl(x.device, x.dtype, weight.dtype, linear=True), {}
         if impl == "fused" and arguments and not _measured_like(weight):
             arguments = {}
         return _configured(impl, arguments, x, weight)
@@ -51,6 +99,12 @@ def backend(impl: str, x: Tensor, weight: Tensor | None = None) -> ModuleType | 
     if impl == "chunked" and on_gpu and not obstacle_to_kernels(x.device, x.dtype):
         impl = "workspace"
     return import_module(f".{impl}", __package__)
+
+
+def _takes_extras(impl: str, arguments: dict[str, Any]) -> bool:
+    from ..kernels.config import LinearConfig
+
+    return impl != "compiled" and isinstance(arguments.get("config"), LinearConfig | None)
 
 
 def _measured_like(weight: Tensor) -> bool:

@@ -26,6 +26,7 @@ from .chunked_tiles import (
     Limits,
     LinearTile,
     LogitRows,
+    in_order,
     length,
     limits_for,
     linear_tiles,
@@ -33,7 +34,7 @@ from .chunked_tiles import (
     parts,
     spans,
 )
-from .rows import SUM_SCALE, KeptRows, RowRewards, RowStats, with_rewards
+from .rows import SUM_SCALE, KeptRows, RowRewards, RowStats, at, of_named, with_rewards
 
 LOG2_E = 1 / math.log(2)
 
@@ -42,12 +43,17 @@ __all__ = ["linear_backward", "linear_forward", "logits_backward", "logits_forwa
 
 @torch.no_grad()
 def logits_forward(
-    logits: Tensor, targets: Tensor, *, mask: Tensor | None, alpha: float, entropy: bool, logit_mean: bool,
-    successor: Tensor | None = None,
+    logits: Tensor, targets: Tensor, *, mask: Tensor | None, alpha: float | Tensor, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None, named: Tensor | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """Return statistics, and rewards if `successor` is given, of logits (B, T, V), any strides; 0 off the mask (N,)."""
+    """Return statistics, and rewards if `successor` is given, of logits (B, T, V), any strides; 0 off the mask (N,).
+
+    alpha  one temperature, or one for each row (N,)
+    named  (K,) tokens whose log-probabilities are wanted too
+    """
     vocab, device = logits.shape[-1], logits.device
-    kept = KeptRows(mask)
+    kept, all_alpha = KeptRows(mask), alpha
+    alpha = kept.take(alpha) if isinstance(alpha, Tensor) else alpha
     source = LogitRows(logits, kept.index)
     stats = _empty_stats(len(source), device, entropy, logit_mean)
     tiles = logits_tiles(len(source), vocab, device)
@@ -55,7 +61,7 @@ def logits_forward(
     stats.target_logit.copy_(source.pick(kept.take(targets)))
     whole = vocab - vocab % tiles.chunk
     for rows in spans(0, len(source), tiles.rows):
-        partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, alpha, entropy, logit_mean)
+        partials = _Partials(-(-vocab // tiles.chunk), length(rows), device, at(alpha, rows), entropy, logit_mean)
         for columns in [*spans(0, whole, tiles.vocab), *spans(whole, vocab, tiles.chunk)]:
             z = source.load(rows, columns)
             if z.dtype != torch.float32:
@@ -64,23 +70,26 @@ def logits_forward(
             partials.reduce(z, work, chunks, slice(0, length(rows)))
         partials.combine(vocab, rows, stats)
     stats = _with_lse(stats, alpha)
+    if named is not None:
+        stats = stats._replace(named=of_named(source.columns(named), named, vocab, stats, alpha))
     stats = RowStats(*map(kept.spread, stats))
-    return with_rewards(stats, targets, mask, vocab, successor, alpha)
+    return with_rewards(stats, targets, mask, vocab, successor, all_alpha)
 
 
 @torch.no_grad()
 def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
-    successor: Tensor | None = None, limits: Limits | None = None,
+    logit_scale: float, softcap: float | None, alpha: float | Tensor, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None, named: Tensor | None = None, limits: Limits | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Return statistics, and rewards if `successor` is given, from hidden (N, D) and weight (V, D); 0 off the mask.
 
     The logits are computed tile by tile and never stored. chunked_tiles.uses_native_matmul says how bfloat16 inputs are
-    multiplied. `limits` replaces the device's limits on the tiles.
+    multiplied. `limits` replaces the device's limits on the tiles. alpha and named are as in `logits_forward`.
     """
-    kept, all_targets = KeptRows(mask), targets
+    kept, all_targets, all_alpha = KeptRows(mask), targets, alpha
     hidden, targets = kept.take(hidden), kept.take(targets)
+    alpha = kept.take(alpha) if isinstance(alpha, Tensor) else alpha
     num_rows, vocab, device = hidden.shape[0], weight.shape[0], hidden.device
     limits = limits or limits_for(device)
     tiles = linear_tiles(hidden, weight, limits=limits)
@@ -91,8 +100,9 @@ def linear_forward(
     if not tile.native_on_cpu and (tiles.vocab > tiles.chunk or tiles.rows * tiles.vocab > size):
         buffer = Buffer(tiles.rows * tiles.vocab, device)
     stats = _empty_stats(num_rows, device, entropy, logit_mean)
+    picked = None if named is None else torch.empty(num_rows, len(named), device=device)
     for sweep in spans(0, num_rows, limits.rows_per_sweep):
-        partials = _Partials(-(-vocab // tiles.chunk), length(sweep), device, alpha, entropy, logit_mean)
+        partials = _Partials(-(-vocab // tiles.chunk), length(sweep), device, at(alpha, sweep), entropy, logit_mean)
         for columns in spans(0, vocab, tiles.vocab):
             tile.load_weight(columns)
             for rows in spans(sweep.start, sweep.stop, tiles.rows):
@@ -107,11 +117,16 @@ def linear_forward(
                     here = slice(rows.start + r.start, rows.start + r.stop)
                     vocabulary = slice(columns.start + c.start, columns.start + c.stop)
                     _pick_targets(z, targets[here], vocabulary, stats.target_logit[here])
+                    if named is not None and picked is not None:
+                        _pick_named(z, named, vocabulary, picked[here])
                     chunks = slice(vocabulary.start // tiles.chunk, -(-vocabulary.stop // tiles.chunk))
                     partials.reduce(z, work, chunks, slice(here.start - sweep.start, here.stop - sweep.start))
         partials.combine(vocab, sweep, stats)
-    stats = RowStats(*map(kept.spread, _with_lse(stats, alpha)))
-    return with_rewards(stats, all_targets, mask, vocab, successor, alpha)
+    stats = _with_lse(stats, alpha)
+    if named is not None:
+        stats = stats._replace(named=of_named(picked, named, vocab, stats, alpha))
+    stats = RowStats(*map(kept.spread, stats))
+    return with_rewards(stats, all_targets, mask, vocab, successor, all_alpha)
 
 
 class _Workspace:
@@ -123,9 +138,11 @@ class _Workspace:
 
 
 class _Partials:
-    """Partial results of the chunks of some rows, one (chunks, rows) tensor per statistic."""
+    """Partial results of the chunks of some rows, one (chunks, rows) tensor per statistic. alpha may be (rows,)."""
 
-    def __init__(self, chunks: int, rows: int, device: torch.device, alpha: float, entropy: bool, logit_mean: bool):
+    def __init__(
+        self, chunks: int, rows: int, device: torch.device, alpha: float | Tensor, entropy: bool, logit_mean: bool
+    ):  # fmt: skip
         self._alpha = alpha
         self._peak = torch.empty(chunks, rows, device=device, dtype=torch.float32)
         self._total = torch.empty_like(self._peak)
@@ -146,7 +163,9 @@ class _Partials:
             self._sum[chunks, rows] = torch.mul(z, SUM_SCALE, out=work.scratch.view(*shape)).sum(-1).T
         # Subtract before dividing. Dividing first would round a common offset into the differences.
         y = torch.sub(z, peak.unsqueeze(-1), out=work.y.view(*shape))
-        if self._alpha != 1.0:
+        if isinstance(self._alpha, Tensor):
+            y.div_(self._alpha[rows, None, None])
+        elif self._alpha != 1.0:
             y.div_(self._alpha)
         y.mul_(LOG2_E)  # torch's exp2 takes a third of the time of its exp on some CPUs, and no longer on others
         if self._entropy is not None:
@@ -164,15 +183,15 @@ class _Partials:
         dead = self._peak == -torch.inf
         peak = self._peak.amax(0)
         part = ((self._peak - peak) / self._alpha).exp_().mul_(self._total).masked_fill_(dead, 0.0)
-        total = part.sum(0)
+        total = in_order(part)
         stats.shift[rows], stats.log_total[rows] = peak, total.log()
         if stats.entropy is not None:
             share = part / total.clamp(min=1.0)  # smaller only in a row that is all -inf, where it is 0
             log_share = share.log().clamp_(min=EXP_IS_ZERO)
             within = self._entropy.masked_fill(dead, 0.0)
-            stats.entropy[rows] = (share * (within - log_share)).sum(0).clamp_(0.0, math.log(vocab))
+            stats.entropy[rows] = in_order(share * (within - log_share)).clamp_(0.0, math.log(vocab))
         if stats.logit_mean is not None:
-            stats.logit_mean[rows] = self._sum.sum(0) / vocab / SUM_SCALE
+            stats.logit_mean[rows] = in_order(self._sum) / vocab / SUM_SCALE
 
 
 def _empty_stats(num_rows: int, device: torch.device, entropy: bool, logit_mean: bool) -> RowStats:
@@ -180,8 +199,15 @@ def _empty_stats(num_rows: int, device: torch.device, entropy: bool, logit_mean:
     return RowStats(*(torch.zeros(num_rows, device=device, dtype=torch.float32) if w else None for w in wanted))
 
 
-def _with_lse(stats: RowStats, alpha: float) -> RowStats:
+def _with_lse(stats: RowStats, alpha: float | Tensor) -> RowStats:
     return stats._replace(lse=stats.shift / alpha + stats.log_total)
+
+
+def _pick_named(z: Tensor, named: Tensor, columns: slice, out: Tensor) -> None:
+    """Write z[:, named[k]] to out[:, k] for named tokens in `columns`. Leave other columns of out alone."""
+    index = named - columns.start
+    here = (index >= 0) & (index < length(columns))
+    torch.where(here, z.index_select(1, torch.where(here, index, 0)), out, out=out)
 
 
 def _pick_targets(z: Tensor, targets: Tensor, columns: slice, out: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 With p = exp((z - shift) / alpha - log_total), H the entropy, and one upstream gradient g per row and statistic:
 
-    dz_j = p_j (g_lse - g_entropy (log p_j + H)) / alpha + g_target [j = target] + g_mean / V
+    dz_j = p_j (g_lse - g_entropy (log p_j + H)) / alpha + g_target [j = target] + g_mean / V + sum_k g_k [j = named_k]
     dy   = logit_scale dz (1 - (z / softcap)^2)                      without a softcap the last factor is 1
     dhidden = dy @ weight    dweight = dy^T @ hidden    dbias = sum_rows dy
 
@@ -27,19 +27,20 @@ from .chunked_tiles import (
     logits_tiles,
     spans,
 )
-from .rows import KeptRows, RowGrads, RowStats
+from .rows import KeptRows, RowGrads, RowStats, per_row
 
 
 @torch.no_grad()
 def logits_backward(
-    logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None, alpha: float
-) -> Tensor:
+    logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None, alpha: float | Tensor,
+    named: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Return dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
     vocab = logits.shape[-1]
     kept = KeptRows(mask)
     source = LogitRows(logits, kept.index)
     tiles = logits_tiles(len(source), vocab, logits.device)
-    upstream = upstream_factors(targets, stats, grads, vocab, alpha).kept(kept.take)
+    upstream = upstream_factors(targets, stats, grads, vocab, alpha, named=named).kept(kept.take)
     z_buffer, scratch = (Buffer(tiles.rows * tiles.vocab, logits.device) for _ in range(2))
     make = torch.empty_like if mask is None else torch.zeros_like
     dlogits = make(logits, memory_format=torch.contiguous_format)
@@ -55,13 +56,15 @@ def logits_backward(
 @torch.no_grad()
 def linear_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None = None,
-    bias: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
+    bias: Tensor | None, logit_scale: float, softcap: float | None, alpha: float | Tensor,
+    needs: tuple[bool, bool, bool], named: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return (dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False."""
     kept = KeptRows(mask)
     hidden, targets = kept.take(hidden), kept.take(targets)
+    alpha = kept.take(alpha) if isinstance(alpha, Tensor) else alpha
     stats, grads = RowStats(*map(kept.take, stats)), RowGrads(*map(kept.take, grads))
-    upstream = upstream_factors(targets, stats, grads, weight.shape[0], alpha, logit_scale)
+    upstream = upstream_factors(targets, stats, grads, weight.shape[0], alpha, logit_scale, named)
     source = _TileGradients(hidden, weight, bias, logit_scale, softcap, upstream)
     dhidden, *others = sweep_gradients(
         source, hidden, weight, bias, needs, most_elements=limits_for(hidden.device).copy
@@ -122,9 +125,9 @@ def _sweep(source, rows: slice, vocab: int, dhidden: Tensor | None, dweight: Ten
 
 @dataclass(frozen=True)
 class _Upstream:
-    """Factors of dz, each (N, 1). With y = (z - shift) / alpha:
+    """Factors of dz, each (N, 1); at_named is (N, K). With y = (z - shift) / alpha:
 
-        dz = exp(y) (constant + slope y) + each_column + at_target [j = target]
+        dz = exp(y) (constant + slope y) + each_column + at_target [j = target] + sum_k at_named_k [j = named_k]
 
     constant and slope contain the factor exp(-log_total). Subtracting log_total from every y would round the largest p
     the most.
@@ -136,17 +139,20 @@ class _Upstream:
     each_column: Tensor | None
     at_target: Tensor
     targets: Tensor
-    alpha: float
+    at_named: Tensor | None
+    alpha: float | Tensor
+    named: Tensor | None
 
     def kept(self, select: Callable[[Tensor], Tensor]) -> "_Upstream":
         """Return the factors of the rows that `select` picks from a field."""
-        per_row = (getattr(self, f.name) for f in fields(self) if f.name != "alpha")
-        return _Upstream(*(None if t is None else select(t) for t in per_row), self.alpha)
+        of_rows = [getattr(self, f.name) for f in fields(self) if f.name not in ("alpha", "named")]
+        alpha = select(self.alpha) if isinstance(self.alpha, Tensor) else self.alpha
+        return _Upstream(*(None if t is None else select(t) for t in of_rows), alpha, self.named)
 
     def dz(self, z: Tensor, columns: slice, scratch: Tensor) -> Tensor:
         """Return the gradient of z (rows, columns) in one of the two buffers. Overwrites both."""
         y = z.sub_(self.shift)
-        if self.alpha != 1.0:
+        if isinstance(self.alpha, Tensor) or self.alpha != 1.0:
             y.div_(self.alpha)
         if self.slope is None:
             dz = y.exp_().mul_(self.constant)
@@ -159,12 +165,19 @@ class _Upstream:
         index = self.targets - columns.start
         here = (index >= 0) & (index < length(columns))
         dz.scatter_add_(1, torch.where(here, index, 0), torch.where(here, self.at_target, 0.0))
+        if self.named is not None and self.at_named is not None:
+            for k in range(len(self.named)):  # one at a time: a token may be named twice
+                index = self.named[k] - columns.start
+                here = (index >= 0) & (index < length(columns))
+                grad = torch.where(here, self.at_named[:, k : k + 1], 0.0)
+                dz.scatter_add_(1, torch.where(here, index, 0).expand(len(dz), 1), grad)
         return dz
 
 
 def upstream_factors(
-    targets: Tensor, stats: RowStats, grads: RowGrads, vocab: int, alpha: float, scale: float = 1.0
-) -> _Upstream:
+    targets: Tensor, stats: RowStats, grads: RowGrads, vocab: int, alpha: float | Tensor, scale: float = 1.0,
+    named: Tensor | None = None,
+) -> _Upstream:  # fmt: skip
     """Return the factors of dz from the statistics and their upstream gradients. `scale` multiplies every dz."""
     dead = stats.log_total == -torch.inf  # all -inf: p is 0
     shift, log_total = stats.shift.masked_fill(dead, 0.0), stats.log_total.masked_fill(dead, 0.0)
@@ -174,8 +187,9 @@ def upstream_factors(
         constant, slope = grads.lse + grads.entropy * (log_total - stats.entropy), -grads.entropy * share
     each_column = None if grads.logit_mean is None else grads.logit_mean * (scale / vocab)
     at_target = torch.where(targets == NO_TARGET, 0.0, grads.target_logit * scale)
-    per_row = (shift, constant * share, slope, each_column, at_target, targets)
-    return _Upstream(*(None if t is None else t.unsqueeze(1) for t in per_row), alpha)
+    of_rows = (shift, constant * share, slope, each_column, at_target, targets)
+    at_named = None if grads.named is None else grads.named * scale
+    return _Upstream(*(None if t is None else t.unsqueeze(1) for t in of_rows), at_named, per_row(alpha), named)
 
 
 class _TileGradients:

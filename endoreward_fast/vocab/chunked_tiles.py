@@ -122,6 +122,11 @@ def length(span: slice) -> int:
     return span.stop - span.start
 
 
+def in_order(parts: Tensor) -> Tensor:
+    """Sum (..., chunks, rows) over the chunks, in their order. torch's sum has another for the last rows of a batch."""
+    return parts.cumsum(-2).select(-2, -1)
+
+
 class Buffer:
     """Memory that is allocated once and reused as contiguous views."""
 
@@ -177,6 +182,17 @@ class LogitRows:
             length = self._logits.shape[1]
             picked = self._logits[self._index // length, self._index % length, column]
         return torch.where(column == targets, picked.float(), 0.0)
+
+    def columns(self, named: Tensor) -> Tensor:
+        """Return z[i, named[k]] of each kept row, (rows, K) float32; of a token that is no column, any number."""
+        column = named.clamp(0, self._logits.shape[2] - 1)
+        if self._index is None:
+            return self._flat.index_select(1, column).float()
+        index = self._index.unsqueeze(1)
+        if self._flat is not None:
+            return self._flat[index, column].float()
+        length = self._logits.shape[1]
+        return self._logits[index // length, index % length, column].float()
 
     def store(self, out: Tensor, rows: slice, columns: slice, tile: Tensor) -> None:
         """Write the tile to the kept rows `rows` of out (B T, V)."""

@@ -37,10 +37,11 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 
 def logits_forward(
-    logits: Tensor, targets: Tensor, *, mask: Tensor | None, alpha: float, entropy: bool, logit_mean: bool,
-    successor: Tensor | None = None,
+    logits: Tensor, targets: Tensor, *, mask: Tensor | None, alpha: float | Tensor, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None, named: None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Return statistics, and rewards if `successor` is given, of logits (B, T, V), any strides; 0 off the mask (N,)."""
+    alpha = one_alpha(alpha, named)
     pass_ = _Pass(logits.shape[0] * logits.shape[1], mask, alpha, entropy, logit_mean)
     pass_.take(logits, targets.contiguous(), 0, slice(None))
     stats = pass_.finish(logits.shape[-1])
@@ -48,9 +49,11 @@ def logits_forward(
 
 
 def logits_backward(
-    logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None, alpha: float
-) -> Tensor:
+    logits: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None, alpha: float | Tensor,
+    named: None = None,
+) -> Tensor:  # fmt: skip
     """Return dlogits (B, T, V), contiguous, in the logits' dtype; 0 off the mask (N,)."""
+    alpha = one_alpha(alpha, named)
     vocab = logits.shape[-1]
     factors = upstream_factors(targets, stats, grads, vocab, alpha)
     per_row = (factors.shift, factors.constant, factors.slope, factors.each_column, factors.at_target)
@@ -67,10 +70,11 @@ def logits_backward(
 @torch.no_grad()
 def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
-    successor: Tensor | None = None, limits: Limits | None = None,
+    logit_scale: float, softcap: float | None, alpha: float | Tensor, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None, named: None = None, limits: Limits | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
     """Do the same as `chunked.linear_forward`, with one call of the library to reduce each tile."""
+    alpha = one_alpha(alpha, named)
     kept, all_targets = KeptRows(mask), targets
     hidden, targets = kept.take(hidden), kept.take(targets).contiguous()
     tiles = linear_tiles(hidden, weight, limits=limits)
@@ -87,6 +91,13 @@ def linear_forward(
             pass_.take(z.unsqueeze(0), targets, columns.start, rows)
     stats = RowStats(*map(kept.spread, pass_.finish(weight.shape[0])))
     return with_rewards(stats, all_targets, mask, weight.shape[0], successor, alpha)
+
+
+def one_alpha(alpha: float | Tensor, named: Tensor | None) -> float:
+    """Return alpha. Raises ValueError for temperatures of rows and named tokens, which the library does not know."""
+    if isinstance(alpha, Tensor) or named is not None:
+        raise ValueError("impl='compiled' takes one alpha for all rows, and no named tokens: use impl='chunked'")
+    return alpha
 
 
 class _Pass:

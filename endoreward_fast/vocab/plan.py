@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import NO_TARGET
 from .ops import plan as plan_by_kernel
-from .reference import scored_terminal_needed, shift_left
+from .reference import alpha_of_states, scored_terminal_needed, shift_left
 
 
 class RowPlan(NamedTuple):
@@ -22,6 +22,12 @@ class RowPlan(NamedTuple):
     """int64: row of the state after that token; -1 if the token is terminal or not scored"""
     needed: Tensor
     """bool: rows whose statistics the rewards need; the others are not computed"""
+
+
+def alpha_of_rows(alpha: Tensor, plan: RowPlan) -> Tensor:
+    """Return the temperature (B T,) of each row from those of tokens (B, T), as `reference.alpha_of_states` does."""
+    chosen, needed = ((x.view_as(alpha)) for x in (plan.targets != NO_TARGET, plan.needed))
+    return alpha_of_states(alpha, chosen, needed).flatten()
 
 
 def plan_rows(

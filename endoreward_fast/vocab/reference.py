@@ -9,6 +9,11 @@ pi = softmax(x).
     V(s)     = alpha * lse(s)                        logprob = x_target - lse
     r(s, a)  = z(s)[a] - V(s')                       V(s') = 0 after a terminal token
 
+alpha may be a tensor, with a temperature for each row or token. The alpha of a token is the one under which it was
+chosen, so it belongs to the state before the token. V(s') has the alpha of the token that is chosen in s'. A state in
+which no scored token is chosen (the bootstrapped end of a run) has the alpha of the token that led to it. Rewards up to
+a terminal token then sum to sum alpha_t logprob_t + V(s_1).
+
 A state whose logits are all -inf allows no action. Its lse is -inf and its entropy is 0; neither has a gradient. A
 token chosen in it has logprob and reward -inf. A token that leads to it counts as terminal (V(s') = 0).
 
@@ -20,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ..types import NO_TARGET, TokenRewards, VocabStats
+from .checks import check_named_inside
 
 
 def final_logits(hidden, weight, *, bias=None, logit_scale=1.0, softcap=None, dtype=torch.float32) -> Tensor:
@@ -36,11 +42,11 @@ def final_logits(hidden, weight, *, bias=None, logit_scale=1.0, softcap=None, dt
 
 
 def vocab_stats(
-    logits, targets, *, mask=None, alpha=1.0, entropy=False, logit_mean=False, dtype=torch.float32
+    logits, targets, *, mask=None, alpha=1.0, entropy=False, logit_mean=False, named=None, dtype=torch.float32
 ) -> VocabStats:
     """Compute the statistics of logits (..., V) for targets (...) by the formulas at the top of this file."""
     z = _only(mask, logits.to(dtype))
-    x = z / alpha
+    x = z / (_only(mask, alpha, 1.0).to(dtype).unsqueeze(-1) if isinstance(alpha, Tensor) else alpha)
     top = x.detach().amax(-1, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)
     shifted = x - top
@@ -55,7 +61,7 @@ def vocab_stats(
     index = targets.clamp(0, z.shape[-1] - 1)  # any index will do for a lost row or a row off the mask
     target_logit = torch.where(has_target, z.gather(-1, index.unsqueeze(-1)).squeeze(-1), 0.0)
 
-    h = mean = None
+    h = mean = named_logprob = None
     if entropy:
         # sum pi (lse - x), with 0 * -inf = 0: an action with probability 0 adds no entropy.
         finite = torch.where(weights == 0, 0.0, shifted)
@@ -63,17 +69,25 @@ def vocab_stats(
         h = torch.where(alive, h, 0.0)
     if logit_mean:
         mean = (z / z.shape[-1]).sum(-1)  # words masked with the lowest number overflow the plain sum
-    stats = VocabStats(*(None if f is None else torch.where(lost, torch.nan, f) for f in (lse, target_logit, h, mean)))
+    if named is not None:
+        check_named_inside(named, z.shape[-1])
+        inside = named.clamp(0, z.shape[-1] - 1)
+        logprob = shifted.index_select(-1, inside) - torch.log(safe_total).unsqueeze(-1)
+        named_logprob = torch.where(named == inside, torch.where(alive.unsqueeze(-1), logprob, -torch.inf), torch.nan)
+    fields = (lse, target_logit, h, mean, named_logprob)
+    stats = VocabStats(*(None if f is None else torch.where(_like(f, lost), torch.nan, f) for f in fields))
     return _masked(stats, mask)
 
 
 def linear_vocab_stats(
     hidden, weight, targets, *, mask=None, bias=None, logit_scale=1.0, softcap=None,
-    alpha=1.0, entropy=False, logit_mean=False, dtype=torch.float32,
+    alpha=1.0, entropy=False, logit_mean=False, named=None, dtype=torch.float32,
 ) -> VocabStats:  # fmt: skip
     """Compute `vocab_stats` of the logits of hidden (..., D) and weight (V, D)."""
     z = final_logits(_only(mask, hidden), weight, bias=bias, logit_scale=logit_scale, softcap=softcap, dtype=dtype)
-    return vocab_stats(z, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, dtype=dtype)
+    return vocab_stats(
+        z, targets, mask=mask, alpha=alpha, entropy=entropy, logit_mean=logit_mean, named=named, dtype=dtype
+    )
 
 
 def token_rewards(
@@ -85,6 +99,8 @@ def token_rewards(
     # State t is the state after tokens[:, : t + 1]. Token t was chosen in state t - 1 and leads to state t.
     chosen_next = torch.cat([tokens[:, 1:], torch.full_like(tokens[:, :1], NO_TARGET)], 1)
     targets = torch.where(shift_left(scored), chosen_next, NO_TARGET)
+    if isinstance(alpha, Tensor):
+        alpha = alpha_of_states(alpha, shift_left(scored), needed).to(dtype)
     lost = outside_vocabulary(targets, needed, logits.shape[-1])
     targets = torch.where(lost, NO_TARGET, targets)
     states = vocab_stats(logits, targets, mask=needed, alpha=alpha, entropy=entropy, dtype=dtype)
@@ -97,10 +113,13 @@ def token_rewards(
     value_after = torch.where(ends | dead_end, 0.0, value_here)
     q = before(states.target_logit)
     lse = before(states.lse)
-    logprob = torch.where(lse == -torch.inf, -torch.inf, q / alpha - torch.where(lse == -torch.inf, 0.0, lse))
+    at_choice = before(alpha) if isinstance(alpha, Tensor) else alpha
+    if isinstance(alpha, Tensor):
+        at_choice = torch.where(scored, at_choice, 1.0)
+    logprob = torch.where(lse == -torch.inf, -torch.inf, q / at_choice - torch.where(lse == -torch.inf, 0.0, lse))
     in_dead_state = before(dead_end.to(dtype)) != 0
     reward = torch.where(in_dead_state, -torch.inf, q - value_after)
-    fields = (reward, logprob, alpha * lse, before(states.entropy) if entropy else None)
+    fields = (reward, logprob, at_choice * lse, before(states.entropy) if entropy else None)
     fields = (None if f is None else torch.where(before(lost), torch.nan, f) for f in fields)
     return TokenRewards(*(None if f is None else torch.where(scored, f, 0.0) for f in fields))
 
@@ -128,6 +147,16 @@ def scored_terminal_needed(tokens, mask, terminal, cu_seqlens) -> tuple[Tensor, 
         scored = scored & mask
     ends = (scored & ~shift_left(scored)) if terminal is None else terminal
     return scored, ends, shift_left(scored) | (scored & ~ends)
+
+
+def alpha_of_states(alpha: Tensor, chosen: Tensor, needed: Tensor) -> Tensor:
+    """Return the temperature (B, T) of each state from those of tokens (B, T); 1 in states that are not needed.
+
+    chosen   bool (B, T): states in which a scored token is chosen. They have the alpha of that token
+    needed   bool (B, T): states whose statistics are needed. Where no token is chosen, they have the alpha of the token
+             that led to them
+    """
+    return torch.where(needed, torch.where(chosen, shift_left(alpha), alpha), 1.0)
 
 
 def outside_vocabulary(targets: Tensor, mask: Tensor | None, vocab: int) -> Tensor:
@@ -163,12 +192,17 @@ def shift_left(flags: Tensor) -> Tensor:
     return torch.cat([flags[:, 1:], torch.zeros_like(flags[:, :1])], 1)
 
 
-def _only(mask: Tensor | None, rows: Tensor) -> Tensor:
-    """Set rows (..., K) off the mask (...) to 0, so that a NaN there reaches neither results nor gradients."""
-    return rows if mask is None else torch.where(mask.unsqueeze(-1), rows, 0.0)
+def _only(mask: Tensor | None, rows: Tensor, other: float = 0.0) -> Tensor:
+    """Set rows (..., K) or (...) off the mask (...) to `other`, so that a NaN there reaches no result or gradient."""
+    return rows if mask is None else torch.where(_like(rows, mask), rows, other)
+
+
+def _like(field: Tensor, flags: Tensor) -> Tensor:
+    """Return flags (...) as they broadcast to field (...) or (..., K)."""
+    return flags if field.ndim == flags.ndim else flags.unsqueeze(-1)
 
 
 def _masked(stats: VocabStats, mask: Tensor | None) -> VocabStats:
     if mask is None:
         return stats
-    return VocabStats(*(None if field is None else torch.where(mask, field, 0.0) for field in stats))
+    return VocabStats(*(None if field is None else _only(mask, field) for field in stats))

@@ -31,6 +31,8 @@ class RowStats(NamedTuple):
     """max_a z_a"""
     log_total: Tensor
     """ln sum_a exp((z_a - shift) / alpha); -inf for a row that is all -inf"""
+    named: Tensor | None = None
+    """log pi of K named tokens, (N, K)"""
 
 
 class RowRewards(NamedTuple):
@@ -80,12 +82,14 @@ class EveryRow(KeptRows):
 
 
 class RowGrads(NamedTuple):
-    """Upstream gradients of the first four fields of RowStats, (N,) float32. None stands for zero."""
+    """Upstream gradients of the first four fields of RowStats, (N,) float32, and of named logits. None is zero."""
 
     lse: Tensor
     target_logit: Tensor
     entropy: Tensor | None
     logit_mean: Tensor | None
+    named: Tensor | None = None
+    """of the logits of K named tokens, (N, K)"""
 
 
 def successor_among(successor: Tensor | None, mask: Tensor, rows: Tensor) -> Tensor | None:
@@ -98,7 +102,7 @@ def successor_among(successor: Tensor | None, mask: Tensor, rows: Tensor) -> Ten
 
 
 def with_rewards(
-    stats: RowStats, targets: Tensor, mask: Tensor | None, vocab: int, successor: Tensor | None, alpha: float
+    stats: RowStats, targets: Tensor, mask: Tensor | None, vocab: int, successor: Tensor | None, alpha: float | Tensor
 ) -> tuple[RowStats, RowRewards | None]:
     """Return the statistics and, if `successor` is given, rewards at tokens; NaN where a target is outside [0, V).
 
@@ -113,7 +117,29 @@ def with_rewards(
     return stats, rewards and at_tokens(rewards)
 
 
-def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float) -> RowRewards:
+def of_named(logits: Tensor, named: Tensor, vocab: int, stats: RowStats, alpha: float | Tensor) -> Tensor:
+    """Return log pi (N, K) of named tokens from their logits (N, K) in rows with these statistics.
+
+    It is NaN for a token outside the vocabulary, and -inf in a row that is all -inf.
+    """
+    dead = (stats.log_total == -torch.inf).unsqueeze(1)
+    shift, log_total = stats.shift.unsqueeze(1), stats.log_total.unsqueeze(1)
+    logprob = ((logits - shift) / per_row(alpha) - log_total).clamp(max=0.0)
+    logprob = torch.where(dead, -torch.inf, logprob)
+    return torch.where((named >= 0) & (named < vocab), logprob, torch.nan)
+
+
+def per_row(alpha: float | Tensor) -> float | Tensor:
+    """Return a temperature, or temperatures (N,) as (N, 1)."""
+    return alpha.unsqueeze(1) if isinstance(alpha, Tensor) else alpha
+
+
+def at(alpha: float | Tensor, rows: slice | Tensor) -> float | Tensor:
+    """Return the temperature of these rows."""
+    return alpha[rows] if isinstance(alpha, Tensor) else alpha
+
+
+def rewards_of(stats: RowStats, targets: Tensor, successor: Tensor, alpha: float | Tensor) -> RowRewards:
     """Compute rewards from the statistics of rows, as the combine kernel does; 0 where the row has no target."""
     chosen = targets != NO_TARGET
     dead = stats.log_total == -torch.inf
@@ -148,16 +174,27 @@ def at_rows(field: Tensor) -> Tensor:
 
 def poisoned(fields, lost: Tensor):
     """Return a RowStats or RowRewards with NaN in the `lost` rows."""
-    return type(fields)(*(None if f is None else torch.where(lost, torch.nan, f) for f in fields))
+
+    def without(field: Tensor) -> Tensor:
+        return torch.where(lost if field.ndim == 1 else lost.unsqueeze(1), torch.nan, field)
+
+    return type(fields)(*(None if f is None else without(f) for f in fields))
 
 
-def stats_grads(targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float, grads: RowRewards) -> RowGrads:
+def named_grads(grads: RowGrads, g_logprob: Tensor, log_total: Tensor, alpha: float | Tensor) -> RowGrads:
+    """Add the gradient (N, K) of the log-probabilities of named tokens."""
+    g = torch.where((log_total == -torch.inf).unsqueeze(1), 0.0, g_logprob)
+    return grads._replace(lse=grads.lse - g.sum(1), named=g / per_row(alpha))
+
+
+def stats_grads(
+    targets: Tensor, successor: Tensor, log_total: Tensor, alpha: float | Tensor, grads: RowRewards
+) -> RowGrads:
     """Turn gradients of the rewards of rows into gradients of the row statistics."""
     chosen = (targets != NO_TARGET) & (log_total != -torch.inf)
     g_reward, g_logprob, g_value, g_entropy = (None if g is None else torch.where(chosen, g, 0.0) for g in grads)
     leads_on = successor >= 0
     # A state follows at most one token, so each row gets one addend. The zeros added at row 0 change nothing.
-    g_lse = (alpha * g_value - g_logprob).index_add(
-        0, successor.clamp(min=0), torch.where(leads_on, -alpha * g_reward, 0.0)
-    )
+    after = successor.clamp(min=0)
+    g_lse = (alpha * g_value - g_logprob).index_add(0, after, torch.where(leads_on, -at(alpha, after) * g_reward, 0.0))
     return RowGrads(g_lse, g_reward + g_logprob / alpha, g_entropy, None)

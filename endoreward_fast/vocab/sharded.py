@@ -106,14 +106,14 @@ class _ShardedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads):
         hidden, weight, bias, own, targets, successor, log_share, *stats = ctx.saved_tensors
-        local, whole = RowStats(*stats[:6]), RowStats(*stats[6:])
+        local, whole = RowStats(*stats[: len(stats) // 2]), RowStats(*stats[len(stats) // 2 :])
         upstream = row_grads(list(grads), targets, successor, whole, ctx.head["alpha"])
         ours = _share_of(upstream, local, whole, log_share, ctx.fraction)
         needs = list(ctx.needs_input_grad[:3])
         found = [torch.zeros_like(x) if need else None for x, need in zip((hidden, weight, bias), needs, strict=True)]
         if len(weight):
             out = linear_stats_backward(
-                hidden, weight, bias, own, None, outputs(local, None), *ours, ctx.head["logit_scale"],
+                hidden, weight, bias, own, None, outputs(local, None), *ours[:4], ctx.head["logit_scale"],
                 ctx.head["softcap"], ctx.head["alpha"], needs, ctx.head["impl"],
             )  # fmt: skip
             found = [g if need else None for g, need in zip(out, needs, strict=True)]
@@ -133,7 +133,7 @@ def _local_stats(hidden, weight, bias, own, head, wanted) -> RowStats:
         return RowStats(dead, zero, zero, zero, dead, dead)
     out = linear_stats(
         hidden, weight, bias, own, None, None, head["logit_scale"], head["softcap"], head["alpha"], wanted["entropy"],
-        wanted["logit_mean"], head["impl"],
+        wanted["logit_mean"], head["impl"], None, None,
     )[: len(RowStats._fields)]  # fmt: skip
     return RowStats(*(f if f.numel() == len(own) else torch.zeros_like(out[0]) for f in out))
 

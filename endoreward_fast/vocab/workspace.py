@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .chunked_backward import sweep_gradients
 from .chunked_tiles import LOW_PRECISION, MIB, Buffer, Tiles, even_share, length, spans
-from .rows import EveryRow, KeptRows, RowGrads, RowRewards, RowStats
+from .rows import EveryRow, KeptRows, RowGrads, RowRewards, RowStats, at
 
 PIECE = 2048  # vocabulary entries per program of the row kernel
 FORWARD_TILE = 8 * MIB  # float32 logits in the workspace at a time: 32 MiB
@@ -34,10 +34,13 @@ WEIGHT_COPY = 16 * MIB  # a chunk of weight in float32, or of its gradient: 64 M
 @torch.no_grad()
 def linear_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, *, mask: Tensor | None = None, bias: Tensor | None,
-    logit_scale: float, softcap: float | None, alpha: float, entropy: bool, logit_mean: bool,
-    successor: Tensor | None = None, tile: int | None = None,
+    logit_scale: float, softcap: float | None, alpha: float | Tensor, entropy: bool, logit_mean: bool,
+    successor: Tensor | None = None, named: Tensor | None = None, tile: int | None = None,
 ) -> tuple[RowStats, RowRewards | None]:  # fmt: skip
-    """Return statistics, and rewards if `successor` is given. `tile` replaces FORWARD_TILE."""
+    """Return statistics, and rewards if `successor` is given. `tile` replaces FORWARD_TILE.
+
+    alpha is one temperature, or one for each row (N,). named (K,) are tokens whose log-probabilities are wanted too.
+    """
     from ..kernels.combine import Partials, combine
     from ..kernels.config import LogitsConfig
     from ..kernels.primitives import Head
@@ -46,39 +49,46 @@ def linear_forward(
     mask, all_targets = None if mask is None else mask.contiguous(), targets.contiguous()
     kept = _kept(mask)
     hidden, targets = kept.take(hidden), kept.take(all_targets)
+    alpha, named = _dense_alpha(alpha), None if named is None else named.contiguous()
+    kept_alpha = _take_alpha(kept, alpha)
     num_rows, vocab = hidden.shape[0], weight.shape[0]
     tiles = _tiles(hidden, weight, tile or FORWARD_TILE)
     buffer = Buffer(tiles.rows * tiles.vocab, hidden.device)
-    partials = Partials.empty(-(-vocab // PIECE), num_rows, hidden.device, entropy=entropy, logit_mean=logit_mean)
+    partials = Partials.empty(
+        -(-vocab // PIECE), num_rows, hidden.device, entropy=entropy, logit_mean=logit_mean,
+        names=0 if named is None else len(named),
+    )  # fmt: skip
     for columns in spans(0, vocab, tiles.vocab):
         head = Head(None if bias is None else bias[columns].contiguous(), logit_scale, softcap)
         part = _operand(weight[columns], hidden)
         for rows in spans(0, num_rows, tiles.rows):
             z = _product(hidden[rows], part, buffer.view(length(rows), length(columns)))
             logits_partials(
-                z[None], targets[rows], alpha=alpha, entropy=entropy, logit_mean=logit_mean, head=head,
-                first=columns.start, config=LogitsConfig(block_v=PIECE, num_warps=4),
+                z[None], targets[rows], alpha=at(kept_alpha, rows), entropy=entropy, logit_mean=logit_mean, head=head,
+                first=columns.start, config=LogitsConfig(block_v=PIECE, num_warps=4), named=named,
                 out=partials.part(slice(columns.start // PIECE, -(-columns.stop // PIECE)), rows),
             )  # fmt: skip
     successor = None if successor is None else successor.contiguous()
     stats, rewards = combine(
-        partials, all_targets, vocab=vocab, alpha=alpha, needed=mask, place=kept.place(), successor=successor
-    )
+        partials, all_targets, vocab=vocab, alpha=alpha, needed=mask, place=kept.place(), successor=successor,
+        named=named,
+    )  # fmt: skip
     return RowStats(*stats), rewards and RowRewards(*rewards)
 
 
 @torch.no_grad()
 def linear_backward(
     hidden: Tensor, weight: Tensor, targets: Tensor, stats: RowStats, grads: RowGrads, *, mask: Tensor | None = None,
-    bias: Tensor | None, logit_scale: float, softcap: float | None, alpha: float, needs: tuple[bool, bool, bool],
+    bias: Tensor | None, logit_scale: float, softcap: float | None, alpha: float | Tensor,
+    needs: tuple[bool, bool, bool], named: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Return (dhidden, dweight, dbias) in the inputs' dtypes; None where `needs` is False. Recomputes the logits."""
     kept = _kept(mask)
     hidden, targets, stats = kept.take(hidden), kept.take(targets), RowStats(*map(kept.take, stats))
-    grads = RowGrads(*map(kept.take, grads))
+    grads, alpha = RowGrads(*map(kept.take, grads)), _take_alpha(kept, _dense_alpha(alpha))
     if isinstance(kept, EveryRow):  # with a log_total of -inf a row has no gradient
         stats = stats._replace(log_total=torch.where(mask, stats.log_total, -torch.inf))
-    source = _KernelGradients(hidden, weight, bias, logit_scale, softcap, targets, stats, grads, alpha)
+    source = _KernelGradients(hidden, weight, bias, logit_scale, softcap, targets, stats, grads, alpha, named)
     dhidden, *others = sweep_gradients(source, hidden, weight, bias, needs, most_elements=ACCUMULATOR)
     return kept.spread(dhidden), *others
 
@@ -86,7 +96,9 @@ def linear_backward(
 class _KernelGradients:
     """Makes tiles of dy (see chunked_backward.sweep_gradients) in hidden's dtype by a matmul and one kernel launch."""
 
-    def __init__(self, hidden, weight, bias, logit_scale, softcap, targets, stats: RowStats, grads: RowGrads, alpha):
+    def __init__(
+        self, hidden, weight, bias, logit_scale, softcap, targets, stats: RowStats, grads: RowGrads, alpha, named=None
+    ):  # fmt: skip
         rows = even_share(hidden.shape[0], BACKWARD_ROWS)
         columns = min(weight.shape[0], max(1, GRADIENT * 2 // (rows * hidden.element_size())))
         if weight.dtype != hidden.dtype or hidden.shape[0] > rows:
@@ -97,7 +109,7 @@ class _KernelGradients:
         self._inputs, self._head = (hidden, weight, bias), (logit_scale, softcap)
         rowwise = (targets, stats.shift, stats.log_total, stats.entropy, *grads)
         self._rowwise = [None if x is None else x.contiguous() for x in rowwise]
-        self._alpha = alpha
+        self._alpha, self._named = alpha, None if named is None else named.contiguous()
         self._logit_rows = max(1, min(rows, BACKWARD_TILE // columns))
         self._logits = Buffer(self._logit_rows * columns, hidden.device)
         self._dy = Buffer(rows * columns, hidden.device, hidden.dtype)
@@ -121,11 +133,20 @@ class _KernelGradients:
             z = _product(self.hidden[part], self.weight, self._logits.view(length(part), length(columns)))
             here = slice(rows.start + part.start, rows.start + part.stop)
             logits_backward(
-                z[None], *(None if x is None else x[here] for x in self._rowwise), alpha=self._alpha,
+                z[None], *(None if x is None else x[here] for x in self._rowwise), alpha=at(self._alpha, here),
                 config=LogitsConfig(block_v=PIECE, num_warps=4), head=Head(self._bias, *self._head),
-                first=columns.start, vocab=self._inputs[1].shape[0], out=dy[part],
+                first=columns.start, vocab=self._inputs[1].shape[0], out=dy[part], named=self._named,
             )  # fmt: skip
         return dy
+
+
+def _dense_alpha(alpha: float | Tensor) -> float | Tensor:
+    return alpha.contiguous() if isinstance(alpha, Tensor) else alpha
+
+
+def _take_alpha(kept: KeptRows, alpha: float | Tensor) -> float | Tensor:
+    """Return the temperatures of the rows that are computed. Those off the mask keep theirs: 0 would divide by 0."""
+    return alpha if kept.index is None else at(alpha, kept.index)
 
 
 def _kept(mask: Tensor | None) -> KeptRows:

@@ -20,6 +20,7 @@ class Mutation(NamedTuple):
 
 HARD, MAIN, DEVICES = "tests/vocab/test_hard_cases.py", "tests/test_functional.py", "tests/vocab/test_devices.py"
 PROPERTIES, IDENTITIES = "tests/vocab/test_properties.py", "tests/test_identities.py"
+EXTRAS = "tests/vocab/test_extras.py"
 OPS, WORKSPACE, ROWS = "tests/vocab/test_ops.py", "tests/vocab/test_workspace.py", "tests/vocab/test_rows.py"
 # In the interpreter an address is one of this process, and 4 GiB below a tensor there is most likely nothing.
 WILD_READ = "SIGSEGV|AssertionError"

@@ -1,6 +1,6 @@
 """Mutations of the other implementations, of what surrounds them and of the oracle. name: Mutation."""
 
-from mutations import HARD, IDENTITIES, MAIN, OPS, PROPERTIES, ROWS, Mutation
+from mutations import EXTRAS, HARD, IDENTITIES, MAIN, OPS, PROPERTIES, ROWS, Mutation
 
 CHUNKED = {
     "0 times the logarithm of 0": Mutation(
@@ -111,7 +111,7 @@ REWARDS = {
     ),
     "alpha forgotten in the gradient of the next value": Mutation(
         "vocab/rows.py",
-        "-alpha * g_reward",
+        "-at(alpha, after) * g_reward",
         "-g_reward",
         f"{PROPERTIES}::test_gradients_within_the_budget[fused-logits-rewards]",
     ),
@@ -188,4 +188,61 @@ ORACLE = {
     ),
 }
 
-AROUND_KERNELS = CHUNKED | COMPILED | REWARDS | OPERATORS | ORACLE
+TEMPERATURES_AND_NAMES = {
+    "the next state valued at this token's temperature": Mutation(
+        "kernels/combine.py",
+        "m_n + alpha_n * log_total_of(s_n)",
+        "m_n + b_alpha * log_total_of(s_n)",
+        f"{EXTRAS}::test_the_alpha_of_a_token_is_that_of_the_state_before_it[fused]",
+    ),
+    "a temperature taken at the token before": Mutation(
+        "vocab/reference.py",
+        "torch.where(chosen, shift_left(alpha), alpha)",
+        "alpha",
+        f"{EXTRAS}::test_the_alpha_of_a_token_is_that_of_the_state_before_it[chunked]",
+    ),
+    "temperatures of before the others went": Mutation(
+        "kernels/linear_vocab_stats.py",
+        "scale_of(c, o_row, m_row, ALPHAS)",
+        "scale_of(c, row, m_row, ALPHAS)",
+        f"{EXTRAS}::test_rewards_under_many_temperatures_sum_to_logprobs_and_the_first_value[fused]",
+    ),
+    "the gradient of the next value at this token's temperature": Mutation(
+        "vocab/rows.py",
+        "-at(alpha, after) * g_reward",
+        "-alpha * g_reward",
+        f"{EXTRAS}::test_the_gradient_of_the_next_value_has_its_own_temperature[chunked]",
+    ),
+    "the first row's temperature for all": Mutation(
+        "vocab/chunked.py",
+        "self._alpha[rows, None, None]",
+        "self._alpha[:1, None, None]",
+        f"{EXTRAS}::test_the_gradient_of_the_next_value_has_its_own_temperature[chunked]",
+    ),
+    "a named logprob from a rounded lse": Mutation(
+        "vocab/rows.py",
+        "(logits - shift) / per_row(alpha) - log_total",
+        "logits / per_row(alpha) - stats.lse.unsqueeze(1)",
+        f"{EXTRAS}::test_named_logprobs_are_those_of_the_softmax[1000000.0-chunked]",
+    ),
+    "a named token without its share of lse": Mutation(
+        "vocab/rows.py",
+        "lse=grads.lse - g.sum(1)",
+        "lse=grads.lse",
+        f"{EXTRAS}::test_the_gradient_of_a_token_named_twice[chunked]",
+    ),
+    "a token named twice gets one gradient": Mutation(
+        "kernels/vocab_stats.py",
+        "dz += tl.where(neighbours(o_v, BLOCK_V) == token, tl.load(g_named + row * NAMES + k), 0.0)",
+        "dz = tl.where(neighbours(o_v, BLOCK_V) == token, tl.load(g_named + row * NAMES + k), dz)",
+        f"{EXTRAS}::test_the_gradient_of_a_token_named_twice[fused]",
+    ),
+    "a name outside the vocabulary holds what was there": Mutation(
+        "kernels/combine.py",
+        "lost | (token < 0) | (token >= vocab)",
+        "lost",
+        f"{EXTRAS}::test_names_outside_the_vocabulary",
+    ),
+}
+
+AROUND_KERNELS = TEMPERATURES_AND_NAMES | CHUNKED | COMPILED | REWARDS | OPERATORS | ORACLE

@@ -172,13 +172,13 @@ LOGITS = {
 COMBINE = {
     "alpha forgotten in lse": Mutation(
         "kernels/combine.py",
-        "lse = m / alpha + log_total",
+        "lse = m / b_alpha + log_total",
         "lse = m + log_total",
         f"{IDENTITIES}::test_twice_the_logits_at_twice_the_temperature_is_the_same_policy[logits-fused]",
     ),
     "alpha forgotten in the value": Mutation(
         "kernels/combine.py",
-        "m_n + alpha * log_total_of(s_n)",
+        "m_n + alpha_n * log_total_of(s_n)",
         "m_n + log_total_of(s_n)",
         f"{MAIN}::test_token_rewards[logits-default-fused-ragged]",
     ),
@@ -196,8 +196,8 @@ COMBINE = {
     ),
     "logprob from a rounded lse": Mutation(
         "kernels/combine.py",
-        "(q - finite_or_zero(m)) / alpha - log_total)",
-        "q / alpha - lse)",
+        "(z - finite_or_zero(m)) / alpha - log_total)",
+        "z / alpha - (m / alpha + log_total))",
         f"{IDENTITIES}::test_a_constant_added_to_a_states_logits_changes_only_its_value[logits-fused]",
     ),
     "entropy not held to its bounds": Mutation(

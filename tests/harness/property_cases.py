@@ -5,14 +5,16 @@
 import itertools
 import math
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-from endoreward_fast.vocab import reference
+from endoreward_fast.vocab import chunked_tiles, reference
 
 F64 = torch.float64
+EPS32 = torch.finfo(torch.float32).eps
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUTS = {
     # name: (shape of the storage, the view of it that has shape (b, t, v)); what lies between the elements is NaN
@@ -172,6 +174,32 @@ def linear_cases(draw, dtypes=FLOATS):
     return Case(tensors, head, *where, alpha, _upstream(generator, (b, t)), scale, 2 * scale / alpha)
 
 
+def call(module, case, kind, leaves=None, **extra):
+    """Compute `kind` ("stats" or "rewards") of a case from `leaves`. Default: the case's own inputs."""
+    leaves = case.tensors if leaves is None else leaves
+    name = {"stats": "vocab_stats", "rewards": "token_rewards"}[kind]
+    want = case.stats_want if kind == "stats" else case.rewards_want
+    if "logits" in leaves:
+        return getattr(module, name)(leaves["logits"], case.tokens, **want, **extra)
+    head = {"bias": leaves.get("bias"), **case.head}
+    return getattr(module, f"linear_{name}")(leaves["hidden"], leaves["weight"], case.tokens, **head, **want, **extra)
+
+
+def exact_logits():
+    """Upcast bfloat16 on any CPU. With native units the chunked path, and with it every backward, rounds its logits.
+
+    test_chunked.py tests that case.
+    """
+    return mock.patch.object(chunked_tiles, "uses_native_matmul", lambda hidden, weight: False)
+
+
+def scale_of(case, field):
+    """Return the magnitude of a field's summands. Entropy and logprob contain no common offset of the logits."""
+    if field in ("entropy", "logprob"):
+        return max(1.0, case.spread)
+    return max(1.0, case.scale, case.scale / case.alpha)
+
+
 # ------------------------------------------------------------------------------- section 2 of the design, by hand
 
 
@@ -201,18 +229,21 @@ def rewards_by_definition(z, tokens, mask, terminal, cu_seqlens, alpha) -> list[
     """(reward, logprob, value, entropy) of each token, all sequences one after the other.
 
     z[i] is the state after token i, flat; z, tokens, mask and terminal are lists over B T tokens, (B, T) comes as the
-    offsets cu_seqlens. A token that is not scored, or is -100, has zeros.
+    offsets cu_seqlens. A token that is not scored, or is -100, has zeros. alpha is a number, or a list over tokens.
     """
+    alphas = alpha if isinstance(alpha, list) else [alpha] * len(tokens)
     out = [(0.0, 0.0, 0.0, 0.0)] * len(tokens)
     for first, end in itertools.pairwise(cu_seqlens):
         for i in range(first + 1, end):  # the first token was chosen in no state
             if not mask[i] or tokens[i] == -100:
                 continue
+            alpha = alphas[i]
             lse, q, entropy, _ = stats_by_definition(z[i - 1], tokens[i], alpha)
             last = i + 1 == end or not mask[i + 1] or tokens[i + 1] == -100
             ends = last if terminal is None else terminal[i]
-            lse_after = stats_by_definition(z[i], -100, alpha)[0]
-            value_after = 0.0 if ends or lse_after == -math.inf else alpha * lse_after
+            alpha_after = alpha if last else alphas[i + 1]  # that of the token chosen in the state after this one
+            lse_after = stats_by_definition(z[i], -100, alpha_after)[0]
+            value_after = 0.0 if ends or lse_after == -math.inf else alpha_after * lse_after
             dead = lse == -math.inf
             reward, logprob = (-math.inf, -math.inf) if dead else (q - value_after, q / alpha - lse)
             out[i] = reward, logprob, alpha * lse, entropy

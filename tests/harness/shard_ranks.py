@@ -87,8 +87,10 @@ def statistics(name, rank, world, impl="chunked", group=None, dtype=torch.float3
         shard=VocabShard(group, part.start), **options,
     )  # fmt: skip
     alive = out.lse.isfinite() & mask
-    sum((torch.where(alive & f.isfinite(), f, 0.0) * g).sum() for f, g in zip(out, upstream, strict=True)).backward()
-    return {"out": [f.detach() for f in out], "grads": [x if x is None else x.grad for x in (h, w, b)]}
+    sum(
+        (torch.where(alive & f.isfinite(), f, 0.0) * g).sum() for f, g in zip(out[:4], upstream, strict=True)
+    ).backward()
+    return {"out": [f.detach() for f in out[:4]], "grads": [x if x is None else x.grad for x in (h, w, b)]}
 
 
 def rewards(rank, world, impl="chunked"):
@@ -99,8 +101,8 @@ def rewards(rank, world, impl="chunked"):
     mask = torch.tensor([[False, True, True, True, True, True], [False, False, True, True, True, False]])
     shard = VocabShard(dist.group.WORLD, part.start)
     out = er.linear_token_rewards(h, w, tokens, mask=mask, entropy=True, alpha=0.7, shard=shard, impl=impl)
-    sum((f * g[:12].view(2, 6)).sum() for f, g in zip(out, upstream, strict=True)).backward()
-    return {"out": [f.detach() for f in out], "grads": [h.grad, w.grad], "tokens": tokens, "mask": mask}
+    sum((f * g[:12].view(2, 6)).sum() for f, g in zip(out[:4], upstream, strict=True)).backward()
+    return {"out": [f.detach() for f in out[:4]], "grads": [h.grad, w.grad], "tokens": tokens, "mask": mask}
 
 
 def of_dtensors(rank, world):
@@ -112,7 +114,7 @@ def of_dtensors(rank, world):
     same = distribute_tensor(weight, mesh, [Replicate()])
     h = hidden.clone().requires_grad_()
     out = er.linear_vocab_stats(h, split, targets, mask=mask, entropy=True, logit_mean=True, vocab_size=VOCAB)
-    sum((f * g).sum() for f, g in zip(out, upstream, strict=True)).backward()
+    sum((f * g).sum() for f, g in zip(out[:4], upstream, strict=True)).backward()
     replicated = er.linear_vocab_stats(hidden, same, targets, mask=mask, vocab_size=VOCAB)
     said = {}
     for kind, wrong in {
@@ -133,7 +135,7 @@ def of_dtensors(rank, world):
         beside[kind] = outcome(lambda bias=bias: er.linear_vocab_stats(alike, split, targets, bias=bias).lse.detach())
     verdict = agreed("rank 1 sees other logits" if rank == 1 else None, mesh.get_group())
     return {
-        "out": [f.detach() for f in out],
+        "out": [f.detach() for f in out[:4]],
         "grads": grads,
         "lse": replicated.lse,
         "few": few,
@@ -272,8 +274,8 @@ def of_nothing(rank, world):
         rewards = er.linear_token_rewards(
             h.view(2, rows // 2, DIM), w, targets[:rows].view(2, -1), mask=mask.view(2, -1), entropy=True, shard=shard,
         )  # fmt: skip
-        sum(f.sum() for f in (*out, *rewards)).backward()
-        found += [*out, *rewards, h.grad, w.grad]
+        sum(f.sum() for f in (*out[:4], *rewards)).backward()
+        found += [*out[:4], *rewards, h.grad, w.grad]
     return [f.detach() for f in found]
 
 
@@ -289,7 +291,7 @@ def frozen(rank, world):
             out = er.linear_vocab_stats(
                 h, w, targets, mask=mask, entropy=True, logit_mean=True, shard=VocabShard(None, part.start)
             )
-            loss = sum((f * g).sum() for f, g in zip(out, upstream, strict=True))
+            loss = sum((f * g).sum() for f, g in zip(out[:4], upstream, strict=True))
             wanted = [x for x in (h, w) if x.requires_grad]
             return [torch.autograd.grad(loss, wanted, retain_graph=True) for _ in range(2)]
 

@@ -75,6 +75,20 @@ def test_statistics_of_logits_and_their_gradient(package, arch, dtype, full, ass
     check_gradients(assert_within_budget, f, [logits], upstream, dtype)
 
 
+def test_temperatures_and_named_tokens(package, assert_within_budget):
+    package.on(90)
+    logits, targets, mask = 4 * torch.randn(2, 3, 295), torch.randint(0, 295, (2, 3)), torch.arange(6).view(2, 3) != 1
+    want = {"alpha": 0.5 + torch.rand(2, 3), "mask": mask, "entropy": True, "named": torch.tensor([294, 0, 294])}
+    f = functions("vocab_stats", (targets,), want)
+    check(assert_within_budget, f["fused"](logits), f["eager"](logits), f["oracle"](logits), 16.0)
+    upstream = [*torch.randn(3, 2, 3), torch.randn(2, 3, 3)]
+    check_gradients(assert_within_budget, f, [logits], upstream, torch.float32)
+    hidden, weight = torch.randn(2, 3, 64).bfloat16(), torch.randn(295, 64).bfloat16()
+    f = functions("linear_vocab_stats", (weight, targets), want)
+    oracle = reference.linear_vocab_stats(hidden.double(), weight.double(), targets, **want, dtype=F64)
+    check(assert_within_budget, f["fused"](hidden), f["eager"](hidden), oracle, 64.0)
+
+
 def test_rewards_of_logits(package, arch, full, assert_within_budget):
     package.on(arch)
     logits, tokens = 4 * torch.randn(2, 6, 295), torch.randint(0, 295, (2, 6))

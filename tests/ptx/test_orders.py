@@ -18,7 +18,7 @@ def logits():
 def gradient():
     z = torch.randn(2, 4, 295).requires_grad_()
     out = er.vocab_stats(z, torch.randint(0, 295, (2, 4)), entropy=True, logit_mean=True, impl="fused")
-    return torch.autograd.grad(sum(field.sum() for field in out), z)
+    return torch.autograd.grad(sum(field.sum() for field in out[:4]), z)
 
 
 def linear(dim, dtype):

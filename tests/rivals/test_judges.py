@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
+from endoreward_fast.model import reader
 from endoreward_fast.rivals.judges import JUDGES, PAIRWISE, POINTWISE, VERIFIER, Pairwise, Pointwise, Verifier
 from endoreward_fast.rivals.questions import TEXT_ENDING
 from endoreward_fast.rivals.reward_model import RewardModel
@@ -119,7 +120,7 @@ class Replies:
     def __init__(self, say):
         self.say, self.asked, self.options = say, [], {}
 
-    def iter_scores(self, rows, *, on_tokens=None, **options):
+    def iter_logprobs(self, rows, *, on_tokens=None, **options):
         self.options = options
         for i in reversed(range(len(rows))):
             self.asked.append(rows[i])
@@ -271,6 +272,91 @@ def test_a_question_is_text_or_chat_like_its_row(chat):
     assert texts[1] == pytest.approx(reply_logprob(chat, asked_in_text(VERIFIER, **parts), " Yes"), rel=1e-5)
     assert Verifier(chat).score([ROW], chat=False)[0].score == pytest.approx(texts[1], rel=1e-6)
     assert texts[0] != pytest.approx(texts[1], rel=1e-3)
+
+
+class OneByOne(EndoRewardModel):
+    """Reads every reply as a row of its own."""
+
+    def names_tokens(self):
+        return False
+
+
+def read_by(scorer, monkeypatch, judge):
+    """Return the results of a judge, the tokens that the body reads and the states that the vocabulary is read in."""
+    bodies, states, told = [], [], []
+    handle = scorer.model.register_forward_pre_hook(
+        lambda _, __, given: bodies.append(given["input_ids"].numel()), with_kwargs=True
+    )
+    for name in ("linear_vocab_stats", "linear_token_rewards"):
+        function = getattr(reader, name)
+
+        def counted(hidden, *args, function=function, **given):
+            mask = given.get("mask")
+            states.append(len(hidden) if mask is None else int(mask.sum()))
+            return function(hidden, *args, **given)
+
+        monkeypatch.setattr(reader, name, counted)
+    results = dict(judge(scorer).iter_scores(ROWS, on_tokens=told.append, alpha=0.7))
+    monkeypatch.undo()
+    handle.remove()
+    return [results[i] for i in range(len(ROWS))], sum(bodies), sum(states), sum(told)
+
+
+@pytest.mark.parametrize(("name", "replies"), [("pointwise", 5), ("pairwise", 2)])
+def test_replies_of_one_token_are_read_in_one_state_of_the_question(name, replies, chat, monkeypatch):
+    """In a chat, a rating and a letter are one token each of the byte tokenizer."""
+    together, read, states, told = read_by(chat, monkeypatch, JUDGES[name])
+    apart, read_apart, states_apart, told_apart = read_by(OneByOne(chat.model, CHAT), monkeypatch, JUDGES[name])
+    for one, other in zip(together, apart, strict=True):
+        assert one.score == pytest.approx(other.score, rel=1e-4, abs=1e-5)
+        assert (one.num_tokens, one.flags, one.error) == (other.num_tokens, other.flags, other.error)
+    assert read <= read_apart and states_apart == replies * states and told == told_apart
+
+
+def test_a_model_that_shares_nothing_reads_a_question_once(chat, monkeypatch):
+    """It read the question once for each rating before. padding is the same: one question, of one length."""
+    monkeypatch.setattr(EndoRewardModel, "obstacle_to_sharing", lambda self: "none is wanted")
+    monkeypatch.setattr(EndoRewardModel, "states_last", lambda self: False)
+    reads = []
+    for scorer in (chat, OneByOne(chat.model, CHAT)):
+        handle = scorer.model.register_forward_pre_hook(
+            lambda _, __, given: reads.append(given["input_ids"].numel()), with_kwargs=True
+        )
+        Pointwise(scorer).score(ROWS[:1])
+        handle.remove()
+    together, apart = reads[0], sum(reads[1:])
+    assert apart == 5 * (together + 1)  # each with its rating
+
+
+@pytest.mark.parametrize("name", JUDGES)
+@pytest.mark.parametrize("budget", [1, 150])
+def test_one_token_replies_under_a_small_budget_and_with_rows_that_fail(name, budget, chat):
+    long = ROWS[4] | {"completion": "x" * 2000}
+    options = {"max_tokens_per_batch": budget, "max_length": 600}
+    found = JUDGES[name](chat).score([*ROWS[:4], long], **options)
+    expected = JUDGES[name](OneByOne(chat.model, CHAT)).score([*ROWS[:4], long], **options)
+    for one, other in zip(found, expected, strict=True):
+        assert (one.num_tokens, one.flags, one.error) == (other.num_tokens, other.flags, other.error)
+        assert one.error or one.score == pytest.approx(other.score, rel=1e-4, abs=1e-5)
+    assert found[0].score is not None and "the limit is 600" in found[4].error
+
+
+def test_replies_of_one_token_where_memory_has_no_room_or_the_model_gives_nan():
+    scorer = EndoRewardModel(build(LlamaConfig, **LONG), CHAT)
+    scorer.obstacle_to_sharing()
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = scorer.model.register_forward_pre_hook(no_room)
+    with pytest.warns(UserWarning, match="out of memory"):
+        lost, _ = Pointwise(scorer).score(ROWS[:2])
+    handle.remove()
+    assert lost.score is None and lost.error.startswith("out of memory: ")
+    with torch.no_grad():
+        scorer.model.lm_head.weight[7].fill_(math.nan)
+    (nan,) = Pointwise(scorer).score(ROWS[:1])
+    assert nan.score is None and nan.error == "the model gave NaN for this row"
 
 
 # --- a trained reward model

@@ -20,11 +20,13 @@ from endoreward_fast import (
     VocabStats,
     __version__,
     linear_token_rewards,
+    linear_vocab_divergence,
     linear_vocab_stats,
     rewards_to_go,
     sequence_score,
     terminal_at,
     token_rewards,
+    vocab_divergence,
     vocab_stats,
 )
 from endoreward_fast.losses import BellmanLoss, reval_loss, tbrm_loss
@@ -81,6 +83,8 @@ assert_type(reval_loss(scorer(ids), scorer(ids), on, ids[:, 0], beta=0.1, level=
 assert_type(tbrm_loss(scorer(ids), scorer(ids).logprob, on, ids[:, 0], beta=0.1).loss, Tensor)
 assert_type(vocab_stats(logits).lse, Tensor)
 assert_type(vocab_stats(logits, ids, entropy=True, logit_mean=True), VocabStats)
+assert_type(vocab_divergence(logits, logits, kind="jsd", beta=0.1), Tensor)
+assert_type(linear_vocab_divergence(hidden, weight, hidden, weight, teacher_softcap=30.0), Tensor)
 assert_type(linear_vocab_stats(hidden, weight), VocabStats)
 assert_type(linear_vocab_stats(hidden, weight, ids, vocab_size=8).logit_mean, Tensor | None)
 assert_type(sequence_score(logits[..., 0], on, reduction="mean"), Tensor)

@@ -3,7 +3,15 @@
 import torch
 
 import endoreward_fast
-from endoreward_fast import EndoRewardModel, RewardModel, rewards_to_go, sequence_score, token_rewards, vocab_stats
+from endoreward_fast import (
+    EndoRewardModel,
+    RewardModel,
+    rewards_to_go,
+    sequence_score,
+    token_rewards,
+    vocab_divergence,
+    vocab_stats,
+)
 from endoreward_fast.losses import reval_loss
 from endoreward_fast.rivals.judges import Verifier
 
@@ -46,6 +54,8 @@ reval_loss(scorer(ids), scorer(ids).logprob, ids > 0, logits, beta=0.1)  # no
 reval_loss(scorer(ids), scorer(ids), ids > 0, logits)  # no
 vocab_stats(logits, impl="fast")  # no
 vocab_stats(logits, "targets")  # no
+vocab_divergence(logits, logits, kind="kl")  # no
+vocab_divergence(logits, logits, impl="compiled")  # no
 sequence_score(logits[..., 0], ids, reduction="max")  # no
 rewards_to_go(logits[..., 0])  # no
 _ = endoreward_fast.RowScroe  # no

@@ -37,6 +37,8 @@ def test_every_kernel_compiles_for_every_architecture_and_dtype(compiled):
         for dtype in DTYPES:
             for kernel in ("logits_forward", "logits_backward", "linear"):
                 assert (kernel, arch, dtype) in seen
+        for kernel in ("partials", "mixture", "backward"):
+            assert {(f"divergence_{kernel}", arch, dtype) for dtype in ("bf16", "fp32")} <= seen
 
 
 def test_no_register_spills_in_the_default_configs_of_hopper(compiled):

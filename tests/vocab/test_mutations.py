@@ -16,10 +16,11 @@ import pytest
 from endoreward_fast.vocab.compiled import find_compiler
 from mutations import HARD, Mutation
 from mutations_around_kernels import AROUND_KERNELS
+from mutations_of_divergence import OF_DIVERGENCE
 from mutations_of_kernels import OF_KERNELS
 
 ROOT = Path(__file__).parents[2]
-ALL = OF_KERNELS | AROUND_KERNELS
+ALL = OF_KERNELS | AROUND_KERNELS | OF_DIVERGENCE
 TEST = f"{HARD}::test_nan_logits_are_not_swallowed[fused]"
 A_TEST_OF_EACH_FILE = {mutation.test.partition("::")[0]: mutation.test for mutation in reversed(ALL.values())}
 ENVIRONMENT = {

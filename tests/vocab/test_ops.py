@@ -37,7 +37,7 @@ def test_opcheck_logits(case, impl, rewards):
     hidden, weight, tokens, mask = case
     logits = (hidden @ weight.T).detach().requires_grad_()
     successor = _successors(mask) if rewards else None
-    args = (logits, tokens.flatten(), mask.flatten(), successor, 0.7, True, not rewards, impl)
+    args = (logits, tokens.flatten(), mask.flatten(), successor, 0.7, True, not rewards, impl, None, None)
     torch.library.opcheck(torch.ops.endoreward_fast.logits_stats.default, args)
 
 
@@ -48,7 +48,7 @@ def test_opcheck_linear(case, impl, masked):
     hidden, weight = hidden.flatten(0, 1).requires_grad_(), weight.requires_grad_()
     bias = torch.randn(V, device=hidden.device, requires_grad=True)
     rows = mask.flatten() if masked else None
-    args = (hidden, weight, bias, tokens.flatten(), rows, None, 0.5, 4.0, 0.7, True, True, impl)
+    args = (hidden, weight, bias, tokens.flatten(), rows, None, 0.5, 4.0, 0.7, True, True, impl, None, None)
     torch.library.opcheck(torch.ops.endoreward_fast.linear_stats.default, args)
 
 
@@ -56,7 +56,7 @@ def test_opcheck_linear(case, impl, masked):
 def test_backward_operators_have_right_fakes(case, impl):
     hidden, weight, tokens, _ = case
     flat, targets = hidden.flatten(0, 1), tokens.flatten()
-    stats = ops.linear_stats(flat, weight, None, targets, None, None, 1.0, None, 1.0, True, True, impl)
+    stats = ops.linear_stats(flat, weight, None, targets, None, None, 1.0, None, 1.0, True, True, impl, None, None)
     g = torch.randn(B * T, device=flat.device)
     needs = [True, True, False]
     args = (flat, weight, None, targets, None, stats, g, g, g, g, 1.0, None, 1.0, needs, impl)

@@ -100,7 +100,7 @@ def test_gradients_by_finite_differences():
     def fields(z):
         out = reference.token_rewards(z, tokens, mask=mask, alpha=0.6, entropy=True, **F64)
         stats = reference.vocab_stats(z, tokens, alpha=0.6, entropy=True, logit_mean=True, **F64)
-        return (*out, *stats)
+        return (*out, *stats[:4])
 
     assert torch.autograd.gradcheck(fields, logits)
 

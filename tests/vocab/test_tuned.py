@@ -120,7 +120,7 @@ def test_a_choice_runs_under_torch_compile(folder, ran):
 
 def test_the_operator_passes_opcheck_with_auto():
     hidden, weight, targets = head()
-    args = (hidden.requires_grad_(), weight, None, targets, None, None, 1.0, None, 1.0, True, True, "auto")
+    args = (hidden.requires_grad_(), weight, None, targets, None, None, 1.0, None, 1.0, True, True, "auto", None, None)
     torch.library.opcheck(torch.ops.endoreward_fast.linear_stats.default, args)
 
 
