@@ -38,7 +38,16 @@ import torch
 from torch import Tensor
 
 from .types import TokenRewards
-from .vocab.checks import FLOATS, INTEGERS, as_bool, check_numbers, check_tensors, readable, require_tensors
+from .vocab.checks import (
+    FLOATS,
+    INTEGERS,
+    as_bool,
+    check_alpha,
+    check_numbers,
+    check_tensors,
+    readable,
+    require_tensors,
+)  # fmt: skip
 
 Level = Literal["trajectory", "token"]
 
@@ -61,8 +70,8 @@ class BellmanLoss(NamedTuple):
 
 
 def reval_loss(
-    policy: TokenRewards, reference: TokenRewards, mask: Tensor, reward: Tensor, *, beta: float, alpha: float = 1.0,
-    gamma: float = 1.0, level: Level = "trajectory", bootstrap: bool = False,
+    policy: TokenRewards, reference: TokenRewards, mask: Tensor, reward: Tensor, *, beta: float,
+    alpha: float | Tensor = 1.0, gamma: float = 1.0, level: Level = "trajectory", bootstrap: bool = False,
 ) -> BellmanLoss:  # fmt: skip
     """Return ReVal's loss: the squared Bellman residual, with the reward shaped by the reference's V.
 
@@ -78,7 +87,7 @@ def reval_loss(
                Values off the mask do not count, and may be NaN: clear the mask of a row that has no reward
     beta       weight of the KL penalty, > 0, in the unit of the reward. log pi(y) is a sum over tokens, so long
                completions need a small beta: the paper takes 0.02 at 600 tokens and 0.002 at 5000
-    alpha      the alpha that policy and reference were computed with
+    alpha      the alpha that policy and reference were computed with: a number, or (B, T) float32
     gamma      discount in (0, 1]. The papers have none. Step h is weighted by gamma^(h - 1), as in delta_h = Q(s_h) -
                gamma V(s_{h+1}) - ...
     level      "trajectory", or "token": one residual for each scored token
@@ -110,7 +119,7 @@ def reval_loss(
 
 def tbrm_loss(
     policy: TokenRewards, reference: TokenRewards | Tensor, mask: Tensor, reward: Tensor, *, beta: float,
-    alpha: float = 1.0, gamma: float = 1.0, level: Level = "trajectory", bootstrap: bool = False,
+    alpha: float | Tensor = 1.0, gamma: float = 1.0, level: Level = "trajectory", bootstrap: bool = False,
 ) -> BellmanLoss:  # fmt: skip
     """Return TBRM's loss: the squared Bellman residual of a whole trajectory.
 
@@ -137,12 +146,15 @@ def tbrm_loss(
 
 
 def _loss(
-    name: str, policy: TokenRewards, reference: TokenRewards, mask: Tensor, reward: Tensor, beta: float, alpha: float,
-    gamma: float, level: str, bootstrap: bool,
+    name: str, policy: TokenRewards, reference: TokenRewards, mask: Tensor, reward: Tensor, beta: float,
+    alpha: float | Tensor, gamma: float, level: str, bootstrap: bool,
 ) -> BellmanLoss:  # fmt: skip
     shaped = name == "reval_loss"
     mask = _checked(name, policy, reference, mask, reward, shaped, bootstrap)
-    _check_settings(beta, alpha, gamma, level)
+    check_alpha(alpha, mask.shape, mask, policy.logprob)
+    _check_settings(beta, gamma, level)
+    if isinstance(alpha, Tensor):
+        alpha = torch.where(mask, alpha, 1.0)
     models = [policy, reference] if shaped else [policy]
     exact = any(m.logprob.dtype == torch.float64 for m in (policy, reference))
     dtype = torch.float64 if exact else torch.float32
@@ -168,13 +180,15 @@ def _loss(
     return BellmanLoss(loss, residual, first_value.detach(), log_ratios.detach(), targets)
 
 
-def _values(models: list[TokenRewards], mask: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+def _values(models: list[TokenRewards], mask: Tensor, alpha: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Return V / alpha of the policy, less that of the reference if it is given: (B, T), 0 off the mask."""
     values = [m.value.to(dtype) / alpha for m in models]
     return _difference(values[0], values[1].detach(), mask) if values[1:] else torch.where(mask, values[0], 0.0)
 
 
-def _ends(models: list[TokenRewards], last: Tensor, alpha: float, dtype: torch.dtype, bootstrap: bool) -> Tensor:
+def _ends(
+    models: list[TokenRewards], last: Tensor, alpha: float | Tensor, dtype: torch.dtype, bootstrap: bool
+) -> Tensor:
     """Return, at each row's last scored token, V(s_{H+1}) / alpha as in `_values`: (B, T), 0 elsewhere.
 
     V(s') = Q(s, a) - reward. A token with logprob -inf has no successor worth a value.
@@ -273,15 +287,13 @@ def _check_reward(reward: Tensor, mask: Tensor) -> None:
         )
 
 
-def _check_settings(beta: float, alpha: float, gamma: float, level: str) -> None:
-    for name, x in (("beta", beta), ("alpha", alpha), ("gamma", gamma)):
+def _check_settings(beta: float, gamma: float, level: str) -> None:
+    for name, x in (("beta", beta), ("gamma", gamma)):
         if x is None or isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}: expected a number; no gradient flows into it")
-    check_numbers(beta=beta, alpha=alpha, gamma=gamma)
+    check_numbers(beta=beta, gamma=gamma)
     if not 0 < beta < math.inf:
         raise ValueError(f"beta={beta}: expected a finite number > 0, the weight of the KL penalty")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha}: expected a finite temperature > 0")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma={gamma}: expected a discount in (0, 1]")
     if level not in ("trajectory", "token"):

@@ -157,6 +157,12 @@ WRONG = {
     "beta tensor": ({"beta": torch.tensor(1.0)}, "beta is a Tensor: expected a number"),
     "beta None": ({"beta": None}, "beta is a NoneType: expected a number"),
     "alpha": ({"alpha": -1.0}, "alpha=-1.0: expected a finite temperature > 0"),
+    "alpha None": ({"alpha": None}, "alpha is None: expected a finite temperature > 0"),
+    "alphas": ({"alpha": torch.ones(2)}, r"alpha is a tensor, and it is \(2,\) .* or \(2, 3\) float32"),
+    "alpha on the mask": (
+        {"alpha": torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])},
+        "alpha holds 0.0 on the mask: expected finite temperatures > 0",
+    ),
     "gamma 0": ({"gamma": 0.0}, r"gamma=0.0: expected a discount in \(0, 1\]"),
     "gamma nan": ({"gamma": float("nan")}, r"gamma=nan: expected a discount in \(0, 1\]"),
     "gamma 2": ({"gamma": 2}, r"gamma=2: expected a discount in \(0, 1\]"),

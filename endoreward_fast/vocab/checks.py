@@ -62,7 +62,7 @@ def check_rows(
     if targets.shape != shape or targets.dtype != torch.int64 or targets.device != like.device:
         raise _wrong("targets", targets, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     mask = _as_bool("mask", mask, shape, like.device)
-    _check_alpha(alpha, shape, mask, like)
+    check_alpha(alpha, shape, mask, like)
     return targets, mask
 
 
@@ -82,7 +82,7 @@ def check_rewards(
     if tokens.shape != shape or tokens.dtype != torch.int64 or tokens.device != like.device:
         raise _wrong("tokens", tokens, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     flags = _as_bool("mask", mask, shape, like.device), _as_bool("terminal", terminal, shape, like.device)
-    _check_alpha(alpha, shape if alpha_of_each else None, flags[0], like)
+    check_alpha(alpha, shape if alpha_of_each else None, flags[0], like)
     if cu_seqlens is None:
         return flags
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
@@ -165,7 +165,7 @@ def check_named_inside(named: Tensor | None, vocab: int) -> None:
         _refuse_outside(named.tolist(), vocab)
 
 
-def _check_alpha(alpha: float | Tensor, shape: torch.Size | None, mask: Tensor | None, like: Tensor) -> None:
+def check_alpha(alpha: float | Tensor, shape: torch.Size | None, mask: Tensor | None, like: Tensor) -> None:
     """Check a temperature. `shape` is the shape of a tensor of temperatures; None: only a number is possible."""
     if isinstance(alpha, Tensor):
         if shape is None:
