@@ -32,7 +32,8 @@ class CollapseMonitor(TrainerCallback):
     extract    a function from a completion's text to its answer, or to None if it has none. Default: the text, without
                space at its ends. Give one for completions with a chain of thought: their texts are never alike
     limits     `collapse.Limits`. By default the signs of collapse are watched, and no other limit is set
-    window     number of logs in a running mean, and of those that are the start. A log is `logging_steps` steps
+    window     number of logs in a running mean, and of those that are the start. A log is `logging_steps` steps: set
+               this to 1 in TRL's configuration, whose default is 10, to see a collapse within tens of steps
     stop       whether to stop the training. Default: only one warning
     patience   number of consecutive logs that must agree
     start      values to compare with in place of the first logs: `monitor.start` of an earlier run. A run resumed from
@@ -56,7 +57,7 @@ class CollapseMonitor(TrainerCallback):
 
     Raises EndoRewardError: an option outside of its range; a reward model or an async function, which the trainer
     calls in other ways; an `extract` that returns something else than text; a run in which the monitor is not among the
-    callbacks, or watches no reward function or several.
+    callbacks, or watches no reward function or several; no logs.
     """
 
     def __init__(
@@ -137,6 +138,8 @@ class CollapseMonitor(TrainerCallback):
                 f"the CollapseMonitor watches {self._watching} reward functions, and their logs would be averaged: "
                 "watch one, or a function that returns their sum. A new trainer needs a new monitor"
             )
+        if args.logging_strategy == "no":
+            raise EndoRewardError("logging_strategy='no' gives the CollapseMonitor no logs: set it to 'steps'")
         self._begin()
         for logs in state.log_history:
             self._judge(logs, logs["step"])

@@ -164,8 +164,9 @@ def test_rloo_is_watched_alike(tmp_path):
 
 
 def test_the_trainer_has_to_know_the_monitor_and_one_reward():
-    def begin(monitor):
-        return monitor.on_train_begin(None, SimpleNamespace(log_history=[]), None)
+    def begin(monitor, logging="steps"):
+        args = SimpleNamespace(logging_strategy=logging)
+        return monitor.on_train_begin(args, SimpleNamespace(log_history=[]), None)
 
     with pytest.raises(EndoRewardError, match=r"watches no reward function: put monitor.watch\(function\) into"):
         begin(CollapseMonitor())
@@ -174,6 +175,10 @@ def test_the_trainer_has_to_know_the_monitor_and_one_reward():
         twice.watch(function)
     with pytest.raises(EndoRewardError, match="watches 2 reward functions, and their logs would be averaged"):
         begin(twice)
+    silent = CollapseMonitor()
+    silent.watch(short)
+    with pytest.raises(EndoRewardError, match="logging_strategy='no' gives the CollapseMonitor no logs: set it to"):
+        begin(silent, logging="no")
     alone, training = CollapseMonitor(), SimpleNamespace(max_steps=4)
     call = {"prompts": ["a"], "completions": ["b"], "completion_ids": [[1]], "log_metric": print}
     watched = alone.watch(short)
@@ -219,11 +224,14 @@ def test_a_monitor_can_be_sent_to_another_process():
     assert again.start == monitor.start == {"reward": 1.0, "entropy": 1.0}
 
 
+ARGS = SimpleNamespace(logging_strategy="steps")
+
+
 def test_a_resumed_run_goes_on_with_the_course_of_its_logs():
     def begun(history=(), **options):
         monitor = CollapseMonitor(window=1, patience=2, **options)
         monitor.watch(short)
-        monitor.on_train_begin(None, SimpleNamespace(log_history=list(history)), None)
+        monitor.on_train_begin(ARGS, SimpleNamespace(log_history=list(history)), None)
         return monitor
 
     collapsed = {"reward": 1.0, "one_answer": 0.9}
@@ -241,5 +249,5 @@ def test_a_resumed_run_goes_on_with_the_course_of_its_logs():
     assert resumed.collapse_step == 3
     assert begun([*history, history[-1] | {"step": 3}]).collapse_step == 3  # collapsed before it was stopped
     assert begun(history, start={"one_answer": 0.95}).indicator == 0  # a start that is given stays
-    first.on_train_begin(None, SimpleNamespace(log_history=[]), None)  # train() once more, from the start
+    first.on_train_begin(ARGS, SimpleNamespace(log_history=[]), None)  # train() once more, from the start
     assert first.start == {} and first.indicator is None is first.collapse_step
