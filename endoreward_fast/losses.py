@@ -38,7 +38,16 @@ import torch
 from torch import Tensor
 
 from .types import TokenRewards
-from .vocab.checks import FLOATS, INTEGERS, as_bool, check_numbers, check_tensors
+from .vocab.checks import (
+    FLOATS,
+    INTEGERS,
+    as_bool,
+    check_alpha,
+    check_numbers,
+    check_tensors,
+    readable,
+    require_tensors,
+)  # fmt: skip
 
 Level = Literal["trajectory", "token"]
 
@@ -54,14 +63,15 @@ class BellmanLoss(NamedTuple):
     value: Tensor
     """(B,) V(s_1) - V_ref(s_1), or V(s_1) in `tbrm_loss`, nats"""
     log_ratio: Tensor
-    """(B,) log pi(y) - log pi_ref(y), nats. Its mean over completions of the policy estimates KL(pi || pi_ref)"""
+    """(B,) log pi(y) - log pi_ref(y), nats. Its mean over completions of the policy estimates KL(pi || pi_ref). If
+    gamma < 1, it is the sum of the steps' log-ratios, each times gamma^(h - 1), and no such estimate"""
     target: Tensor
-    """(B,) r / beta"""
+    """(B,) r / beta, with each step's reward times gamma^(h - 1)"""
 
 
 def reval_loss(
-    policy: TokenRewards, reference: TokenRewards, mask: Tensor, reward: Tensor, *, beta: float, alpha: float = 1.0,
-    gamma: float = 1.0, level: Level = "trajectory", bootstrap: bool = False,
+    policy: TokenRewards, reference: TokenRewards, mask: Tensor, reward: Tensor, *, beta: float,
+    alpha: float | Tensor = 1.0, gamma: float = 1.0, level: Level = "trajectory", bootstrap: bool = False,
 ) -> BellmanLoss:  # fmt: skip
     """Return ReVal's loss: the squared Bellman residual, with the reward shaped by the reference's V.
 
@@ -73,10 +83,11 @@ def reval_loss(
     mask       (B, T) scored tokens, as bool or as integers 0 and 1. A row is one trajectory: a packed row is not. If
                the mask has several unbroken runs (turns), the next turn's first state follows the last of this turn.
                Position 0 has no state and is never scored. A token of -100 is not scored either, so leave it out
-    reward     (B,) reward of the completion, which counts at its last scored token; or (B, T) reward of each token
+    reward     (B,) reward of the completion, which counts at its last scored token; or (B, T) reward of each token.
+               Values off the mask do not count, and may be NaN: clear the mask of a row that has no reward
     beta       weight of the KL penalty, > 0, in the unit of the reward. log pi(y) is a sum over tokens, so long
                completions need a small beta: the paper takes 0.02 at 600 tokens and 0.002 at 5000
-    alpha      the alpha that policy and reference were computed with
+    alpha      the alpha that policy and reference were computed with: a number, or (B, T) float32
     gamma      discount in (0, 1]. The papers have none. Step h is weighted by gamma^(h - 1), as in delta_h = Q(s_h) -
                gamma V(s_{h+1}) - ...
     level      "trajectory", or "token": one residual for each scored token
@@ -96,9 +107,11 @@ def reval_loss(
         tensor([-2.])
 
     A token that only the policy excludes (logprob -inf) has residual -inf, and a token that only the reference excludes
-    +inf. One that both exclude adds 0. Float64 fields give float64 results; all others give float32.
-    Raises ValueError for a reference without V, wrong shapes, devices and numbers, and, on the CPU, for a reward that
-    is not finite. On a GPU, where reading it would stall the stream, such a reward makes the loss NaN or inf.
+    +inf; a row with one of each has NaN. The loss is then not finite and its gradient is NaN, so leave such rows out of
+    the mask. A token that both exclude adds 0. Float64 fields give float64 results; all others give float32.
+    Raises ValueError for a reference without V, wrong shapes, devices and numbers, and, on the CPU, for a reward on the
+    mask that is not finite. On a GPU, where reading it would stall the stream, and under torch.compile and torch.func,
+    such a reward makes the loss NaN or inf.
     Source: arXiv 2603.23355, eq. 2.
     """
     return _loss("reval_loss", policy, reference, mask, reward, beta, alpha, gamma, level, bootstrap)
@@ -106,7 +119,7 @@ def reval_loss(
 
 def tbrm_loss(
     policy: TokenRewards, reference: TokenRewards | Tensor, mask: Tensor, reward: Tensor, *, beta: float,
-    alpha: float = 1.0, gamma: float = 1.0, level: Level = "trajectory", bootstrap: bool = False,
+    alpha: float | Tensor = 1.0, gamma: float = 1.0, level: Level = "trajectory", bootstrap: bool = False,
 ) -> BellmanLoss:  # fmt: skip
     """Return TBRM's loss: the squared Bellman residual of a whole trajectory.
 
@@ -133,12 +146,15 @@ def tbrm_loss(
 
 
 def _loss(
-    name: str, policy: TokenRewards, reference: TokenRewards, mask: Tensor, reward: Tensor, beta: float, alpha: float,
-    gamma: float, level: str, bootstrap: bool,
+    name: str, policy: TokenRewards, reference: TokenRewards, mask: Tensor, reward: Tensor, beta: float,
+    alpha: float | Tensor, gamma: float, level: str, bootstrap: bool,
 ) -> BellmanLoss:  # fmt: skip
     shaped = name == "reval_loss"
     mask = _checked(name, policy, reference, mask, reward, shaped, bootstrap)
-    _check_settings(beta, alpha, gamma, level)
+    check_alpha(alpha, mask.shape, mask, policy.logprob)
+    _check_settings(beta, gamma, level)
+    if isinstance(alpha, Tensor):
+        alpha = torch.where(mask, alpha, 1.0)
     models = [policy, reference] if shaped else [policy]
     exact = any(m.logprob.dtype == torch.float64 for m in (policy, reference))
     dtype = torch.float64 if exact else torch.float32
@@ -164,13 +180,15 @@ def _loss(
     return BellmanLoss(loss, residual, first_value.detach(), log_ratios.detach(), targets)
 
 
-def _values(models: list[TokenRewards], mask: Tensor, alpha: float, dtype: torch.dtype) -> Tensor:
+def _values(models: list[TokenRewards], mask: Tensor, alpha: float | Tensor, dtype: torch.dtype) -> Tensor:
     """Return V / alpha of the policy, less that of the reference if it is given: (B, T), 0 off the mask."""
     values = [m.value.to(dtype) / alpha for m in models]
     return _difference(values[0], values[1].detach(), mask) if values[1:] else torch.where(mask, values[0], 0.0)
 
 
-def _ends(models: list[TokenRewards], last: Tensor, alpha: float, dtype: torch.dtype, bootstrap: bool) -> Tensor:
+def _ends(
+    models: list[TokenRewards], last: Tensor, alpha: float | Tensor, dtype: torch.dtype, bootstrap: bool
+) -> Tensor:
     """Return, at each row's last scored token, V(s_{H+1}) / alpha as in `_values`: (B, T), 0 elsewhere.
 
     V(s') = Q(s, a) - reward. A token with logprob -inf has no successor worth a value.
@@ -243,13 +261,14 @@ def _checked(
                 f"{place} is {tuple(x.shape)} {x.dtype} on {x.device}: expected floating point {tuple(shape)} on "
                 f"{device}, like policy.logprob"
             )
-    mask = as_bool("mask", mask, shape, device)
-    _check_reward(reward, shape, device)
-    return mask & (torch.arange(shape[1], device=device) > 0)
+    mask = as_bool("mask", mask, shape, device) & (torch.arange(shape[1], device=device) > 0)
+    _check_reward(reward, mask)
+    return mask
 
 
-def _check_reward(reward: Tensor, shape: torch.Size, device: torch.device) -> None:
-    check_tensors(reward=reward)
+def _check_reward(reward: Tensor, mask: Tensor) -> None:
+    require_tensors(reward=reward)
+    shape, device = mask.shape, mask.device
     if reward.shape not in (shape[:1], shape) or reward.dtype not in (torch.bool, *INTEGERS, *FLOATS):
         raise ValueError(
             f"reward is {tuple(reward.shape)} {reward.dtype}: expected numbers ({shape[0]},), one for each row, or "
@@ -257,20 +276,24 @@ def _check_reward(reward: Tensor, shape: torch.Size, device: torch.device) -> No
         )
     if reward.device != device:
         raise ValueError(f"reward is on {reward.device}: expected {device}, like policy.logprob")
-    if device.type == "cpu" and not torch.compiler.is_compiling() and not bool(reward.isfinite().all()):
-        place = (~reward.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"reward holds {reward[tuple(place)].item()} in row {place[0]}: expected finite numbers")
+    if not readable(reward):
+        return
+    odd = ~reward.isfinite() & (mask.any(-1) if reward.ndim == 1 else mask)
+    if bool(odd.any()):
+        place = odd.nonzero()[0].tolist()
+        raise ValueError(
+            f"reward holds {reward[tuple(place)].item()} in row {place[0]}: expected finite numbers. Leave a row "
+            "without a reward out of the mask"
+        )
 
 
-def _check_settings(beta: float, alpha: float, gamma: float, level: str) -> None:
-    for name, x in (("beta", beta), ("alpha", alpha), ("gamma", gamma)):
+def _check_settings(beta: float, gamma: float, level: str) -> None:
+    for name, x in (("beta", beta), ("gamma", gamma)):
         if x is None or isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}: expected a number; no gradient flows into it")
-    check_numbers(beta=beta, alpha=alpha, gamma=gamma)
+    check_numbers(beta=beta, gamma=gamma)
     if not 0 < beta < math.inf:
         raise ValueError(f"beta={beta}: expected a finite number > 0, the weight of the KL penalty")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha}: expected a finite temperature > 0")
     if not 0 < gamma <= 1:
         raise ValueError(f"gamma={gamma}: expected a discount in (0, 1]")
     if level not in ("trajectory", "token"):

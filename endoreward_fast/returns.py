@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .vocab.checks import as_bool, check_numbers, check_tensors
+from .vocab.checks import as_bool, check_numbers, require_tensors
 
 
 def sequence_score(
@@ -77,7 +77,7 @@ def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> 
     mask          (B, T) scored tokens, as bool or as integers 0 and 1
     eos_token_id  one id or a list of ids
     """
-    check_tensors(tokens=tokens, mask=mask)
+    require_tensors(tokens=tokens, mask=mask)
     scored = as_bool("mask", mask, tokens.shape, tokens.device)
     ends = sorted(eos_token_id) if isinstance(eos_token_id, set | frozenset) else eos_token_id
     listed = ends if isinstance(ends, list | tuple) else [ends]
@@ -89,7 +89,7 @@ def terminal_at(tokens: Tensor, mask: Tensor, eos_token_id: int | list[int]) -> 
 
 def _checked_mask(reward: Tensor, mask: Tensor, gamma: float) -> Tensor:
     """Check the arguments and return the mask as bool."""
-    check_tensors(reward=reward, mask=mask)
+    require_tensors(reward=reward, mask=mask)
     if reward.ndim != 2:
         raise ValueError(f"reward {tuple(reward.shape)}: expected (B, T)")
     check_numbers(gamma=gamma)

@@ -196,3 +196,19 @@ def test_position_ids_and_empty_batches_are_named(model):
     for shape in ((0, 3), (2, 0)):
         with pytest.raises(ValueError, match=r"^input_ids is \(\d, \d\) .*at least one"):
             model(torch.zeros(shape, dtype=torch.long))
+
+
+NOTHING = {
+    "logits": lambda x, t: er.vocab_stats(None, t),
+    "hidden": lambda x, t: er.linear_vocab_stats(None, x[0], t),
+    "weight": lambda x, t: er.linear_token_rewards(x, None, t),
+    "tokens": lambda x, t: er.token_rewards(x, None),
+    "reward": lambda x, t: er.sequence_score(None, t > 0),
+    "mask": lambda x, t: er.rewards_to_go(x[..., 0], None),
+}
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_a_tensor_that_is_missing_is_named(name):
+    with pytest.raises(ValueError, match=f"^{name} is None: expected a tensor$"):
+        NOTHING[name](torch.zeros(2, 3, 4), torch.ones(2, 3, dtype=torch.int64))

@@ -30,18 +30,19 @@ def by_hand(name, z, z_ref, tokens, mask, terminal, reward, alpha=1.0, gamma=1.0
         if not places:
             continue
 
-        def state(logits, place, b=b):
-            x = logits[b, place] / alpha
+        def state(logits, place, t, b=b):
+            x = logits[b, place] / (alpha[b, t] if isinstance(alpha, torch.Tensor) else alpha)
             return x, torch.logsumexp(x, 0)
 
         deltas = []
         for h, t in enumerate(places):
-            x, _ = state(z, t - 1)
-            y, v_ref = state(z_ref, t - 1)
+            x, _ = state(z, t - 1, t)
+            y, v_ref = state(z_ref, t - 1, t)
             final = h == len(places) - 1
             after = t if final else places[h + 1] - 1  # the state in which the next token is chosen
+            then = t if final else places[h + 1]
             ends = final and (not bootstrap or terminal[b, t])
-            v_next, v_ref_next = (0.0, 0.0) if ends else (state(z, after)[1], state(z_ref, after)[1])
+            v_next, v_ref_next = (0.0, 0.0) if ends else (state(z, after, then)[1], state(z_ref, after, then)[1])
             r = (reward[b] if final else 0.0) if reward.ndim == 1 else reward[b, t]
             target = r / BETA + torch.log_softmax(y, 0)[tokens[b, t]]
             if name == "reval":
@@ -73,6 +74,21 @@ def test_losses_match_their_formulas(name, settings, per_token):
     out = LOSSES[name](policy, fixed, mask, reward, beta=BETA, **options)
     loss, residual = by_hand(name, z, z_ref, tokens, mask, terminal, reward.double(), **options)
     torch.testing.assert_close(out.loss, loss, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shown(out, mask), residual, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(x, z, retain_graph=True)[0] for x in (out.loss, loss))
+    torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "level", "bootstrap"), list(product(LOSSES, ("trajectory", "token"), (False, True))))
+def test_every_token_may_have_its_temperature(name, level, bootstrap):
+    heads, tokens, mask, terminal, reward = case()
+    z, z_ref = both(heads, torch.float64)
+    alpha = 0.5 + torch.rand(mask.shape)
+    options = {"level": level, "bootstrap": bootstrap, "gamma": 0.8}
+    policy, fixed = (exact(x, tokens, mask, terminal, alpha) for x in (z, z_ref))
+    odd = alpha.masked_fill(~mask, torch.nan)
+    out = LOSSES[name](policy, fixed, mask, reward, beta=BETA, alpha=odd, **options)
+    loss, residual = by_hand(name, z, z_ref, tokens, mask, terminal, reward.double(), alpha.double(), **options)
     torch.testing.assert_close(shown(out, mask), residual, rtol=1e-12, atol=1e-12)
     ours, theirs = (torch.autograd.grad(x, z, retain_graph=True)[0] for x in (out.loss, loss))
     torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)

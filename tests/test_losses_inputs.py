@@ -48,8 +48,11 @@ def test_what_lies_off_the_mask_changes_nothing(name, level):
     policy, fixed = (token_rewards(x.detach(), tokens, mask=mask) for x in (z, z_ref))
     spoilt = [TokenRewards(*(f if f is None else f.masked_fill(~mask, torch.nan) for f in m)) for m in (policy, fixed)]
     options = {"beta": BETA, "level": level, "bootstrap": True}
-    one, other = (LOSSES[name](*m, mask, reward, **options) for m in ((policy, fixed), spoilt))
-    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    odd_rows = reward.masked_fill(~mask.any(1), torch.nan)
+    tokens_too = torch.randn(mask.shape)
+    for given, odd in ((reward, odd_rows), (tokens_too, tokens_too.masked_fill(~mask, torch.nan))):
+        one, other = (LOSSES[name](*m, mask, r, **options) for m, r in (((policy, fixed), given), (spoilt, odd)))
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_terminal_tokens_of_the_pass_matter_only_for_bootstrapping():
@@ -76,6 +79,8 @@ def test_impossible_tokens():
         assert out.residual.tolist() == [-inf, inf, 1.0, 2.0] and out.loss == inf
     gone = fields([0.0, -inf, -1.0], value=[[0.0, -inf, 0.0]])  # a state that allows no token, in both models
     assert reval_loss(gone, gone, mask[:1], torch.zeros(1), beta=1.0).residual.tolist() == [0.0]
+    torn = fields([0.0, -1.0, -inf]), fields([0.0, -inf, -1.0])  # -inf and +inf in one row
+    assert reval_loss(*torn, mask[:1], torch.zeros(1), beta=1.0).residual.isnan().tolist() == [True]
     far = reval_loss(policy, fixed, mask, torch.zeros(4), beta=1.0, gamma=1e-50)  # the discount underflows
     assert far.residual.tolist() == [1.0] * 4
 
@@ -96,6 +101,24 @@ def test_a_compiled_loss_is_one_graph():
     assert torch.equal(
         compiled(policy, fixed, mask, reward, **options).loss, reval_loss(policy, fixed, mask, reward, **options).loss
     )
+
+
+def test_gradients_of_each_row_under_vmap():
+    heads, tokens, mask, terminal, reward = case()
+    policy, fixed = (exact(z.detach(), tokens, mask, terminal) for z in both(heads, torch.float64))
+
+    def loss(logprob, value, row_mask, row_reward, *reference):
+        one = TokenRewards(value, logprob, value, None)
+        fields = (x[None] for x in reference)
+        ref = TokenRewards(None, *fields, None)
+        model = TokenRewards(*(None if x is None else x[None] for x in one))
+        return reval_loss(model, ref, row_mask[None], row_reward[None], beta=BETA, gamma=0.9).loss
+
+    rows = policy.logprob, policy.value, mask.long(), reward, fixed.logprob, fixed.value
+    found = torch.func.vmap(torch.func.grad(loss))(*rows)
+    for b, gradient in enumerate(found):
+        torch.testing.assert_close(gradient, torch.func.grad(loss)(*(x[b] for x in rows)))
+    assert found[0].any() and not found[4].any()
 
 
 def test_the_examples_of_the_docstrings_run():
@@ -120,14 +143,26 @@ WRONG = {
     ),
     "one dimension": ({"policy": TokenRewards(*(GOOD.value[0],) * 3, None)}, r"policy.logprob \(3,\): expected \(B, T"),
     "mask": ({"mask": ON[:1]}, r"mask is \(1, 3\) torch.bool on cpu: expected \(2, 3\) bool"),
+    "no mask": ({"mask": None}, "mask is None: expected a tensor"),
+    "no reward": ({"reward": None}, "reward is None: expected a tensor"),
     "rewards": ({"reward": torch.zeros(3)}, r"reward is \(3,\) torch.float32: expected numbers \(2,\), one for each"),
     "no tensor": ({"reward": [0.0, 1.0]}, r"reward is a list: expected a tensor; torch.as_tensor\(reward\) makes one"),
     "nan": ({"reward": torch.tensor([0.0, torch.nan])}, "reward holds nan in row 1: expected finite numbers"),
+    "nan of a token": (
+        {"reward": torch.tensor([[torch.nan, 0.0, 0.0], [0.0, 0.0, torch.nan]])},
+        r"reward holds nan in row 1: expected finite numbers. Leave a row without a reward out of the mask",
+    ),
     "beta 0": ({"beta": 0.0}, "beta=0.0: expected a finite number > 0"),
     "beta inf": ({"beta": float("inf")}, "beta=inf: expected a finite number > 0"),
     "beta tensor": ({"beta": torch.tensor(1.0)}, "beta is a Tensor: expected a number"),
     "beta None": ({"beta": None}, "beta is a NoneType: expected a number"),
     "alpha": ({"alpha": -1.0}, "alpha=-1.0: expected a finite temperature > 0"),
+    "alpha None": ({"alpha": None}, "alpha is None: expected a finite temperature > 0"),
+    "alphas": ({"alpha": torch.ones(2)}, r"alpha is a tensor, and it is \(2,\) .* or \(2, 3\) float32"),
+    "alpha on the mask": (
+        {"alpha": torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 1.0]])},
+        "alpha holds 0.0 on the mask: expected finite temperatures > 0",
+    ),
     "gamma 0": ({"gamma": 0.0}, r"gamma=0.0: expected a discount in \(0, 1\]"),
     "gamma nan": ({"gamma": float("nan")}, r"gamma=nan: expected a discount in \(0, 1\]"),
     "gamma 2": ({"gamma": 2}, r"gamma=2: expected a discount in \(0, 1\]"),

@@ -8,6 +8,7 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from ..errors import EndoRewardError
 
 PREFIX = "collapse"
 WINDOW = 5
+JUDGED = ("reward", "entropy", "majority", "one_answer", "accuracy", "length", "truncated", "kl")
+"""the values that a course reads"""
 
 
 class Sampled(NamedTuple):
@@ -34,18 +37,24 @@ class Sampled(NamedTuple):
 
 def digest(value: Any) -> int:
     """Return 64 bits that depend on a text or on messages, alike in every process."""
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=repr)
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=_spelled)
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
+def _spelled(value: Any) -> str:
+    """Return a text for an image or an array in a message. The repr of an image contains its address."""
+    return blake2b(value.tobytes()).hexdigest() if hasattr(value, "tobytes") else repr(value)
+
+
 def last_text(completion: Any) -> str:
-    """Return a completion's text; of messages, that of the last one."""
+    """Return a completion's text. If it consists of messages, return that of the last one that no tool wrote."""
     if isinstance(completion, str):
         return completion
-    content = completion[-1].get("content") if completion else None
+    written = [message for message in completion if message.get("role") != "tool"]
+    content = written[-1].get("content") if written else None
     if isinstance(content, str) or content is None:
         return content or ""
-    return "".join(part.get("text", "") for part in content)
+    return "".join(part if isinstance(part, str) else part.get("text") or "" for part in content)
 
 
 def measure(rows: Sequence[Sampled]) -> dict[str, float]:
@@ -84,18 +93,23 @@ def _mean(values: Iterable[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def _centred(values: Sequence[float]) -> list[float]:
+    """Return the values minus their mean: exactly 0 if they are equal, which a rounded mean would not give."""
+    middle = _mean(values) if min(values) < max(values) else values[0]
+    return [value - middle for value in values]
+
+
 def _top_share(rows: Sequence[Sampled]) -> float:
     counts = Counter(row.answer for row in rows if row.answer is not None)
     return max(counts.values(), default=0) / len(rows)
 
 
 def _correlation(groups: Sequence[Sequence[Sampled]]) -> float | None:
-    pairs = []
+    pairs: list[tuple[float, float]] = []
     for group in groups:
         known = [(r.reward, r.length) for r in group if r.reward is not None and math.isfinite(r.reward)]
         if known:
-            middle = [_mean(column) for column in zip(*known, strict=True)]
-            pairs += [(reward - middle[0], length - middle[1]) for reward, length in known]
+            pairs += zip(*map(_centred, zip(*known, strict=True)), strict=True)
     squares = [math.fsum(pair[k] ** 2 for pair in pairs) for k in (0, 1)]
     if min(squares, default=0.0) <= 0:
         return None
@@ -161,13 +175,19 @@ class Course:
 
     Values are means over the last `window` logs. The start is the mean over the first `window` logs, or `start`.
     Nothing is judged before the first `window` logs are complete.
+    Raises EndoRewardError for a `start` with an unknown name or a value that is not finite.
     """
 
     def __init__(self, limits: Limits, window: int = WINDOW, start: Mapping[str, float] | None = None) -> None:
         self.limits, self.window = limits, window
         self.start: dict[str, float] = dict(start or {})
+        for name, value in self.start.items():
+            if name not in JUDGED:
+                raise EndoRewardError(f"start[{name!r}]: expected one of {', '.join(JUDGED)}")
+            if not (isinstance(value, int | float) and math.isfinite(value)):
+                raise EndoRewardError(f"start[{name!r}]={value!r}: expected a finite number")
         self._first: dict[str, list[float]] = defaultdict(list)
-        self._last: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=window))
+        self._last: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=window))
 
     def update(self, values: Mapping[str, float | None]) -> Verdict:
         """Add the values of a log and judge the run. A value of None, or NaN, is left out."""

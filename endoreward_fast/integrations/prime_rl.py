@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from ..errors import EndoRewardError
 from .batched import BatchedReward, Rewarded
 from .generated import generated_row
-from .token_level import group_advantages, mean_of
+from .token_level import group_advantages, mean_of, weight_of
 
 
 class Branch(NamedTuple):
@@ -73,8 +73,8 @@ class EndoScoring:
         self.gamma, self.scale = getattr(config, "gamma", 1.0), getattr(config, "scale", "group")
         if self.scale not in ("group", "none"):
             raise EndoRewardError(f"scale={self.scale!r}: expected 'group' or 'none'")
-        self.environment = getattr(config, "environment", 0.0)
-        names = ("alpha", "max_tokens_per_batch")
+        self.environment = weight_of(getattr(config, "environment", 0.0))
+        names = ("alpha", "gamma", "max_tokens_per_batch")  # BatchedReward checks them
         self.options = {name: getattr(config, name) for name in names if hasattr(config, name)}
 
     async def setup(self) -> None:

@@ -20,7 +20,7 @@ from ..returns import rewards_to_go
 from .advantages import token_advantages
 from .batched import BatchedReward, Rewarded
 from .generated import Own, generated_row
-from .token_level import mean_of, spread
+from .token_level import mean_of, spread, weight_of
 
 
 class EndoGenerator:
@@ -52,7 +52,7 @@ class EndoGenerator:
         reduction: Literal["sum", "mean"] = "sum", gamma: float = 1.0, floor: float = 0.0,
         max_tokens_per_batch: int | None = None, environment: float = 0.0,
     ) -> None:  # fmt: skip
-        self.generator, self.environment = generator, environment
+        self.generator, self.environment = generator, weight_of(environment)
         self.reward = BatchedReward(
             model, tokenizer, alpha=alpha, reduction=reduction, gamma=gamma, floor=floor,
             max_tokens_per_batch=max_tokens_per_batch,
@@ -129,9 +129,10 @@ def token_level_advantages(
     the mask. SkyRL's own "grpo" sums a response's rewards and gives all of its tokens one advantage.
     """
     on = response_mask.bool()
-    to_go = rewards_to_go(token_level_rewards.float(), on, gamma=gamma)
+    rewards = token_level_rewards.float().masked_fill(~on, 0.0)
+    to_go = rewards_to_go(rewards, on, gamma=gamma)
     advantages = torch.zeros_like(to_go)
-    totals = (token_level_rewards * on).sum(1, keepdim=True).double()
+    totals = rewards.sum(1, keepdim=True).double()
     places: dict[Any, list[int]] = {}
     for row, prompt in enumerate(index):
         places.setdefault(prompt, []).append(row)

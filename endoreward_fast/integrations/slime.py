@@ -13,7 +13,7 @@ This module imports slime only if the trainer splits sequences over GPUs (contex
 
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -44,6 +44,8 @@ async def custom_rm(args: Any, samples: Any, **_: Any) -> Any:
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
     unscored   the reward of a response that cannot be scored. Default: -1e6, which is never the best (BatchedReward)
     scale      of `post_process_rewards`: "group" (default) or "none" (`token_advantages`)
+
+    slime asks this function in evaluation too, unless the data set of `--eval-config` names its own `custom_rm_path`.
 
     A sample that is empty, too long, not finite or has images is unscored. An aborted sample gets None, as slime leaves
     it: its response goes on later. With `--reward-key`, a reward is a dictionary with that key.
@@ -119,6 +121,11 @@ def advantages(args: Any, rollout_data: dict[str, Any]) -> None:
             from slime.backends.megatron_utils.cp_utils import slice_log_prob_with_cp
 
             values = slice_log_prob_with_cp(values, total, length)
+            if len(like) != len(values):
+                raise EndoRewardError(
+                    f"{len(values)} advantages for {len(like)} log-probabilities of a response of {length} tokens: "
+                    "this slime splits sequences in another way, so install slime 0.3.1"
+                )
         found.append(values.to(like.device))
     rollout_data["advantages"], rollout_data["returns"] = found, list(found)
 
@@ -164,10 +171,17 @@ def _chosen(kept: dict[str, Any], mask: Sequence[int]) -> list[float] | None:
 
 
 def _options(args: Any) -> dict[str, Any]:
-    options = dict(getattr(args, KEY, None) or {})
-    unknown = sorted(set(options) - set(OPTIONS))
-    if unknown:
-        raise EndoRewardError(f"endo_reward.{unknown[0]}: expected one of {', '.join(OPTIONS)}")
+    given = getattr(args, KEY, None) or {}
+    if not isinstance(given, Mapping):
+        raise EndoRewardError(
+            f"endo_reward is a {type(given).__name__}: expected options, as in endo_reward: {{model: NAME}}"
+        )
+    options = dict(given)
+    unknown = next((name for name in options if name not in OPTIONS), None)
+    if unknown is not None:
+        raise EndoRewardError(f"endo_reward.{unknown}: expected one of {', '.join(OPTIONS)}")
+    if not isinstance(options.get("model", ""), str):
+        raise EndoRewardError(f"endo_reward.model is a {type(options['model']).__name__}: expected a name or folder")
     if options.get("scale", "group") not in SCALES:
         raise EndoRewardError(f"endo_reward.scale={options['scale']!r}: expected one of {', '.join(SCALES)}")
     return options

@@ -1,13 +1,22 @@
 """Token rewards and token advantages as lists, for trainers that take them natively (prime-rl, SkyRL, slime)."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ..errors import EndoRewardError
 from ..returns import rewards_to_go
 from .advantages import Scale, token_advantages
 from .generated import Own
+
+
+def weight_of(environment: Any) -> float:
+    """Return the weight of an environment's rewards. Raises EndoRewardError for anything but a finite number."""
+    if not (isinstance(environment, int | float) and math.isfinite(environment)):
+        raise EndoRewardError(f"environment={environment!r}: expected a finite number, the weight of its rewards")
+    return float(environment)
 
 
 def spread(values: Iterable[float], own: Own) -> list[float]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforming
 from torch.autograd.forward_ad import unpack_dual
 
 from ..types import NO_TARGET
@@ -19,7 +20,7 @@ def _wrong(name: str, x: Tensor, expected: str) -> ValueError:
 
 
 def check_logits(logits: Tensor) -> None:
-    check_tensors(logits=logits)
+    require_tensors(logits=logits)
     if logits.ndim < 1 or logits.dtype not in FLOATS or logits.shape[-1] == 0:
         raise _wrong("logits", logits, "a floating-point tensor (..., V) with V >= 1")
 
@@ -28,7 +29,8 @@ def check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, *,
     sharded: bool = False,
 ) -> None:  # fmt: skip
-    check_tensors(hidden=hidden, weight=weight, bias=bias)
+    require_tensors(hidden=hidden, weight=weight)
+    check_tensors(bias=bias)
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
         raise _wrong("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
     dim = hidden.shape[-1]
@@ -60,7 +62,7 @@ def check_rows(
     if targets.shape != shape or targets.dtype != torch.int64 or targets.device != like.device:
         raise _wrong("targets", targets, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     mask = _as_bool("mask", mask, shape, like.device)
-    _check_alpha(alpha, shape, mask, like)
+    check_alpha(alpha, shape, mask, like)
     return targets, mask
 
 
@@ -72,14 +74,15 @@ def check_rewards(
 
     `alpha_of_each` says that alpha may be a tensor (B, T).
     """
-    check_tensors(tokens=tokens, mask=mask, terminal=terminal, cu_seqlens=cu_seqlens)
+    require_tensors(tokens=tokens)
+    check_tensors(mask=mask, terminal=terminal, cu_seqlens=cu_seqlens)
     if like.ndim != 3:
         raise _wrong(name, like, "(B, T, V)" if name == "logits" else "(B, T, D)")
     shape = like.shape[:2]
     if tokens.shape != shape or tokens.dtype != torch.int64 or tokens.device != like.device:
         raise _wrong("tokens", tokens, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     flags = _as_bool("mask", mask, shape, like.device), _as_bool("terminal", terminal, shape, like.device)
-    _check_alpha(alpha, shape if alpha_of_each else None, flags[0], like)
+    check_alpha(alpha, shape if alpha_of_each else None, flags[0], like)
     if cu_seqlens is None:
         return flags
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
@@ -162,7 +165,7 @@ def check_named_inside(named: Tensor | None, vocab: int) -> None:
         _refuse_outside(named.tolist(), vocab)
 
 
-def _check_alpha(alpha: float | Tensor, shape: torch.Size | None, mask: Tensor | None, like: Tensor) -> None:
+def check_alpha(alpha: float | Tensor, shape: torch.Size | None, mask: Tensor | None, like: Tensor) -> None:
     """Check a temperature. `shape` is the shape of a tensor of temperatures; None: only a number is possible."""
     if isinstance(alpha, Tensor):
         if shape is None:
@@ -189,7 +192,22 @@ def _check_temperatures(alpha: Tensor, shape: torch.Size, mask: Tensor | None, d
             raise ValueError(f"alpha holds {used[wrong][0].item()}{where}: expected finite temperatures > 0")
 
 
+def readable(x: Tensor) -> bool:
+    """Return whether a check may read values of x. It would stall a GPU's stream, and can fail under torch.compile and
+    torch.func."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transforming()
+
+
+def require_tensors(**arguments: Tensor) -> None:
+    """Raise ValueError for anything but a tensor, also for None."""
+    for name, x in arguments.items():
+        if x is None:
+            raise ValueError(f"{name} is None: expected a tensor")
+    check_tensors(**arguments)
+
+
 def check_tensors(**arguments: Tensor | None) -> None:
+    """Raise ValueError for anything but a tensor. None passes."""
     for name, x in arguments.items():
         if x is not None and not isinstance(x, Tensor):
             made = (
@@ -205,9 +223,10 @@ def _as_bool(name: str, x: Tensor | None, shape: torch.Size, device: torch.devic
 def as_bool(name: str, x: Tensor, shape: torch.Size, device: torch.device | None = None) -> Tensor:
     """Return the mask x as bool, from bool or from the integers 0 and 1. Raises ValueError for a wrong shape or device.
 
-    Other integers raise on the CPU. On a GPU they count as 1, because reading them would stall the stream.
+    Other integers raise on the CPU. On a GPU they count as 1, because reading them would stall the stream. So they do
+    under torch.compile and torch.func.
     """
-    check_tensors(**{name: x})
+    require_tensors(**{name: x})
     wrong_place = device is not None and x.device != device
     if x.shape != shape or wrong_place or x.dtype not in (torch.bool, *INTEGERS):
         where = "" if device is None else f" on {device}"
@@ -215,7 +234,7 @@ def as_bool(name: str, x: Tensor, shape: torch.Size, device: torch.device | None
     if x.dtype == torch.bool:
         return x
     on = x != 0
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.equal(x, on.to(x.dtype)):
+    if readable(x) and not torch.equal(x, on.to(x.dtype)):
         odd = x[(x != 0) & (x != 1)][0].item()
         raise ValueError(f"{name} holds {odd}: expected bool, or integers 0 and 1")
     return on

@@ -4,6 +4,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from endoreward_fast import EndoRewardError
@@ -50,6 +51,8 @@ def test_statistics_without_a_value_are_left_out():
     assert set(alone) == {"no_answer", "reward"}
     alike = measure(rows((1, 1, 1, 2, 1.0), (1, 1, 1, 4, 1.0)))  # rewards do not vary
     assert "length_correlation" not in alike and alike["majority"] == 1
+    rounded = measure(rows(*[(1, n, n, n, 0.1) for n in range(3)]))  # the mean of three 0.1 is 0.10000000000000002
+    assert "length_correlation" not in rounded
 
 
 def test_digests_tell_prompts_apart_and_are_alike_for_the_same_messages():
@@ -59,6 +62,22 @@ def test_digests_tell_prompts_apart_and_are_alike_for_the_same_messages():
     assert last_text([*chat, {"role": "assistant", "content": "so"}]) == "so" == last_text("so")
     assert last_text([{"role": "assistant", "content": [{"type": "text", "text": "so"}]}]) == "so"
     assert last_text([{"role": "assistant", "tool_calls": []}]) == last_text([]) == ""
+    assert last_text([{"role": "assistant", "content": "so"}, {"role": "tool", "content": "3"}]) == "so"
+    assert last_text([{"role": "assistant", "content": ["so", {"type": "image", "text": None}]}]) == "so"
+
+
+def test_equal_images_are_one_prompt():
+    def prompt(value):
+        return [{"role": "user", "content": [{"type": "image", "image": np.full((2, 2), value)}]}]
+
+    class Image:
+        """As PIL's: its repr contains its address."""
+
+        def __init__(self, data):
+            self.tobytes = data.encode
+
+    assert digest(prompt(1)) == digest(prompt(1)) != digest(prompt(2))
+    assert digest([Image("a")]) == digest([Image("a")]) != digest([Image("b")])
 
 
 START = {"reward": 1.0, "entropy": 0.5, "majority": 0.5, "one_answer": 0.2, "accuracy": 0.6, "length": 100.0, "kl": 0.0}

@@ -1,6 +1,7 @@
 """CollapseMonitor in a real GRPOTrainer: a planted collapse stops the run, a healthy run ends by itself."""
 
 import logging
+import pickle
 from types import SimpleNamespace
 
 import pytest
@@ -160,3 +161,93 @@ def test_rloo_is_watched_alike(tmp_path):
     )  # fmt: skip
     trainer.train()
     assert set(monitor.start) >= {"reward", "majority", "one_answer", "entropy", "kl", "length", "truncated"}
+
+
+def test_the_trainer_has_to_know_the_monitor_and_one_reward():
+    def begin(monitor, logging="steps"):
+        args = SimpleNamespace(logging_strategy=logging)
+        return monitor.on_train_begin(args, SimpleNamespace(log_history=[]), None)
+
+    with pytest.raises(EndoRewardError, match=r"watches no reward function: put monitor.watch\(function\) into"):
+        begin(CollapseMonitor())
+    twice = CollapseMonitor()
+    for function in (short, right):
+        twice.watch(function)
+    with pytest.raises(EndoRewardError, match="watches 2 reward functions, and their logs would be averaged"):
+        begin(twice)
+    silent = CollapseMonitor()
+    silent.watch(short)
+    with pytest.raises(EndoRewardError, match="logging_strategy='no' gives the CollapseMonitor no logs: set it to"):
+        begin(silent, logging="no")
+    alone, training = CollapseMonitor(), SimpleNamespace(max_steps=4)
+    call = {"prompts": ["a"], "completions": ["b"], "completion_ids": [[1]], "log_metric": print}
+    watched = alone.watch(short)
+    assert watched(**call, trainer_state=SimpleNamespace(max_steps=0)) == [-1.0]  # evaluate() before train()
+    with pytest.raises(EndoRewardError, match=r"no callback of this trainer: add callbacks=\[monitor\]"):
+        watched(**call, trainer_state=training)
+    begin(alone)
+    assert watched(**call, trainer_state=training) == [-1.0]
+
+
+def test_a_watched_function_is_called_as_it_was_and_its_count_is_checked():
+    def plain(prompts, completions, completion_ids):
+        return [1.0] * (len(prompts) - 1)
+
+    call = {"prompts": ["a", "b"], "completions": ["c", "d"], "completion_ids": [[1], [2]]}
+    with pytest.raises(EndoRewardError, match="plain returned 1 rewards for 2 completions"):
+        CollapseMonitor().watch(plain)(**call)
+
+
+def test_a_row_without_a_label_is_no_part_of_the_accuracy():
+    logged = {}
+    CollapseMonitor().accuracy(lambda **_: [1.0, None, torch.nan, 0.0])(
+        completions=["a"] * 4, log_metric=logged.__setitem__
+    )
+    assert logged == {"collapse/accuracy": 0.5}
+
+
+def test_options_that_are_no_options_are_refused():
+    for options, words in (
+        ({"limits": {"kl": 0.3}}, "limits is a dict: expected Limits"),
+        ({"extract": "answer"}, "extract is a str: expected a function"),
+        ({"start": {"entropyy": 1.0}}, r"start\['entropyy'\]: expected one of reward, entropy"),
+        ({"start": {"entropy": None}}, r"start\['entropy'\]=None: expected a finite number"),
+    ):
+        with pytest.raises(EndoRewardError, match=words):
+            CollapseMonitor(**options)
+
+
+def test_a_monitor_can_be_sent_to_another_process():
+    monitor = CollapseMonitor(window=1)
+    log(monitor, 1, reward=1.0)
+    again = pickle.loads(pickle.dumps(monitor))
+    assert again.start == monitor.start == {"reward": 1.0, "entropy": 1.0}
+
+
+ARGS = SimpleNamespace(logging_strategy="steps")
+
+
+def test_a_resumed_run_goes_on_with_the_course_of_its_logs():
+    def begun(history=(), **options):
+        monitor = CollapseMonitor(window=1, patience=2, **options)
+        monitor.watch(short)
+        monitor.on_train_begin(ARGS, SimpleNamespace(log_history=list(history)), None)
+        return monitor
+
+    collapsed = {"reward": 1.0, "one_answer": 0.9}
+    first = begun()
+    log(first, 1, reward=1.0, one_answer=0.1)
+    log(first, 2, **collapsed)
+    history = [
+        {"entropy": 1.0, "collapse/reward": 1.0, "collapse/one_answer": 0.1, "step": 1},
+        {"eval_collapse/reward": 1.0, "step": 1},
+        {"entropy": 1.0, "collapse/reward": 1.0, "collapse/one_answer": 0.9, "step": 2},
+    ]
+    resumed = begun(history)
+    assert resumed.start == first.start and resumed.indicator == 1 and resumed.collapse_step is None
+    log(resumed, 3, **collapsed)
+    assert resumed.collapse_step == 3
+    assert begun([*history, history[-1] | {"step": 3}]).collapse_step == 3  # collapsed before it was stopped
+    assert begun(history, start={"one_answer": 0.95}).indicator == 0  # a start that is given stays
+    first.on_train_begin(ARGS, SimpleNamespace(log_history=[]), None)  # train() once more, from the start
+    assert first.start == {} and first.indicator is None is first.collapse_step

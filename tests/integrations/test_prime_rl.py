@@ -159,6 +159,10 @@ def test_mistakes_are_named_in_one_line(scorer):
         algorithm(None)
     with pytest.raises(EndoRewardError, match="scale='batch': expected 'group' or 'none'"):
         algorithm(scorer, scale="batch")
+    for options in ({"gamma": 2}, {"gamma": None}, {"environment": "1"}, {"environment": float("nan")}):
+        [name] = options
+        with pytest.raises(EndoRewardError, match=f"{name}=.*: expected a"):  # before anything is generated
+            algorithm(scorer, **options)
     odd = trace(ONE_TURN)
     odd.nodes[1].mask = [True]
     with pytest.raises(EndoRewardError, match="1 mask entries for 3 tokens"):

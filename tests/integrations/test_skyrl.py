@@ -105,6 +105,16 @@ def test_what_skyrl_would_not_read_is_refused(scorer):
     with pytest.raises(EndoRewardError, match="no images"):
         generate(scorer, pixel_values=[None, torch.zeros(1), None, None])
     generate(scorer, is_last_step=[True] * 4, pixel_values=None)
+    for weight in ("1", None, float("nan")):
+        with pytest.raises(EndoRewardError, match=r"environment=.*: expected a finite number"):
+            EndoGenerator(None, scorer, environment=weight)
+
+
+def test_what_lies_off_the_mask_does_not_reach_the_advantages():
+    rewards, mask = torch.tensor([[1.0, 9.0], [2.0, 3.0]]), torch.tensor([[1, 0], [1, 1]])
+    odd = rewards.masked_fill(mask == 0, torch.nan)
+    for mine, theirs in zip(*(token_level_advantages(r, mask, ["a", "a"]) for r in (odd, rewards)), strict=True):
+        assert torch.equal(mine, theirs) and mine[1, 0] != 0
 
 
 def test_the_estimator_gives_every_token_the_advantage_within_its_group():

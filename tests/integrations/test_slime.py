@@ -109,6 +109,8 @@ def test_options_come_from_slimes_own_configuration(pocket, eos):
     for bad, words in (
         ({"gama": 1}, "endo_reward.gama: expected one of"),
         ({"scale": "batch"}, "'batch': expected one of group"),
+        ("pocket", "endo_reward is a str: expected options, as in endo_reward: {model: NAME}"),
+        ({"model": ["pocket"]}, "endo_reward.model is a list: expected a name or folder"),
     ):
         with pytest.raises(EndoRewardError, match=words):
             ask(slime_args(PATH, endo_reward=bad), group)
@@ -199,6 +201,8 @@ def test_context_parallel_parts_are_taken_by_slimes_rule(monkeypatch):
     data = {"rewards": [torch.arange(4.0)], "kl": [torch.zeros(2)], "total_lengths": [7], "response_lengths": [4]}
     advantages(None, data)
     assert data["advantages"][0].tolist() == [1, 2] and asked == [(7, 4)]
+    with pytest.raises(EndoRewardError, match="2 advantages for 3 log-probabilities of a response of 4 tokens"):
+        advantages(None, data | {"kl": [torch.zeros(3)]})
 
 
 def test_metrics_join_the_rollouts(eos):
