@@ -4,6 +4,7 @@
 src/rmgap/task_runner.py of nanzhi84/RMGAP and rewardbench/utils.py of allenai/reward-bench.
 """
 
+import datetime
 import json
 import math
 import random
@@ -290,3 +291,18 @@ def test_no_shape_of_a_file_breaks_the_report(seed):
     assert "nan" not in text and "inf" not in text.replace("information", "")
     assert "a note." in text and text.count("rows scored") == len(files)
     assert json.dumps(to_json(files, {}), allow_nan=False)
+
+
+def test_groups_of_rmgap_with_one_name_and_ids_that_json_lacks_cost_nothing(scorer, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name in (None, [1]):
+        groups = [group | {"group": name} for group in GAP["prompt_groups"]]
+        rows = put(tmp_path, GAP | {"prompt_groups": groups, "id": math.nan}, JUDGE[0] | {"pair_id": math.inf})
+        text = run("eval", rows, "--json", "-q").stdout
+        found = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+        assert found["rmgap"]["domains"]["Writing"]["Consistency"]["accuracy"] == 1
+        assert found["scores"][0]["group"] == name and found["scores"][-1]["id"] is None
+    day = datetime.date(2026, 1, 2)
+    parquet.write_table(pyarrow.Table.from_pylist([JUDGE[0] | {"pair_id": day}]), tmp_path / "day.parquet")
+    found = json.loads(run("eval", tmp_path / "day.parquet", "--json", "-q").stdout)
+    assert found["scores"][0]["id"] == "2026-01-02"

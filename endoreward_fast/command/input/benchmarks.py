@@ -20,8 +20,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...errors import EndoRewardError
-from .columns import MissingColumns, Task, as_text, plan
-from .records import is_messages, kind_of
+from .columns import MissingColumns, Task, as_text, completed, plan
+from .csv_rows import value_in
+from .records import is_messages, kind_of, record
 
 REWARD_BENCH_2, JUDGE_BENCH, RMGAP, PROCESS_BENCH = "RewardBench 2", "JudgeBench", "RMGAP", "ProcessBench"
 RMGAP_DOMAINS = ("Chat", "Writing", "Reasoning", "Safety")
@@ -44,6 +45,8 @@ class Benchmark(NamedTuple):
     """columns that no other kind of row has"""
     needs: tuple[str, ...]
     plan: Callable[[Row], Task]
+    signals: bool = True
+    """whether signals of the completions count"""
 
 
 def plan_eval(row: Row) -> Task:
@@ -52,6 +55,7 @@ def plan_eval(row: Row) -> Task:
     Raises MissingColumns if a column is missing, and EndoRewardError if the columns fit two benchmarks or their
     contents cannot be scored.
     """
+    row = _with_lists(row)
     marked = [b for b in BENCHMARKS if any(mark in row for mark in b.marks)]
     complete = [b.name for b in marked if not _missing(row, b.needs)]
     if "num_correct" in row and any(_listed(row, side) for side in PAIR):
@@ -68,19 +72,37 @@ def plan_eval(row: Row) -> Task:
         raise MissingColumns("; or ".join(_lacks(row, b.name, _first(row, b.marks), b.needs) for b in closest))
     [found] = [b for b in marked if b.name == complete[0]]
     try:
-        return found.plan(row)
+        return completed(found.plan(row), row, signals=found.signals)
     except EndoRewardError as error:
         raise EndoRewardError(f"taken for {found.name}: {error}") from error
 
 
 def plan_plot(row: Row) -> Task:
     """Return what `plot` scores in `row`: what `score` does, or else a row of a benchmark."""
+    row = _with_lists(row)
     try:
         return plan(row, "score")
     except MissingColumns:
         if not any(mark in row for b in BENCHMARKS for mark in b.marks):
             raise
         return plan_eval(row)
+
+
+def _with_lists(row: Row) -> Row:
+    """Return the row with the lists that a CSV file holds as text. Where a completion may be text, text stays."""
+    read = {name: value_in(row[name]) for name in ("steps", "prompt_groups") if isinstance(row.get(name), str)}
+    if "num_correct" in row and all(isinstance(row.get(side), str) and row[side].lstrip()[:1] == "[" for side in PAIR):
+        read |= {side: value_in(row[side]) for side in PAIR}
+        if bad := next((side for side in PAIR if not isinstance(read[side], list)), None):
+            raise EndoRewardError(
+                f"taken for {REWARD_BENCH_2}: {bad} looks like a list, but is neither JSON nor a Python literal"
+            )
+    if not read:
+        return row
+    found = {**row, **{name: value for name, value in read.items() if value is not None}}
+    if error := record("", found).error:
+        raise EndoRewardError(error)
+    return found
 
 
 def _missing(row: Row, needs: tuple[str, ...]) -> list[str]:
@@ -133,10 +155,14 @@ def _reward_bench_2(row: Row) -> Task:
     return replace(task, benchmark=REWARD_BENCH_2)
 
 
+def _text(value: Any, name: str) -> str:
+    return as_text(value, name, "text")
+
+
 def _whole(value: Any) -> int | None:
     """Return a whole number that may be written as text (CSV) or with a decimal point (a table with gaps), or None."""
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
-        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.0*)?\s*", value):
+        return int(value.partition(".")[0])
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1:
         return int(value)
     return None
@@ -150,8 +176,8 @@ def _judge_bench(row: Row) -> Task:
     if not isinstance(label, str) or label not in LABELS:
         found = repr(label) if isinstance(label, str) else kind_of(label)
         raise EndoRewardError(f'label: wanted "A>B" or "B>A", found {found}')
-    question = as_text(row["question"], "question")
-    samples = tuple({"prompt": question, "completion": as_text(row[name], name)} for name in LABELS[label])
+    question = _text(row["question"], "question")
+    samples = tuple({"prompt": question, "completion": _text(row[name], name)} for name in LABELS[label])
     facts = {"subset": row.get("source"), "id": row.get("pair_id"), "place": int(label == "B>A")}
     return Task(samples, {"chosen": 0, "rejected": 1}, benchmark=JUDGE_BENCH, facts=facts)
 
@@ -166,7 +192,7 @@ def _rmgap(row: Row) -> Task:
     for i, response in enumerate(_entries(row["responses"], "responses", RMGAP_RESPONSES, ("key", "text"))):
         if (key := str(response["key"])) in texts:
             raise EndoRewardError(f"responses[{i}].key: {key!r} occurs twice")
-        texts[key] = as_text(response["text"], f"responses[{i}].text")
+        texts[key] = _text(response["text"], f"responses[{i}].text")
         if not texts[key].strip():
             raise EndoRewardError(f"responses[{i}].text is empty")
     keys = sorted(texts)
@@ -178,11 +204,11 @@ def _rmgap(row: Row) -> Task:
         if winner not in texts:
             raise EndoRewardError(f"{where}.winner: {winner!r} is no key of responses ({', '.join(keys)})")
         for p, prompt in enumerate(_entries(group["prompts"], f"{where}.prompts", RMGAP_PROMPTS, ("text",))):
-            text, at = as_text(prompt["text"], f"{where}.prompts[{p}].text"), len(samples)
+            text, at = _text(prompt["text"], f"{where}.prompts[{p}].text"), len(samples)
             samples += ({"prompt": text, "completion": texts[key], "group": len(prompts)} for key in keys)
             best = at + keys.index(winner)
             layout.append({"chosen": best, "rejected": [i for i in range(at, len(samples)) if i != best]})
-            prompts.append({"group": group.get("group", g), "prompt": p + 1, "place": best - at})
+            prompts.append({"at": g, "group": group.get("group", g), "prompt": p + 1, "place": best - at})
     return Task(tuple(samples), layout, benchmark=RMGAP, facts={"subset": row["domain"], "prompts": prompts})
 
 
@@ -207,19 +233,19 @@ def _process_bench(row: Row) -> Task:
     steps = row["steps"]
     if not isinstance(steps, list) or not steps:
         raise EndoRewardError(f"steps: wanted an array of texts, found {kind_of(steps)}")
-    steps = [as_text(step, f"steps[{i}]") for i, step in enumerate(steps)]
+    steps = [_text(step, f"steps[{i}]") for i, step in enumerate(steps)]
     if (empty := next((i for i, step in enumerate(steps) if not step.strip()), None)) is not None:
         raise EndoRewardError(f"steps[{empty}] is empty: a step without a token has no reward")
     label = _whole(row["label"])
     if label is None or not -1 <= label < len(steps):
         found = kind_of(row["label"]) if label is None else label
         raise EndoRewardError(f"label: wanted -1 (no wrong step) or 0 to {len(steps) - 1} (steps), found {found}")
-    sample = {"prompt": as_text(row["problem"], "problem"), "completion": SEPARATOR.join(steps)}
+    sample = {"prompt": _text(row["problem"], "problem"), "completion": SEPARATOR.join(steps)}
     return Task((sample,), 0, benchmark=PROCESS_BENCH, facts={"label": label, "steps": steps, "id": row.get("id")})
 
 
 BENCHMARKS = (
     Benchmark(JUDGE_BENCH, RESPONSES, ("question", *RESPONSES, "label"), _judge_bench),
     Benchmark(RMGAP, ("prompt_groups",), ("domain", "responses", "prompt_groups"), _rmgap),
-    Benchmark(PROCESS_BENCH, ("steps",), ("problem", "steps", "label"), _process_bench),
+    Benchmark(PROCESS_BENCH, ("steps",), ("problem", "steps", "label"), _process_bench, signals=False),
 )
