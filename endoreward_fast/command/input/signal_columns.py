@@ -34,7 +34,8 @@ def _place(found: list[dict[str, Any]], name: str, layout: Any, value: Any) -> N
         for side, part in layout.items():
             _place(found, name, part, value[side] if alike else value)
     elif isinstance(layout, list):
-        alike = isinstance(value, list) and len(value) == len(layout) and not _one_span(value) and not _messages(value)
+        whole = _messages(value) or (name == "answer_span" and _one_span(value)) if isinstance(value, list) else True
+        alike = not whole and len(value) == len(layout)
         for i, part in enumerate(layout):
             _place(found, name, part, value[i] if alike else value)
     else:
