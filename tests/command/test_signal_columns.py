@@ -95,6 +95,16 @@ def test_a_named_signal_is_an_error_of_the_rows_without_its_columns(tmp_path):
     assert "scored 3 of 3 rows" in result.stderr
 
 
+@pytest.mark.parametrize("names", ["all", "answer-logprob"])
+def test_a_completion_without_the_column_of_the_others_is_an_error_of_the_row(names, tmp_path):
+    rows = put(tmp_path, PAIR, PAIR | {"answer_span": {"chosen": "4", "rejected": ["5", None]}})
+    result = run("eval", rows, "--signals", names, "--json", "-q", code=2)
+    (file,) = json.loads(result.stdout)["methods"]["answer-logprob"]["files"]
+    assert (file["scored"], file["skipped"]) == (1, 1)
+    said = "answer_span: give all of them one" if names == "all" else "needs the row's `answer_span`"
+    assert said in file["errors"][0] and "line 2: answer-logprob: " in result.stderr and said in result.stderr
+
+
 def test_score_writes_signals_beside_the_score_and_resumes_with_the_same_ones(pocket, tmp_path):
     rows, out = put(tmp_path, *SAMPLES, SAMPLES[0] | {"answer_span": "9"}), tmp_path / "out.jsonl"
     run("score", rows, "--signals", ",".join(("entropy", *OF_ROW)), "-o", out, "-q")
