@@ -168,6 +168,7 @@ def test_a_wrong_value_is_named_with_the_benchmark(row, said):
             r"prompt_groups\[1\].winner: 'response9' is no key of respons",
         ),
         (lambda group: group.update(prompts=[]), r"prompt_groups\[1\].prompts: wanted 3 entries, found 0"),
+        (lambda group: group.update(group=1), r"prompt_groups\[1\].group: 1 occurs twice"),
         (lambda group: group["prompts"][2].update(text=5.5j), r"prompt_groups\[1\].prompts\[2\].text: wanted text"),
     ],
 )

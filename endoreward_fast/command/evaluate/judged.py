@@ -38,7 +38,7 @@ class Judged:
     group: int | None = None
     """position of the prompt group within that row"""
     group_name: Any = None
-    """what the row calls that group; two groups may have the same name"""
+    """what the row calls that group"""
 
     @property
     def wins(self) -> list[list[bool]]:

@@ -199,8 +199,12 @@ def _rmgap(row: Row) -> Task:
     samples: list[dict[str, Any]] = []
     layout: list[dict[str, Any]] = []
     prompts: list[dict[str, Any]] = []
+    names: list[Any] = []
     for g, group in enumerate(_entries(row["prompt_groups"], "prompt_groups", RMGAP_GROUPS, ("winner", "prompts"))):
         where, winner = f"prompt_groups[{g}]", str(group["winner"])
+        names.append(g if group.get("group") is None else group["group"])
+        if names[-1] in names[:g]:
+            raise EndoRewardError(f"{where}.group: {names[-1]!r} occurs twice")
         if winner not in texts:
             raise EndoRewardError(f"{where}.winner: {winner!r} is no key of responses ({', '.join(keys)})")
         for p, prompt in enumerate(_entries(group["prompts"], f"{where}.prompts", RMGAP_PROMPTS, ("text",))):
@@ -208,7 +212,7 @@ def _rmgap(row: Row) -> Task:
             samples += ({"prompt": text, "completion": texts[key], "group": len(prompts)} for key in keys)
             best = at + keys.index(winner)
             layout.append({"chosen": best, "rejected": [i for i in range(at, len(samples)) if i != best]})
-            prompts.append({"at": g, "group": group.get("group", g), "prompt": p + 1, "place": best - at})
+            prompts.append({"at": g, "group": names[g], "prompt": p + 1, "place": best - at})
     return Task(tuple(samples), layout, benchmark=RMGAP, facts={"subset": row["domain"], "prompts": prompts})
 
 
