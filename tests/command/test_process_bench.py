@@ -248,7 +248,8 @@ def test_tables_of_processbench_print_chance_and_stand_beside_others(steps_score
 
 
 def test_strict_stops_at_tokens_that_do_not_spell_the_steps(steps_scorer, tmp_path):
-    path = put(tmp_path, ROWS[0], row(9, 1, steps=["one", "tw§o"]), ROWS[1])
+    bad = row(9, 1, steps=["one", "tw§o"])
+    path = put(tmp_path, ROWS[0], bad, bad, ROWS[1], bad)
     result = run("eval", path, "--json", "--strict", code=2)
     assert "line 2: the scored tokens do not spell the steps" in result.stderr.splitlines()[-1]
     assert "(--strict: stopped here)" in result.stderr.splitlines()[-1]

@@ -105,6 +105,13 @@ def test_a_completion_without_the_column_of_the_others_is_an_error_of_the_row(na
     assert said in file["errors"][0] and "line 2: answer-logprob: " in result.stderr and said in result.stderr
 
 
+@pytest.mark.parametrize(("command", "row"), [("score", SAMPLES[0]), ("eval", BARE | {"answer_span": "4"})])
+def test_strict_stops_at_a_row_without_what_a_named_signal_needs(command, row, tmp_path):
+    rows = put(tmp_path, row | {"answer_span": "9"}, SAMPLES[0] | BARE)
+    said = run(command, rows, "--signals", "answer-logprob", "--strict", "-q", code=2).stderr
+    assert "line 1: answer-logprob: answer_span: '9' is not in the completion" in said and "(--strict: stopped" in said
+
+
 def test_score_writes_signals_beside_the_score_and_resumes_with_the_same_ones(pocket, tmp_path):
     rows, out = put(tmp_path, *SAMPLES, SAMPLES[0] | {"answer_span": "9"}), tmp_path / "out.jsonl"
     run("score", rows, "--signals", ",".join(("entropy", *OF_ROW)), "-o", out, "-q")

@@ -274,14 +274,19 @@ def score_items(
     monitor.advance(sum(item.done for item in items))
 
     def hand_on(item: Item) -> None:
-        write(item)
+        try:
+            write(item)
+        except EndoRewardError:
+            waiting.clear()  # the rows behind it would raise the next error, which would hide this one
+            raise
         monitor.on_row(item.record.where, item.first_problem)
 
     try:
         for position, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **options) if samples else ():
             item, i = owners[position]
             item.results[i] = result
-            if strict and (problem := item.problem(i)):
+            unmet = (f"{name}: {why}" for name, why in (result.signal_errors or {}).items())
+            if strict and (problem := item.problem(i) or next(unmet, None)):
                 del item.results[i]  # the row stays incomplete, so it is not written and --resume repeats it
                 raise EndoRewardError(f"{item.record.where}: {problem} (--strict: stopped here)")
             monitor.advance(item.done)
