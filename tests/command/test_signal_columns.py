@@ -35,6 +35,7 @@ def pocket():
         (PAIR | {"answer_span": "4"}, ["4"] * 3),
         (PAIR | {"answer_span": [0, 1]}, [[0, 1]] * 3),
         (PAIR | {"answer_span": 4}, ["4"] * 3),
+        (PAIR | {"answer_span": 10**400, "chosen": 10**400}, [str(10**400)] * 3),
         (PAIR | {"answer_span": {"chosen": "4"}}, [{"chosen": "4"}] * 3),
         ({"prompt": "p", "completions": ["a", "b"], "answer_span": ["a", "b"]}, ["a", "b"]),
         ({"prompt": "p", "completions": ["a", "b"], "answer_span": [0, 1]}, [[0, 1]] * 2),

@@ -150,9 +150,15 @@ def _reward_bench_2(row: Row) -> Task:
             continue
         if (said := _whole(row[name])) != count:
             whose = {"num_correct": "chosen has", "num_incorrect": "rejected has"}.get(name, "chosen and rejected have")
-            found = kind_of(row[name]) if said is None else said
+            found = kind_of(row[name]) if said is None else _short(said)
             raise EndoRewardError(f"taken for {REWARD_BENCH_2}: {name} is {found}, but {whose} {count}")
     return replace(task, benchmark=REWARD_BENCH_2)
+
+
+def _short(value: Any) -> str:
+    """Return `value` as written in Python, cut to fit a message: a shifted column may hold a whole response."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _text(value: Any, name: str) -> str:
@@ -174,7 +180,7 @@ def _whole(value: Any) -> int | None:
 def _judge_bench(row: Row) -> Task:
     label = row["label"]
     if not isinstance(label, str) or label not in LABELS:
-        found = repr(label) if isinstance(label, str) else kind_of(label)
+        found = _short(label) if isinstance(label, str) else kind_of(label)
         raise EndoRewardError(f'label: wanted "A>B" or "B>A", found {found}')
     question = _text(row["question"], "question")
     samples = tuple({"prompt": question, "completion": _text(row[name], name)} for name in LABELS[label])
@@ -187,11 +193,11 @@ def _judge_bench(row: Row) -> Task:
 
 def _rmgap(row: Row) -> Task:
     if row["domain"] not in RMGAP_DOMAINS:
-        raise EndoRewardError(f"domain: wanted one of {', '.join(RMGAP_DOMAINS)}, found {row['domain']!r}")
+        raise EndoRewardError(f"domain: wanted one of {', '.join(RMGAP_DOMAINS)}, found {_short(row['domain'])}")
     texts: dict[str, str] = {}
     for i, response in enumerate(_entries(row["responses"], "responses", RMGAP_RESPONSES, ("key", "text"))):
         if (key := str(response["key"])) in texts:
-            raise EndoRewardError(f"responses[{i}].key: {key!r} occurs twice")
+            raise EndoRewardError(f"responses[{i}].key: {_short(key)} occurs twice")
         texts[key] = _text(response["text"], f"responses[{i}].text")
         if not texts[key].strip():
             raise EndoRewardError(f"responses[{i}].text is empty")
@@ -204,9 +210,11 @@ def _rmgap(row: Row) -> Task:
         where, winner = f"prompt_groups[{g}]", str(group["winner"])
         names.append(g if group.get("group") is None else group["group"])
         if names[-1] in names[:g]:
-            raise EndoRewardError(f"{where}.group: {names[-1]!r} occurs twice")
+            raise EndoRewardError(f"{where}.group: {_short(names[-1])} occurs twice")
         if winner not in texts:
-            raise EndoRewardError(f"{where}.winner: {winner!r} is no key of responses ({', '.join(keys)})")
+            raise EndoRewardError(
+                f"{where}.winner: {_short(winner)} is no key of responses ({', '.join(map(_short, keys))})"
+            )
         for p, prompt in enumerate(_entries(group["prompts"], f"{where}.prompts", RMGAP_PROMPTS, ("text",))):
             text, at = _text(prompt["text"], f"{where}.prompts[{p}].text"), len(samples)
             samples += ({"prompt": text, "completion": texts[key], "group": len(prompts)} for key in keys)
@@ -242,7 +250,7 @@ def _process_bench(row: Row) -> Task:
         raise EndoRewardError(f"steps[{empty}] is empty: a step without a token has no reward")
     label = _whole(row["label"])
     if label is None or not -1 <= label < len(steps):
-        found = kind_of(row["label"]) if label is None else label
+        found = kind_of(row["label"]) if label is None else _short(label)
         raise EndoRewardError(f"label: wanted -1 (no wrong step) or 0 to {len(steps) - 1} (steps), found {found}")
     sample = {"prompt": _text(row["problem"], "problem"), "completion": SEPARATOR.join(steps)}
     return Task((sample,), 0, benchmark=PROCESS_BENCH, facts={"label": label, "steps": steps, "id": row.get("id")})

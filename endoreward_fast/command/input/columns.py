@@ -23,12 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import Any
 
 from ...errors import EndoRewardError
 from ...text.messages import check_message, check_text
-from .records import is_messages, kind_of
+from .records import is_messages, is_number, kind_of
 from .signal_columns import of_signals
 
 PROMPT = ("prompt", "question")
@@ -204,7 +203,7 @@ def _completion(value: Any, name: str) -> Any:
 
 def as_text(value: Any, name: str, wanted: str = "text or messages") -> str:
     """Return `value` as text. Raises EndoRewardError, which names `name`, if it is none."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
+    if is_number(value):
         value = str(value)  # JSON files have numeric answers
     if not isinstance(value, str):
         missing = isinstance(value, float)

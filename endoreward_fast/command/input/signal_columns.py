@@ -13,8 +13,9 @@ data has such columns too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
+
+from .records import is_number
 
 OF_SIGNALS = ("answer_span", "reference_answer", "privileged")
 
@@ -39,8 +40,7 @@ def _place(found: list[dict[str, Any]], name: str, layout: Any, value: Any) -> N
         for i, part in enumerate(layout):
             _place(found, name, part, value[i] if alike else value)
     else:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        found[layout][name] = str(value) if number else value  # JSON files have numeric answers
+        found[layout][name] = str(value) if is_number(value) else value  # JSON files have numeric answers
 
 
 def _one_span(value: list[Any]) -> bool:
