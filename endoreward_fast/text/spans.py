@@ -18,6 +18,8 @@ from .rows import Row, ids_of, prompt_and_completion
 NAME = "answer_span"
 MARK = "zqjxqz"
 """a text that no template writes, in place of the completion"""
+BLANK = "\N{NULL}"
+"""in place of each character of a special token"""
 CHANGED = "the chat template or the tokenizer changes the completion, or it was cut"
 
 
@@ -140,7 +142,9 @@ def _in_ids(text: str, row: Row, tokenizer: Any) -> Span:
         raise EndoRewardError(f"{NAME}: text needs a tokenizer, and the model has none: give [start, stop] in tokens")
     prompt, completion = (ids_of(row, name) for name in ("prompt_ids", "completion_ids"))
     texts = token_texts(tokenizer, [*prompt, *completion], len(prompt))
-    at = "".join(texts).rfind(text)
+    special = set(tokenizer.all_special_ids)
+    words = (BLANK * len(t) if i in special else t for i, t in zip(completion, texts, strict=True))
+    at = "".join(words).rfind(text)  # "end" is no part of "<|im_end|>"
     if at < 0 or not text:
         raise EndoRewardError(f"{NAME}: {_short(text)} is not in the completion: give a text that it contains")
     return _covering(texts, 0, at, at + len(text))

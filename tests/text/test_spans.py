@@ -49,3 +49,16 @@ def test_a_text_that_repeats_the_thought_that_the_prompt_opens_is_found():
     for text in ("hm\n</think>\n\n4", "<think>\nhm\n</think>\n\n4"):
         assert answer(DROPS_THOUGHT, text, "4", reference_answer="five") == ["4", "five"]
         assert answer(DROPS_THOUGHT, text, "hm") == ["hm"]
+
+
+def test_special_tokens_of_a_row_of_ids_are_no_answer():
+    tokenizer = chatting(CHATML)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("hm?", "the end is n<|end|>")]
+    for text in ("end", "n", "e", "d"):
+        row = {"prompt_ids": ids[0], "completion_ids": ids[1], "answer_span": text}
+        encoder = Encoder(tokenizer)
+        start, stop = readings.answer_span(encoder, row, encoder.encode(row))
+        whole = [*ids[0], *ids[1]]
+        assert decode(tokenizer, whole[start:stop]).strip().endswith(text) and stop < len(whole), text
+    with pytest.raises(EndoRewardError, match=r"'\|end\|' is not in the completion"):
+        readings.answer_span(encoder, row | {"answer_span": "|end|"}, encoder.encode(row))
