@@ -107,6 +107,9 @@ def _with_context(encoder: Encoder, row: Row, given: Any) -> dict[str, Any]:
             raise EndoRewardError(f"{PRIVILEGED}: the row is plain text, which has no place for messages: give text")
         return {**row, "prompt": f"{given}\n\n{prompt}"}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not isinstance(completion, str) and completion[-2:][0]["role"] != "assistant":
+        turns += completion[:-1]  # all turns before the scored one are context
+        row = {**row, "completion": completion[-1:]} if has_prompt(row) else row
     if messages:
         return _with_prompt(row, [*turns, *given])
     last = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "user"), None)
