@@ -76,11 +76,13 @@ def test_a_row_of_processbench_is_one_completion_of_all_steps():
 
 
 @pytest.mark.parametrize("write", [json.dumps, str])
-@pytest.mark.parametrize("row", [FOUR, GAP, STEPS])
+@pytest.mark.parametrize("row", [FOUR, GAP, STEPS, STYLES | {"id": "chat/1"}, STYLES | {"domain": "math"}])
 def test_lists_that_a_csv_file_holds_as_text_are_read(row, write):
     lists = {name: write(row[name]) for name in ("chosen", "rejected", "steps", "prompt_groups") if name in row}
     assert plan_eval(row | lists) == plan_eval(row) and plan_plot(row | lists).samples == plan_plot(row).samples
     assert plan_eval(PAIR | {"chosen": "[1]", "rejected": "[2]"}).samples[0]["completion"] == "[1]"
+    for other in ({}, {"domain": "math", "chosen": "['a', 'b']"}, {"domain": "math", "chosen": "['a', 'b', 3]"}):
+        assert plan_eval({"prompt": "p", "chosen": "['a', 'b', 'c']", "rejected": "[x]"} | other).layout["chosen"] == 0
     assert plan_eval(PAIR | {"chosen": "[1]", "num_correct": 1}).samples[0]["completion"] == "[1]"
 
 

@@ -26,6 +26,8 @@ from .records import is_messages, kind_of, record
 
 REWARD_BENCH_2, JUDGE_BENCH, RMGAP, PROCESS_BENCH = "RewardBench 2", "JudgeBench", "RMGAP", "ProcessBench"
 RMGAP_DOMAINS = ("Chat", "Writing", "Reasoning", "Safety")
+RM_BENCH_STARTS = ("chat", "code", "math", "safety")
+"""how domain or id of a row of RM-Bench begins"""
 RMGAP_RESPONSES, RMGAP_GROUPS, RMGAP_PROMPTS = 4, 4, 3
 RESPONSES = ("response_A", "response_B")
 LABELS = {"A>B": RESPONSES, "B>A": RESPONSES[::-1]}
@@ -91,12 +93,16 @@ def plan_plot(row: Row) -> Task:
 def _with_lists(row: Row) -> Row:
     """Return the row with the lists that a CSV file holds as text. Where a completion may be text, text stays."""
     read = {name: value_in(row[name]) for name in ("steps", "prompt_groups") if isinstance(row.get(name), str)}
-    if "num_correct" in row and all(isinstance(row.get(side), str) and row[side].lstrip()[:1] == "[" for side in PAIR):
-        read |= {side: value_in(row[side]) for side in PAIR}
-        if bad := next((side for side in PAIR if not isinstance(read[side], list)), None):
+    if all(isinstance(row.get(side), str) and row[side].lstrip()[:1] == "[" for side in PAIR):
+        sides = {side: value_in(row[side]) for side in PAIR}
+        bad = next((side for side in PAIR if not isinstance(sides[side], list)), None)
+        if "num_correct" in row and bad:
             raise EndoRewardError(
                 f"taken for {REWARD_BENCH_2}: {bad} looks like a list, but is neither JSON nor a Python literal"
             )
+        named = any(str(row.get(name)).startswith(RM_BENCH_STARTS) for name in ("domain", "id"))
+        three = all(isinstance(s, list) and len(s) == 3 and all(isinstance(t, str) for t in s) for s in sides.values())
+        read |= sides if "num_correct" in row or (named and three) else {}
     if not read:
         return row
     found = {**row, **{name: value for name, value in read.items() if value is not None}}
