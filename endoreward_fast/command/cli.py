@@ -43,7 +43,7 @@ from .run.resume import (
     rows_left,
     settings_of,
 )
-from .run.sink import Sink
+from .run.sink import Sink, plain
 from .show import show as show_file
 
 app = typer.Typer(
@@ -205,7 +205,7 @@ def evaluate(
         left_out = side_by_side.leave_out(results, flags)
         about = {"version": version("endoreward-fast"), "complete": not ended} | models
         about |= {"flags": flags.to_json(), "tokens": monitor.tokens, "seconds": round(monitor.seconds, 3)}
-        found = json.dumps(to_json(results, about), indent=1)
+        found = json.dumps(plain(to_json(results, about)), indent=1)
         try:
             if flags.output:
                 sink.write(found + "\n")

@@ -45,7 +45,7 @@ def answer_span(encoder: Encoder, row: Row, encoded: Encoded) -> Span:
     span = span_in(row, encoder.tokenizer)
     if span.start == span.stop:
         raise EndoRewardError(f"{NAME}: [{span.start}, {span.stop}] is empty: there is no answer to score")
-    start, stop = tokens_of(span, row, encoded, encoder.tokenizer)
+    start, stop = tokens_of(span, row, encoded, encoder)
     first = encoded.prompt_length
     marked = encoded.completion_mask or (True,) * (len(encoded.input_ids) - first)
     if not any(marked[max(0, start - first) : max(0, stop - first)]):
@@ -93,8 +93,9 @@ def _with_context(encoder: Encoder, row: Row, given: Any) -> dict[str, Any]:
     """Return the row of text or messages with the privileged context in its prompt."""
     prompt, completion = prompt_and_completion(row)
     messages = isinstance(given, list | tuple) and bool(given) and are_messages(given)
-    if not messages and not (isinstance(given, str) and given):
-        raise EndoRewardError(f"{PRIVILEGED}: wanted text or a list of messages, found {kind_of(given)}")
+    if not messages and not (isinstance(given, str) and given.strip()):
+        found = "an empty text" if isinstance(given, str) else kind_of(given)
+        raise EndoRewardError(f"{PRIVILEGED}: wanted text or a list of messages, found {found}")
     if isinstance(given, str):
         check_text(given, PRIVILEGED)
     else:
@@ -106,6 +107,9 @@ def _with_context(encoder: Encoder, row: Row, given: Any) -> dict[str, Any]:
             raise EndoRewardError(f"{PRIVILEGED}: the row is plain text, which has no place for messages: give text")
         return {**row, "prompt": f"{given}\n\n{prompt}"}
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not isinstance(completion, str) and completion[-2:][0]["role"] != "assistant":
+        turns += completion[:-1]  # all turns before the scored one are context
+        row = {**row, "completion": completion[-1:]} if has_prompt(row) else row
     if messages:
         return _with_prompt(row, [*turns, *given])
     last = next((i for i in reversed(range(len(turns))) if turns[i]["role"] == "user"), None)
@@ -133,7 +137,7 @@ def _reference_text(row: Mapping[str, Any]) -> str:
 def _answer(encoder: Encoder, row: Row, before: str, answer: str, after: str) -> Encoded:
     other = with_completion(row, before + answer + after)
     encoded = _named(REFERENCE, encoder, other)
-    span = tokens_of(Span(len(before), len(before) + len(answer)), other, encoded, encoder.tokenizer)
+    span = tokens_of(Span(len(before), len(before) + len(answer)), other, encoded, encoder)
     return _scored(encoded, span)
 
 

@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 
 from ..errors import EndoRewardError
 from .boundary import token_texts
-from .encoding import Encoded
+from .encoding import Encoded, Encoder
 from .messages import are_messages, kind_of
 from .rows import Row, ids_of, prompt_and_completion
 
 NAME = "answer_span"
+MARK = "zqjxqz"
+"""a text that no template writes, in place of the completion"""
+BLANK = "\N{NULL}"
+"""in place of each character of a special token"""
 CHANGED = "the chat template or the tokenizer changes the completion, or it was cut"
 
 
@@ -67,18 +71,56 @@ def span_in(row: Row, tokenizer: Any) -> Span:
     return Span(start, stop)
 
 
-def tokens_of(span: Span, row: Row, encoded: Encoded, tokenizer: Any) -> Span:
-    """Return the positions in `encoded.input_ids` of the tokens that hold a part of the span, scored or not."""
+def tokens_of(span: Span, row: Row, encoded: Encoded, encoder: Encoder) -> Span:
+    """Return the positions in `encoded.input_ids` of the tokens that hold a part of the span, scored or not.
+
+    Raises EndoRewardError if the completion is not found among the tokens, or if the template leaves the span out.
+    """
     begin = begin_of_completion(encoded)
     if has_ids(row):
         return Span(begin + span.start, min(begin + span.stop, len(encoded.input_ids)))
-    texts = token_texts(tokenizer, encoded.input_ids, begin)
+    texts = token_texts(encoder.tokenizer, encoded.input_ids, begin)
     text, joined = text_of_completion(row), "".join(texts)
-    at = joined.find(text.strip())  # a template may trim the turn
-    if at < 0:
-        raise EndoRewardError(f"{NAME}: the completion is not found among its tokens ({CHANGED}): give token ids")
-    shift = at - (len(text) - len(text.lstrip()))
-    return _covering(texts, begin, span.start + shift, span.stop + shift)
+    origin, kept = _place(text, joined, row, encoder)
+    start, stop = (min(max(end + origin, kept.start), kept.stop) for end in span)
+    if start == stop and span.start < span.stop:
+        raise EndoRewardError(f"{NAME}: the chat template leaves these characters out: give others")
+    return _covering(texts, begin, start, stop)
+
+
+def _place(text: str, joined: str, row: Row, encoder: Encoder) -> tuple[int, Span]:
+    """Return (the position in `joined` of the completion's first character, the part of `joined` that is of it).
+
+    joined   what the template writes from the completion on. It may trim the completion, and has words of its own:
+             "hi" occurs in "<think>", too. If the prompt opens a thought, a start that repeats it is left out
+    """
+    core = text.strip() or text
+    start, floor = joined.find(core), 0
+    if start < 0 or joined.find(core, start + 1) >= 0:
+        before, after = _around(row, encoder)
+        fits = len(before) + len(after) <= len(joined) and joined.startswith(before) and joined.endswith(after)
+        content = joined[len(before) : len(joined) - len(after)] if fits else ""
+        floor, start = len(before), content.find(core)
+        if start < 0 and content.strip() and core.endswith(content.rstrip()):
+            start = len(content.rstrip()) - len(core)
+        elif start < 0 or not fits:
+            raise EndoRewardError(f"{NAME}: the completion is not found among its tokens ({CHANGED}): give token ids")
+        start += floor
+    stop, origin = start + len(core), start - text.index(core)
+    start = max(start, floor)
+    while start > max(origin, floor) and joined[start - 1] == text[start - 1 - origin]:
+        start -= 1
+    while stop < min(origin + len(text), len(joined)) and joined[stop] == text[stop - origin]:
+        stop += 1
+    return origin, Span(start, stop)
+
+
+def _around(row: Row, encoder: Encoder) -> tuple[str, str]:
+    """Return what the template writes before and after the completion, in its turn."""
+    other = encoder.unlimited.encode(with_completion(row, MARK))
+    texts = token_texts(encoder.tokenizer, other.input_ids, begin_of_completion(other))
+    before, _, after = "".join(texts).partition(MARK)
+    return before, after
 
 
 def with_completion(row: Row, text: str) -> dict[str, Any]:
@@ -100,7 +142,9 @@ def _in_ids(text: str, row: Row, tokenizer: Any) -> Span:
         raise EndoRewardError(f"{NAME}: text needs a tokenizer, and the model has none: give [start, stop] in tokens")
     prompt, completion = (ids_of(row, name) for name in ("prompt_ids", "completion_ids"))
     texts = token_texts(tokenizer, [*prompt, *completion], len(prompt))
-    at = "".join(texts).rfind(text)
+    special = set(tokenizer.all_special_ids)
+    words = (BLANK * len(t) if i in special else t for i, t in zip(completion, texts, strict=True))
+    at = "".join(words).rfind(text)  # "end" is no part of "<|im_end|>"
     if at < 0 or not text:
         raise EndoRewardError(f"{NAME}: {_short(text)} is not in the completion: give a text that it contains")
     return _covering(texts, 0, at, at + len(text))

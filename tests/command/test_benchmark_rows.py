@@ -1,6 +1,7 @@
 """Rows of benchmarks are recognised by their columns, and bad ones are refused in one line."""
 
 import copy
+import json
 
 import pytest
 
@@ -65,7 +66,32 @@ def test_a_row_of_processbench_is_one_completion_of_all_steps():
     assert task.samples == ({"prompt": "p", "completion": "one\n\ntwo\n\nthree"},) and task.layout == 0
     assert task.benchmark == "ProcessBench"
     assert task.facts == {"label": 1, "steps": ["one", "two", "three"], "id": "gsm8k-3"}
-    assert [plan_eval(STEPS | {"label": label}).facts["label"] for label in (-1, 2, "2", 1.0)] == [-1, 2, 2, 1]
+    assert [plan_eval(STEPS | {"label": label}).facts["label"] for label in (-1, 2, "2", 1.0, "1.0")] == [
+        -1,
+        2,
+        2,
+        1,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("write", [json.dumps, str])
+@pytest.mark.parametrize("row", [FOUR, GAP, STEPS, STYLES | {"id": "chat/1"}, STYLES | {"domain": "math"}])
+def test_lists_that_a_csv_file_holds_as_text_are_read(row, write):
+    lists = {name: write(row[name]) for name in ("chosen", "rejected", "steps", "prompt_groups") if name in row}
+    assert plan_eval(row | lists) == plan_eval(row) and plan_plot(row | lists).samples == plan_plot(row).samples
+    assert plan_eval(PAIR | {"chosen": "[1]", "rejected": "[2]"}).samples[0]["completion"] == "[1]"
+    for other in ({}, {"domain": "math", "chosen": "['a', 'b']"}, {"domain": "math", "chosen": "['a', 'b', 3]"}):
+        assert plan_eval({"prompt": "p", "chosen": "['a', 'b', 'c']", "rejected": "[x]"} | other).layout["chosen"] == 0
+    assert plan_eval(PAIR | {"chosen": "[1]", "num_correct": 1}).samples[0]["completion"] == "[1]"
+
+
+@pytest.mark.parametrize("row", [JUDGE, GAP, STEPS])
+def test_columns_of_the_template_and_of_signals_count_in_rows_of_benchmarks(row):
+    task = plan_eval(row | {"chat_template_kwargs": {"thinking": True}, "reference_answer": 4})
+    assert all(sample["chat_template_kwargs"] == {"thinking": True} for sample in task.samples)
+    answers = {sample.get("reference_answer") for sample in task.samples}
+    assert answers == ({None} if row is STEPS else {"4"}), "the signals of a solution are not computed"
 
 
 def test_rewardbench_2_is_recognised_by_num_correct_and_preferences_stay_what_they_are():
@@ -105,12 +131,17 @@ def test_a_missing_column_is_named_with_the_benchmark(row, said):
         (JUDGE | STEPS, "the columns fit JudgeBench and ProcessBench: remove those of one of them"),
         (JUDGE | {"chosen": "a", "rejected": "b"}, "the columns fit JudgeBench and a preference"),
         (JUDGE | {"label": "A=B"}, "taken for JudgeBench: label: wanted \"A>B\" or \"B>A\", found 'A=B'"),
+        (JUDGE | {"label": "A" * 999}, "JudgeBench: label: .* found 'A{39}\\.\\.\\.$"),
+        (GAP | {"domain": ["A" * 999]}, "RMGAP: domain: .* found \\['A{38}\\.\\.\\.$"),
+        (STEPS | {"label": 10**99}, "ProcessBench: label: .* found 10{39}\\.\\.\\.$"),
         (JUDGE | {"label": None}, "JudgeBench: label: .* found null"),
-        (JUDGE | {"response_A": None}, "JudgeBench: response_A: wanted text or messages, found null"),
+        (JUDGE | {"response_A": None}, "JudgeBench: response_A: wanted text, found null"),
+        (JUDGE | {"question": [{"role": "user", "content": "q"}]}, "question: wanted text, found an array"),
         (FOUR | {"num_correct": 2}, "taken for RewardBench 2: num_correct is 2, but chosen has 1"),
         (FOUR | {"num_incorrect": 4}, "RewardBench 2: num_incorrect is 4, but rejected has 3"),
         (FOUR | {"total_completions": 5}, "RewardBench 2: total_completions is 5, but chosen and rejected have 4"),
         (FOUR | {"num_correct": "one"}, "RewardBench 2: num_correct is a string, but chosen has 1"),
+        (FOUR | {"chosen": "['a' 'b']", "rejected": "['c']"}, "RewardBench 2: chosen looks like a list, but is"),
         (FOUR | {"num_correct": None}, "RewardBench 2: num_correct is null, but chosen has 1"),
         (STEPS | {"label": 3}, r"ProcessBench: label: wanted -1 \(no wrong step\) or 0 to 2 \(steps\), found 3"),
         (STEPS | {"label": -2}, "ProcessBench: label: .* found -2"),
@@ -119,7 +150,7 @@ def test_a_missing_column_is_named_with_the_benchmark(row, said):
         (STEPS | {"steps": []}, "ProcessBench: steps: wanted an array of texts, found an empty array"),
         (STEPS | {"steps": "one two"}, "ProcessBench: steps: wanted an array of texts, found a string"),
         (STEPS | {"steps": ["one", " \n", "three"]}, r"steps\[1\] is empty: a step without a token has no reward"),
-        (STEPS | {"steps": ["one", None]}, r"steps\[1\]: wanted text or messages, found null"),
+        (STEPS | {"steps": ["one", None]}, r"steps\[1\]: wanted text, found null"),
         (GAP | {"domain": "Chatting"}, "RMGAP: domain: wanted one of Chat, Writing, Reasoning, Safety, found 'Chat"),
         (GAP | {"responses": GAP["responses"][:3]}, "RMGAP: responses: wanted 4 entries, found 3"),
         (GAP | {"responses": "four"}, "RMGAP: responses: wanted an array of 4 objects, found a string"),
@@ -142,6 +173,7 @@ def test_a_wrong_value_is_named_with_the_benchmark(row, said):
             r"prompt_groups\[1\].winner: 'response9' is no key of respons",
         ),
         (lambda group: group.update(prompts=[]), r"prompt_groups\[1\].prompts: wanted 3 entries, found 0"),
+        (lambda group: group.update(group=1), r"prompt_groups\[1\].group: 1 occurs twice"),
         (lambda group: group["prompts"][2].update(text=5.5j), r"prompt_groups\[1\].prompts\[2\].text: wanted text"),
     ],
 )

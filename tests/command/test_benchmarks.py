@@ -4,6 +4,7 @@
 src/rmgap/task_runner.py of nanzhi84/RMGAP and rewardbench/utils.py of allenai/reward-bench.
 """
 
+import datetime
 import json
 import math
 import random
@@ -290,3 +291,25 @@ def test_no_shape_of_a_file_breaks_the_report(seed):
     assert "nan" not in text and "inf" not in text.replace("information", "")
     assert "a note." in text and text.count("rows scored") == len(files)
     assert json.dumps(to_json(files, {}), allow_nan=False)
+
+
+def test_a_group_of_rmgap_without_any_score_is_not_consistent():
+    """The benchmark's own code counts all four groups of a row."""
+    rows = [
+        Judged("f", "Writing", None, 1, (1.0,), (0.0,) * 3, benchmark="RMGAP", row=1, group=g) for g in (0, 0, 0, 1)
+    ]
+    assert rmgap(rows).mean["Consistency"].value == 1 / 4
+
+
+def test_ids_that_json_lacks_end_no_evaluation(scorer, tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    groups = [group | {"group": None} for group in GAP["prompt_groups"]]
+    rows = put(tmp_path, GAP | {"prompt_groups": groups, "id": math.nan}, JUDGE[0] | {"pair_id": math.inf})
+    text = run("eval", rows, "--json", "-q").stdout
+    found = json.loads(text, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    assert found["rmgap"]["domains"]["Writing"]["Consistency"]["accuracy"] == 1
+    assert [row["group"] for row in found["scores"][:12:3]] == [0, 1, 2, 3] and found["scores"][-1]["id"] is None
+    table = pyarrow.Table.from_pylist([JUDGE[0] | {"pair_id": datetime.date(2026, 1, 2)}])
+    parquet.write_table(table, tmp_path / "day.parquet")
+    found = json.loads(run("eval", tmp_path / "day.parquet", "--json", "-q").stdout)
+    assert found["scores"][0]["id"] == "2026-01-02"

@@ -104,17 +104,18 @@ def f1_by_hand(solutions, threshold):
     return 2 * wrong * right / (wrong + right) / 100 if wrong + right else 0.0
 
 
-def drawn(rng, count, subset="gsm8k"):
+def drawn(rng, count, subset="gsm8k", lowest=0):
     for n in range(count):
         steps = rng.randint(1, 5)
         label = rng.choice([-1, rng.randrange(steps)]) if n > 3 else (-1, 0)[n % 2]
-        yield solution(label, [rng.randint(0, 5) for _ in range(steps)], subset)
+        yield solution(label, [rng.choice([lowest, 1, 2, 3, 4, 5]) for _ in range(steps)], subset)
 
 
+@pytest.mark.parametrize("lowest", [0, float("-inf")])
 @pytest.mark.parametrize("seed", range(20))
-def test_the_threshold_is_the_best_of_all(seed):
+def test_the_threshold_is_the_best_of_all(seed, lowest):
     rng = random.Random(seed)
-    solutions = list(drawn(rng, rng.randint(4, 12)))
+    solutions = list(drawn(rng, rng.randint(4, 12), lowest=lowest))
     everywhere = [f1_by_hand(solutions, n - 0.5) for n in range(8)]
     assert f1_by_hand(solutions, best_threshold(solutions, REWARD)) == pytest.approx(max(everywhere))
     assert figures(solutions, "gsm8k").f1_gsm8k == pytest.approx(max(everywhere))
@@ -248,7 +249,8 @@ def test_tables_of_processbench_print_chance_and_stand_beside_others(steps_score
 
 
 def test_strict_stops_at_tokens_that_do_not_spell_the_steps(steps_scorer, tmp_path):
-    path = put(tmp_path, ROWS[0], row(9, 1, steps=["one", "tw§o"]), ROWS[1])
+    bad = row(9, 1, steps=["one", "tw§o"])
+    path = put(tmp_path, ROWS[0], bad, bad, ROWS[1], bad)
     result = run("eval", path, "--json", "--strict", code=2)
     assert "line 2: the scored tokens do not spell the steps" in result.stderr.splitlines()[-1]
     assert "(--strict: stopped here)" in result.stderr.splitlines()[-1]

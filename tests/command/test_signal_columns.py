@@ -35,6 +35,7 @@ def pocket():
         (PAIR | {"answer_span": "4"}, ["4"] * 3),
         (PAIR | {"answer_span": [0, 1]}, [[0, 1]] * 3),
         (PAIR | {"answer_span": 4}, ["4"] * 3),
+        (PAIR | {"answer_span": 10**400, "chosen": 10**400}, [str(10**400)] * 3),
         (PAIR | {"answer_span": {"chosen": "4"}}, [{"chosen": "4"}] * 3),
         ({"prompt": "p", "completions": ["a", "b"], "answer_span": ["a", "b"]}, ["a", "b"]),
         ({"prompt": "p", "completions": ["a", "b"], "answer_span": [0, 1]}, [[0, 1]] * 2),
@@ -46,6 +47,11 @@ def pocket():
 )
 def test_a_column_has_the_shape_of_the_scores_or_belongs_to_every_sample(row, spans):
     assert [sample.get("answer_span") for sample in plan(row).samples] == spans
+
+
+def test_two_numbers_are_a_span_but_also_two_answers():
+    row = {"prompt": "p", "completions": ["a", "b"], "reference_answer": [4, 5], "answer_span": [0, 1]}
+    assert [(s["reference_answer"], s["answer_span"]) for s in plan(row).samples] == [("4", [0, 1]), ("5", [0, 1])]
 
 
 def test_messages_belong_to_every_sample():
@@ -88,6 +94,23 @@ def test_a_named_signal_is_an_error_of_the_rows_without_its_columns(tmp_path):
     assert "line 2: answer-probability: needs the row's `answer_span`: the final answer's text in the" in result.stderr
     assert "line 3: answer-probability: answer_span: '9' is not in the completion: give a text" in result.stderr
     assert "scored 3 of 3 rows" in result.stderr
+
+
+@pytest.mark.parametrize("names", ["all", "answer-logprob"])
+def test_a_completion_without_the_column_of_the_others_is_an_error_of_the_row(names, tmp_path):
+    rows = put(tmp_path, PAIR, PAIR | {"answer_span": {"chosen": "4", "rejected": ["5", None]}})
+    result = run("eval", rows, "--signals", names, "--json", "-q", code=2)
+    (file,) = json.loads(result.stdout)["methods"]["answer-logprob"]["files"]
+    assert (file["scored"], file["skipped"]) == (1, 1)
+    said = "answer_span: give all of them one" if names == "all" else "needs the row's `answer_span`"
+    assert said in file["errors"][0] and "line 2: answer-logprob: " in result.stderr and said in result.stderr
+
+
+@pytest.mark.parametrize(("command", "row"), [("score", SAMPLES[0]), ("eval", BARE | {"answer_span": "4"})])
+def test_strict_stops_at_a_row_without_what_a_named_signal_needs(command, row, tmp_path):
+    rows = put(tmp_path, row | {"answer_span": "9"}, SAMPLES[0] | BARE)
+    said = run(command, rows, "--signals", "answer-logprob", "--strict", "-q", code=2).stderr
+    assert "line 1: answer-logprob: answer_span: '9' is not in the completion" in said and "(--strict: stopped" in said
 
 
 def test_score_writes_signals_beside_the_score_and_resumes_with_the_same_ones(pocket, tmp_path):

@@ -120,6 +120,19 @@ def test_in_a_chat_the_privileged_text_ends_the_last_user_turn(chat):
     assert added.signals["privileged-log-ratio"] == pytest.approx(float(ratio), abs=1e-3)
 
 
+def test_the_last_user_turn_may_be_a_turn_of_the_completion(chat):
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    rows = [
+        {"messages": turns},
+        {"prompt": turns[:1], "completion": turns[1:]},
+        {"prompt": "a", "completion": turns[1:]},
+    ]
+    for hint in ("Hint.", [{"role": "user", "content": "Hint."}]):
+        found = chat.score([row | {"privileged": hint} for row in rows], signals="privileged-log-ratio")
+        for one in found[1:]:
+            assert one.signals == pytest.approx(found[0].signals, **CLOSE)
+
+
 @pytest.mark.parametrize("together", [2048, 1])
 def test_rows_with_and_without_inputs_share_batches_and_prefixes(llama, together):
     """`together` 1 scores each reading alone. With a second model, further readings are batches of their own."""

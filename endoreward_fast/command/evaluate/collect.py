@@ -58,7 +58,7 @@ def _add_prompts(
         id = (item.record.row or {}).get("id")
         result.judged.append(
             Judged(result.name, facts["subset"], None, id, *scored, RMGAP, place=prompt["place"],
-                   row=item.record.where, group=prompt["group"])
+                   row=item.record.where, group=prompt["at"], group_name=prompt["group"])
         )  # fmt: skip
 
 

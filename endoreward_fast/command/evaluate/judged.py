@@ -35,8 +35,10 @@ class Judged:
     """position of the chosen completion in the benchmark's own order of completions"""
     row: Any = None
     """the row of the file, if it has several prompts, each of which is a Judged (RMGAP)"""
-    group: Any = None
-    """the prompt group within that row"""
+    group: int | None = None
+    """position of the prompt group within that row"""
+    group_name: Any = None
+    """what the row calls that group"""
 
     @property
     def wins(self) -> list[list[bool]]:

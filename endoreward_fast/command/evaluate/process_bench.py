@@ -209,7 +209,8 @@ def best_threshold(solutions: Sequence[Solution], method: str) -> float | None:
         found = bisect_left(lows, threshold) - bisect_left(highs, threshold)
         return f1_of(found / len(wrong), (len(tops) - bisect_left(tops, threshold)) / len(tops))
 
-    return max([-math.inf, *between, math.inf], key=f1_at)
+    # At the lowest bound, only steps of -inf are below the threshold.
+    return max([-math.inf, *bounds[:1], *between, math.inf], key=f1_at)
 
 
 def _cross_fitted(

@@ -118,7 +118,7 @@ def _plain(bench: Any) -> dict[str, Any] | None:
 
 def _scores(row: Judged) -> dict[str, Any]:
     found = {"file": row.file, "id": row.id, "subset": row.subset}
-    found |= {} if row.group is None else {"group": row.group}
+    found |= {} if row.group is None else {"group": row.group_name}
     found |= {"chosen": _finite(row.chosen), "rejected": _finite(row.rejected)}
     return found if row.lengths is None else found | {"lengths": dict(zip(SIDES, row.lengths, strict=True))}
 

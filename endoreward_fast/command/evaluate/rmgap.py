@@ -6,7 +6,8 @@ response, the winner, suits them best.
     Pair          share of the comparisons with another response in which the winner scores strictly higher
     BoN           share of prompts whose winner scores strictly above all three others
     Consistency   share of groups whose three prompts rank the four responses alike. Equal scores are ranked by the
-                  responses' keys. A group with a prompt that could not be scored counts as not consistent
+                  responses' keys. A group with a prompt that could not be scored counts as not consistent. A row
+                  without a prompt that could be scored is left out
 
 Each is computed for each domain; the benchmark's figure is the mean over the domains. Chance is 50%, 25% and, for three
 independent random rankings of four responses, 1 / 24^2 = 0.17%.
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..input.benchmarks import RMGAP, RMGAP_DOMAINS, RMGAP_PROMPTS
+from ..input.benchmarks import RMGAP, RMGAP_DOMAINS, RMGAP_GROUPS, RMGAP_PROMPTS
 from .judged import Accuracy, Judged, by, count_rows, mean_of, over_rows, wilson
 
 CHANCE = {"Pair": 1 / 2, "BoN": 1 / 4, "Consistency": 1 / 24**2}
@@ -58,10 +59,11 @@ def _figures(prompts: Sequence[Judged]) -> dict[str, Accuracy]:
     for prompt in prompts:
         groups.setdefault((prompt.file, prompt.row, prompt.group), []).append(ranking(prompt))
     alike = [len(group) == RMGAP_PROMPTS and len(set(group)) == 1 for group in groups.values()]
+    count = RMGAP_GROUPS * len({(prompt.file, prompt.row) for prompt in prompts})
     return {
         "Pair": over_rows(prompts, lambda row: row.accuracy),
         "BoN": over_rows(prompts, lambda row: row.on_top),
-        "Consistency": wilson(sum(alike) / len(alike), count_rows(prompts)),
+        "Consistency": wilson(sum(alike) / count, count_rows(prompts)),
     }
 
 

@@ -20,11 +20,14 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ...errors import EndoRewardError
-from .columns import MissingColumns, Task, as_text, plan
-from .records import is_messages, kind_of
+from .columns import MissingColumns, Task, as_text, completed, plan
+from .csv_rows import value_in
+from .records import is_messages, kind_of, record
 
 REWARD_BENCH_2, JUDGE_BENCH, RMGAP, PROCESS_BENCH = "RewardBench 2", "JudgeBench", "RMGAP", "ProcessBench"
 RMGAP_DOMAINS = ("Chat", "Writing", "Reasoning", "Safety")
+RM_BENCH_STARTS = ("chat", "code", "math", "safety")
+"""how domain or id of a row of RM-Bench begins"""
 RMGAP_RESPONSES, RMGAP_GROUPS, RMGAP_PROMPTS = 4, 4, 3
 RESPONSES = ("response_A", "response_B")
 LABELS = {"A>B": RESPONSES, "B>A": RESPONSES[::-1]}
@@ -44,6 +47,8 @@ class Benchmark(NamedTuple):
     """columns that no other kind of row has"""
     needs: tuple[str, ...]
     plan: Callable[[Row], Task]
+    signals: bool = True
+    """whether signals of the completions count"""
 
 
 def plan_eval(row: Row) -> Task:
@@ -52,6 +57,7 @@ def plan_eval(row: Row) -> Task:
     Raises MissingColumns if a column is missing, and EndoRewardError if the columns fit two benchmarks or their
     contents cannot be scored.
     """
+    row = _with_lists(row)
     marked = [b for b in BENCHMARKS if any(mark in row for mark in b.marks)]
     complete = [b.name for b in marked if not _missing(row, b.needs)]
     if "num_correct" in row and any(_listed(row, side) for side in PAIR):
@@ -68,19 +74,41 @@ def plan_eval(row: Row) -> Task:
         raise MissingColumns("; or ".join(_lacks(row, b.name, _first(row, b.marks), b.needs) for b in closest))
     [found] = [b for b in marked if b.name == complete[0]]
     try:
-        return found.plan(row)
+        return completed(found.plan(row), row, signals=found.signals)
     except EndoRewardError as error:
         raise EndoRewardError(f"taken for {found.name}: {error}") from error
 
 
 def plan_plot(row: Row) -> Task:
     """Return what `plot` scores in `row`: what `score` does, or else a row of a benchmark."""
+    row = _with_lists(row)
     try:
         return plan(row, "score")
     except MissingColumns:
         if not any(mark in row for b in BENCHMARKS for mark in b.marks):
             raise
         return plan_eval(row)
+
+
+def _with_lists(row: Row) -> Row:
+    """Return the row with the lists that a CSV file holds as text. Where a completion may be text, text stays."""
+    read = {name: value_in(row[name]) for name in ("steps", "prompt_groups") if isinstance(row.get(name), str)}
+    if all(isinstance(row.get(side), str) and row[side].lstrip()[:1] == "[" for side in PAIR):
+        sides = {side: value_in(row[side]) for side in PAIR}
+        bad = next((side for side in PAIR if not isinstance(sides[side], list)), None)
+        if "num_correct" in row and bad:
+            raise EndoRewardError(
+                f"taken for {REWARD_BENCH_2}: {bad} looks like a list, but is neither JSON nor a Python literal"
+            )
+        named = any(str(row.get(name)).startswith(RM_BENCH_STARTS) for name in ("domain", "id"))
+        three = all(isinstance(s, list) and len(s) == 3 and all(isinstance(t, str) for t in s) for s in sides.values())
+        read |= sides if "num_correct" in row or (named and three) else {}
+    if not read:
+        return row
+    found = {**row, **{name: value for name, value in read.items() if value is not None}}
+    if error := record("", found).error:
+        raise EndoRewardError(error)
+    return found
 
 
 def _missing(row: Row, needs: tuple[str, ...]) -> list[str]:
@@ -128,15 +156,25 @@ def _reward_bench_2(row: Row) -> Task:
             continue
         if (said := _whole(row[name])) != count:
             whose = {"num_correct": "chosen has", "num_incorrect": "rejected has"}.get(name, "chosen and rejected have")
-            found = kind_of(row[name]) if said is None else said
+            found = kind_of(row[name]) if said is None else _short(said)
             raise EndoRewardError(f"taken for {REWARD_BENCH_2}: {name} is {found}, but {whose} {count}")
     return replace(task, benchmark=REWARD_BENCH_2)
 
 
+def _short(value: Any) -> str:
+    """Return `value` as written in Python, cut to fit a message: a shifted column may hold a whole response."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _text(value: Any, name: str) -> str:
+    return as_text(value, name, "text")
+
+
 def _whole(value: Any) -> int | None:
     """Return a whole number that may be written as text (CSV) or with a decimal point (a table with gaps), or None."""
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+\s*", value):
-        return int(value)
+    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.0*)?\s*", value):
+        return int(value.partition(".")[0])
     if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1:
         return int(value)
     return None
@@ -148,10 +186,10 @@ def _whole(value: Any) -> int | None:
 def _judge_bench(row: Row) -> Task:
     label = row["label"]
     if not isinstance(label, str) or label not in LABELS:
-        found = repr(label) if isinstance(label, str) else kind_of(label)
+        found = _short(label) if isinstance(label, str) else kind_of(label)
         raise EndoRewardError(f'label: wanted "A>B" or "B>A", found {found}')
-    question = as_text(row["question"], "question")
-    samples = tuple({"prompt": question, "completion": as_text(row[name], name)} for name in LABELS[label])
+    question = _text(row["question"], "question")
+    samples = tuple({"prompt": question, "completion": _text(row[name], name)} for name in LABELS[label])
     facts = {"subset": row.get("source"), "id": row.get("pair_id"), "place": int(label == "B>A")}
     return Task(samples, {"chosen": 0, "rejected": 1}, benchmark=JUDGE_BENCH, facts=facts)
 
@@ -161,28 +199,34 @@ def _judge_bench(row: Row) -> Task:
 
 def _rmgap(row: Row) -> Task:
     if row["domain"] not in RMGAP_DOMAINS:
-        raise EndoRewardError(f"domain: wanted one of {', '.join(RMGAP_DOMAINS)}, found {row['domain']!r}")
+        raise EndoRewardError(f"domain: wanted one of {', '.join(RMGAP_DOMAINS)}, found {_short(row['domain'])}")
     texts: dict[str, str] = {}
     for i, response in enumerate(_entries(row["responses"], "responses", RMGAP_RESPONSES, ("key", "text"))):
         if (key := str(response["key"])) in texts:
-            raise EndoRewardError(f"responses[{i}].key: {key!r} occurs twice")
-        texts[key] = as_text(response["text"], f"responses[{i}].text")
+            raise EndoRewardError(f"responses[{i}].key: {_short(key)} occurs twice")
+        texts[key] = _text(response["text"], f"responses[{i}].text")
         if not texts[key].strip():
             raise EndoRewardError(f"responses[{i}].text is empty")
     keys = sorted(texts)
     samples: list[dict[str, Any]] = []
     layout: list[dict[str, Any]] = []
     prompts: list[dict[str, Any]] = []
+    names: list[Any] = []
     for g, group in enumerate(_entries(row["prompt_groups"], "prompt_groups", RMGAP_GROUPS, ("winner", "prompts"))):
         where, winner = f"prompt_groups[{g}]", str(group["winner"])
+        names.append(g if group.get("group") is None else group["group"])
+        if names[-1] in names[:g]:
+            raise EndoRewardError(f"{where}.group: {_short(names[-1])} occurs twice")
         if winner not in texts:
-            raise EndoRewardError(f"{where}.winner: {winner!r} is no key of responses ({', '.join(keys)})")
+            raise EndoRewardError(
+                f"{where}.winner: {_short(winner)} is no key of responses ({', '.join(map(_short, keys))})"
+            )
         for p, prompt in enumerate(_entries(group["prompts"], f"{where}.prompts", RMGAP_PROMPTS, ("text",))):
-            text, at = as_text(prompt["text"], f"{where}.prompts[{p}].text"), len(samples)
+            text, at = _text(prompt["text"], f"{where}.prompts[{p}].text"), len(samples)
             samples += ({"prompt": text, "completion": texts[key], "group": len(prompts)} for key in keys)
             best = at + keys.index(winner)
             layout.append({"chosen": best, "rejected": [i for i in range(at, len(samples)) if i != best]})
-            prompts.append({"group": group.get("group", g), "prompt": p + 1, "place": best - at})
+            prompts.append({"at": g, "group": names[g], "prompt": p + 1, "place": best - at})
     return Task(tuple(samples), layout, benchmark=RMGAP, facts={"subset": row["domain"], "prompts": prompts})
 
 
@@ -207,19 +251,19 @@ def _process_bench(row: Row) -> Task:
     steps = row["steps"]
     if not isinstance(steps, list) or not steps:
         raise EndoRewardError(f"steps: wanted an array of texts, found {kind_of(steps)}")
-    steps = [as_text(step, f"steps[{i}]") for i, step in enumerate(steps)]
+    steps = [_text(step, f"steps[{i}]") for i, step in enumerate(steps)]
     if (empty := next((i for i, step in enumerate(steps) if not step.strip()), None)) is not None:
         raise EndoRewardError(f"steps[{empty}] is empty: a step without a token has no reward")
     label = _whole(row["label"])
     if label is None or not -1 <= label < len(steps):
-        found = kind_of(row["label"]) if label is None else label
+        found = kind_of(row["label"]) if label is None else _short(label)
         raise EndoRewardError(f"label: wanted -1 (no wrong step) or 0 to {len(steps) - 1} (steps), found {found}")
-    sample = {"prompt": as_text(row["problem"], "problem"), "completion": SEPARATOR.join(steps)}
+    sample = {"prompt": _text(row["problem"], "problem"), "completion": SEPARATOR.join(steps)}
     return Task((sample,), 0, benchmark=PROCESS_BENCH, facts={"label": label, "steps": steps, "id": row.get("id")})
 
 
 BENCHMARKS = (
     Benchmark(JUDGE_BENCH, RESPONSES, ("question", *RESPONSES, "label"), _judge_bench),
     Benchmark(RMGAP, ("prompt_groups",), ("domain", "responses", "prompt_groups"), _rmgap),
-    Benchmark(PROCESS_BENCH, ("steps",), ("problem", "steps", "label"), _process_bench),
+    Benchmark(PROCESS_BENCH, ("steps",), ("problem", "steps", "label"), _process_bench, signals=False),
 )

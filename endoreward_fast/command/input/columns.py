@@ -23,12 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import Any
 
 from ...errors import EndoRewardError
 from ...text.messages import check_message, check_text
-from .records import is_messages, kind_of
+from .records import is_messages, is_number, kind_of
 from .signal_columns import of_signals
 
 PROMPT = ("prompt", "question")
@@ -79,9 +78,13 @@ def plan(row: Mapping[str, Any], command: str = "score") -> Task:
 
     Raises MissingColumns if columns are missing, and EndoRewardError if their contents cannot be scored.
     """
-    task = _plan(row, command)
+    return completed(_plan(row, command), row)
+
+
+def completed(task: Task, row: Mapping[str, Any], *, signals: bool = True) -> Task:
+    """Return the task with what the row has for the chat template and, with `signals`, for signals."""
     given = {name: row[name] for name in GIVEN if row.get(name) is not None}
-    own = of_signals(row, task.layout, len(task.samples))
+    own = of_signals(row if signals else {}, task.layout, len(task.samples))
     return replace(task, samples=tuple(sample | given | one for sample, one in zip(task.samples, own, strict=True)))
 
 
@@ -198,14 +201,14 @@ def _completion(value: Any, name: str) -> Any:
     return _dialogue(value, name) if is_messages(value) else as_text(value, name)
 
 
-def as_text(value: Any, name: str) -> str:
+def as_text(value: Any, name: str, wanted: str = "text or messages") -> str:
     """Return `value` as text. Raises EndoRewardError, which names `name`, if it is none."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value):
+    if is_number(value):
         value = str(value)  # JSON files have numeric answers
     if not isinstance(value, str):
         missing = isinstance(value, float)
         found = f"{value}, which stands for a missing value" if missing else kind_of(value)
-        raise EndoRewardError(f"{name}: wanted text or messages, found {found}")
+        raise EndoRewardError(f"{name}: wanted {wanted}, found {found}")
     check_text(value, name)
     return value
 

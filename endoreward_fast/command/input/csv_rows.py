@@ -187,13 +187,13 @@ def cell(column: str, text: str) -> Any:
     if column == TERMINAL:
         return {"": None, "true": True, "1": True, "false": False, "0": False}.get(stripped.lower(), text)
     if column in GIVEN:
-        value = _value(text) if stripped else None
+        value = value_in(text) if stripped else None
         if value is None and stripped not in ("", "null", "None"):
             raise EndoRewardError(f"{column}: wanted a list or an object, found neither JSON nor a Python literal")
         return value
     if column not in COLUMNS or begins != "[":
         return text
-    value = _value(text)
+    value = value_in(text)
     if isinstance(value, list) and (column in LISTS or is_messages(value)):
         return value
     if column in LISTS or (value is None and MESSAGES.match(text)):
@@ -201,7 +201,7 @@ def cell(column: str, text: str) -> Any:
     return text
 
 
-def _value(text: str) -> list[Any] | dict[str, Any] | None:
+def value_in(text: str) -> list[Any] | dict[str, Any] | None:
     """Return the list or object that `text` writes out, or None."""
     for parse in (loads, _python):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,13 @@ def kind_of(value: object) -> str:
     if isinstance(value, bytes):
         return "bytes, which must be decoded to text first"
     return "null" if value is None else names.get(type(value), "an object")
+
+
+def is_number(value: object) -> bool:
+    """Return whether `value` is a finite number. An integer is, however large."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_messages(value: object) -> bool:

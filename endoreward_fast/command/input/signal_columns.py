@@ -13,8 +13,9 @@ data has such columns too.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Any
+
+from .records import is_number
 
 OF_SIGNALS = ("answer_span", "reference_answer", "privileged")
 
@@ -34,12 +35,12 @@ def _place(found: list[dict[str, Any]], name: str, layout: Any, value: Any) -> N
         for side, part in layout.items():
             _place(found, name, part, value[side] if alike else value)
     elif isinstance(layout, list):
-        alike = isinstance(value, list) and len(value) == len(layout) and not _one_span(value) and not _messages(value)
+        whole = _messages(value) or (name == "answer_span" and _one_span(value)) if isinstance(value, list) else True
+        alike = not whole and len(value) == len(layout)
         for i, part in enumerate(layout):
             _place(found, name, part, value[i] if alike else value)
     else:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
-        found[layout][name] = str(value) if number else value  # JSON files have numeric answers
+        found[layout][name] = str(value) if is_number(value) else value  # JSON files have numeric answers
 
 
 def _one_span(value: list[Any]) -> bool:

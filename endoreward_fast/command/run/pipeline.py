@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET
 from ...text.row_flags import NOTHING_TO_SCORE
+from ..flags.signal_names import NEEDS
 from ..input.benchmarks import plan_eval, plan_plot
 from ..input.columns import MissingColumns, Task, plan
 from ..input.files import Record, Source
@@ -119,7 +120,7 @@ class Item:
         result, score = self.results[position], self._value(position, signal)
         if self.says_nothing(position):
             return None
-        why = None if signal is None else (result.signal_errors or {}).get(signal)
+        why = self._lacking(result, signal)
         if result.error is None and why is None and (score is None or not isfinite(score)):
             return f"the score is not finite ({score})"
         return result.error or why
@@ -130,7 +131,15 @@ class Item:
 
     def signal_error(self, signal: str) -> str | None:
         """Return why a sample of the row does not have what `signal` needs, or None."""
-        return next((why for r in self.results.values() if (why := (r.signal_errors or {}).get(signal))), None)
+        return next((why for r in self.results.values() if (why := self._lacking(r, signal))), None)
+
+    def _lacking(self, result: RowScore, signal: str | None) -> str | None:
+        """Return why one sample does not have what `signal` needs, or None."""
+        if signal is None or result.error is not None or not self.has(signal):
+            return None
+        if signal not in {**(result.signals or {}), **(result.signal_errors or {})}:
+            return f"only some completions of the row have {' and '.join(NEEDS.get(signal, ()))}: give all of them one"
+        return (result.signal_errors or {}).get(signal)
 
     def says_nothing(self, position: int) -> bool:
         """Return whether the sample at `position` is empty and has no score. That is no error; it ranks last."""
@@ -265,14 +274,19 @@ def score_items(
     monitor.advance(sum(item.done for item in items))
 
     def hand_on(item: Item) -> None:
-        write(item)
+        try:
+            write(item)
+        except EndoRewardError:
+            waiting.clear()  # the rows behind it would raise the next error, which would hide this one
+            raise
         monitor.on_row(item.record.where, item.first_problem)
 
     try:
         for position, result in scorer.iter_scores(samples, on_tokens=monitor.on_tokens, **options) if samples else ():
             item, i = owners[position]
             item.results[i] = result
-            if strict and (problem := item.problem(i)):
+            unmet = (f"{name}: {why}" for name, why in (result.signal_errors or {}).items())
+            if strict and (problem := item.problem(i) or next(unmet, None)):
                 del item.results[i]  # the row stays incomplete, so it is not written and --resume repeats it
                 raise EndoRewardError(f"{item.record.where}: {problem} (--strict: stopped here)")
             monitor.advance(item.done)
