@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from ..types import NO_TARGET
+from .rows import sequence_starts
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -79,9 +80,17 @@ def check_rewards(
     if tokens.shape != shape or tokens.dtype != torch.int64 or tokens.device != like.device:
         raise _wrong("tokens", tokens, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     flags = _as_bool("mask", mask, shape, like.device), _as_bool("terminal", terminal, shape, like.device)
-    _check_alpha(alpha, shape if alpha_of_each else None, flags[0], like)
-    if cu_seqlens is None:
-        return flags
+    if cu_seqlens is not None:
+        _check_offsets(cu_seqlens, tokens, like)
+    scored = flags[0]
+    if alpha_of_each and isinstance(alpha, Tensor):
+        scored = ~sequence_starts(tokens, cu_seqlens) & (tokens != NO_TARGET)
+        scored = scored if flags[0] is None else scored & flags[0]
+    _check_alpha(alpha, shape if alpha_of_each else None, scored, like)
+    return flags
+
+
+def _check_offsets(cu_seqlens: Tensor, tokens: Tensor, like: Tensor) -> None:
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     if cu_seqlens.ndim != 1 or not integer or cu_seqlens.device != like.device:
         raise _wrong("cu_seqlens", cu_seqlens, f"(S + 1,) int32 or int64 on {like.device}")
@@ -93,7 +102,6 @@ def check_rewards(
             raise ValueError(
                 f"cu_seqlens={cu_seqlens.tolist()[:8]}...: expected offsets rising from 0 to B * T = {total}"
             )
-    return flags
 
 
 def check_input_ids(input_ids: Tensor, words: int | None) -> None:

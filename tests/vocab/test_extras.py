@@ -278,6 +278,27 @@ def test_wrong_temperatures_and_names_are_refused(name):
         er.vocab_stats(torch.randn(2, 4, 9), torch.zeros(2, 4).long(), **arguments)
 
 
+@pytest.mark.parametrize("impl", [*FAST, "reference"])
+def test_the_alpha_of_tokens_that_are_not_scored_is_not_read(impl, device):
+    """The first token of a sequence and a token of -100 are never scored, with the default mask or with any other."""
+    logits, tokens = torch.randn(2, 6, 9, device=device), torch.randint(9, (2, 6), device=device)
+    offsets, alpha = torch.tensor([0, 2, 12], device=device), torch.rand(2, 6, device=device) + 0.5
+    tokens[1, 3] = -100
+    unscored = tokens == -100
+    unscored.view(-1)[:3:2] = True
+    for wrong in (torch.nan, 0.0, torch.inf):
+        for mask in (None, torch.ones_like(unscored)):
+            odd = torch.where(unscored, wrong, alpha)
+            right, found = (
+                er.token_rewards(logits, tokens, mask=mask, cu_seqlens=offsets, alpha=a, impl=impl)
+                for a in (alpha, odd)
+            )
+            assert all(map(torch.equal, right[:3], found[:3]))
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="alpha holds inf"):
+            er.token_rewards(logits, tokens, cu_seqlens=offsets, alpha=alpha / torch.zeros_like(alpha), impl=impl)
+
+
 def test_what_reads_one_alpha_refuses_many():
     from endoreward_fast.signals import token_stats
 
