@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -19,35 +20,36 @@ def _wrong(name: str, x: Tensor, expected: str) -> ValueError:
     return ValueError(f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}: expected {expected}")
 
 
-def check_logits(logits: Tensor) -> None:
-    check_tensors(logits=logits)
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    check_tensors(**{name: logits})
     if logits.ndim < 1 or logits.dtype not in FLOATS or logits.shape[-1] == 0:
-        raise _wrong("logits", logits, "a floating-point tensor (..., V) with V >= 1")
+        raise _wrong(name, logits, "a floating-point tensor (..., V) with V >= 1")
 
 
 def check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, *,
-    sharded: bool = False,
+    sharded: bool = False, of: str = "",
 ) -> None:  # fmt: skip
-    check_tensors(hidden=hidden, weight=weight, bias=bias)
+    """Check a head and its hidden states. `of` is a prefix of the arguments' names in messages."""
+    check_tensors(**{f"{of}hidden": hidden, f"{of}weight": weight, f"{of}bias": bias})
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
-        raise _wrong("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
+        raise _wrong(f"{of}hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
     dim = hidden.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != dim or (weight.shape[0] == 0 and not sharded):
-        raise _wrong("weight", weight, f"(V, {dim}), D as in hidden {tuple(hidden.shape)}")
+        raise _wrong(f"{of}weight", weight, f"(V, {dim}), D as in {of}hidden {tuple(hidden.shape)}")
     widened = hidden.dtype == torch.float32 and weight.dtype in LOW_PRECISION
     if weight.device != hidden.device or not (weight.dtype == hidden.dtype or widened):
         also = " (or bfloat16, float16)" if hidden.dtype == torch.float32 else ""
-        raise _wrong("weight", weight, f"{hidden.dtype}{also} on {hidden.device}, like hidden")
+        raise _wrong(f"{of}weight", weight, f"{hidden.dtype}{also} on {hidden.device}, like {of}hidden")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
-        raise _wrong("bias", bias, f"({weight.shape[0]},), one per row of weight, on {hidden.device}")
+        raise _wrong(f"{of}bias", bias, f"({weight.shape[0]},), one per row of {of}weight, on {hidden.device}")
     if bias is not None and bias.dtype not in FLOATS:
-        raise _wrong("bias", bias, "a floating-point tensor")
-    check_numbers(logit_scale=logit_scale, softcap=softcap)
+        raise _wrong(f"{of}bias", bias, "a floating-point tensor")
+    check_numbers(**{f"{of}logit_scale": logit_scale, f"{of}softcap": softcap})
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap}: expected a finite number > 0, or None")
+        raise ValueError(f"{of}softcap={softcap}: expected a finite number > 0, or None")
     if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale={logit_scale}: expected a finite number")
+        raise ValueError(f"{of}logit_scale={logit_scale}: expected a finite number")
 
 
 def check_rows(
@@ -133,7 +135,9 @@ def check_reverse_mode(impl: str, *inputs: Tensor | None) -> None:
 def check_numbers(**arguments: float | None) -> None:
     """Raise ValueError for anything but a number, also for text that spells one. None passes."""
     for name, x in arguments.items():
-        if not (x is None or isinstance(x, int | float) or (hasattr(x, "__float__") and not isinstance(x, Tensor))):
+        if x is None or isinstance(x, int | float):
+            continue
+        if isinstance(x, Tensor) or not hasattr(x, "__float__") or getattr(x, "shape", ()) != ():
             raise ValueError(f"{name} is a {type(x).__name__}: expected a number")
 
 
@@ -151,8 +155,10 @@ def check_named(named: Sequence[int] | Tensor | None, vocab: int, device: torch.
             raise _wrong("named", named, "(K,) int64 with K >= 1")
         if named.device.type == "cpu" and not torch.compiler.is_compiling():
             _refuse_outside(named.tolist(), vocab)
+        if named.is_meta and device.type != "meta":
+            raise _wrong("named", named, f"token ids on {device}, or on the CPU")
         return named.to(device)
-    if not named or not all(isinstance(token, int) and not isinstance(token, bool) for token in named):
+    if not named or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in named):
         raise ValueError(f"named is {list(named)!r}: expected at least one token id, each an integer")
     _refuse_outside(named, vocab)
     return torch.tensor(named, dtype=torch.int64, device=device)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,6 +91,13 @@ BAD = {
         lambda: er.vocab_divergence(LOGITS, LOGITS, kind="jsd", beta=0),
         "beta=0: expected 0 < beta < 1; for the forward KL pass kind='forward-kl'",
     ),
+    "beta near the end": (
+        lambda: er.vocab_divergence(LOGITS, LOGITS, kind="jsd", beta=1 - 1e-9),
+        "beta=0.999999999: expected 1e-06 to 1 - 1e-06, which float32 tells from 0 and 1",
+    ),
+    "beta as an array": (
+        lambda: er.vocab_divergence(LOGITS, LOGITS, beta=np.ones(2)), "beta is a ndarray: expected a number"
+    ),
     "beta of a schedule": (lambda: er.vocab_divergence(LOGITS, LOGITS, beta=LOGITS[0, 0]), "beta is a tensor"),
     "beta as text": (lambda: er.vocab_divergence(LOGITS, LOGITS, beta="0.5"), "beta is a str: expected a number"),
     "alpha": (lambda: er.vocab_divergence(LOGITS, LOGITS, alpha=0.0), "alpha=0.0: expected a finite temperature"),
@@ -115,11 +123,19 @@ BAD = {
     ),
     "the teacher's weight": (
         lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, HIDDEN, WEIGHT.T),
-        r"teacher_weight is \(3, 5\).*expected \(V, 3\)",
+        r"teacher_weight is \(3, 5\).*expected \(V, 3\), D as in teacher_hidden",
     ),
     "the teacher's softcap": (
         lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, HIDDEN, WEIGHT, teacher_softcap=0.0),
         "teacher_softcap=0.0: expected a finite number > 0",
+    ),
+    "the teacher's bias": (
+        lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, HIDDEN, WEIGHT, teacher_bias=HIDDEN[0]),
+        r"teacher_bias is \(3,\).*expected \(5,\), one per row of teacher_weight",
+    ),
+    "the teacher's hidden states": (
+        lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, [0.0], WEIGHT),
+        r"torch.as_tensor\(teacher_hidden\) makes one",
     ),
     "mask": (lambda: er.vocab_divergence(LOGITS, LOGITS, mask=LOGITS > 0), r"mask is \(2, 5\).*expected \(2,\) bool"),
     "integer logits": (lambda: er.vocab_divergence(LOGITS, LOGITS.long()), "teacher_logits is .*floating-point"),

@@ -5,6 +5,7 @@ The draws are those of test_properties.py, with temperatures and names added.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -216,6 +217,13 @@ def test_named_logprobs_are_those_of_the_softmax(impl, offset, device):
 
 
 @pytest.mark.parametrize("impl", FAST)
+def test_names_may_be_integers_of_numpy(impl, device):
+    logits = torch.randn(3, 9, device=device)
+    found = er.vocab_stats(logits, named=[*np.arange(3), np.int64(8)], impl=impl).named_logprob
+    assert torch.equal(found, er.vocab_stats(logits, named=[0, 1, 2, 8], impl=impl).named_logprob)
+
+
+@pytest.mark.parametrize("impl", FAST)
 def test_a_target_that_is_named_has_the_logprob_of_its_reward(impl, device):
     hidden, weight = torch.randn(1, 9, 20, device=device), torch.randn(130, 20, device=device)
     tokens = torch.arange(100, 109, device=device)[None]
@@ -268,6 +276,9 @@ REFUSALS = {
     "none": ({"named": []}, "named is .*expected at least one token id"),
     "float ids": ({"named": torch.ones(2)}, r"named is \(2,\) torch.float32.*expected \(K,\) int64"),
     "number": ({"named": 3}, "named is a int: expected token ids"),
+    "bools": ({"named": [True]}, r"named is \[True\]: expected at least one token id"),
+    "no data": ({"named": torch.ones(2, dtype=torch.long, device="meta")}, "named is .* on meta: expected token ids"),
+    "array": ({"alpha": np.ones((2, 4))}, "alpha is a ndarray: expected a number"),
 }
 
 
