@@ -1,10 +1,12 @@
 """The divergence as operators and as functions: opcheck, torch.compile, autocast, bad input, bounded memory."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import endoreward_fast as er
 from endoreward_fast.vocab.divergence import ops
@@ -60,6 +62,20 @@ def test_one_graph_for_every_length_and_beta(heads):
             grads.append((value, *torch.autograd.grad(value, (h, w))))
         for ours, eager in zip(*grads, strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_activation_checkpointing(heads):
+    """Checkpointing lets a backward unpack its saved tensors once."""
+    hidden, weight, bias = heads
+    grads = []
+    for run in (lambda loss, *args: loss(*args), partial(checkpoint, use_reentrant=False)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        linear = run(lambda h, w: er.linear_vocab_divergence(h, w, hidden.tanh(), weight, bias=bias, kind="jsd"), h, w)
+        stored = run(lambda h, w: er.vocab_divergence(h @ w.T, hidden.tanh() @ weight.T), h, w)
+        stats = run(lambda h, w: er.linear_vocab_stats(h, w, named=[0, 1]).named_logprob, h, w)
+        grads.append(torch.autograd.grad(linear.sum() + stored.sum() + stats.sum(), (h, w)))
+    for once, again in zip(*grads, strict=True):
+        torch.testing.assert_close(once, again)
 
 
 def test_autocast_casts_as_in_a_linear_layer(heads):
