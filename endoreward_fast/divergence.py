@@ -66,6 +66,7 @@ def vocab_divergence(
     _check_options(kind, beta, alpha)
     for name, x in (("logits", logits), ("teacher_logits", teacher_logits)):
         check_logits(x, name)
+        _refuse_dtensor(name, x)
     _check_one_vocabulary(logits.shape[-1], teacher_logits.shape[-1], "logits", "slice both to the words they share")
     if teacher_logits.shape != logits.shape or teacher_logits.device != logits.device:
         raise ValueError(
@@ -171,12 +172,14 @@ def _head(
 ) -> Head:
     """Check a head and return it, its tensors cast as autocast would cast those of a linear layer."""
     check_linear(hidden, weight, bias, scale, softcap, of=prefix)
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if hasattr(x, "full_tensor"):
-            raise ValueError(
-                f"{prefix}{name} is a DTensor: the divergence reads whole heads only; pass its full_tensor()"
-            )
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        _refuse_dtensor(prefix + name, x)
     return Head(*_autocast(hidden, weight, bias), float(scale), None if softcap is None else float(softcap))
+
+
+def _refuse_dtensor(name: str, x: Tensor | None) -> None:
+    if hasattr(x, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor: the divergence reads whole tensors only; pass its full_tensor()")
 
 
 def _cut(vocab_size: int, *heads: Head) -> list[Head]:

@@ -296,7 +296,7 @@ def _vocab_stats(
     return VocabStats(
         lse.view(shape), target_logit.view(shape),
         h.view(shape) if entropy else None, mean.view(shape) if logit_mean else None,
-        None if named is None else out[-1].view(*shape, len(named)),
+        None if named is None else out[-1].view(*shape, named.shape[0]),  # len() is a constant to torch.export
     )  # fmt: skip
 
 

@@ -99,6 +99,12 @@ def test_padding_behind_the_vocabulary(heads):
     assert grad[: V - 2].any(1).all() and not grad[V - 2 :].any()
 
 
+class Split(torch.Tensor):
+    """What marks a DTensor."""
+
+    full_tensor = None
+
+
 LOGITS = torch.zeros(2, 5)
 HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)
 BAD = {
@@ -152,6 +158,12 @@ BAD = {
     "the teacher's hidden states": (
         lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, [0.0], WEIGHT),
         r"torch.as_tensor\(teacher_hidden\) makes one",
+    ),
+    "split logits": (
+        lambda: er.vocab_divergence(LOGITS, Split(LOGITS)), "teacher_logits is a DTensor: .* pass its full_tensor"
+    ),
+    "a split bias": (
+        lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, HIDDEN, WEIGHT, bias=Split(LOGITS[0])), "bias is a DTensor"
     ),
     "mask": (lambda: er.vocab_divergence(LOGITS, LOGITS, mask=LOGITS > 0), r"mask is \(2, 5\).*expected \(2,\) bool"),
     "integer logits": (lambda: er.vocab_divergence(LOGITS, LOGITS.long()), "teacher_logits is .*floating-point"),

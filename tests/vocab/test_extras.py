@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import endoreward_fast as er
 from endoreward_fast.vocab import chunked, fused, ops, reference
@@ -230,6 +232,14 @@ def test_a_target_that_is_named_has_the_logprob_of_its_reward(impl, device):
     named = er.linear_vocab_stats(hidden, weight, named=tokens[0], softcap=3.0, impl=impl).named_logprob
     logprob = er.linear_token_rewards(hidden, weight, tokens, softcap=3.0, impl=impl).logprob
     assert torch.equal(named[0, :-1].diagonal(1), logprob[0, 1:])
+
+
+def test_the_number_of_names_is_no_constant_of_a_trace():
+    """torch.export refuses a dynamic K that became an int, as by len()."""
+    mode, names = FakeTensorMode(shape_env=ShapeEnv()), torch.ones(3, dtype=torch.long, device="meta")
+    logits, named = (mode.from_tensor(x) for x in (torch.randn(4, 9, device="meta"), names))
+    with mode:
+        assert isinstance(er.vocab_stats(logits, named=named, impl="chunked").named_logprob.shape[-1], torch.SymInt)
 
 
 @pytest.mark.parametrize("impl", FAST)
