@@ -18,6 +18,7 @@ A named impl that cannot run raises ValueError. It never falls back to another o
 """
 
 import math
+from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor
@@ -31,6 +32,8 @@ from .vocab.divergence.rows import Head
 Kind = Literal["forward-kl", "reverse-kl", "jsd"]
 DivergenceImpl = Literal["auto", "fused", "chunked", "reference"]
 KINDS = ("forward-kl", "reverse-kl", "jsd")
+LEAST_SHARE = 1e-6
+"""least weight of either distribution in "jsd". Below 3e-8, 1 - beta is 1 in float32, and the JSD would be inf"""
 
 
 def vocab_divergence(
@@ -45,8 +48,8 @@ def vocab_divergence(
     teacher_logits  (..., V) of the teacher, of the same shape. Detach them, or compute them under no_grad, to train the
                     student alone; the teacher's gradient then costs nothing
     kind            "forward-kl", "reverse-kl" or "jsd"
-    beta            weight of the teacher in "jsd", 0 < beta < 1; the other kinds ignore it. TRL and Liger return the
-                    forward KL for beta = 0 and the reverse KL for beta = 1: name those by `kind`
+    beta            weight of the teacher in "jsd", 1e-6 to 1 - 1e-6; the other kinds ignore it. TRL and Liger return
+                    the forward KL for beta = 0 and the reverse KL for beta = 1: name those by `kind`
     mask            (...) rows to compute, as bool or as integers 0 and 1; the others cost nothing and come back 0
     alpha           softmax temperature of both, > 0
     impl            implementation, see the top of this file
@@ -62,7 +65,8 @@ def vocab_divergence(
     """
     _check_options(kind, beta, alpha)
     for name, x in (("logits", logits), ("teacher_logits", teacher_logits)):
-        _check_named(name, check_logits, x)
+        check_logits(x, name)
+        _refuse_dtensor(name, x)
     _check_one_vocabulary(logits.shape[-1], teacher_logits.shape[-1], "logits", "slice both to the words they share")
     if teacher_logits.shape != logits.shape or teacher_logits.device != logits.device:
         raise ValueError(
@@ -167,34 +171,26 @@ def _head(
     prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> Head:
     """Check a head and return it, its tensors cast as autocast would cast those of a linear layer."""
-    _check_named(prefix, check_linear, hidden, weight, bias, scale, softcap)
-    for name, x in (("hidden", hidden), ("weight", weight)):
-        if hasattr(x, "full_tensor"):
-            raise ValueError(
-                f"{prefix}{name} is a DTensor: the divergence reads whole heads only; pass its full_tensor()"
-            )
+    check_linear(hidden, weight, bias, scale, softcap, of=prefix)
+    for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        _refuse_dtensor(prefix + name, x)
     return Head(*_autocast(hidden, weight, bias), float(scale), None if softcap is None else float(softcap))
+
+
+def _refuse_dtensor(name: str, x: Tensor | None) -> None:
+    if hasattr(x, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor: the divergence reads whole tensors only; pass its full_tensor()")
 
 
 def _cut(vocab_size: int, *heads: Head) -> list[Head]:
     """Return the heads without the padding behind the vocabulary."""
     most = min(head.weight.shape[0] for head in heads)
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= most:
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, Integral) or not 1 <= vocab_size <= most:
         raise ValueError(f"vocab_size={vocab_size!r}: expected 1 to {most}, the rows of the smaller weight")
     return [
         head._replace(weight=head.weight[:vocab_size], bias=None if head.bias is None else head.bias[:vocab_size])
         for head in heads
     ]
-
-
-def _check_named(name: str, check: Any, *args: Any) -> None:
-    """Run a check of vocab/checks.py, whose messages name the student's argument; name the teacher's where it is."""
-    try:
-        check(*args)
-    except ValueError as error:
-        if not name.startswith("teacher_"):
-            raise
-        raise ValueError(f"teacher_{error}") from None
 
 
 def _check_options(kind: str, beta: float, alpha: float) -> None:
@@ -209,6 +205,8 @@ def _check_options(kind: str, beta: float, alpha: float) -> None:
     if kind == "jsd" and not 0 < beta < 1:
         at_the_ends = "; for the forward KL pass kind='forward-kl', for the reverse KL kind='reverse-kl'"
         raise ValueError(f"beta={beta}: expected 0 < beta < 1{at_the_ends if beta in (0, 1) else ''}")
+    if kind == "jsd" and not LEAST_SHARE <= beta <= 1 - LEAST_SHARE:
+        raise ValueError(f"beta={beta}: expected {LEAST_SHARE} to 1 - {LEAST_SHARE}, which float32 tells from 0 and 1")
 
 
 def _check_one_vocabulary(vocab: int, teacher_vocab: int, name: str, advice: str) -> None:

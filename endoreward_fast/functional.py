@@ -47,7 +47,8 @@ def vocab_stats(
     alpha    soft-RL temperature, > 0: a number, or (...) float32 with one for each row. No gradient flows into it
     entropy, logit_mean  whether to compute these fields; otherwise they are None
     named    K token ids, a list or a tensor (K,) int64: their log-probabilities in every row, (..., K), from the same
-             logits as lse, so none exceeds 0. An id may occur twice. A judge's "Yes" and "No" need one pass, not two
+             logits as lse, so none exceeds 0. An id may occur twice. A judge's "Yes" and "No" need one pass, not two.
+             torch.compile makes a graph for each list of another length; with tensors one graph serves all lengths
     impl     implementation, see `choose_impl`
 
     Without targets this is a logsumexp in one read:
@@ -295,7 +296,7 @@ def _vocab_stats(
     return VocabStats(
         lse.view(shape), target_logit.view(shape),
         h.view(shape) if entropy else None, mean.view(shape) if logit_mean else None,
-        None if named is None else out[-1].view(*shape, len(named)),
+        None if named is None else out[-1].view(*shape, named.shape[0]),  # len() is a constant to torch.export
     )  # fmt: skip
 
 

@@ -75,6 +75,9 @@ class Judge:
         if not hasattr(self.scorer, "tokenizer"):
             found = type(self.scorer).__name__
             raise EndoRewardError(f"scorer is a {found}: expected an EndoRewardModel")
+        odd = [reply for reply in self.possible() if not isinstance(reply, str) or not reply.strip()]
+        if odd or not self.possible():
+            raise EndoRewardError(f"{self.method}: the replies are {self.possible()!r}: expected texts, at least one")
         tokenizer = self.scorer.tokenizer
         unknown = getattr(tokenizer, "unk_token_id", None)
         if unknown is None:
@@ -198,6 +201,12 @@ class Pointwise(Judge):
     formula = "sum k pi(k | question, answer) / sum pi(k | question, answer), k = 1 ... 5"
     source = "G-Eval, 2303.16634"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        odd = [rating for rating in self.ratings if not _is_number(rating)]
+        if odd:
+            raise EndoRewardError(f"{self.method}: {odd[0]!r} in ratings is not a number: expected texts such as '5'")
+
     def possible(self) -> tuple[str, ...]:
         return self.ratings
 
@@ -208,6 +217,13 @@ class Pointwise(Judge):
         top = max(logprobs)
         weights = [math.exp(logprob - top) if top > -math.inf else math.nan for logprob in logprobs]
         return sum(w * float(k) for w, k in zip(weights, self.ratings, strict=True)) / sum(weights)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

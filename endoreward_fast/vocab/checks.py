@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch._C import _are_functorch_transforms_active as transforming
 from torch.autograd.forward_ad import unpack_dual
 
 from ..types import NO_TARGET
+from .rows import sequence_starts
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -19,36 +21,37 @@ def _wrong(name: str, x: Tensor, expected: str) -> ValueError:
     return ValueError(f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}: expected {expected}")
 
 
-def check_logits(logits: Tensor) -> None:
-    require_tensors(logits=logits)
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    require_tensors(**{name: logits})
     if logits.ndim < 1 or logits.dtype not in FLOATS or logits.shape[-1] == 0:
-        raise _wrong("logits", logits, "a floating-point tensor (..., V) with V >= 1")
+        raise _wrong(name, logits, "a floating-point tensor (..., V) with V >= 1")
 
 
 def check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, logit_scale: float, softcap: float | None, *,
-    sharded: bool = False,
+    sharded: bool = False, of: str = "",
 ) -> None:  # fmt: skip
-    require_tensors(hidden=hidden, weight=weight)
-    check_tensors(bias=bias)
+    """Check a head and its hidden states. `of` is a prefix of the arguments' names in messages."""
+    require_tensors(**{f"{of}hidden": hidden, f"{of}weight": weight})
+    check_tensors(**{f"{of}bias": bias})
     if hidden.ndim < 1 or hidden.dtype not in FLOATS or hidden.shape[-1] == 0:
-        raise _wrong("hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
+        raise _wrong(f"{of}hidden", hidden, "a floating-point tensor (..., D) with D >= 1")
     dim = hidden.shape[-1]
     if weight.ndim != 2 or weight.shape[1] != dim or (weight.shape[0] == 0 and not sharded):
-        raise _wrong("weight", weight, f"(V, {dim}), D as in hidden {tuple(hidden.shape)}")
+        raise _wrong(f"{of}weight", weight, f"(V, {dim}), D as in {of}hidden {tuple(hidden.shape)}")
     widened = hidden.dtype == torch.float32 and weight.dtype in LOW_PRECISION
     if weight.device != hidden.device or not (weight.dtype == hidden.dtype or widened):
         also = " (or bfloat16, float16)" if hidden.dtype == torch.float32 else ""
-        raise _wrong("weight", weight, f"{hidden.dtype}{also} on {hidden.device}, like hidden")
+        raise _wrong(f"{of}weight", weight, f"{hidden.dtype}{also} on {hidden.device}, like {of}hidden")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.device != hidden.device):
-        raise _wrong("bias", bias, f"({weight.shape[0]},), one per row of weight, on {hidden.device}")
+        raise _wrong(f"{of}bias", bias, f"({weight.shape[0]},), one per row of {of}weight, on {hidden.device}")
     if bias is not None and bias.dtype not in FLOATS:
-        raise _wrong("bias", bias, "a floating-point tensor")
-    check_numbers(logit_scale=logit_scale, softcap=softcap)
+        raise _wrong(f"{of}bias", bias, "a floating-point tensor")
+    check_numbers(**{f"{of}logit_scale": logit_scale, f"{of}softcap": softcap})
     if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap}: expected a finite number > 0, or None")
+        raise ValueError(f"{of}softcap={softcap}: expected a finite number > 0, or None")
     if not -math.inf < logit_scale < math.inf:
-        raise ValueError(f"logit_scale={logit_scale}: expected a finite number")
+        raise ValueError(f"{of}logit_scale={logit_scale}: expected a finite number")
 
 
 def check_rows(
@@ -82,21 +85,28 @@ def check_rewards(
     if tokens.shape != shape or tokens.dtype != torch.int64 or tokens.device != like.device:
         raise _wrong("tokens", tokens, f"{tuple(shape)} int64 on {like.device}, for {name} {tuple(like.shape)}")
     flags = _as_bool("mask", mask, shape, like.device), _as_bool("terminal", terminal, shape, like.device)
-    check_alpha(alpha, shape if alpha_of_each else None, flags[0], like)
-    if cu_seqlens is None:
-        return flags
+    if cu_seqlens is not None:
+        _check_offsets(cu_seqlens, tokens, like)
+    scored = flags[0]
+    if alpha_of_each and isinstance(alpha, Tensor):
+        scored = ~sequence_starts(tokens, cu_seqlens) & (tokens != NO_TARGET)
+        scored = scored if flags[0] is None else scored & flags[0]
+    check_alpha(alpha, shape if alpha_of_each else None, scored, like)
+    return flags
+
+
+def _check_offsets(cu_seqlens: Tensor, tokens: Tensor, like: Tensor) -> None:
     integer = cu_seqlens.dtype in (torch.int32, torch.int64)
     if cu_seqlens.ndim != 1 or not integer or cu_seqlens.device != like.device:
         raise _wrong("cu_seqlens", cu_seqlens, f"(S + 1,) int32 or int64 on {like.device}")
     # Offsets on a GPU are not checked: reading them would stall the stream.
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(cu_seqlens):
         total = tokens.numel()
         rising = bool((cu_seqlens.diff() >= 0).all())
         if not (len(cu_seqlens) >= 2 and cu_seqlens[0] == 0 and cu_seqlens[-1] == total and rising):
             raise ValueError(
                 f"cu_seqlens={cu_seqlens.tolist()[:8]}...: expected offsets rising from 0 to B * T = {total}"
             )
-    return flags
 
 
 def check_input_ids(input_ids: Tensor, words: int | None) -> None:
@@ -111,7 +121,7 @@ def check_input_ids(input_ids: Tensor, words: int | None) -> None:
     if input_ids.ndim != 2 or input_ids.dtype != torch.int64 or not input_ids.numel():
         raise _wrong("input_ids", input_ids, "token ids, (B, T) int64, at least one")
     # Ids on a GPU are left to the embedding's own assertion: reading them here would stall the stream.
-    if words is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+    if words is None or not readable(input_ids):
         return
     low, high = (int(x) for x in input_ids.aminmax())
     if low < 0 or high >= words:
@@ -128,7 +138,9 @@ def check_reverse_mode(impl: str, *inputs: Tensor | None) -> None:
 def check_numbers(**arguments: float | None) -> None:
     """Raise ValueError for anything but a number, also for text that spells one. None passes."""
     for name, x in arguments.items():
-        if not (x is None or isinstance(x, int | float) or (hasattr(x, "__float__") and not isinstance(x, Tensor))):
+        if x is None or isinstance(x, int | float):
+            continue
+        if isinstance(x, Tensor) or not hasattr(x, "__float__") or getattr(x, "shape", ()) != ():
             raise ValueError(f"{name} is a {type(x).__name__}: expected a number")
 
 
@@ -144,10 +156,12 @@ def check_named(named: Sequence[int] | Tensor | None, vocab: int, device: torch.
     if isinstance(named, Tensor):
         if named.ndim != 1 or named.dtype != torch.int64 or not named.numel():
             raise _wrong("named", named, "(K,) int64 with K >= 1")
-        if named.device.type == "cpu" and not torch.compiler.is_compiling():
+        if readable(named):
             _refuse_outside(named.tolist(), vocab)
+        if named.is_meta and device.type != "meta":
+            raise _wrong("named", named, f"token ids on {device}, or on the CPU")
         return named.to(device)
-    if not named or not all(isinstance(token, int) and not isinstance(token, bool) for token in named):
+    if not named or not all(isinstance(token, Integral) and not isinstance(token, bool) for token in named):
         raise ValueError(f"named is {list(named)!r}: expected at least one token id, each an integer")
     _refuse_outside(named, vocab)
     return torch.tensor(named, dtype=torch.int64, device=device)
@@ -184,7 +198,7 @@ def _check_temperatures(alpha: Tensor, shape: torch.Size, mask: Tensor | None, d
         raise _wrong("alpha is a tensor, and it", alpha, f"a number, or {tuple(shape)} float32 on {device}")
     if alpha.requires_grad:
         raise ValueError("alpha requires a gradient, and none flows into it: pass alpha.detach()")
-    if alpha.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(alpha):
         used = alpha if mask is None else alpha[mask]
         wrong = ~((used > 0) & (used < math.inf))
         if wrong.any():

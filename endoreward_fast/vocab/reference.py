@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..types import NO_TARGET, TokenRewards, VocabStats
 from .checks import check_named_inside
+from .rows import sequence_starts
 
 
 def final_logits(hidden, weight, *, bias=None, logit_scale=1.0, softcap=None, dtype=torch.float32) -> Tensor:
@@ -171,20 +172,6 @@ def outside_vocabulary(targets: Tensor, mask: Tensor | None, vocab: int) -> Tens
         row = lost.nonzero()[0].tolist()
         raise IndexError(f"target {int(targets[tuple(row)])} at row {row} is outside the vocabulary [0, {vocab})")
     return lost
-
-
-def sequence_starts(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Return bool (B, T): the first token of each sequence. It was chosen in no known state and has no reward.
-
-    cu_seqlens (S + 1,) holds the offsets of S sequences packed into the B * T tokens in row-major order.
-    """
-    starts = torch.zeros_like(tokens, dtype=torch.bool)
-    starts[:, :1] = True
-    if cu_seqlens is None:
-        return starts
-    offsets = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
-    offsets[cu_seqlens.long()] = True  # the last offset is one past the last token
-    return starts | offsets[:-1].view_as(starts)
 
 
 def shift_left(flags: Tensor) -> Tensor:

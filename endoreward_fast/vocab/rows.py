@@ -198,3 +198,17 @@ def stats_grads(
     after = successor.clamp(min=0)
     g_lse = (alpha * g_value - g_logprob).index_add(0, after, torch.where(leads_on, -at(alpha, after) * g_reward, 0.0))
     return RowGrads(g_lse, g_reward + g_logprob / alpha, g_entropy, None)
+
+
+def sequence_starts(tokens: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Return bool (B, T): the first token of each sequence. It was chosen in no known state and has no reward.
+
+    cu_seqlens (S + 1,) holds the offsets of S sequences packed into the B * T tokens in row-major order.
+    """
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    starts[:, :1] = True
+    if cu_seqlens is None:
+        return starts
+    offsets = torch.zeros(tokens.numel() + 1, dtype=torch.bool, device=tokens.device)
+    offsets[cu_seqlens.long()] = True  # the last offset is one past the last token
+    return starts | offsets[:-1].view_as(starts)

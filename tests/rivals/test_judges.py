@@ -245,6 +245,23 @@ def test_a_reply_that_the_tokenizer_lacks_is_refused(name, known, lacking):
     assert judge(knows("Yes", "A", "B", "1", "2", "3", "4", "5")).score(ROWS)[0].score is not None
 
 
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda model: Pointwise(model, ratings=()), r"the replies are \(\): expected texts, at least one"),
+        (lambda model: Pointwise(model, ratings=(1, 2)), r"the replies are \(1, 2\): expected texts"),
+        (lambda model: Pointwise(model, ratings=("good", "bad")), "'good' in ratings is not a number"),
+        (lambda model: Pointwise(model, ratings=("1", "nan")), "'nan' in ratings is not a number"),
+        (lambda model: Verifier(model, reply=" "), r"the replies are \(' ',\): expected texts"),
+        (lambda model: Pairwise(model, replies=("A", "")), r"the replies are \('A', ''\): expected texts"),
+    ],
+)
+def test_replies_that_no_judge_can_give_are_refused(make, said):
+    with pytest.raises(EndoRewardError, match=said) as error:
+        make(Replies(lambda *_: -1.0))
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("name", JUDGES)
 def test_judges_pass_on_the_options_that_apply(name):
     model = Replies(lambda *_: -1.0)

@@ -135,6 +135,21 @@ def test_excluded_words(impl, device, assert_within_budget):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("beta", [1e-6, 1 - 1e-6])
+def test_the_jsd_is_finite_at_the_ends_of_beta(beta, impl, device):
+    """Each row has words whose log-ratio is above 20, of which e^-|u| - 1 rounds to -1."""
+    student, teacher = torch.randn(2, 3, 140, device=device)
+    student[0, 3] = teacher[1, 3] = 40.0
+    student[2, 5], teacher[2, 9] = -INF, -INF
+    value, ds, dt = with_gradients(
+        lambda s, t: er.vocab_divergence(s, t, kind="jsd", beta=beta, impl=impl), (student, teacher), torch.ones(3)
+    )
+    exact = oracle(student.double(), teacher.double(), kind="jsd", beta=beta)
+    torch.testing.assert_close(value.double(), exact, rtol=0.02, atol=0)
+    assert ds.isfinite().all() and dt.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_a_row_that_is_all_minus_infinity(impl, device):
     student, teacher = torch.randn(2, 3, 140, device=device)
     student[0] = teacher[1] = -INF

@@ -1,9 +1,12 @@
 """The divergence as operators and as functions: opcheck, torch.compile, autocast, bad input, bounded memory."""
 
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import endoreward_fast as er
 from endoreward_fast.vocab.divergence import ops
@@ -61,6 +64,20 @@ def test_one_graph_for_every_length_and_beta(heads):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
 
 
+def test_activation_checkpointing(heads):
+    """Checkpointing lets a backward unpack its saved tensors once."""
+    hidden, weight, bias = heads
+    grads = []
+    for run in (lambda loss, *args: loss(*args), partial(checkpoint, use_reentrant=False)):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        linear = run(lambda h, w: er.linear_vocab_divergence(h, w, hidden.tanh(), weight, bias=bias, kind="jsd"), h, w)
+        stored = run(lambda h, w: er.vocab_divergence(h @ w.T, hidden.tanh() @ weight.T), h, w)
+        stats = run(lambda h, w: er.linear_vocab_stats(h, w, named=[0, 1]).named_logprob, h, w)
+        grads.append(torch.autograd.grad(linear.sum() + stored.sum() + stats.sum(), (h, w)))
+    for once, again in zip(*grads, strict=True):
+        torch.testing.assert_close(once, again)
+
+
 def test_autocast_casts_as_in_a_linear_layer(heads):
     hidden, weight, _ = heads
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
@@ -82,6 +99,12 @@ def test_padding_behind_the_vocabulary(heads):
     assert grad[: V - 2].any(1).all() and not grad[V - 2 :].any()
 
 
+class Split(torch.Tensor):
+    """What marks a DTensor."""
+
+    full_tensor = None
+
+
 LOGITS = torch.zeros(2, 5)
 HIDDEN, WEIGHT = torch.zeros(2, 3), torch.zeros(5, 3)
 BAD = {
@@ -89,6 +112,13 @@ BAD = {
     "beta at the end": (
         lambda: er.vocab_divergence(LOGITS, LOGITS, kind="jsd", beta=0),
         "beta=0: expected 0 < beta < 1; for the forward KL pass kind='forward-kl'",
+    ),
+    "beta near the end": (
+        lambda: er.vocab_divergence(LOGITS, LOGITS, kind="jsd", beta=1 - 1e-9),
+        "beta=0.999999999: expected 1e-06 to 1 - 1e-06, which float32 tells from 0 and 1",
+    ),
+    "beta as an array": (
+        lambda: er.vocab_divergence(LOGITS, LOGITS, beta=np.ones(2)), "beta is a ndarray: expected a number"
     ),
     "beta of a schedule": (lambda: er.vocab_divergence(LOGITS, LOGITS, beta=LOGITS[0, 0]), "beta is a tensor"),
     "beta as text": (lambda: er.vocab_divergence(LOGITS, LOGITS, beta="0.5"), "beta is a str: expected a number"),
@@ -115,11 +145,25 @@ BAD = {
     ),
     "the teacher's weight": (
         lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, HIDDEN, WEIGHT.T),
-        r"teacher_weight is \(3, 5\).*expected \(V, 3\)",
+        r"teacher_weight is \(3, 5\).*expected \(V, 3\), D as in teacher_hidden",
     ),
     "the teacher's softcap": (
         lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, HIDDEN, WEIGHT, teacher_softcap=0.0),
         "teacher_softcap=0.0: expected a finite number > 0",
+    ),
+    "the teacher's bias": (
+        lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, HIDDEN, WEIGHT, teacher_bias=HIDDEN[0]),
+        r"teacher_bias is \(3,\).*expected \(5,\), one per row of teacher_weight",
+    ),
+    "the teacher's hidden states": (
+        lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, [0.0], WEIGHT),
+        r"torch.as_tensor\(teacher_hidden\) makes one",
+    ),
+    "split logits": (
+        lambda: er.vocab_divergence(LOGITS, Split(LOGITS)), "teacher_logits is a DTensor: .* pass its full_tensor"
+    ),
+    "a split bias": (
+        lambda: er.linear_vocab_divergence(HIDDEN, WEIGHT, HIDDEN, WEIGHT, bias=Split(LOGITS[0])), "bias is a DTensor"
     ),
     "mask": (lambda: er.vocab_divergence(LOGITS, LOGITS, mask=LOGITS > 0), r"mask is \(2, 5\).*expected \(2,\) bool"),
     "integer logits": (lambda: er.vocab_divergence(LOGITS, LOGITS.long()), "teacher_logits is .*floating-point"),

@@ -5,10 +5,13 @@ The draws are those of test_properties.py, with temperatures and names added.
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import endoreward_fast as er
 from endoreward_fast.vocab import chunked, fused, ops, reference
@@ -216,12 +219,27 @@ def test_named_logprobs_are_those_of_the_softmax(impl, offset, device):
 
 
 @pytest.mark.parametrize("impl", FAST)
+def test_names_may_be_integers_of_numpy(impl, device):
+    logits = torch.randn(3, 9, device=device)
+    found = er.vocab_stats(logits, named=[*np.arange(3), np.int64(8)], impl=impl).named_logprob
+    assert torch.equal(found, er.vocab_stats(logits, named=[0, 1, 2, 8], impl=impl).named_logprob)
+
+
+@pytest.mark.parametrize("impl", FAST)
 def test_a_target_that_is_named_has_the_logprob_of_its_reward(impl, device):
     hidden, weight = torch.randn(1, 9, 20, device=device), torch.randn(130, 20, device=device)
     tokens = torch.arange(100, 109, device=device)[None]
     named = er.linear_vocab_stats(hidden, weight, named=tokens[0], softcap=3.0, impl=impl).named_logprob
     logprob = er.linear_token_rewards(hidden, weight, tokens, softcap=3.0, impl=impl).logprob
     assert torch.equal(named[0, :-1].diagonal(1), logprob[0, 1:])
+
+
+def test_the_number_of_names_is_no_constant_of_a_trace():
+    """torch.export refuses a dynamic K that became an int, as by len()."""
+    mode, names = FakeTensorMode(shape_env=ShapeEnv()), torch.ones(3, dtype=torch.long, device="meta")
+    logits, named = (mode.from_tensor(x) for x in (torch.randn(4, 9, device="meta"), names))
+    with mode:
+        assert isinstance(er.vocab_stats(logits, named=named, impl="chunked").named_logprob.shape[-1], torch.SymInt)
 
 
 @pytest.mark.parametrize("impl", FAST)
@@ -268,6 +286,9 @@ REFUSALS = {
     "none": ({"named": []}, "named is .*expected at least one token id"),
     "float ids": ({"named": torch.ones(2)}, r"named is \(2,\) torch.float32.*expected \(K,\) int64"),
     "number": ({"named": 3}, "named is a int: expected token ids"),
+    "bools": ({"named": [True]}, r"named is \[True\]: expected at least one token id"),
+    "no data": ({"named": torch.ones(2, dtype=torch.long, device="meta")}, "named is .* on meta: expected token ids"),
+    "array": ({"alpha": np.ones((2, 4))}, "alpha is a ndarray: expected a number"),
 }
 
 
@@ -276,6 +297,27 @@ def test_wrong_temperatures_and_names_are_refused(name):
     arguments, message = REFUSALS[name]
     with pytest.raises(ValueError, match=message):
         er.vocab_stats(torch.randn(2, 4, 9), torch.zeros(2, 4).long(), **arguments)
+
+
+@pytest.mark.parametrize("impl", [*FAST, "reference"])
+def test_the_alpha_of_tokens_that_are_not_scored_is_not_read(impl, device):
+    """The first token of a sequence and a token of -100 are never scored, with the default mask or with any other."""
+    logits, tokens = torch.randn(2, 6, 9, device=device), torch.randint(9, (2, 6), device=device)
+    offsets, alpha = torch.tensor([0, 2, 12], device=device), torch.rand(2, 6, device=device) + 0.5
+    tokens[1, 3] = -100
+    unscored = tokens == -100
+    unscored.view(-1)[:3:2] = True
+    for wrong in (torch.nan, 0.0, torch.inf):
+        for mask in (None, torch.ones_like(unscored)):
+            odd = torch.where(unscored, wrong, alpha)
+            right, found = (
+                er.token_rewards(logits, tokens, mask=mask, cu_seqlens=offsets, alpha=a, impl=impl)
+                for a in (alpha, odd)
+            )
+            assert all(map(torch.equal, right[:3], found[:3]))
+    if device.type == "cpu":
+        with pytest.raises(ValueError, match="alpha holds inf"):
+            er.token_rewards(logits, tokens, cu_seqlens=offsets, alpha=alpha / torch.zeros_like(alpha), impl=impl)
 
 
 def test_what_reads_one_alpha_refuses_many():

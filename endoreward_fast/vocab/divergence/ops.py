@@ -152,7 +152,8 @@ def _linear_setup(ctx, inputs, output):
 
 
 def _linear_backward(ctx, grads):
-    tensors, stats = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    saved = ctx.saved_tensors  # once: activation checkpointing refuses to unpack a tensor again
+    tensors, stats = saved[:7], list(saved[7:])
     needs = list(ctx.needs_input_grad[:6])
     if grads[0] is None:
         return (None,) * 14
