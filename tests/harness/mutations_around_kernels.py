@@ -169,13 +169,13 @@ OPERATORS = {
 
 ORACLE = {
     "the oracle packs without boundaries": Mutation(
-        "vocab/reference.py",
+        "vocab/rows.py",
         "return starts | offsets[:-1].view_as(starts)",
         "return starts",
         f"{PROPERTIES}::test_the_oracle_is_the_definition[logits]",
     ),
     "packed boundaries one token early": Mutation(
-        "vocab/reference.py",
+        "vocab/rows.py",
         "offsets[cu_seqlens.long()] = True",
         "offsets[cu_seqlens.long() - 1] = True",
         f"{ROWS}::test_the_kernels_plan_is_the_one_of_torch[7]",
