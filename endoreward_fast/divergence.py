@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from .functional import _as_3d, _autocast, _flat
 from .vocab.checks import as_bool, check_linear, check_logits, check_numbers, check_reverse_mode
 from .vocab.divergence import reference
 from .vocab.divergence.fused import obstacle
 from .vocab.divergence.rows import Head
+from .vocab.prepare import as_3d, autocast, flat
 
 Kind = Literal["forward-kl", "reverse-kl", "jsd"]
 DivergenceImpl = Literal["auto", "fused", "chunked", "reference"]
@@ -81,7 +81,7 @@ def vocab_divergence(
     check_reverse_mode(chosen, p, q)
     from .vocab.divergence.ops import logits_divergence
 
-    out = logits_divergence(_as_3d(p), _as_3d(q), _flat(mask), weight, float(alpha), chosen)
+    out = logits_divergence(as_3d(p), as_3d(q), flat(mask), weight, float(alpha), chosen)
     return out[0].view(logits.shape[:-1])
 
 
@@ -135,7 +135,7 @@ def linear_vocab_divergence(
     from .vocab.divergence.ops import linear_divergence
 
     out = linear_divergence(
-        _rows(p[0]), *p[1:3], _rows(q[0]), *q[1:3], _flat(mask), *p[3:], *q[3:], share, float(alpha), chosen
+        _rows(p[0]), *p[1:3], _rows(q[0]), *q[1:3], flat(mask), *p[3:], *q[3:], share, float(alpha), chosen
     )
     return out[0].view(rows)
 
@@ -174,7 +174,7 @@ def _head(
     check_linear(hidden, weight, bias, scale, softcap, of=prefix)
     for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         _refuse_dtensor(prefix + name, x)
-    return Head(*_autocast(hidden, weight, bias), float(scale), None if softcap is None else float(softcap))
+    return Head(*autocast(hidden, weight, bias), float(scale), None if softcap is None else float(softcap))
 
 
 def _refuse_dtensor(name: str, x: Tensor | None) -> None:

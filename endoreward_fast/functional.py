@@ -22,6 +22,7 @@ from .types import TokenRewards, VocabStats
 from .vocab import reference
 from .vocab.checks import check_linear, check_logits, check_named, check_reverse_mode, check_rewards, check_rows
 from .vocab.choice import AUTO, Impl, choose_impl, uses_kernels
+from .vocab.prepare import as_3d, autocast, flat
 
 if TYPE_CHECKING:
     from .vocab.shard_layout import VocabShard
@@ -81,7 +82,7 @@ def vocab_stats(
 
     number, alphas = (float(alpha), None) if many is None else (1.0, _alpha_of_rows(many, mask))
     out = logits_stats(
-        _as_3d(logits), _flat(targets), _flat(mask), None, number, entropy, logit_mean, chosen, alphas, named
+        as_3d(logits), flat(targets), flat(mask), None, number, entropy, logit_mean, chosen, alphas, named
     )
     return _vocab_stats(out, targets.shape, entropy, logit_mean, named)
 
@@ -114,7 +115,7 @@ def linear_vocab_stats(
     """
     hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias = autocast(hidden, weight, bias)
     targets, mask = check_rows(targets, mask, hidden, "hidden", alpha)
     many = alpha if isinstance(alpha, Tensor) else None
     if shard is not None:
@@ -132,7 +133,7 @@ def linear_vocab_stats(
     check_reverse_mode(chosen, hidden, weight, bias)
     number, alphas = (float(alpha), None) if many is None else (1.0, _alpha_of_rows(many, mask))
     out = _linear_stats(shard)(
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias, _flat(targets), _flat(mask), None,
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, flat(targets), flat(mask), None,
         float(logit_scale), softcap, number, entropy, logit_mean, _run_as(impl, chosen, shard),
         *(() if shard else (alphas, named)),
     )  # fmt: skip
@@ -198,7 +199,7 @@ def linear_token_rewards(
     """
     hidden, weight, bias, shard = _localize(hidden, weight, bias, shard, vocab_size)
     check_linear(hidden, weight, bias, logit_scale, softcap, sharded=shard is not None)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias = autocast(hidden, weight, bias)
     mask, terminal = check_rewards(tokens, mask, terminal, cu_seqlens, hidden, "hidden", alpha, alpha_of_each=True)
     many = alpha if isinstance(alpha, Tensor) else None
     if shard is not None:
@@ -221,16 +222,6 @@ def linear_token_rewards(
         *(() if shard else (alphas, None)),
     )  # fmt: skip
     return _token_rewards(out, tokens, entropy)
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    device = hidden.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which raises for meta, a device without autocast
-        return hidden, weight, bias
-    if hidden.dtype == torch.float64:  # autocast leaves float64 alone
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _localize(
@@ -276,17 +267,6 @@ def _refuse_extras(alpha: float | Tensor, named: Sequence[int] | Tensor | None) 
 def _refuse_sharded(shard: "VocabShard | None") -> None:
     if shard is not None:
         raise ValueError("impl='reference' cannot read a sharded head: use impl='auto'")
-
-
-def _as_3d(logits: Tensor) -> Tensor:
-    """View (..., V) as (outer, inner, V), without a copy if the strides allow it, as they do for a slice [:, :-1]."""
-    if logits.ndim == 3:
-        return logits
-    return logits[(None,) * (3 - logits.ndim)] if logits.ndim < 3 else logits.flatten(0, -3)
-
-
-def _flat(rows: Tensor | None) -> Tensor | None:
-    return None if rows is None else rows.reshape(-1)
 
 
 def _vocab_stats(

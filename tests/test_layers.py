@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "types": "view",
     "vocab": "types errors kernels",
     "functional": "types vocab",
-    "divergence": "vocab functional",
+    "divergence": "vocab",
     "returns": "vocab",
     "losses": "types vocab",
     "signals": "types errors vocab functional returns",

@@ -231,7 +231,7 @@ linear_stats.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 def outputs(stats: RowStats, rewards: RowRewards | None) -> list[Tensor]:
     empty = stats.lse.new_empty(0)
-    found = [empty.clone() if f is None else f for f in (*stats[:6], *(rewards or ()))]
+    found = [empty.clone() if f is None else f for f in (*_six(stats), *(rewards or ()))]
     return found if stats.named is None else [*found, stats.named]
 
 

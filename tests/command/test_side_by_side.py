@@ -5,9 +5,7 @@ import re
 
 import pytest
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
@@ -19,6 +17,7 @@ from endoreward_fast.rivals.judges import JUDGES
 from endoreward_fast.rivals.reward_model import RewardModel
 from endoreward_fast.scoring.readings import KEYS
 from endoreward_fast.signals import SIGNALS
+from tiny_models import save_two_words
 
 QUESTIONS = [("What is 2 + 2?", "4", ["5", "44"]), ("What is 3 + 1?", "4", ["three", "7"])]
 PAIRS = [{"id": i, "prompt": q, "chosen": c, "rejected": r} for i, (q, c, r) in enumerate(QUESTIONS)]
@@ -153,10 +152,6 @@ def test_bad_input_is_one_clear_line(flags, said, tmp_path):
 
 
 def test_a_judge_whose_reply_is_no_token_is_one_clear_line(tmp_path):
-    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "No": 1}, unk_token="<unk>"))
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=2, **size)).save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "model")
-    flags = ["--judge", "verifier", "--model", tmp_path / "model", "-q"]
+    flags = ["--judge", "verifier", "--model", save_two_words(tmp_path / "model"), "-q"]
     result = run("eval", put(tmp_path, *PAIRS), *flags, code=2)
     assert "the model's tokenizer has no token for 'Yes'" in result.stderr and result.stderr.count("\n") == 1

@@ -3,14 +3,12 @@
 import json
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.command.input.columns import plan
 from endoreward_fast.signals import SIGNALS
+from tiny_models import save_two_words
 
 OF_ROW = [name for name, signal in SIGNALS.items() if signal.needs and not signal.needs_reference]
 PAIR = {
@@ -77,11 +75,7 @@ def test_eval_prints_signals_of_the_rows_that_have_their_columns(pocket, tmp_pat
 
 
 def test_a_reference_model_with_another_vocabulary_is_one_clear_line(tmp_path):
-    tokenizer = Tokenizer(WordLevel({"<unk>": 0, "No": 1}, unk_token="<unk>"))
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    LlamaForCausalLM(LlamaConfig(vocab_size=2, **size)).save_pretrained(tmp_path / "model")
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path / "model")
-    flags = ["--signals", "prefix-value", "--reference-model", tmp_path / "model", "-q"]
+    flags = ["--signals", "prefix-value", "--reference-model", save_two_words(tmp_path / "model"), "-q"]
     said = run("eval", put(tmp_path, BARE), *flags, code=2).stderr
     assert "is not the reference model's" in said and said.count("\n") == 1, said
 

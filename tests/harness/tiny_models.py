@@ -57,6 +57,15 @@ ROWS = [
 ]
 
 
+def save_two_words(folder):
+    """Save a model with a vocabulary of its own, <unk> and "No", and return the folder."""
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "No": 1}, unk_token="<unk>"))
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=2, **size)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    return folder
+
+
 def random_rows(*lengths):
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 256, (n,), generator=generator) for n in lengths]
