@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "tuning": "errors vocab kernels",
     "rivals": "errors text scoring model",
     "pocket": "",
+    "data": "errors text scoring",
     "integrations": "errors returns text scoring model",
-    "command": "errors vocab view text scoring model rivals pocket tuning",
+    "command": "errors vocab view text data scoring model rivals pocket tuning",
     "__main__": "command",
 }
 FACE = "__init__"

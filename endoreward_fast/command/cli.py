@@ -14,6 +14,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ..data.files import STDIN, open_source
+from ..data.formats import JSON, JSON_LINES, refuse_other_format
 from ..errors import EndoRewardError
 from ..model.checkpoint import weights_of
 from .evaluate import plots, side_by_side
@@ -24,8 +26,6 @@ from .flags.panels import of_head, of_input, of_output, takes
 from .flags.score_flags import ScoreFlags
 from .flags.values import device_name
 from .group import BAD_INPUT, Group, OneProcess
-from .input.files import STDIN, open_source
-from .input.formats import JSON, JSON_LINES, refuse_other_format
 from .run import pipeline
 from .run.interrupted import end, kept_until_written, resume_hint
 from .run.jobs import Engine, Job, here, nothing_left

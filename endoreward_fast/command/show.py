@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..data.files import Record, Source, open_source
+from ..data.formats import PAGE, TEXT, format_of, refuse_other_format
+from ..data.items import Item
 from ..errors import EndoRewardError
 from ..text.messages import spoken
 from ..text.row_flags import in_words
@@ -12,12 +15,9 @@ from ..view.heatmap import Card, Row, Token, best_of, clipped, counted, limit_of
 from ..view.notebook import tokens_of
 from ..view.palette import DARK, LEVELS, level_of, terminal_256
 from .flags.options import RowFlags
-from .input.files import Record, Source, open_source
-from .input.formats import PAGE, TEXT, format_of, refuse_other_format
 from .run import pipeline
 from .run.interrupted import end, kept_until_written
 from .run.monitor import Monitor
-from .run.pipeline import Item
 from .run.sink import Sink
 
 if TYPE_CHECKING:

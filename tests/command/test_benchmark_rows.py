@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from endoreward_fast.command.input.benchmarks import plan_eval, plan_plot
-from endoreward_fast.command.input.columns import MissingColumns
+from endoreward_fast.data.benchmarks import plan_eval, plan_plot
+from endoreward_fast.data.columns import MissingColumns
 from endoreward_fast.errors import EndoRewardError
 
 JUDGE = {

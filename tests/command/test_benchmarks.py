@@ -19,7 +19,7 @@ from endoreward_fast.command.evaluate.process_bench import METHODS, Solution
 from endoreward_fast.command.evaluate.report import FileResult, to_json, to_text
 from endoreward_fast.command.evaluate.reward_bench_2 import reward_bench_2, ties_of
 from endoreward_fast.command.evaluate.rmgap import ranking, rmgap
-from endoreward_fast.command.input.benchmarks import plan_eval
+from endoreward_fast.data.benchmarks import plan_eval
 
 SOURCES = ("mmlu-pro-law", "mmlu-pro-math", "livebench-reasoning", "livebench-math", "livecodebench")
 OWN_JUDGE = {"Knowledge": 1 / 3, "Reasoning": 1 / 3, "Math": 1 / 6, "Coding": 1 / 3}

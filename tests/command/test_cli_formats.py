@@ -6,9 +6,9 @@ import os
 import pytest
 
 from cli_harness import LengthScorer, put, run
-from endoreward_fast.command.input.formats import NAMES
 from endoreward_fast.command.run import pipeline
 from endoreward_fast.command.run.sink import STDOUT, Sink
+from endoreward_fast.data.formats import NAMES
 
 PAIR = {"prompt": "p", "chosen": "a", "rejected": "bb"}
 ASKED = ("show", "--prompt", "p", "--completion", "c")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from endoreward_fast.command.input.columns import MissingColumns, arrange, plan
-from endoreward_fast.command.input.files import DEEPEST, open_source
+from endoreward_fast.data.columns import MissingColumns, arrange, plan
+from endoreward_fast.data.files import DEEPEST, open_source
 from endoreward_fast.errors import EndoRewardError
 from written import put
 

@@ -7,7 +7,7 @@ import pytest
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError
-from endoreward_fast.command.input.files import open_source
+from endoreward_fast.data.files import open_source
 from endoreward_fast.text.encoding import encode_row
 from written import read
 

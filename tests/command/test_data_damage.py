@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 from cli_harness import rows_of, run
-from endoreward_fast.command.input.files import open_source
+from endoreward_fast.data.files import open_source
 from written import put, read
 
 

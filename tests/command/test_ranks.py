@@ -23,7 +23,6 @@ import torch
 from cli_harness import LengthScorer, put, rows_of, run
 from endoreward_fast import EndoRewardError
 from endoreward_fast.command.flags.options import EngineFlags
-from endoreward_fast.command.input.files import open_source
 from endoreward_fast.command.run import pipeline
 from endoreward_fast.command.run.jobs import Finished, InOrder, Job, Windows, note_idle
 from endoreward_fast.command.run.monitor import Monitor
@@ -31,6 +30,7 @@ from endoreward_fast.command.run.ranks import Rank, help_out, lead
 from endoreward_fast.command.run.ranks_board import Board, call
 from endoreward_fast.command.run.ranks_clerk import Clerk
 from endoreward_fast.command.run.resume import key_of, rows_left
+from endoreward_fast.data.files import open_source
 from endoreward_fast.model.checkpoint import weights_of
 
 ROOT = Path(__file__).resolve().parents[2]

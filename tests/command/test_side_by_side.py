@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.command.flags.options import JUDGES as JUDGE_NAMES
-from endoreward_fast.command.flags.signal_names import NEEDS
-from endoreward_fast.command.flags.signal_names import SIGNALS as SIGNAL_NAMES
+from endoreward_fast.data.signal_columns import NEEDS
+from endoreward_fast.data.signal_columns import SIGNALS as SIGNAL_NAMES
 from endoreward_fast.model.checkpoint import pocket_path
 from endoreward_fast.rivals.judges import JUDGES
 from endoreward_fast.rivals.reward_model import RewardModel

@@ -6,7 +6,7 @@ import pytest
 
 from cli_harness import put, run
 from endoreward_fast import EndoRewardModel
-from endoreward_fast.command.input.columns import plan
+from endoreward_fast.data.columns import plan
 from endoreward_fast.signals import SIGNALS
 from tiny_models import save_two_words
 

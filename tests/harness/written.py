@@ -1,6 +1,6 @@
 """Helpers that write a file and read it with the command's readers."""
 
-from endoreward_fast.command.input.files import open_source
+from endoreward_fast.data.files import open_source
 from endoreward_fast.errors import EndoRewardError
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from cli_harness import LengthScorer, put, rows_of, run
-from endoreward_fast.command.input.columns import plan
 from endoreward_fast.command.run import pipeline
+from endoreward_fast.data.columns import plan
 from endoreward_fast.text.row_flags import FLAGS
 
 ASKED = "\n\nHuman: Why?\n\nAssistant: Which one?\n\nHuman: The sky.\n\nAssistant:"

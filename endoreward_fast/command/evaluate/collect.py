@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...data.benchmarks import PROCESS_BENCH, RMGAP
+from ...data.items import Item
 from ...errors import EndoRewardError
-from ..input.benchmarks import PROCESS_BENCH, RMGAP
-from ..run.pipeline import Item
 from .evaluation import rm_bench_part
 from .judged import Judged
 from .process_bench import Solution, subset_of

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..input.benchmarks import JUDGE_BENCH
+from ...data.benchmarks import JUDGE_BENCH
 from .judged import Accuracy, Judged, over_rows
 
 CATEGORIES = {

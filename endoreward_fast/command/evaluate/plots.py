@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...data.files import STDIN, open_source
+from ...data.items import Item
 from ...errors import EndoRewardError
 from ...view.palette import LIGHT
 from ..flags.options import RowFlags
-from ..input.files import STDIN, open_source
 from ..run import pipeline
 from ..run.interrupted import end, kept_until_written
 from ..run.monitor import Monitor
-from ..run.pipeline import Item
 from ..run.sink import Sink
 
 PICTURE = "rewards.png"

@@ -29,7 +29,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..input.benchmarks import REWARD_BENCH_2
+from ...data.benchmarks import REWARD_BENCH_2
 from .judged import Accuracy, Judged, by, over_rows
 
 SUBSETS = ("Factuality", "Focus", "Math", "Precise IF", "Safety")

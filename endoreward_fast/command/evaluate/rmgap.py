@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..input.benchmarks import RMGAP, RMGAP_DOMAINS, RMGAP_GROUPS, RMGAP_PROMPTS
+from ...data.benchmarks import RMGAP, RMGAP_DOMAINS, RMGAP_GROUPS, RMGAP_PROMPTS
 from .judged import Accuracy, Judged, by, count_rows, mean_of, over_rows, wilson
 
 CHANCE = {"Pair": 1 / 2, "BoN": 1 / 4, "Consistency": 1 / 24**2}

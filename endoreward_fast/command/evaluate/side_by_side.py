@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from ...data.items import Item
+from ...data.signal_columns import OF_ROWS
 from ...model.checkpoint import weights_of
 from ..flags.options import PAIRWISE, SOURCE, EvalFlags
-from ..flags.signal_names import OF_ROWS, left_out
+from ..flags.signal_names import left_out
 from ..flags.values import ALL
 from ..run import pipeline
 from ..run.monitor import Aside, Monitor
-from ..run.pipeline import Item, Scorer
+from ..run.pipeline import Scorer
 from .collect import Lengths, add, add_solution, is_solution, lengths_of
 from .report import FileResult
 

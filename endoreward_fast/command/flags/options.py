@@ -8,12 +8,13 @@ import textwrap
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Optional
 
+from ...data.signal_columns import OF_TWO_MODELS, SIGNALS
 from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET, on_this_machine
 from ...model.dtypes import DTYPES
 from ...text.messages import check_text
 from .panels import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
-from .signal_names import OF_TWO_MODELS, SIGNALS, asked, refuse_one_model
+from .signal_names import asked, refuse_one_model
 from .values import ALL, at_least_one, day, device_name, dtype_name, names, one_of, template_kwargs, tools_in
 
 REDUCTIONS = ("sum", "mean")

@@ -1,34 +1,12 @@
-"""The signals by name, and what --signals asks for.
-
-The names and needs repeat `signals.SIGNALS` (a test compares them), because importing that would make --help wait for
-torch.
-"""
+"""What --signals asks for, and what it leaves out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ...data.signal_columns import NEEDS, OF_TWO_MODELS, SIGNALS
 from ...errors import EndoRewardError
 from .values import ALL, names
-
-REFERENCE = "reference"
-"""the need that the call meets, with a second model"""
-_ANSWERED = ("answer_span", "reference_answer")
-SIGNALS = (
-    *("endogenous", "centred", "discounted-reward", "logprob", "discounted-logprob", "mean-logprob", "entropy"),
-    *("self-certainty", "probability", "log-ratio", "prefix-value", "answer-logprob", "answer-probability"),
-    *("reference-logprob", "reference-probability", "reference-gain", "privileged-log-ratio"),
-)
-NEEDS = {
-    **dict.fromkeys(("log-ratio", "prefix-value"), (REFERENCE,)),
-    **dict.fromkeys(("answer-logprob", "answer-probability"), ("answer_span",)),
-    **dict.fromkeys(("reference-logprob", "reference-probability", "reference-gain"), _ANSWERED),
-    "privileged-log-ratio": ("privileged",),
-}
-"""{signal: a second model, or the columns of a row that it needs}"""
-OF_TWO_MODELS = tuple(name for name in SIGNALS if REFERENCE in NEEDS.get(name, ()))
-
-OF_ROWS = tuple(name for name in NEEDS if name not in OF_TWO_MODELS)
 
 
 def asked(text: str | None, *, reference: bool) -> tuple[str, ...]:

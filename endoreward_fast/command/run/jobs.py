@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ...data.answers import ranked_row, scored_row
+from ...data.items import Item
 from ...errors import EndoRewardError
 from ..flags.options import EngineFlags
 from . import pipeline
-from .answers import ranked_row, scored_row
 from .monitor import Monitor
-from .pipeline import Encoder, Item, Scorer
+from .pipeline import Encoder, Scorer
 from .sink import to_line
 
 ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {"score": scored_row, "rank": ranked_row}

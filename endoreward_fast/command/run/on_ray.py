@@ -14,11 +14,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from ...data.items import Item
 from ...errors import EndoRewardError
 from ..flags.options import EngineFlags
 from .jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
 from .monitor import Monitor
-from .pipeline import Item
 
 PATIENCE = 10.0
 """seconds to wait for a cluster to answer"""

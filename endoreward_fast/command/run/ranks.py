@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...data.items import Item
 from ...errors import EndoRewardError
 from ...model.checkpoint import weights_of
 from ..flags.options import EngineFlags
 from .jobs import Engine, InOrder, Job, Windows, Write, note_idle, warnings_to
 from .monitor import Monitor
-from .pipeline import Item, Scorer, before_loading
+from .pipeline import Scorer, before_loading
 from .ranks_board import PAUSE, Board, call, come, reached
 from .ranks_clerk import CLAIMED, END, HANDED_IN, Clerk, heard, left_key, result_key, window_key
 

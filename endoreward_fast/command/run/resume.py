@@ -21,9 +21,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ...data.files import STDIN, Record, Source
 from ...errors import EndoRewardError
 from ..flags.options import SOURCE, EngineFlags
-from ..input.files import STDIN, Record, Source
 from .sink import PART, plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "signals", "signal_errors", "token_rewards"})

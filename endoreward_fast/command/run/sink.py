@@ -13,8 +13,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, BinaryIO
 
+from ...data.files import STDIN
 from ...errors import EndoRewardError
-from ..input.files import STDIN
 
 UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
@@ -22,11 +22,6 @@ UNICODE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 STDIN_OPEN, STDOUT, STDERR = 0, 1, 2  # file descriptors
 PART = ".part"
 """suffix of a file that is not complete"""
-
-
-def compact(value: float, digits: int = 9) -> float:
-    """Round to `digits` significant digits. Nine of them identify every float32."""
-    return float(f"{value:.{digits}g}")
 
 
 def to_line(row: dict[str, Any]) -> str:

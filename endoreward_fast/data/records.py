@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ...text.messages import DEEPEST
+from ..text.messages import DEEPEST
 
 
 @dataclass(frozen=True)

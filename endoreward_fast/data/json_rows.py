@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ...errors import EndoRewardError
+from ..errors import EndoRewardError
 from .records import Ambiguous, Record, is_messages, kind_of, record
 
 LISTS = frozenset(("completions", "responses", "messages", "prompt_ids", "completion_ids"))

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
-from ..input.columns import arrange
-from .pipeline import Item
-from .sink import compact
+from .columns import arrange
+from .items import Item
 
 if TYPE_CHECKING:
-    from ...scoring.results import RowScore
+    from ..scoring.results import RowScore
 
 
 def scored_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
@@ -33,6 +32,11 @@ def ranked_row(item: Item, *, per_token: bool = False) -> dict[str, Any]:
     best = samples[ranking[0]].get("completion") if ranking and scores[ranking[0]] is not None else None
     new = {"scores": [_number(s) for s in scores], "ranking": ranking, "best": best}
     return _with_columns(item, new, list(range(len(samples))), per_token)
+
+
+def compact(value: float, digits: int = 9) -> float:
+    """Round to `digits` significant digits. Nine of them identify every float32."""
+    return float(f"{value:.{digits}g}")
 
 
 def _number(score: float | None) -> float | None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ...errors import EndoRewardError
+from ..errors import EndoRewardError
 from .csv_rows import cell, csv_rows
 from .json_rows import COLUMNS, LISTS, TEXTS, document, is_mostly_lines, is_row, json_lines, rows_of_document
 from .magic import HEAD, refuse_foreign

@@ -25,8 +25,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ...errors import EndoRewardError
-from ...text.messages import check_message, check_text
+from ..errors import EndoRewardError
+from ..text.messages import check_message, check_text
 from .records import is_messages, is_number, kind_of
 from .signal_columns import of_signals
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ...errors import EndoRewardError
+from ..errors import EndoRewardError
 
 TEXT, PAGE, JSON, JSON_LINES = "text", "HTML", "JSON", "JSON Lines"
 NAMES = {

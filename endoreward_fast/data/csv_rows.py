@@ -12,7 +12,7 @@ import tokenize
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from ...errors import EndoRewardError
+from ..errors import EndoRewardError
 from .json_rows import COLUMNS, GIVEN, LISTS, TERMINAL, loads, of_pairs
 from .records import Record, is_messages, record
 

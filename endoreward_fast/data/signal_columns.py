@@ -1,4 +1,4 @@
-"""The columns that signals need: what each sample of a row gets of them.
+"""The signals by name, and the columns that they need: what each sample of a row gets of them.
 
 | column             | each sample gets                                                                 |
 | `answer_span`      | the text of its final answer, or [start, stop] in characters (tokens, with ids)  |
@@ -16,6 +16,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from .records import is_number
+
+# The names and needs repeat `signals.SIGNALS` (a test compares them): importing that would make --help wait for torch.
+REFERENCE = "reference"
+"""the need that the call meets, with a second model"""
+_ANSWERED = ("answer_span", "reference_answer")
+SIGNALS = (
+    *("endogenous", "centred", "discounted-reward", "logprob", "discounted-logprob", "mean-logprob", "entropy"),
+    *("self-certainty", "probability", "log-ratio", "prefix-value", "answer-logprob", "answer-probability"),
+    *("reference-logprob", "reference-probability", "reference-gain", "privileged-log-ratio"),
+)
+NEEDS = {
+    **dict.fromkeys(("log-ratio", "prefix-value"), (REFERENCE,)),
+    **dict.fromkeys(("answer-logprob", "answer-probability"), ("answer_span",)),
+    **dict.fromkeys(("reference-logprob", "reference-probability", "reference-gain"), _ANSWERED),
+    "privileged-log-ratio": ("privileged",),
+}
+"""{signal: a second model, or the columns of a row that it needs}"""
+OF_TWO_MODELS = tuple(name for name in SIGNALS if REFERENCE in NEEDS.get(name, ()))
+OF_ROWS = tuple(name for name in NEEDS if name not in OF_TWO_MODELS)
 
 OF_SIGNALS = ("answer_span", "reference_answer", "privileged")
 

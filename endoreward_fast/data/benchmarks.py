@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ...errors import EndoRewardError
+from ..errors import EndoRewardError
 from .columns import MissingColumns, Task, as_text, completed, plan
 from .csv_rows import value_in
 from .records import is_messages, kind_of, record

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ...errors import EndoRewardError
+from ..errors import EndoRewardError
 
 HEAD = 512
 """number of first bytes to look at"""
