@@ -8,46 +8,20 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from ..errors import EndoRewardError
 from ..model.vocabulary import refuse_other_vocabulary
-from ..returns import sequence_score
 from ..scoring.options import ScoreOptions
 from ..scoring.results import RowScore
-from .generated import NOT_FINITE, ending_ids, score_completions, scorer_of
+from ..scoring.sampled import UNSCORED, Rewarded, ending_ids
+from .generated import score_completions, scorer_of
 
 # One lock for each model: a hook reads the head's input, so adapters that share a model must take turns.
 _BUSY: "weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock]" = weakref.WeakKeyDictionary()
-
-
-class Rewarded(NamedTuple):
-    """The reward of one completion."""
-
-    score: float
-    """score by the given reduction; BatchedReward's `unscored` if there is none"""
-    tokens: tuple[float, ...]
-    """each token's part of the score; they sum to it"""
-    token: float
-    """mean reward of a token"""
-    first_value: float
-    """V of the prompt"""
-    error: str | None
-    """the reason for a missing score, in one line"""
-    rewards: tuple[float, ...] = ()
-    """the reward of each token, without the weights of a reduction"""
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics to log. Every completion has the same names, because trainers stack them."""
-        found = {"token": self.token, "first_value": self.first_value, "length": float(len(self.tokens))}
-        return found | {"unscored": float(self.error is not None)}
-
-
-UNSCORED = -1e6
 
 
 class BatchedReward:
@@ -114,14 +88,8 @@ class BatchedReward:
             asked.set_result(rewarded)
 
     def _reduce(self, row: RowScore) -> Rewarded:
-        if row.error or row.tokens is None or not all(map(math.isfinite, row.tokens.rewards)):
-            return self.without(row.error or NOT_FINITE)
-        rewards, o = row.tokens.rewards, self.options
-        parts = score_parts(rewards, reduction=o.reduction, gamma=o.gamma, floor=o.floor)
-        score = math.fsum(parts)
-        if score <= self.unscored:
-            return self.without(f"its score is not above unscored={self.unscored:g}")
-        return Rewarded(score, parts, math.fsum(rewards) / len(rewards), row.tokens.values[0], None, tuple(rewards))
+        found = Rewarded.of(row, self.options, self.unscored)
+        return found if found.error is None else self.without(found.error)
 
     def without(self, reason: str) -> Rewarded:
         """Return the answer for a completion that cannot be scored. Count it, and warn once for each reason."""
@@ -130,14 +98,4 @@ class BatchedReward:
             self.reasons[reason] += 1
         if not known:
             warnings.warn(f"a completion gets reward {self.unscored:g}: {reason}", stacklevel=2)
-        return Rewarded(self.unscored, (), 0.0, 0.0, reason)
-
-
-def score_parts(
-    rewards: Sequence[float], *, reduction: Literal["sum", "mean"], gamma: float, floor: float
-) -> tuple[float, ...]:
-    """Return each token's part of `sequence_score`, which is linear in the rewards: reward times derivative."""
-    reward = torch.tensor([rewards], requires_grad=True)
-    everywhere = torch.ones_like(reward, dtype=torch.bool)
-    sequence_score(reward, everywhere, reduction=reduction, gamma=gamma, floor=floor).sum().backward()
-    return tuple((reward.detach() * reward.grad)[0].tolist())
+        return Rewarded.without(reason, self.unscored)

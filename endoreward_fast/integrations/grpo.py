@@ -25,8 +25,8 @@ from ..model.model import EndoRewardModel
 from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import rewards_to_go
 from ..scoring.evaluating import evaluating
+from ..scoring.sampled import Ids, Own
 from .advantages import token_advantages
-from .generated import Ids, Own
 from .trl import EndoReward, Scored
 
 

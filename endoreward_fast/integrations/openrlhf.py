@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 
 from ..errors import EndoRewardError
-from ..text.boundary import decode, split_ids, tokenize
-from .batched import UNSCORED, BatchedReward, Rewarded
-from .generated import generated_row
+from ..scoring.sampled import UNSCORED, Rewarded, generated_row
+from ..text.query import split_query
+from .batched import BatchedReward
 
 
 class EndoReward:
@@ -66,34 +66,10 @@ class EndoReward:
         return {"rewards": scores, "scores": scores.clone(), "extra_logs": extra}
 
     def _ask(self, query: str, prompt: str) -> "Future[Rewarded] | Rewarded":
-        ids = self._ids(query, prompt)
+        ids = split_query(self.reward.tokenizer, query, prompt)
         if ids is None:
             return self.reward.without("the query does not start with its prompt, complete or truncated from the left")
         return self.reward.submit(generated_row(*ids, self.reward.ends))
-
-    def _ids(self, query: str, prompt: str) -> tuple[list[int], list[int]] | None:
-        """Return the ids of prompt and response, or None if the query does not start with the prompt.
-
-        The prompt may have lost tokens on its left, or be spelled as the tokenizer decodes it.
-        """
-        tokenizer = self.reward.tokenizer
-        whole = tokenize(tokenizer, prompt)
-        if query.startswith(prompt):
-            return whole, self._response(query, prompt, whole, query[len(prompt) :])
-        # Longest first. At least half of the prompt must be left: any query may start with the prompt's last letters.
-        for cut in range(len(whole) // 2 + 1):
-            opening = decode(tokenizer, whole[cut:])
-            if opening and query.startswith(opening):
-                return whole[cut:], self._response(query, prompt, whole[cut:], query[len(opening) :])
-        return None
-
-    def _response(self, query: str, prompt: str, prompt_ids: list[int], text: str) -> list[int]:
-        """Return the response's ids such that prompt and response decode to the query."""
-        tokenizer = self.reward.tokenizer
-        # SentencePiece tokenizers decode a special token with a space after it, and add a second one when encoding.
-        found = [split_ids(tokenizer, prompt, response)[1] for response in (text, text.removeprefix(" "))]
-        spelt = (ids for ids in found if tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=False) == query)
-        return next(spelt, found[0])
 
 
 def _loaded(tokenizer: Any) -> Any:

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import EndoRewardError
-from .batched import BatchedReward, Rewarded
-from .generated import generated_row
+from ..scoring.sampled import Rewarded, generated_row
+from .batched import BatchedReward
 from .token_level import group_advantages, mean_of, weight_of
 
 

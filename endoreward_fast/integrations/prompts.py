@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from ..errors import EndoRewardError
-from .generated import Ids, Own
+from ..scoring.sampled import Ids, Own
 
 Messages = Sequence[Mapping[str, Any]]
 

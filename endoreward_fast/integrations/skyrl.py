@@ -17,9 +17,9 @@ from torch import Tensor
 
 from ..errors import EndoRewardError
 from ..returns import rewards_to_go
+from ..scoring.sampled import Own, Rewarded, generated_row
 from .advantages import token_advantages
-from .batched import BatchedReward, Rewarded
-from .generated import Own, generated_row
+from .batched import BatchedReward
 from .token_level import mean_of, spread, weight_of
 
 

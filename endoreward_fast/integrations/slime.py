@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EndoRewardError
-from .batched import BatchedReward, Rewarded
-from .generated import generated_row
+from ..scoring.sampled import Rewarded, generated_row
+from .batched import BatchedReward
 from .token_level import group_advantages, mean_of, spread
 
 KEY = "endo_reward"

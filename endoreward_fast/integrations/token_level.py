@@ -8,8 +8,8 @@ import torch
 
 from ..errors import EndoRewardError
 from ..returns import rewards_to_go
+from ..scoring.sampled import Own
 from .advantages import Scale, token_advantages
-from .generated import Own
 
 
 def weight_of(environment: Any) -> float:

@@ -21,8 +21,9 @@ from ..model.model import EndoRewardModel
 from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import sequence_score
 from ..scoring.options import ScoreOptions
+from ..scoring.sampled import NOT_FINITE, Ids, Own, ending_ids, generated_row
 from ..text.chat import with_system
-from .generated import NOT_FINITE, Ids, Own, ending_ids, generated_row, score_completions, scorer_of
+from .generated import score_completions, scorer_of
 from .prompts import Rendering, answered_by_tools
 
 METRICS = "endo_reward"

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from ..errors import EndoRewardError
-from .batched import UNSCORED, BatchedReward, Rewarded
-from .generated import Own, generated_row
+from ..scoring.sampled import UNSCORED, Own, Rewarded, generated_row
+from .batched import BatchedReward
 
 OPTIONS = ("model", "alpha", "reduction", "gamma", "floor", "max_tokens_per_batch", "unscored")
 NEEDED = ("prompts", "responses", "attention_mask")

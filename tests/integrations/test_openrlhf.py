@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.integrations.openrlhf import EndoReward
 from endoreward_fast.model.checkpoint import pocket_path
+from endoreward_fast.text.query import split_query
 from tiny_models import build, byte_tokenizer, sampled_rewards
 from tiny_tokenizers import FRAGMENTS, LOSSLESS
 
@@ -108,10 +109,10 @@ def test_responses_get_the_tokens_that_were_sampled():
         assert whole[: len(before)] == before
         sampled = [*whole[len(before) :], llama.eos_token_id]
         query = llama.decode([*before, *sampled], skip_special_tokens=False)
-        assert reward._ids(query, prompt) == (before, sampled)
+        assert split_query(reward.reward.tokenizer, query, prompt) == (before, sampled)
         kept = before[2:]
         cut = llama.decode([*kept, *sampled], skip_special_tokens=False)
-        assert reward._ids(cut, prompt) == (kept, sampled)
+        assert split_query(reward.reward.tokenizer, cut, prompt) == (kept, sampled)
         if n < 8:
             queries.append(query)
             prompts.append(prompt)

@@ -1,0 +1,1 @@
+"""The client: a model behind a URL, used in place of a loaded one."""
