@@ -24,6 +24,7 @@ from ..scoring.score import encode_rows, score_rows
 from ..scoring.scorer import Scorer
 from ..text.encoding import Encoded
 from ..text.rows import Row
+from .encoders import Encoders
 
 QUANTUM = 512
 """tokens that a request may spend in each of its turns: one or two usual rows"""
@@ -125,7 +126,8 @@ class Batcher:
         self._closing = False
         self._rate = math.nan
         """rows a second, of the last rounds"""
-        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._encoders = Encoders(scorer)
+        self._threads = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._thread = threading.Thread(target=self._score_what_waits, name="score", daemon=True)
         self._thread.start()
 
@@ -149,7 +151,7 @@ class Batcher:
             self._encoding += 1
         asked = Asked(rows, options)
         asked.future.add_done_callback(lambda _: self._forget(asked))
-        self._encoders.submit(self._encode, asked, read, most_tokens, too_many)
+        self._threads.submit(self._encode, asked, read, most_tokens, too_many)
         return asked
 
     def cancel(self, asked: Asked) -> None:
@@ -162,7 +164,7 @@ class Batcher:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        self._encoders.shutdown()
+        self._threads.shutdown()
 
     def _seconds_to_half(self) -> int:
         known = self._rate > 0
@@ -183,7 +185,7 @@ class Batcher:
         try:
             if asked.over:
                 return
-            found = encode_rows(self.scorer, read(), asked.options)
+            found = encode_rows(self.scorer, read(), asked.options, self._encoders.of(asked.options))
             asked.tokens = sum(len(row.input_ids) for row in found if isinstance(row, Encoded))
             if most is not None and asked.tokens > most:
                 raise too_many(asked.tokens)

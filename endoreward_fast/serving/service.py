@@ -200,4 +200,8 @@ def _first(error: ValidationError, body: type[BaseModel]) -> str:
     said = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"{where}: missing; the fields are {', '.join(body.model_fields)}"
+    if fault["type"] == "too_short":
+        return f"{where}: empty"
+    if fault["type"] == "none_required":
+        return f"{where} is {body.model_fields[where].description}"
     return f"{where}: {said[:1].lower()}{said[1:]}"
