@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "pocket": "",
     "data": "errors text scoring",
     "remote": "scoring",
-    "serving": "errors text data scoring remote",
+    "serving": "errors text data scoring model remote",
     "integrations": "errors returns text scoring model",
     "command": "errors vocab view text data scoring model rivals pocket tuning serving",
     "__main__": "command",

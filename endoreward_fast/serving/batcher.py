@@ -2,9 +2,10 @@
 
 A round takes rows from the requests in line until it has enough tokens, and scores them as one list. So rows of
 different requests share passes and prefixes. Requests get their turn by deficit round robin (Shreedhar and Varghese,
-1996): a request may spend QUANTUM more tokens in each turn, and keeps what it has not spent. A request with many rows
-or a huge row therefore waits for its own tokens, and the requests behind it do not. A model that has nothing to do
-waits for a short window after the first row, because requests that are sent together do not arrive together.
+1996): in each turn a request may spend 1/TURNS of a round's tokens more, and it keeps what it has not spent. A request
+with many rows or a huge row therefore waits for its own tokens, and the requests behind it do not. A model that has
+nothing to do waits for a short window after the first row, because requests that are sent together do not arrive
+together.
 """
 
 import logging
@@ -26,8 +27,8 @@ from ..text.encoding import Encoded
 from ..text.rows import Row
 from .encoders import Encoders
 
-QUANTUM = 512
-"""tokens that a request may spend in each of its turns: one or two usual rows"""
+TURNS = 16
+"""Turns that a round has room for. With the usual 8192 tokens, a turn has 512: one or two usual rows"""
 ENCODERS = 4
 """threads that tokenize, so that one huge text does not hold up the others"""
 OF_PASS = ("alpha", "reduction", "gamma", "floor", "per_token", "texts", "entropy", "signals", "named")
@@ -76,6 +77,9 @@ class Asked:
         """of all rows, once they are encoded"""
         self.waiting: deque[_Waiting] = deque()
         self.credit = 0
+        """tokens that it may spend"""
+        self.has_turn = False
+        """whether its turn goes on in the next round"""
         self.begun = False
         self._found: dict[int, RowScore] = {}
 
@@ -158,6 +162,10 @@ class Batcher:
         """Drop what waits of a request. Rows of the round that runs are computed, and dropped then."""
         asked.future.cancel()
 
+    def alive(self) -> bool:
+        """Return whether the thread that scores still runs."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Take no more requests, and return when those in line are answered."""
         with self._changed:
@@ -230,17 +238,21 @@ class Batcher:
             if taken and asked.kind != taken[0][0].kind:
                 others.append(asked)
                 continue
-            asked.credit += QUANTUM
-            while asked.waiting and not full:
+            if not asked.has_turn:
+                asked.credit += max(1, self.budget // TURNS)
+            while asked.waiting:
                 row = asked.waiting[0].row
                 prompt = tuple(row.input_ids[: row.prompt_length])
                 cost = len(row.input_ids) - (row.prompt_length if prompt in prompts else 0)
+                if cost > asked.credit and (taken or self._line):
+                    break
                 full = bool(taken) and tokens + cost > self.budget
-                if full or (cost > asked.credit and (taken or self._line)):
+                if full:
                     break
                 taken.append((asked, asked.waiting.popleft()))
                 prompts.add(prompt)
-                tokens, asked.credit = tokens + cost, asked.credit - cost
+                tokens, asked.credit = tokens + cost, max(0, asked.credit - cost)
+            asked.has_turn = full
             if asked.waiting:
                 (self._line.appendleft if full else self._line.append)(asked)
         self._line.extendleft(reversed(others))
