@@ -11,6 +11,7 @@ import urllib3
 from cli_harness import run
 from endoreward_fast import EndoRewardError
 from endoreward_fast.serving.limits import is_local, token_in
+from endoreward_fast.serving.run import listen
 from served import PATIENCE, command
 
 TOKEN = "a-token-of-many-letters"
@@ -132,12 +133,13 @@ def test_the_command_refuses_in_one_line(tmp_path):
         (("--max-rows", "0"), "--max-rows"),
         (("--window-ms", "-1"), "--window-ms"),
         (("--timeout", "nan"), "--timeout"),
-        (("--host", "no such host"), "--host"),
         (("--token-file", str(tmp_path / "absent")), "No such file"),
     ]
     for arguments, said in cases:
         result = run("serve", *arguments, code=2)
         assert said in result.stderr and result.stderr.count("\n") == 1, arguments
+    with pytest.raises(EndoRewardError, match="--host no such host"):
+        listen("no such host", 0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         result = run("serve", "--port", str(taken.getsockname()[1]), code=2)
     assert "Address already in use" in result.stderr
