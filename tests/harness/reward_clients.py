@@ -14,6 +14,7 @@ verl       16       1, 2, 4, ..., 30          none                   5xx, and no
 """
 
 import asyncio
+import sys
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -93,11 +94,8 @@ async def slime(server, tokenizer, chat, response_ids, *, real=False, listed=Fal
 
     args = SimpleNamespace(rm_url=f"{server}/slime", rm_type="remote_rm", custom_rm_path=None, reward_key=None)
     sample = Sample(prompt=prompt, response=response, label="5")
-    try:
-        sample.reward = await rm_hub.async_rm(args, sample)
-        return sample.get_reward_value(args)
-    finally:
-        await rm_hub._get_shared_session().close()
+    sample.reward = await rm_hub.async_rm(args, sample)
+    return sample.get_reward_value(args)
 
 
 async def verl(server, tokenizer, chat, response_ids, *, engine, real=False):
@@ -143,6 +141,19 @@ def _data(chat, response_ids):
 def opened(tokenizer, chat):
     """Return the prompt's text, as trainers write it."""
     return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def run(asking, seconds=60):
+    """Run asks in an event loop of their own, and close slime's session, which belongs to that loop."""
+
+    async def within():
+        try:
+            return await asyncio.wait_for(asking, seconds)
+        finally:
+            if RM_HUB in sys.modules:
+                await sys.modules[RM_HUB]._get_shared_session().close()
+
+    return asyncio.run(within())
 
 
 async def ask(client, server, tokenizer, chat, response_ids, *, real=False, **more):

@@ -36,13 +36,14 @@ def served(*flags, seconds=120, **environment):
             said.append(line)
             if not port and (match := SERVING.search(line)):
                 port.append(int(match[1]))
+            if "ready after" in line:
                 found.set()
         found.set()
 
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
     try:
-        assert found.wait(seconds) and port, f"no server: {''.join(said)}"
+        assert found.wait(seconds) and port and process.poll() is None, f"no server: {''.join(said)}"
         yield Served(process, port[0], said)
     finally:
         process.send_signal(signal.SIGTERM)

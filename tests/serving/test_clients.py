@@ -6,6 +6,9 @@ with an oracle that reads full logits in this process.
 
 import asyncio
 import contextlib
+import json
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -17,7 +20,8 @@ from transformers import AutoTokenizer
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.model.checkpoint import pocket_path
 from endoreward_fast.scoring.sampled import UNSCORED
-from reward_clients import PATHS, Failed, ask, opened, sources
+from pages import ROOT, blocks, commands
+from reward_clients import PATHS, Failed, ask, opened, run, sources
 from served import served
 from tiny_models import sampled_rewards
 
@@ -94,10 +98,10 @@ def test_rewards_equal_the_oracles(client, real, server, pocket, tokenizer):
     if client.startswith("verl"):  # its template adds the space
         asked = [(chat, ids(tokenizer, text[1:] + tokenizer.eos_token)) for chat in CHATS for text in texts]
 
-    async def run():
+    async def asks():
         return await asyncio.gather(*(ask(client, server, tokenizer, *one, real=real) for one in asked))
 
-    torch.testing.assert_close(asyncio.run(run()), wanted, rtol=1e-5, atol=5e-4)
+    torch.testing.assert_close(run(asks()), wanted, rtol=1e-5, atol=5e-4)
 
 
 @EACH
@@ -106,7 +110,7 @@ def test_a_response_that_was_cut(client, real, server, pocket, tokenizer):
     cut = ids(tokenizer, " 5 and")
     ended = [*cut, tokenizer.eos_token_id]
     sent = ids(tokenizer, "5 and") if client.startswith("verl") else cut
-    found = asyncio.run(ask(client, server, tokenizer, CHATS[0], sent, real=real))
+    found = run(ask(client, server, tokenizer, CHATS[0], sent, real=real))
     wanted = oracle(pocket, tokenizer, CHATS[0], ended if client.startswith("verl") else cut)
     assert found == pytest.approx(wanted, abs=5e-4)
     assert abs(oracle(pocket, tokenizer, CHATS[0], ended) - oracle(pocket, tokenizer, CHATS[0], cut)) > 0.1
@@ -117,17 +121,17 @@ def test_a_response_without_a_reward_gets_a_number_at_the_first_try(client, real
     """An error would be asked again, up to 16 times, and would end the run."""
     sent = ids(tokenizer, "blue " * pocket.max_positions)
 
-    async def run():
+    async def asks():
         async with relay(port) as (address, seen):
             return await ask(client, address, tokenizer, CHATS[0], sent, real=real), seen
 
-    found, seen = asyncio.run(run())
+    found, seen = run(asks())
     assert found == UNSCORED and seen == [PATHS[client]]
 
 
 @OPENRLHF
 def test_an_empty_response_has_no_reward(client, real, server, tokenizer):
-    assert asyncio.run(ask(client, server, tokenizer, CHATS[0], [], real=real)) == UNSCORED
+    assert run(ask(client, server, tokenizer, CHATS[0], [], real=real)) == UNSCORED
 
 
 @EACH
@@ -135,11 +139,11 @@ def test_a_full_queue_is_asked_again(client, real, port, pocket, tokenizer):
     """With the status that the server has for this path: verl would end the run at a 429."""
     response = ids(tokenizer, "5" + tokenizer.eos_token)
 
-    async def run():
+    async def asks():
         async with relay(port, refusals=[DIALECTS[PATHS[client]].when_full]) as (address, seen):
             return await ask(client, address, tokenizer, CHATS[0], response, real=real), seen
 
-    found, seen = asyncio.run(run())
+    found, seen = run(asks())
     spoken = ids(tokenizer, " 5" + tokenizer.eos_token) if client.startswith("verl") else response
     assert found == pytest.approx(oracle(pocket, tokenizer, CHATS[0], spoken), abs=5e-4)
     assert seen == [PATHS[client]] * 2
@@ -149,13 +153,13 @@ def test_a_full_queue_is_asked_again(client, real, port, pocket, tokenizer):
 def test_a_wrong_token_is_refused(client, port, tokenizer):
     for user in ("", "any:wrong-wrong-wrong@"):
         with pytest.raises(Failed, match="401"):
-            asyncio.run(ask(client, f"http://{user}127.0.0.1:{port}", tokenizer, CHATS[0], [5]))
+            run(ask(client, f"http://{user}127.0.0.1:{port}", tokenizer, CHATS[0], [5]))
 
 
 @SLIME
 def test_slimes_prompt_may_be_messages(client, real, server, pocket, tokenizer):
     response = ids(tokenizer, " 5" + tokenizer.eos_token)
-    found = asyncio.run(ask(client, server, tokenizer, CHATS[0], response, real=real, listed=True))
+    found = run(ask(client, server, tokenizer, CHATS[0], response, real=real, listed=True))
     assert found == pytest.approx(oracle(pocket, tokenizer, CHATS[0], response), abs=5e-4)
 
 
@@ -164,5 +168,18 @@ def test_openrlhfs_prompt_may_have_lost_its_start(client, real, server, pocket, 
     """OpenRLHF cuts a prompt that is too long from the left. The query then does not begin with the prompt."""
     response, whole = ids(tokenizer, " 5" + tokenizer.eos_token), ids(tokenizer, opened(tokenizer, CHATS[0]))
     kept = len(whole) - 2
-    found = asyncio.run(ask(client, server, tokenizer, CHATS[0], response, real=real, limit=kept + 8))
+    found = run(ask(client, server, tokenizer, CHATS[0], response, real=real, limit=kept + 8))
     assert found == pytest.approx(oracle(pocket, tokenizer, CHATS[0], response, kept), abs=5e-4)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_pages_line_for_curl_prints_what_the_page_shows(server):
+    page = ROOT / "docs" / "serving.md"
+    [line] = [line for line, words in commands(blocks(page, "sh")[0].text) if words[0] == "curl"]
+    line = line.replace("localhost:8000", server)
+    found = json.loads(subprocess.run(["bash", "-c", line], check=True, capture_output=True, text=True).stdout)
+    shown = json.loads(blocks(page, "json")[0].text)
+    (row,), (shown_row,) = found.pop("rows"), shown.pop("rows")
+    assert found == shown and row.keys() == shown_row.keys()
+    for name, numbers in shown_row.items():
+        assert row[name] == pytest.approx(numbers, abs=0.006), name
