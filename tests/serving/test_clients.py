@@ -14,15 +14,15 @@ import pytest
 import torch
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestServer
-from endoreward_fast.serving.dialects import DIALECTS
 from transformers import AutoTokenizer
 
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.model.checkpoint import pocket_path
 from endoreward_fast.scoring.sampled import UNSCORED
+from endoreward_fast.serving.dialects import DIALECTS
 from pages import ROOT, blocks, commands
 from reward_clients import PATHS, Failed, ask, opened, run, sources
-from served import served
+from served import command
 from tiny_models import sampled_rewards
 
 TOKEN = "a-token-of-this-test"
@@ -46,8 +46,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def port():
-    with served("--model", pocket_path(), ENDOREWARD_TOKEN=TOKEN) as server:
-        yield server.port
+    with command("--model", str(pocket_path()), ENDOREWARD_TOKEN=TOKEN) as (_, asker):
+        asker.wait_until_ready()
+        yield int(asker.url.rpartition(":")[2])
 
 
 @pytest.fixture(scope="module")
