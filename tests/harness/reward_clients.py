@@ -31,6 +31,13 @@ OPENRLHF, RM_HUB, REWARD_LOOP = (
 PATHS = {"openrlhf": "/get_reward", "slime": "/slime", "verl-vllm": "/classify", "verl-sglang": "/v1/embeddings"}
 REAL = {"openrlhf": OPENRLHF, "slime": RM_HUB, "verl-vllm": REWARD_LOOP, "verl-sglang": REWARD_LOOP}
 
+VLLM = {
+    "/classify": {"index": int, "label": str, "probs": list, "num_classes": int},
+    "/pooling": {"index": int, "object": str, "data": list},
+}
+"""what vLLM 0.33.0 (PyPI, read 2026-11-29) answers for each input: entrypoints/pooling/*/protocol.py"""
+VLLM_AROUND = {"id": str, "object": str, "created": int, "model": str, "data": list, "usage": dict}
+
 
 class Failed(Exception):
     """A recorded client's last try failed."""

@@ -21,7 +21,7 @@ from endoreward_fast.model.checkpoint import pocket_path
 from endoreward_fast.scoring.sampled import UNSCORED
 from endoreward_fast.serving.dialects import DIALECTS
 from pages import ROOT, blocks, commands
-from reward_clients import PATHS, Failed, ask, opened, run, sources
+from reward_clients import PATHS, VLLM, VLLM_AROUND, Failed, ask, opened, run, sources
 from served import command
 from tiny_models import sampled_rewards
 
@@ -148,6 +148,22 @@ def test_a_full_queue_is_asked_again(client, real, port, pocket, tokenizer):
     spoken = ids(tokenizer, " 5" + tokenizer.eos_token) if client.startswith("verl") else response
     assert found == pytest.approx(oracle(pocket, tokenizer, CHATS[0], spoken), abs=5e-4)
     assert seen == [PATHS[client]] * 2
+
+
+@pytest.mark.parametrize("path", VLLM)
+def test_answers_have_the_fields_of_vllms(path, server, tokenizer):
+    """A client of vLLM may read more of an answer than verl does."""
+    text = opened(tokenizer, CHATS[0]) + " 5" + tokenizer.eos_token
+
+    async def asks():
+        async with ClientSession() as session, session.post(server + path, json={"input": [text, text]}) as answer:
+            return await answer.json()
+
+    found = run(asks())
+    kinds = [{name: type(value) for name, value in part.items()} for part in (found, *found["data"])]
+    assert kinds == [VLLM_AROUND, VLLM[path], VLLM[path]]
+    assert found["object"] == "list" and [one["index"] for one in found["data"]] == [0, 1]
+    assert found["usage"]["prompt_tokens"] == found["usage"]["total_tokens"] == 2 * len(ids(tokenizer, text))
 
 
 @pytest.mark.parametrize("client", PATHS)
