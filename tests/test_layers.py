@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "rivals": "errors text scoring model",
     "pocket": "",
     "data": "errors text scoring",
-    "integrations": "errors returns text scoring model",
-    "command": "errors vocab view text data scoring model rivals pocket tuning",
+    "remote": "errors text scoring",
+    "integrations": "errors returns text scoring model remote",
+    "command": "errors vocab view text data scoring model rivals pocket tuning remote",
     "__main__": "command",
 }
 FACE = "__init__"
