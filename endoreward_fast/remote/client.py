@@ -28,6 +28,8 @@ from .wire import MODEL, REWARDS, SERVERS_OWN, VOCABULARY, of_json
 ROWS, BYTES = 64, 65536
 """Most rows and about most bytes of a request, whatever the server allows: about what fills a batch of 8192 tokens, so
 that several requests are in flight and results come early"""
+ENVELOPE = 64
+"""bytes of a request beside its rows and options, at most"""
 TOO_LARGE, NO_SCORES, NOT_FOUND = 413, 422, 404
 KNOWN = ("model", "weights", "vocab_size", "eos_ids", "limits")
 
@@ -140,13 +142,15 @@ class RemoteModel:
                 raise EndoRewardError(f"{name} is the server's own option at {self.url}: leave it out")
 
     def _scores(self, rows: Sequence[Row], options: ScoreKwargs, on_tokens: OnTokens) -> Iterator[tuple[int, RowScore]]:
-        given = {name: value for name, value in options.items() if value is not None and name != "chat"}
+        # None is sent too: without it, the server's own default would take its place.
+        given = {name: value for name, value in options.items() if name not in (*SERVERS_OWN, "chat")}
         head = as_json(given, "an option")
+        chat = as_json(options["chat"], "chat") if "chat" in options else b""
         limits = self.about["limits"]
-        largest = limits.get("request_bytes") or math.inf
+        largest: float = limits.get("request_bytes") or math.inf
         ready: list[Sent] = []
         for place, row in enumerate(rows):
-            sent = to_send(place, row, options.get("chat"))
+            sent = to_send(place, row, chat)
             if isinstance(sent, Sent) and (size := len(_body(head, [sent]))) > largest:
                 said = f"{size} bytes, and {self.url} takes requests of at most {largest}: shorten the row"
                 sent = RowScore(None, 0, None, error=said)
@@ -154,7 +158,7 @@ class RemoteModel:
                 yield place, sent
             else:
                 ready.append(sent)
-        room = min(BYTES, largest - len(_body(head, ready[:1]))) if ready else 0
+        room = max(0, min(BYTES, largest - len(head) - ENVELOPE))
         requests = list(_requests(ready, min(ROWS, limits.get("rows") or ROWS), room))
         for places, found, tokens in in_flight(partial(self._scored, head), requests, self.concurrency):
             if on_tokens is not None:
@@ -193,13 +197,13 @@ class RemoteModel:
             ) from error
 
 
-def _requests(rows: Sequence[Sent], most_rows: int, most_bytes: int) -> Iterator[list[Sent]]:
+def _requests(rows: Sequence[Sent], most_rows: int, most_bytes: float) -> Iterator[list[Sent]]:
     """Yield rows of one request each. A row above `most_bytes` goes alone."""
     request: list[Sent] = []
     size = 0
     for row in rows:
         full = len(request) >= most_rows or size + len(row.body) > most_bytes
-        if request and (full or row.chat is not request[0].chat):
+        if request and (full or row.chat != request[0].chat):
             yield request
             request, size = [], 0
         request.append(row)
@@ -211,8 +215,7 @@ def _requests(rows: Sequence[Sent], most_rows: int, most_bytes: int) -> Iterator
 def _body(head: bytes, request: list[Sent]) -> bytes:
     """Return the options and the rows as one JSON object. `head` is the options as an object."""
     chat = request[0].chat
-    own = as_json({} if chat is None else {"chat": chat}, "chat")
-    options = b",".join(part[1:-1] for part in (head, own) if len(part) > 2)
+    options = b",".join(part for part in (head[1:-1], chat and b'"chat":' + chat) if part)
     return b'{"rows":[%s]%s%s}' % (b",".join(row.body for row in request), b"," if options else b"", options)
 
 

@@ -24,20 +24,20 @@ class Sent:
     """position in the caller's rows"""
     body: bytes
     """the row as JSON"""
-    chat: bool | None
-    """the option `chat`, which a row may set for itself. A request holds rows of one value"""
+    chat: bytes
+    """the option `chat` as JSON, which a row may set for itself; b"": nobody sets it. A request holds rows of one"""
 
 
-def to_send(place: int, row: Any, chat: bool | None) -> Sent | RowScore:
+def to_send(place: int, row: Any, chat: bytes) -> Sent | RowScore:
     """Return the row as JSON, or a RowScore that says why it cannot be scored. `chat` is the option for all rows."""
     if isinstance(row, RowScore):
         return row
     try:
         refuse_no_row(row)
-        own = row.get("chat", chat)
+        own = row.get("chat")
         if own not in TEMPLATE_OR_NOT:
             raise EndoRewardError(f"chat={own!r}: expected True, False or None")
-        return Sent(place, as_json(_fields(row), "the row"), own)
+        return Sent(place, as_json(_fields(row), "the row"), as_json(own, "chat") if "chat" in row else chat)
     except EndoRewardError as error:
         return RowScore(None, 0, None, error=str(error))
 

@@ -176,6 +176,14 @@ def test_rows_that_choose_their_template_travel_apart(server, pocket):
     close(RemoteModel(server.url).score(rows, chat=True), pocket.score(rows, chat=True))
 
 
+def test_an_option_that_is_none_is_sent_and_one_that_is_not_given_is_left_to_the_server(server):
+    remote = RemoteModel(server.url)
+    remote.score(ROWS[:1], system=None, chat=None, alpha=2)
+    remote.score([ROWS[0] | {"chat": None}])
+    asked = [{name: body[name] for name in body if name != "rows"} for _, body, _ in server.posts]
+    assert asked == [{"system": None, "alpha": 2, "chat": None}, {"chat": None}]
+
+
 def test_rows_without_any_score_are_errors_of_rows(server, pocket):
     rows = [{"prompt_ids": [5], "completion_ids": [10**6]}] * 2
     close(RemoteModel(server.url).score(rows), pocket.score(rows))
