@@ -27,7 +27,7 @@ class Stub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.model, self.limits, self.token = model, LIMITS | limits, None
         self.faults, self.posts, self.gets, self.connections = [], [], [], 0
-        self.weights = "sha256 of the stub"
+        self.weights, self.dtype = "sha256 of the stub", "float32"
         self.scoring, self.counting = threading.Lock(), threading.Lock()
         self.busiest = self.busy = 0
 
@@ -66,7 +66,7 @@ class Handler(BaseHTTPRequestHandler):
         stub.gets.append(self.path)
         model, tokenizer = stub.model, stub.model.tokenizer
         if self.path == MODEL:
-            about = {"model": "pocket", "version": "0", "weights": stub.weights, "dtype": "float32"}
+            about = {"model": "pocket", "version": "0", "weights": stub.weights, "dtype": stub.dtype}
             about |= {"max_positions": model.max_positions, "vocab_size": model.vocab_size, "limits": stub.limits}
             about |= {"eos_ids": sorted(ending_ids(model)), "tokenizer": tokenizer is not None}
             return self.answer(200, about)
@@ -78,10 +78,11 @@ class Handler(BaseHTTPRequestHandler):
         stub = self.server
         body = self.rfile.read(int(self.headers["Content-Length"]))
         with stub.counted():
-            stub.posts.append((self.path, json.loads(body), dict(self.headers)))
+            self.asked = json.loads(body)
+            stub.posts.append((self.path, self.asked, dict(self.headers)))
             fault = stub.faults.pop(0) if stub.faults else None
             if fault is None or fault(self) is None:
-                self.score(json.loads(body))
+                self.score(self.asked)
 
     def score(self, asked):
         stub = self.server

@@ -13,7 +13,7 @@ import pytest
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError, EndoRewardModel
-from endoreward_fast.command.flags.options import EngineFlags
+from endoreward_fast.command.flags.engine_flags import EngineFlags
 from endoreward_fast.command.run.jobs import Finished, Job
 from endoreward_fast.command.run.monitor import Monitor
 

@@ -122,7 +122,7 @@ def test_no_rows_make_no_request(server):
 def test_requests_respect_the_servers_number_of_rows_and_results_keep_their_order(server, pocket):
     rows, counted = pairs(50), []
     close(RemoteModel(server.url).score(rows, on_tokens=counted.append), pocket.score(rows))
-    assert [len(body["rows"]) for _, body, _ in server.posts] == [8] * 6 + [2]
+    assert sorted(len(body["rows"]) for _, body, _ in server.posts) == [2] + [8] * 6
     assert sum(counted) == 7 * 50
 
 
