@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "pocket": "",
     "data": "errors text scoring",
     "remote": "errors text scoring",
-    "serving": "errors text data scoring remote",
+    "serving": "errors text data scoring model remote",
     "integrations": "errors returns text scoring model remote",
     "command": "errors vocab view text data scoring model rivals pocket tuning serving remote",
     "__main__": "command",

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 
 from ..errors import EndoRewardError
-from ..model.checkpoint import on_this_machine, weights_of
 from .flags.serve_flags import MIB, ServeFlags
 from .run.pipeline import before_loading, load_scorer
 
@@ -26,13 +24,12 @@ def serve(flags: ServeFlags) -> None:
     limits = Limits(flags.max_request_mb * MIB, flags.max_rows, flags.max_request_tokens, flags.timeout)
     listening = listen(flags.host, flags.port)
     started = time.monotonic()
-    names = (flags.served_name or shown(flags.model), flags.model)
     before_loading(flags)
-    tell(flags, f"serving {names[0]} on {url_of(listening)}")
+    served = Served.of(flags.model, flags.served_name, **flags.source)
+    tell(flags, f"serving {served.names[0]} on {url_of(listening)}")
     log_to_stderr()
 
     def load(metrics: Metrics) -> Service:
-        served = Served(names, weights_of(flags.model, **flags.source))
         return Service(
             load_scorer(flags), served, options=flags.scoring(), limits=limits, metrics=metrics,
             window=flags.window_ms / 1000, most_waiting=flags.max_waiting,
@@ -43,11 +40,6 @@ def serve(flags: ServeFlags) -> None:
 
     with listening:
         answer(load, listening, limits=limits, token=token, on_ready=on_ready)
-
-
-def shown(model: str) -> str:
-    """Return a model's name without the folders of this machine."""
-    return Path(model).name if on_this_machine(model) else model
 
 
 def tell(flags: ServeFlags, text: str) -> None:

@@ -39,6 +39,9 @@ class Backend(Protocol):
     def waits_for(self) -> str | None:
         """Return what the server waits for before it can answer, such as its model; None: it is ready."""
 
+    def alive(self) -> bool:
+        """Return whether the server can still answer, now or once it is ready."""
+
     async def answer(self, path: str, body: Any = None) -> Answer:
         """Return the answer to a request. Cancelling this drops the request."""
 
@@ -91,9 +94,11 @@ def create_app(backend: Backend, *, limits: Limits, token: bytes | None, metrics
     add(MODEL, "GET", False, summary="The served model, and the limits of a request")
     add(VOCABULARY, "GET", False, summary="The tokenizer's tokens, to compare with one's own")
 
-    @app.get("/health", summary="200 while the process lives")
-    async def health() -> dict[str, str]:
-        return {"status": "alive"}
+    @app.get("/health", summary="200 while the server lives; otherwise start it again")
+    async def health() -> Response:
+        alive = backend.alive()
+        said = {"status": "alive"} if alive else {"error": "the server scores no more: start it again"}
+        return JSONResponse(said, 200 if alive else 500)
 
     @app.get("/ready", summary="200 once the model is loaded and checked, until the server is about to end")
     async def ready() -> Response:

@@ -2,9 +2,10 @@
 
 A round takes rows from the requests in line until it has enough tokens, and scores them as one list. So rows of
 different requests share passes and prefixes. Requests get their turn by deficit round robin (Shreedhar and Varghese,
-1996): a request may spend QUANTUM more tokens in each turn, and keeps what it has not spent. A request with many rows
-or a huge row therefore waits for its own tokens, and the requests behind it do not. A model that has nothing to do
-waits for a short window after the first row, because requests that are sent together do not arrive together.
+1996): in each turn a request may spend 1/TURNS of a round's tokens more, and it keeps what it has not spent. A request
+with many rows or a huge row therefore waits for its own tokens, and the requests behind it do not. A model that has
+nothing to do waits for a short window after the first row, because requests that are sent together do not arrive
+together.
 """
 
 import logging
@@ -24,9 +25,10 @@ from ..scoring.score import encode_rows, score_rows
 from ..scoring.scorer import Scorer
 from ..text.encoding import Encoded
 from ..text.rows import Row
+from .encoders import Encoders
 
-QUANTUM = 512
-"""tokens that a request may spend in each of its turns: one or two usual rows"""
+TURNS = 16
+"""Turns that a round has room for. With the usual 8192 tokens, a turn has 512: one or two usual rows"""
 ENCODERS = 4
 """threads that tokenize, so that one huge text does not hold up the others"""
 OF_PASS = ("alpha", "reduction", "gamma", "floor", "per_token", "texts", "entropy", "signals", "named")
@@ -75,6 +77,9 @@ class Asked:
         """of all rows, once they are encoded"""
         self.waiting: deque[_Waiting] = deque()
         self.credit = 0
+        """tokens that it may spend"""
+        self.has_turn = False
+        """whether its turn goes on in the next round"""
         self.begun = False
         self._found: dict[int, RowScore] = {}
 
@@ -125,7 +130,8 @@ class Batcher:
         self._closing = False
         self._rate = math.nan
         """rows a second, of the last rounds"""
-        self._encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._encoders = Encoders(scorer)
+        self._threads = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._thread = threading.Thread(target=self._score_what_waits, name="score", daemon=True)
         self._thread.start()
 
@@ -149,12 +155,16 @@ class Batcher:
             self._encoding += 1
         asked = Asked(rows, options)
         asked.future.add_done_callback(lambda _: self._forget(asked))
-        self._encoders.submit(self._encode, asked, read, most_tokens, too_many)
+        self._threads.submit(self._encode, asked, read, most_tokens, too_many)
         return asked
 
     def cancel(self, asked: Asked) -> None:
         """Drop what waits of a request. Rows of the round that runs are computed, and dropped then."""
         asked.future.cancel()
+
+    def alive(self) -> bool:
+        """Return whether the thread that scores still runs."""
+        return self._thread.is_alive()
 
     def close(self) -> None:
         """Take no more requests, and return when those in line are answered."""
@@ -162,7 +172,7 @@ class Batcher:
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
-        self._encoders.shutdown()
+        self._threads.shutdown()
 
     def _seconds_to_half(self) -> int:
         known = self._rate > 0
@@ -183,7 +193,7 @@ class Batcher:
         try:
             if asked.over:
                 return
-            found = encode_rows(self.scorer, read(), asked.options)
+            found = encode_rows(self.scorer, read(), asked.options, self._encoders.of(asked.options))
             asked.tokens = sum(len(row.input_ids) for row in found if isinstance(row, Encoded))
             if most is not None and asked.tokens > most:
                 raise too_many(asked.tokens)
@@ -228,17 +238,21 @@ class Batcher:
             if taken and asked.kind != taken[0][0].kind:
                 others.append(asked)
                 continue
-            asked.credit += QUANTUM
-            while asked.waiting and not full:
+            if not asked.has_turn:
+                asked.credit += max(1, self.budget // TURNS)
+            while asked.waiting:
                 row = asked.waiting[0].row
                 prompt = tuple(row.input_ids[: row.prompt_length])
                 cost = len(row.input_ids) - (row.prompt_length if prompt in prompts else 0)
+                if cost > asked.credit and (taken or self._line):
+                    break
                 full = bool(taken) and tokens + cost > self.budget
-                if full or (cost > asked.credit and (taken or self._line)):
+                if full:
                     break
                 taken.append((asked, asked.waiting.popleft()))
                 prompts.add(prompt)
-                tokens, asked.credit = tokens + cost, asked.credit - cost
+                tokens, asked.credit = tokens + cost, max(0, asked.credit - cost)
+            asked.has_turn = full
             if asked.waiting:
                 (self._line.appendleft if full else self._line.append)(asked)
         self._line.extendleft(reversed(others))

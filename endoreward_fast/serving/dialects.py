@@ -18,7 +18,7 @@ from ..data.columns import plan
 from ..data.items import Item
 from ..data.records import record
 from ..errors import EndoRewardError
-from ..remote.wire import REWARDS, SERVERS_OWN
+from ..remote.wire import REWARDS
 from ..scoring.options import ScoreOptions
 from ..scoring.results import RowScore
 from ..scoring.sampled import Rewarded, generated_row
@@ -64,10 +64,6 @@ class Dialect:
 
 
 def _rewards(body: Rewards, turns: Turns) -> Ask:
-    given = dict(body.model_extra or {})
-    for name in given:
-        if name in SERVERS_OWN:
-            raise EndoRewardError(f"{name} is the server's own: leave it out")
     items = [_item(n, row) for n, row in enumerate(body.rows)]
     samples = [sample for item in items if item.task for sample in item.task.samples]
     owners = [(item, i) for item in items if item.task for i in range(len(item.task.samples))]
@@ -83,7 +79,7 @@ def _rewards(body: Rewards, turns: Turns) -> Ask:
             return Answer(200, content, scored=len(items) - unscored, unscored=unscored)
         return Answer(422, {"error": problems[0], **content}, unscored=unscored)
 
-    return Ask(len(samples), lambda: samples, given, answer)
+    return Ask(len(samples), lambda: samples, dict(body.model_extra or {}), answer)
 
 
 def _item(number: int, row: Any) -> Item:

@@ -41,36 +41,38 @@ def is_local(host: str) -> bool:
         return host == "localhost"
 
 
-def token_in(file: str | None, *, needed: bool) -> bytes | None:
+def token_in(file: str | None, *, needed: bool, flag: str = "--token-file") -> bytes | None:
     """Return the token: of the file, else of the environment variable ENDOREWARD_TOKEN, else None.
+
+    `flag` is the name by which the user gave the file.
 
     Raises EndoRewardError: a file that cannot be read or that others can read, a token that is short or has a space,
     and no token where one is `needed`.
     """
     if file is not None:
-        return _checked(_contents(Path(file).expanduser()), f"--token-file {file}")
+        return _checked(_contents(Path(file).expanduser(), flag), f"{flag} {file}")
     if TOKEN in os.environ:
         return _checked(os.environ[TOKEN], TOKEN)
     if needed:
         raise EndoRewardError(
-            f"other machines can reach this host, so a token is required: name a file with --token-file, or set {TOKEN}"
+            f"other machines can reach this host, so a token is required: name a file with {flag}, or set {TOKEN}"
         )
     return None
 
 
-def _contents(path: Path) -> str:
+def _contents(path: Path, flag: str) -> str:
     try:
         with path.open(encoding="utf-8") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode):
-                raise EndoRewardError(f"--token-file {path}: it is not a file")
+                raise EndoRewardError(f"{flag} {path}: it is not a file")
             if found.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-                raise EndoRewardError(f"--token-file {path}: other users can read it: run `chmod 600 {path}`")
+                raise EndoRewardError(f"{flag} {path}: other users can read it: run `chmod 600 {path}`")
             return file.read(2**16)
     except UnicodeDecodeError:
-        raise EndoRewardError(f"--token-file {path}: it is not text") from None
+        raise EndoRewardError(f"{flag} {path}: it is not text") from None
     except OSError as error:
-        raise EndoRewardError(f"--token-file {path}: {error.strerror}") from None
+        raise EndoRewardError(f"{flag} {path}: {error.strerror}") from None
 
 
 def _checked(text: str, where: str) -> bytes:

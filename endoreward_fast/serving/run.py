@@ -35,6 +35,10 @@ class Local:
         """Return what the server waits for before it can answer, or None."""
         return "the server is about to end" if self.ending else "the model is loading" if self.service is None else None
 
+    def alive(self) -> bool:
+        """Return whether the server can still answer, now or once it is ready."""
+        return self.service is None or self.ending or self.service.alive()
+
     async def answer(self, path: str, body: Any = None) -> Answer:
         """Return the answer of the service."""
         assert self.service is not None  # the application asks waits_for first

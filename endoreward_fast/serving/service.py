@@ -5,12 +5,14 @@ import logging
 import threading
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from ..data.records import Ambiguous, record
 from ..errors import EndoRewardError
+from ..model.checkpoint import on_this_machine, weights_of
 from ..remote.wire import MODEL, REWARDS, SERVERS_OWN, VOCABULARY
 from ..scoring.arguments import refuse_unknown
 from ..scoring.options import ScoreOptions
@@ -37,6 +39,15 @@ class Served(NamedTuple):
     """names by which requests may call it; the first is written into answers"""
     weights: str
     """what tells these weights from others"""
+
+    @classmethod
+    def of(cls, model: str, name: str | None = None, **source: Any) -> "Served":
+        """Return how a model is served that from_pretrained loads with `source`.
+
+        Its name in answers is `name`, else the model's without the folders of this machine.
+        """
+        shown = name or (Path(model).name if on_this_machine(model) else model)
+        return cls((shown, model), weights_of(model, **source))
 
 
 class Service:
@@ -112,6 +123,10 @@ class Service:
             raise Refusal(404, "the model has no tokenizer")
         special = [i for i, token in getattr(tokenizer, "added_tokens_decoder", {}).items() if token.special]
         return {"name": self.served.names[0], "tokens": tokenizer.get_vocab(), "special": special}
+
+    def alive(self) -> bool:
+        """Return whether rows are still scored. False is a bug: the process has to be started again."""
+        return self.batcher.alive()
 
     def close(self) -> None:
         """Refuse further requests, and return when all that were accepted are answered."""
@@ -200,4 +215,8 @@ def _first(error: ValidationError, body: type[BaseModel]) -> str:
     said = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"{where}: missing; the fields are {', '.join(body.model_fields)}"
+    if fault["type"] == "too_short":
+        return f"{where}: empty"
+    if fault["type"] == "none_required":
+        return f"{where} is {body.model_fields[where].description}"
     return f"{where}: {said[:1].lower()}{said[1:]}"

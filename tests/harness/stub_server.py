@@ -5,6 +5,7 @@ request's handler. It answers in the server's place, or returns None to let the 
 """
 
 import json
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,18 +18,22 @@ from endoreward_fast.scoring.sampled import ending_ids
 LIMITS = {"request_bytes": 10**6, "rows": 100, "tokens": 10**6, "seconds": 60}
 
 
+SCORING = threading.Lock()
+"""servers of one process may share a model, which scores for one of them at a time"""
+
+
 class Stub(ThreadingHTTPServer):
     """`faults` are taken one for each POST. `posts` and `gets` hold what was asked."""
 
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, model, **limits):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, model, port=0, **limits):
+        super().__init__(("127.0.0.1", port), Handler)
         self.model, self.limits, self.token = model, LIMITS | limits, None
-        self.faults, self.posts, self.gets, self.connections = [], [], [], 0
+        self.faults, self.posts, self.gets, self.errors, self.connections = [], [], [], [], 0
         self.weights, self.dtype = "sha256 of the stub", "float32"
-        self.scoring, self.counting = threading.Lock(), threading.Lock()
+        self.counting = threading.Lock()
         self.busiest = self.busy = 0
 
     @property
@@ -40,7 +45,10 @@ class Stub(ThreadingHTTPServer):
         return True
 
     def handle_error(self, request, client_address):
-        """Say nothing: a test breaks connections on purpose."""
+        """Keep the error for the end of the test, unless it is a connection that a test has broken on purpose."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            self.errors.append(error)
 
     @contextmanager
     def counted(self):
@@ -91,7 +99,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != REWARDS or len(asked["rows"]) > stub.limits["rows"]:
             return self.answer(413, {"error": f"more than {stub.limits['rows']} rows"})
         options = {name: value for name, value in asked.items() if name not in ("rows", "model")}
-        with stub.scoring:
+        with SCORING:
             rows = [self.scored(row, options) for row in asked["rows"]]
         if any(row["score"] is not None for row in rows):
             return self.answer(200, {"model": "pocket", "rows": rows, "usage": {"tokens": 7 * len(rows)}})
@@ -124,7 +132,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def stub_server(model, **limits):
-    """Run a Stub on a free port of this machine."""
+    """Run a Stub on this machine, on a free port unless `limits` have a `port`."""
     stub = Stub(model, **limits)
     thread = threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -134,3 +142,4 @@ def stub_server(model, **limits):
         stub.shutdown()
         stub.server_close()
         thread.join()
+        assert not stub.errors, stub.errors

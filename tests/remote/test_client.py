@@ -3,34 +3,15 @@
 import threading
 import time
 
-import numpy as np
 import pytest
-import torch
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.remote import transport
 from endoreward_fast.remote.address import TOKEN, Address
 from endoreward_fast.remote.client import RemoteModel
 from endoreward_fast.remote.wire import MODEL, REWARDS, VOCABULARY
+from remote_cases import OPTIONS, ROWS, close
 from stub_server import stub_server
-
-USER = {"role": "user", "content": "What is 2 + 3?"}
-ROWS = [
-    {"prompt": "What is 2 + 3?", "completion": "5"},
-    {"prompt": "What is 2 + 3?", "completion": ""},
-    {"messages": [USER, {"role": "assistant", "content": "6"}]},
-    {"prompt": [USER], "completion": "5"},
-    {"prompt": [], "completion": [{"role": "assistant", "content": "5"}]},
-    {"prompt": "2 + 3 =", "completion": " 5", "chat": False},
-    {"prompt_ids": [5, 6, 7], "completion_ids": (8, 9), "terminal": False},
-    {"prompt_ids": torch.tensor([5, 6, 7]), "completion_ids": np.array([8, 9, 10]), "completion_mask": [1, 0, 1]},
-    {"prompt_ids": [5], "completion_ids": []},
-    {"prompt_ids": [5], "completion_ids": [10**6]},
-    {"prompt": "p", "completion": 5},
-    {"prompt": "p"},
-    {"prompt": "p", "completion": "c", "chosen": "a column of data", "rejected": "that scoring does not read"},
-    "no row",
-]
 
 
 @pytest.fixture(scope="module")
@@ -58,14 +39,6 @@ def pairs(count, letters=1):
     return [{"prompt": f"What is {i} + 3?", "completion": str(i) * letters} for i in range(count)]
 
 
-def close(found, wanted):
-    """Check that results are equal, but for the rounding of another batch."""
-    assert len(found) == len(wanted)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.score == (None if other.score is None else pytest.approx(other.score, abs=1e-4))
-        assert (one.num_tokens, one.flags, one.error) == (other.num_tokens, other.flags, other.error)
-
-
 # --- the same results as a local model
 
 
@@ -73,16 +46,7 @@ def test_scores_are_those_of_the_local_model(server, pocket):
     close(RemoteModel(server.url).score(ROWS), pocket.score(ROWS))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"alpha": 2.0, "reduction": "mean", "gamma": 0.9, "floor": 0.1},
-        {"chat": False},
-        {"system": "Be brief.", "append_eos": False},
-        {"max_length": 12, "truncate": "completion", "date": "2026-01-02"},
-        {"alpha": np.float32(1.5), "max_tokens_per_batch": None, "reference": None},
-    ],
-)
+@pytest.mark.parametrize("options", OPTIONS)
 def test_options_mean_the_same_as_for_the_local_model(server, pocket, options):
     close(RemoteModel(server.url).score(ROWS[:10], **options), pocket.score(ROWS[:10], **options))
 
@@ -258,6 +222,22 @@ def test_after_an_error_no_further_request_is_sent_and_finished_ones_are_kept(se
     with pytest.raises(EndoRewardError, match="a bug"):
         found.extend(scores)
     assert len(server.posts) <= 4 and 8 <= len(found) <= 24
+
+
+def test_a_client_outlives_its_server(pocket, server):
+    rows, found = pairs(40), []
+    with stub_server(pocket, rows=8) as first:
+        remote = RemoteModel(first.url, concurrency=2)
+        first.faults = [None, None, *[lambda handler: handler.hang_up()] * 100]
+        scores = remote.iter_scores(rows)
+        found.append(next(scores))
+    rest = threading.Thread(target=lambda: found.extend(scores))
+    rest.start()
+    with stub_server(pocket, rows=8, port=first.server_port) as second:
+        rest.join(30)
+        assert len(second.posts) == 3
+    found = dict(found)
+    close([found[i] for i in range(40)], pocket.score(rows))
 
 
 def test_leaving_early_stops_what_waits(server):
