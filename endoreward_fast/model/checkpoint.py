@@ -53,7 +53,7 @@ def place_of(name: str) -> str:
         raise EndoRewardError("the model's name is empty: give a folder, a name on the Hub or a GGUF file")
     if name.lower().startswith(URLS):
         raise EndoRewardError(
-            "a model is not loaded from a URL. To ask a server: endoreward_fast.remote.client.RemoteModel(URL), or "
+            "a model is not loaded from a URL. To ask a server: endoreward_fast.RemoteModel(URL), or "
             "`endoreward score FILE --engine http --url URL`. A model on the Hub has a name, such as owner/model"
         )
     folder = pocket_path() if name == POCKET else _path(name)

@@ -1,7 +1,9 @@
 """`RemoteModel`: a model behind a URL, which scores rows in place of a loaded one.
 
-scorer = RemoteModel("http://rewards:8000")      # a server that `endoreward serve` started
-scorer.score([{"prompt": "What is 2 + 3?", "completion": "5"}])
+    scorer = RemoteModel("http://rewards:8000")
+    scorer.score([{"prompt": "What is 2 + 3?", "completion": "5"}])
+
+`endoreward serve` starts the server. transport.py sends the requests, and rows.py turns rows into JSON.
 """
 
 import math

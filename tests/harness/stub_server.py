@@ -34,7 +34,7 @@ class Stub(ThreadingHTTPServer):
         self.faults, self.posts, self.gets, self.errors, self.connections = [], [], [], [], 0
         self.weights, self.dtype = "sha256 of the stub", "float32"
         self.counting = threading.Lock()
-        self.busiest = self.busy = 0
+        self.busiest = self.busy = self.gets_before_ready = 0
 
     @property
     def url(self):
@@ -72,6 +72,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         stub = self.server
         stub.gets.append(self.path)
+        if stub.gets_before_ready:
+            stub.gets_before_ready -= 1
+            return self.answer(503, {"error": "the model is loading"}, Retry_After=0)
         model, tokenizer = stub.model, stub.model.tokenizer
         if self.path == MODEL:
             about = {"model": "pocket", "version": "0", "weights": stub.weights, "dtype": stub.dtype}

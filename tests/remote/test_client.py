@@ -181,6 +181,15 @@ def test_retry_after_is_waited_for(server):
     assert time.monotonic() - began >= 1
 
 
+def test_a_server_that_loads_its_model_is_waited_for(server):
+    server.gets_before_ready = 3
+    assert RemoteModel(server.url, retries=0).about["model"] == "pocket"
+    server.gets_before_ready = 10**6
+    with pytest.raises(EndoRewardError, match="503: the model is loading"):
+        RemoteModel(server.url, timeout=0.2)
+    server.gets_before_ready = 0
+
+
 def test_a_busy_server_is_asked_until_the_time_is_over_and_not_a_number_of_times(server):
     server.faults = [busy(429, Retry_After="soon")] * 5
     remote = RemoteModel(server.url, retries=0)
