@@ -27,10 +27,10 @@ MAY_IMPORT = {
     "rivals": "errors text scoring model",
     "pocket": "",
     "data": "errors text scoring",
-    "remote": "scoring",
+    "remote": "errors text scoring",
     "serving": "errors text data scoring model remote",
-    "integrations": "errors returns text scoring model",
-    "command": "errors vocab view text data scoring model rivals pocket tuning serving",
+    "integrations": "errors returns text scoring model remote",
+    "command": "errors vocab view text data scoring model rivals pocket tuning serving remote",
     "__main__": "command",
 }
 FACE = "__init__"
