@@ -30,9 +30,11 @@ from .ray_serve_arguments import Settings
 LOG = logging.getLogger("endoreward")
 MODEL, INGRESS = "Model", "Ingress"
 """names of the deployments; a config file of Ray Serve overrides their options by these names"""
-OF_MODEL = {"max_ongoing_requests": 512, "max_queued_requests": 1024, "max_constructor_retry_count": 3}
+OF_BOTH = {"health_check_period_s": 2}
+"""so that Ray starts a replica again 2 seconds after it died, and not 10"""
+OF_MODEL = {**OF_BOTH, "max_ongoing_requests": 512, "max_queued_requests": 1024, "max_constructor_retry_count": 3}
 """our defaults of Ray's options: enough requests in a replica for its batches, and a bounded queue before them"""
-OF_INGRESS = {"max_ongoing_requests": 100_000, "ray_actor_options": {"num_cpus": 0.1}}
+OF_INGRESS = {**OF_BOTH, "max_ongoing_requests": 100_000, "ray_actor_options": {"num_cpus": 0.1}}
 LOST = (
     RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, ReplicaUnavailableError
 )  # fmt: skip
@@ -53,9 +55,8 @@ def build(settings: Settings, token: bytes | None, of_ray: Mapping[str, Any], mo
     Raises EndoRewardError if Ray refuses an option.
     """
 
-    def web() -> FastAPI:  # called in the ingress, in its event loop
+    def web() -> FastAPI:  # called in the ingress, after its __init__
         replicas = Replicas(serve.get_deployment_handle(MODEL), settings.timeout)
-        replicas.start()
         found = create_app(replicas, limits=settings.limits, token=token, metrics=Metrics())
         if token is None:
             found.add_middleware(LocalOnly)
@@ -65,9 +66,9 @@ def build(settings: Settings, token: bytes | None, of_ray: Mapping[str, Any], mo
         behind = serve.deployment(model or Model, name=MODEL, **{**OF_MODEL, **of_ray})
     except (TypeError, ValueError) as error:
         raise EndoRewardError(f"Ray refuses an argument: {_one_line(error)}") from error
-    ingress = serve.ingress(web)()
+    ingress = serve.ingress(web)(Ingress)
     before = serve.deployment(ingress, name=INGRESS, num_replicas=settings.ingress_replicas, **OF_INGRESS)
-    return before.bind(behind.bind(settings))
+    return before.bind(behind.bind(settings), settings.timeout)
 
 
 def _one_line(error: Exception) -> str:
@@ -76,6 +77,19 @@ def _one_line(error: Exception) -> str:
     if "validation error" in lines[0]:
         return ": ".join(lines[1:3]).partition(" [type=")[0]
     return lines[0]
+
+
+class Ingress:
+    """The ingress, before it gets its app. Ray sends it no request before its `__init__` returns.
+
+    handle, seconds    as in Replicas
+    """
+
+    async def __init__(self, handle: DeploymentHandle, seconds: float) -> None:
+        replicas = Replicas(handle, seconds)
+        while (found := await replicas.answer(ABOUT)).status != 200:
+            LOG.warning("no replica of the model answers: %s", found.content)
+            await asyncio.sleep(1)
 
 
 class Model:
@@ -142,16 +156,9 @@ class Replicas:
 
     def __init__(self, handle: DeploymentHandle, seconds: float, pause: float = PAUSE) -> None:
         self._handle, self._seconds, self._pause = handle, seconds, pause
-        self._missing: str | None = "the first replica of the model"
-        self._search: asyncio.Task[None] | None = None
 
-    def start(self) -> None:
-        """Begin to look for a first replica. Until one answers, the app is not ready."""
-        self._search = asyncio.get_running_loop().create_task(self._find())
-
-    def waits_for(self) -> str | None:
-        """Return what the app waits for; None: a replica has answered."""
-        return self._missing
+    def waits_for(self) -> None:
+        """Return None: an ingress takes requests once a replica has answered."""
 
     async def answer(self, path: str, body: Any = None) -> Answer:
         """Answer one request.
@@ -186,12 +193,6 @@ class Replicas:
             if tried or found.status != full:
                 return found
         return _later(503, f"{TRIES} replicas were lost while they had this request: send fewer rows at a time", 10)
-
-    async def _find(self) -> None:
-        while (found := await self.answer(ABOUT)).status != 200:
-            LOG.warning("not ready: %s", found.content)
-            await asyncio.sleep(1)
-        self._missing = None
 
 
 def _later(status: int, line: str, seconds: float) -> Answer:

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from endoreward_fast import EndoRewardError, EndoRewardModel
 
@@ -20,35 +21,41 @@ urllib3 = pytest.importorskip("urllib3")
 from ray.exceptions import ActorDiedError, ActorUnavailableError  # noqa: E402
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as as_serve_run  # noqa: E402
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError  # noqa: E402
+from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from endoreward_fast.integrations.ray_serve import HAPROXY, app  # noqa: E402
 from endoreward_fast.integrations.ray_serve_arguments import sorted_arguments  # noqa: E402
-from endoreward_fast.integrations.ray_serve_deployments import INGRESS, LocalOnly, Model, Replicas, build  # noqa: E402
+from endoreward_fast.integrations.ray_serve_deployments import INGRESS, MODEL, LocalOnly, Model, Replicas, build  # noqa: E402
 from endoreward_fast.serving.answers import Answer  # noqa: E402
 from endoreward_fast.serving.limits import TOKEN as VARIABLE  # noqa: E402
+from pages import ROOT, blocks, commands  # noqa: E402
 
 TOKEN = "a-token-of-the-tests"
 ROWS = [[{"prompt": f"What is {i} + 3?", "completions": [str(i + 3), "no"]}] for i in range(24)]
 
 
-class Mortal(Model):
-    """A replica that kills itself, once, when a file says so, and one whose answer takes long."""
+def mortal(folder):
+    """A class of replicas, made here so that Ray pickles it by value."""
 
-    async def answer(self, path, body):
-        where = os.environ["RAY_SERVE_TEST_FOLDER"]
-        if body and body.get("model") == "slow":
-            open(f"{where}/begun", "x").close()
+    class Mortal(Model):
+        """A replica that kills itself, once, when a file says so, and one whose answer takes long."""
+
+        async def answer(self, path, body):
+            if body and body.get("model") == "slow":
+                open(f"{folder}/begun", "x").close()
+                try:
+                    await asyncio.sleep(60)
+                except asyncio.CancelledError:
+                    open(f"{folder}/cancelled", "x").close()
+                    raise
             try:
-                await asyncio.sleep(60)
-            except asyncio.CancelledError:
-                open(f"{where}/cancelled", "x").close()
-                raise
-        try:
-            os.unlink(f"{where}/deadly")
-        except FileNotFoundError:
-            return await super().answer(path, body)
-        await asyncio.sleep(0.2)  # other requests arrive
-        os.kill(os.getpid(), signal.SIGKILL)
+                os.unlink(f"{folder}/deadly")
+            except FileNotFoundError:
+                return await super().answer(path, body)
+            await asyncio.sleep(0.2)  # other requests arrive
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return Mortal
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +78,10 @@ def url(folder):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            env = {"env_vars": {"RAY_SERVE_TEST_FOLDER": str(folder)}}
-            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=env)
+            ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
             serve.start(http_options={"port": port})
-            serve.run(build(settings, TOKEN.encode(), of_ray, Mortal), name="rewards")
-        url = f"http://127.0.0.1:{port}"
-        until = time.monotonic() + 20
-        while (found := urllib3.request("GET", f"{url}/ready")).status != 200:
-            assert time.monotonic() < until, found.data
-        yield url
+            serve.run(build(settings, TOKEN.encode(), of_ray, mortal(str(folder))), name="rewards")
+        yield f"http://127.0.0.1:{port}"
     finally:
         serve.shutdown()
         ray.shutdown()
@@ -112,6 +114,7 @@ def wanted():
 
 
 def test_rewards_are_those_of_a_loaded_model(url, pool, wanted):
+    assert pool.request("GET", f"{url}/ready").status == 200
     found = post(pool, url, {"rows": [row for rows in ROWS for row in rows]})
     assert found.status == 200
     for answer, scores in zip(found.json()["rows"], wanted, strict=True):
@@ -201,6 +204,26 @@ def test_a_token_or_local_is_required(monkeypatch, tmp_path):
     file.write_text(TOKEN)
     file.chmod(0o600)
     deployed(model="pocket", token_file=str(file))
+
+
+def test_the_documented_applications_are_accepted(monkeypatch, tmp_path):
+    monkeypatch.setenv(VARIABLE, TOKEN)
+    page, built = ROOT / "docs" / "distributed.md", []
+    for block in blocks(page, "sh"):
+        for _, words in commands(block.text):
+            if words[:2] == ["serve", "run"]:
+                built.append(deployed(**dict(word.split("=", 1) for word in words[3:])))
+    monkeypatch.setattr(serve, "run", lambda built_, name: built.append(built_))
+    for block in blocks(page, "py"):
+        if "ray_serve" in block.text:
+            exec(block.text, {})
+    (config,) = (ServeDeploySchema.model_validate(yaml.safe_load(block.text)) for block in blocks(page, "yaml"))
+    (application,) = config.applications
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    names = {deployment.name for deployment in deployed(**application.args | {"token_file": str(tmp_path / "token")})}
+    assert {deployment.name for deployment in application.deployments} < names == {MODEL, INGRESS}
+    assert len(built) == 2 and ServeDeploySchema(applications=[]).http_options.host == "0.0.0.0"  # as the page says
 
 
 # ---------------------------------------------------------------- without a Ray
