@@ -56,11 +56,7 @@ def build(settings: Settings, token: bytes | None, of_ray: Mapping[str, Any], mo
     """
 
     def web() -> FastAPI:  # called in the ingress, after its __init__
-        replicas = Replicas(serve.get_deployment_handle(MODEL), settings.timeout)
-        found = create_app(replicas, limits=settings.limits, token=token, metrics=Metrics())
-        if token is None:
-            found.add_middleware(LocalOnly)
-        return found
+        return web_app(serve.get_deployment_handle(MODEL), settings, token)
 
     try:
         behind = serve.deployment(model or Model, name=MODEL, **{**OF_MODEL, **of_ray})
@@ -69,6 +65,14 @@ def build(settings: Settings, token: bytes | None, of_ray: Mapping[str, Any], mo
     ingress = serve.ingress(web)(Ingress)
     before = serve.deployment(ingress, name=INGRESS, num_replicas=settings.ingress_replicas, **OF_INGRESS)
     return before.bind(behind.bind(settings), settings.timeout)
+
+
+def web_app(handle: DeploymentHandle, settings: Settings, token: bytes | None) -> FastAPI:
+    """Return the app of the ingress. Without a token, it answers this machine only."""
+    app = create_app(Replicas(handle, settings.timeout), limits=settings.limits, token=token, metrics=Metrics())
+    if token is None:
+        app.add_middleware(LocalOnly)
+    return app
 
 
 def _one_line(error: Exception) -> str:
@@ -109,6 +113,11 @@ class Model:
     async def answer(self, path: str, body: Any = None) -> Answer:
         """Answer one request. Ray cancels this if the client goes away."""
         return await self._service.answer(path, body)
+
+    def check_health(self) -> None:
+        """Raise if this replica scores no more. Ray then starts another one in its place."""
+        if not self._service.alive():
+            raise RuntimeError("the thread that scores has ended: see the log")
 
     async def __del__(self) -> None:
         """Stop. Ray calls this when no request is left."""
@@ -156,6 +165,10 @@ class Replicas:
 
     def __init__(self, handle: DeploymentHandle, seconds: float, pause: float = PAUSE) -> None:
         self._handle, self._seconds, self._pause = handle, seconds, pause
+
+    def alive(self) -> bool:
+        """Return True: Ray itself checks the replicas."""
+        return True
 
     def waits_for(self) -> None:
         """Return None: an ingress takes requests once a replica has answered."""

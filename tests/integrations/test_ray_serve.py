@@ -8,6 +8,7 @@ import socket
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +26,7 @@ from ray.serve.schema import ServeDeploySchema  # noqa: E402
 
 from endoreward_fast.integrations.ray_serve import HAPROXY, app  # noqa: E402
 from endoreward_fast.integrations.ray_serve_arguments import sorted_arguments  # noqa: E402
-from endoreward_fast.integrations.ray_serve_deployments import INGRESS, MODEL, LocalOnly, Model, Replicas, build  # noqa: E402
+from endoreward_fast.integrations.ray_serve_deployments import INGRESS, MODEL, Model, Replicas, build, web_app  # noqa: E402
 from endoreward_fast.serving.answers import Answer  # noqa: E402
 from endoreward_fast.serving.limits import TOKEN as VARIABLE  # noqa: E402
 from pages import ROOT, blocks, commands  # noqa: E402
@@ -114,7 +115,7 @@ def wanted():
 
 
 def test_rewards_are_those_of_a_loaded_model(url, pool, wanted):
-    assert pool.request("GET", f"{url}/ready").status == 200
+    assert [pool.request("GET", f"{url}/{path}").status for path in ("health", "ready")] == [200, 200]
     found = post(pool, url, {"rows": [row for rows in ROWS for row in rows]})
     assert found.status == 200
     for answer, scores in zip(found.json()["rows"], wanted, strict=True):
@@ -304,6 +305,20 @@ def test_a_cancelled_request_is_cancelled_at_its_replica():
     assert asyncio.run(leave()) == 1
 
 
+def test_a_replica_that_scores_no_more_is_unhealthy():
+    model = Model.__new__(Model)
+    for alive in (True, False):
+        model._service = SimpleNamespace(alive=lambda alive=alive: alive, close=lambda: None)
+        with nullcontext() if alive else pytest.raises(RuntimeError, match="the thread that scores has ended"):
+            model.check_health()
+
+
+def test_a_request_that_takes_too_long_is_cancelled_at_its_replica():
+    handle = Handle(asyncio.sleep(60))
+    answer = asyncio.run(Replicas(handle, 0.05).answer("/v1/rewards", {}))
+    assert (answer.status, handle.cancelled) == (504, 1) and "not scored within 0.05 s" in answer.content["error"]
+
+
 @pytest.mark.parametrize(
     ("client", "server", "headers", "status"),
     [
@@ -318,17 +333,24 @@ def test_a_cancelled_request_is_cancelled_at_its_replica():
 def test_without_a_token_other_machines_are_refused(client, server, headers, status):
     sent = []
 
-    async def inner(scope, receive, send):
-        sent.append({"status": 200})
-
     async def send(message):
         sent.append(message)
 
-    scope = {"type": "http", "client": client and (client, 1), "server": (server, 80), "headers": headers}
-    asyncio.run(LocalOnly(inner)(scope, None, send))
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    settings, _ = sorted_arguments({"model": "pocket", "local": True})
+    scope = {
+        "type": "http", "method": "GET", "path": "/health", "query_string": b"", "headers": headers,
+        "client": client and (client, 1), "server": (server, 80),
+    }  # fmt: skip
+    asyncio.run(web_app(Handle(), settings, None)(scope, receive, send))
     assert sent[0]["status"] == status
     if status == 403:
         assert "set ENDOREWARD_TOKEN" in json.loads(sent[1]["body"])["error"]
+    sent.clear()
+    asyncio.run(web_app(Handle(), settings, TOKEN.encode())(scope, receive, send))
+    assert sent[0]["status"] == 200
 
 
 def test_local_is_refused_behind_a_proxy_that_hides_clients(monkeypatch):
