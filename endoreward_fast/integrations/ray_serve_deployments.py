@@ -119,9 +119,10 @@ class Model:
         if not self._service.alive():
             raise RuntimeError("the thread that scores has ended: see the log")
 
-    async def __del__(self) -> None:
-        """Stop. Ray calls this when no request is left."""
-        await asyncio.to_thread(self._service.close)
+    def __del__(self) -> None:
+        """Stop. Ray calls this when no request is left, and Python if the model could not be loaded."""
+        if hasattr(self, "_service"):
+            self._service.close()
 
 
 class RayMetrics(Metrics):
