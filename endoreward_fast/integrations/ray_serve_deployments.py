@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import NodeDiedError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.serve import Application
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Histogram
 
@@ -35,9 +35,7 @@ OF_BOTH = {"health_check_period_s": 2}
 OF_MODEL = {**OF_BOTH, "max_ongoing_requests": 512, "max_queued_requests": 1024, "max_constructor_retry_count": 3}
 """our defaults of Ray's options: enough requests in a replica for its batches, and a bounded queue before them"""
 OF_INGRESS = {**OF_BOTH, "max_ongoing_requests": 100_000, "ray_actor_options": {"num_cpus": 0.1}}
-LOST = (
-    RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError, ReplicaUnavailableError
-)  # fmt: skip
+LOST = (RayActorError, WorkerCrashedError, NodeDiedError, OutOfMemoryError, ObjectLostError)
 """errors of a request whose replica, or the replica's node, went away"""
 TRIES = 4
 """replicas that one request is sent to if they die; the request may be what kills them"""
