@@ -1,6 +1,7 @@
 """The two deployments of an application on Ray Serve: an ingress without a model, and replicas of the model."""
 
 import asyncio
+import gc
 import logging
 from collections.abc import Mapping
 from ipaddress import ip_address
@@ -107,6 +108,8 @@ class Model:
             window=settings.window_ms / 1000, most_waiting=settings.max_waiting,
         )  # fmt: skip
         self._service.check()
+        gc.collect()
+        gc.freeze()  # as serving/run.py does
 
     async def answer(self, path: str, body: Any = None) -> Answer:
         """Answer one request. Ray cancels this if the client goes away."""
