@@ -43,7 +43,7 @@ def app(args: dict) -> Application:
     Raises EndoRewardError: an unknown argument, a value that cannot work, no token.
     """
     settings, of_ray = sorted_arguments(args)
-    token = token_in(settings.token_file, needed=False)
+    token = token_in(settings.token_file, needed=False, flag="token_file")
     if token is None and not settings.local:
         raise EndoRewardError(
             f"no token: set {TOKEN}, or name a file with token_file=FILE; local=true serves this machine only"

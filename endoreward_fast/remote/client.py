@@ -187,6 +187,8 @@ class RemoteModel:
         return places, self._read(answer, len(request)), _tokens_of(answer)
 
     def _read(self, answer: dict[str, Any], count: int) -> list[RowScore]:
+        if answer.get("weights", self.about["weights"]) != self.about["weights"]:
+            raise EndoRewardError(f"{self.url} has another model than before: score all rows again with one of them")
         rows = answer.get("rows")
         if not isinstance(rows, list) or len(rows) != count:
             found = len(rows) if isinstance(rows, list) else "no"

@@ -42,7 +42,8 @@ class Transport:
 
     address      where the server is
     timeout      seconds that one request may take in all: waiting, sending it again, and the answer
-    retries      how often a request is sent again after a lost connection, 502 or 504. 429 and 503 do not count
+    retries      how often a request is sent again after a lost connection, 500 of a proxy, 502 or
+                 504. 429 and 503 do not count
     connections  number of connections that are kept open
 
     Requests are sent again, POST included, because scoring the same rows twice gives the same scores. A redirect is
@@ -109,7 +110,7 @@ class Transport:
                 )  # fmt: skip
             except urllib3.exceptions.HTTPError as raised:
                 error = raised
-            if response is not None and response.status not in (*BUSY, *FAILED):
+            if response is not None and response.status not in (*BUSY, *FAILED) and not _of_a_proxy(response):
                 return response
             try:
                 if response is not None and response.status in BUSY:
@@ -148,6 +149,11 @@ class Transport:
                 return f"no connection to the server ({inner.strerror})"
             inner = next((one for one in inner.args if isinstance(one, BaseException)), inner.__cause__)
         return f"no answer ({first_line(error) if error else 'none came'})"
+
+
+def _of_a_proxy(response: "urllib3.BaseHTTPResponse") -> bool:
+    """Return whether a proxy answers that its server died: that of Ray has status 500 for it, and no JSON."""
+    return response.status == 500 and "json" not in response.headers.get("Content-Type", "")
 
 
 def _retry_after(reader: "urllib3.Retry", response: "urllib3.BaseHTTPResponse | None") -> float:

@@ -394,3 +394,16 @@ def test_without_urllib3_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "urllib3", None)
     with pytest.raises(EndoRewardError, match="needs urllib3: pip install"):
         RemoteModel("http://127.0.0.1:9")
+
+
+def test_a_proxys_500_is_asked_again(server):
+    server.faults = [lambda h: h.answer(500, b"Internal Server Error", **{"Content-Type": "text/plain"})] * 2
+    assert RemoteModel(server.url).score(pairs(1))[0].score is not None and len(server.posts) == 3
+
+
+def test_other_weights_in_the_middle_are_an_error(server, monkeypatch):
+    asking = RemoteModel(server.url)
+    monkeypatch.setitem(asking.about, "weights", "sha256 of others")
+    server.faults = [lambda h: h.answer(200, {"weights": "sha256 of the stub", "rows": [], "usage": {"tokens": 0}})]
+    with pytest.raises(EndoRewardError, match="another model than before"):
+        asking.score(pairs(1))
