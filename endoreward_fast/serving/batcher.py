@@ -125,11 +125,16 @@ class Batcher:
         """Return whether the thread that scores still runs."""
         return self._thread.is_alive()
 
-    def close(self) -> None:
-        """Take no more requests, and return when those in line are answered."""
+    def close(self, *, drop: bool = False) -> None:
+        """Take no more requests, and return when those in line are answered.
+
+        drop    fail them with Closed instead, and return after the round that runs
+        """
         with self._changed:
             self._closed = self._closed or "the server is about to end"
             self._changed.notify_all()
+            if drop:
+                self._fail_all(self._closed)
         self._thread.join()
         self._threads.shutdown()
 
@@ -183,8 +188,11 @@ class Batcher:
             LOG.critical("the thread that scores has ended: start the server again", exc_info=True)
             with self._changed:
                 self._closed = "the server scores no more"
-                for asked in list(self._open.values()):
-                    asked.fail(Closed(self._closed))
+                self._fail_all(self._closed)
+
+    def _fail_all(self, why: str) -> None:
+        for asked in list(self._open.values()):
+            asked.fail(Closed(why))
 
     def _wait(self) -> Round:
         """Return the rows of the next round once there are some; none if there will be none."""

@@ -137,9 +137,9 @@ class Service:
         """Return whether rows are still scored. False is a bug: the process has to be started again."""
         return self.batcher.alive()
 
-    def close(self) -> None:
-        """Refuse further requests, and return when all that were accepted are answered."""
-        self.batcher.close()
+    def close(self, *, drop: bool = False) -> None:
+        """Refuse further requests, and return when all that were accepted are answered; if `drop`, are dropped."""
+        self.batcher.close(drop=drop)
 
     async def _scored(self, dialect: Dialect, body: Any) -> Answer:
         ask = self._ask(dialect, body)
