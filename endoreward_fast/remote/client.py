@@ -116,8 +116,8 @@ class RemoteModel:
         """Return the scores of rows, in their order: rows and options as in EndoRewardModel.score.
 
         A row that cannot be scored gets an `error`; the others are still scored. An option that is not given is the
-        server's: `endoreward serve --gamma 0.9` scores with 0.9 unless `gamma` is given. `max_tokens_per_batch` and `reference`
-        are the server's business and are refused.
+        server's: `endoreward serve --gamma 0.9` scores with 0.9 unless `gamma` is given. `max_tokens_per_batch` and
+        `reference` are the server's business and are refused.
 
         Raises EndoRewardError for an option that is wrong, and for a server that refuses or does not answer.
         """
