@@ -1,0 +1,97 @@
+"""`python -m bench.serving`: the server's speed beside scoring in-process, and 10,000 requests of which some go wrong.
+
+The server, the clients and the scoring in-process are three processes on this machine; they never compute at the same
+time, except server and clients. Writes bench/results/serving.json after each case, and serving.png. The exit code is 1
+if a check fails.
+"""
+
+import argparse
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench.harness import timing
+from bench.serving import chaos, rows, shown, speed
+from bench.serving.load import Generator, generator
+from bench.serving.results import Expected, WrongScore
+from bench.serving.server import facts, serving
+from endoreward_fast import EndoRewardModel
+
+RM_BENCH = Path(__file__).parents[3] / "shared" / "data" / "rm-bench" / "safety-response_filtered.json"
+STEPS = ("quiz", "groups", "rm-bench", "smollm2", "chaos")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument(
+        "--data", type=Path, default=RM_BENCH, help="a file of RM-Bench; without it that step is left out"
+    )
+    parser.add_argument("--rows", type=int, default=512, help="short rows of a round; longer rows are fewer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=10_000, help="of the run in which some go wrong")
+    parser.add_argument("--threads", type=int, default=1, help="for scoring, in-process and in the server")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="the rest: flags for `endoreward serve`")
+    parser.add_argument("--out", type=Path, default=timing.RESULTS)
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    environment, cases = timing.environment(), []
+    with tempfile.TemporaryDirectory() as folder, generator(Path(folder)) as clients:
+        for step in args.steps:
+            if step == "rm-bench" and not args.data.is_file():
+                print(f"{args.data} is not there: the step rm-bench is left out")
+                continue
+            load = round(os.getloadavg()[0], 2)
+            try:
+                case = (storm if step == "chaos" else race)(step, args, clients, Path(folder))
+            except WrongScore as error:
+                raise SystemExit(f"bench.serving: {step}: {error}: nothing of this step is kept") from None
+            cases.append(case | {"threads": args.threads, "load": load, "flags": args.flags})
+            print(shown.sentence(cases[-1]) if step == "chaos" else shown.table(cases[-1]), flush=True)
+            timing.write("serving", environment, cases, args.out)
+    print(shown.draw(args.out))
+    return int(any(case.get("wrong") for case in cases))
+
+
+def race(step: str, args: argparse.Namespace, clients: Generator, folder: Path) -> dict:
+    """Measure speed with one model and one kind of rows."""
+    model, dtype = ("smollm2", "fastest") if step == "smollm2" else ("pocket", None)
+    listed = {
+        "quiz": lambda: rows.quiz(args.rows), "groups": lambda: rows.groups(args.rows // 2),
+        "rm-bench": lambda: rows.rm_bench(args.data, args.rows // 4), "smollm2": lambda: rows.groups(args.rows // 4),
+    }[step]()  # fmt: skip
+    scorer = EndoRewardModel.from_pretrained(model, dtype=dtype)
+    name = str(scorer.dtype).removeprefix("torch.")
+    expected = Expected([found.score for found in scorer.score(listed)], name)
+    flags = ["--model", model, *(["--dtype", dtype] if dtype else []), *args.flags]
+    with serving(flags, args.threads, folder) as server:
+        served = facts(server)["dtype"]
+        if served != name:
+            raise SystemExit(f"bench.serving: the server computes in {served}, this process in {name}")
+        found = speed.run_case(scorer, server, clients, listed, expected, args.rounds, None)
+    workload = "groups" if step == "smollm2" else step
+    return {"kind": "speed", "model": model, "workload": workload, "dtype": name} | found
+
+
+def storm(step: str, args: argparse.Namespace, clients: Generator, folder: Path) -> dict:
+    """Send the mix to the embedded model, which needs a token here."""
+    listed = rows.quiz(args.rows)
+    expected = Expected([found.score for found in EndoRewardModel.from_pretrained("pocket").score(listed)])
+    token = folder / "token"
+    token.write_text(secrets.token_hex(16))
+    token.chmod(0o600)
+    flags = ["--model", "pocket", "--token-file", str(token), *args.flags]
+    with serving(flags, args.threads, folder) as server:
+        found = chaos.run(
+            server, clients, listed, expected, args.requests, authorization=f"Bearer {token.read_text()}"
+        )  # fmt: skip
+    return {"kind": "chaos", "server": "plain", "model": "pocket", "workload": "quiz", "dtype": "float32"} | found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
