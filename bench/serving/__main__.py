@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, default=RM_BENCH, help="a file of RM-Bench; without it that step is left out"
     )
-    parser.add_argument("--rows", type=int, default=512, help="short rows of a round; longer rows are fewer")
+    parser.add_argument("--rows", type=int, default=256, help="short rows of a round; longer rows are fewer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=10_000, help="of the run in which some go wrong")
     parser.add_argument("--threads", type=int, default=1, help="for scoring, in-process and in the server")
@@ -63,7 +63,7 @@ def race(step: str, args: argparse.Namespace, clients: Generator, folder: Path) 
     model, dtype = ("smollm2", "fastest") if step == "smollm2" else ("pocket", None)
     listed = {
         "quiz": lambda: rows.quiz(args.rows), "groups": lambda: rows.groups(args.rows // 2),
-        "rm-bench": lambda: rows.rm_bench(args.data, args.rows // 4), "smollm2": lambda: rows.groups(args.rows // 4),
+        "rm-bench": lambda: rows.rm_bench(args.data, args.rows // 2), "smollm2": lambda: rows.quiz(args.rows // 2),
     }[step]()  # fmt: skip
     scorer = EndoRewardModel.from_pretrained(model, dtype=dtype)
     name = str(scorer.dtype).removeprefix("torch.")
@@ -73,8 +73,8 @@ def race(step: str, args: argparse.Namespace, clients: Generator, folder: Path) 
         served = facts(server)["dtype"]
         if served != name:
             raise SystemExit(f"bench.serving: the server computes in {served}, this process in {name}")
-        found = speed.run_case(scorer, server, clients, listed, expected, args.rounds, None)
-    workload = "groups" if step == "smollm2" else step
+        found = speed.run_case(scorer, server, clients, listed, expected, args.rounds, None, step == "groups")
+    workload = "quiz" if step == "smollm2" else step
     return {"kind": "speed", "model": model, "workload": workload, "dtype": name} | found
 
 
@@ -85,7 +85,7 @@ def storm(step: str, args: argparse.Namespace, clients: Generator, folder: Path)
     token = folder / "token"
     token.write_text(secrets.token_hex(16))
     token.chmod(0o600)
-    flags = ["--model", "pocket", "--token-file", str(token), *args.flags]
+    flags = ["--model", "pocket", "--token-file", str(token), *chaos.FLAGS, *args.flags]
     with serving(flags, args.threads, folder) as server:
         found = chaos.run(
             server, clients, listed, expected, args.requests, authorization=f"Bearer {token.read_text()}"

@@ -29,6 +29,8 @@ MALFORMED_SHARE, CANCELLED_SHARE = 0.05, 0.01
 LONGEST_PATIENCE = 0.06
 """seconds after which the last of the cancelling clients closes; an answer takes longer"""
 MIB = 1 << 20
+FLAGS = ("--max-request-mb", "1")
+"""so that a body that is too large is small"""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class Planned:
 
 
 def malformed(row: Row, **headers: str) -> dict[str, tuple[Request, int]]:
-    """Return {kind: (request, its status)}. Each is what `row` asks for with one thing wrong."""
+    """Return {kind: (request, its status)}. Each is what `row` asks for with one thing wrong.
+
+    The server has to be started with `FLAGS`.
+    """
     good = json.dumps({"rows": [row]}).encode()
     deep = b'{"rows": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     ids = {"prompt_ids": [1, 2], "completion_ids": [10**9]}
@@ -65,7 +70,8 @@ def malformed(row: Row, **headers: str) -> dict[str, tuple[Request, int]]:
     found["an unknown path"] = (post(good, "/v1/scores", **headers), 404)
     found["GET"] = (post(good, **headers).replace(b"POST", b"GET", 1), 405)
     found["not application/json"] = (post(good, **headers | {"content_type": "text/plain"}), 415)
-    found["too large"] = (post(b"", **headers | {"content_length": str(10**12)}), 413)
+    found["too many rows"] = (post({"rows": [row] * 2000}, **headers), 413)
+    found["too large"] = (post(b" " * (MIB + 1) + good, **headers), 413)
     if "authorization" in headers:
         found["a wrong token"] = (post(good, **headers | {"authorization": "Bearer no-token-of-this-server"}), 401)
     return {kind: (Request(content), status) for kind, (content, status) in found.items()}

@@ -1,7 +1,9 @@
 """Throughput and latency beside scoring in-process: the same rows, model, dtype, budget and threads, in one run.
 
 Rounds time every arm once, in an order that rotates. A ratio is taken within a round: tokens a second of the arm over
-those of one call `score(rows)`, which sees all rows at once, sorts them by length and reads each shared prefix once.
+those in-process, which is one call `score(rows)`: it sees all rows at once, sorts them by length and reads each shared
+prefix once. A server sees as many rows as clients wait for. What that costs without any HTTP is an arm as well: calls
+`score` with IN_FLIGHT rows each.
 """
 
 import statistics
@@ -9,15 +11,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from bench import prefixes
 from bench.harness import timing
-from bench.prefixes import Whole
 from bench.serving.load import Generator, Run
 from bench.serving.results import Expected, WrongScore
 from bench.serving.rows import Row, requests_for
 from bench.serving.server import Server
 from endoreward_fast import EndoRewardModel
 
-IN_PROCESS, ONE_BY_ONE = "in-process, one list", "in-process, one row at a time"
+IN_FLIGHT = 64
+IN_PROCESS, LISTS = "in-process, one list", f"in-process, lists of {IN_FLIGHT}"
+ONE_BY_ONE = "in-process, one row at a time"
 WHOLE = "in-process, one list, prefixes not shared"
 ARMS = ((1, 1), (8, 1), (64, 1), (8, 8))
 """(clients, rows of a request)"""
@@ -56,15 +60,24 @@ class Wall:
 
 def run_case(
     scorer: EndoRewardModel, server: Server, generator: Generator, rows: Sequence[Row], expected: Expected, rounds: int,
-    budget: int | None, arms: Sequence[tuple[int, int]] = ARMS,
+    budget: int | None, whole: bool = False, arms: Sequence[tuple[int, int]] = ARMS,
 ) -> dict:  # fmt: skip
     """Time every arm in `rounds` rounds. Returns the case's record.
 
+    whole    time the list in-process without shared prefixes, too
+
     Raises WrongScore if an answer is missing or differs from the score in-process.
     """
-    tokens: list[int] = []
-    scorer.score(rows, max_tokens_per_batch=budget, on_tokens=tokens.append)
-    seen = {IN_PROCESS: Arm(), ONE_BY_ONE: Arm(), WHOLE: Arm()} | {named(*arm): Arm(*arm) for arm in arms}
+    encoded = [{"prompt_ids": e.input_ids[: e.prompt_length], "completion_ids": e.input_ids[e.prompt_length :]}
+               for e in scorer.encode(rows)]  # fmt: skip
+    tokens = sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in encoded)
+    lists = [rows[i : i + IN_FLIGHT] for i in range(0, len(rows), IN_FLIGHT)]
+    computed = {
+        IN_PROCESS: prefixes.computed(scorer, rows, max_tokens_per_batch=budget)[0],
+        LISTS: sum(prefixes.computed(scorer, some, max_tokens_per_batch=budget)[0] for some in lists),
+    }
+    seen = {name: Arm() for name in (IN_PROCESS, LISTS, ONE_BY_ONE, *[WHOLE] * whole)}
+    seen |= {named(*arm): Arm(*arm) for arm in arms}
 
     def in_process(name: str, lists: Sequence[Sequence[Row]], scorer: EndoRewardModel = scorer) -> float:
         start, busy = time.perf_counter(), time.process_time()
@@ -83,7 +96,9 @@ def run_case(
 
     calls = {IN_PROCESS: lambda: in_process(IN_PROCESS, [rows])}
     calls[ONE_BY_ONE] = lambda: in_process(ONE_BY_ONE, [[row] for row in rows])
-    calls[WHOLE] = lambda: in_process(WHOLE, [rows], Whole(scorer.model, scorer.tokenizer))
+    calls[LISTS] = lambda: in_process(LISTS, lists)
+    if whole:
+        calls[WHOLE] = lambda: in_process(WHOLE, [rows], prefixes.Whole(scorer.model, scorer.tokenizer))
     calls |= {named(*arm): lambda arm=arm: served(*arm) for arm in arms}
     for call in calls.values():  # warm: connections, caches, and the score of every row is checked
         call()
@@ -93,8 +108,9 @@ def run_case(
     for name, seconds in timing.interleave(calls, rounds, Wall()).items():
         seen[name].seconds = seconds
     return {
-        "rows": len(rows), "tokens": sum(tokens), "rounds": rounds, "budget": budget,
-        "arms": {name: summary(arm, seen[IN_PROCESS], sum(tokens), len(rows)) for name, arm in seen.items()},
+        "rows": len(rows), "tokens": tokens, "distinct": prefixes.trie_size(encoded), "computed": computed,
+        "rounds": rounds, "budget": budget,
+        "arms": {name: summary(arm, seen[IN_PROCESS], seen[LISTS], tokens, len(rows)) for name, arm in seen.items()},
     }  # fmt: skip
 
 
@@ -109,13 +125,14 @@ def note(arm: Arm, run: Run, expected: Expected, size: int) -> None:
     arm.latencies.extend(reply.seconds for reply in run.replies)
 
 
-def summary(arm: Arm, base: Arm, tokens: int, rows: int) -> dict:
-    """Summarise an arm beside `base`: medians and quartiles over rounds, percentiles over all requests."""
+def summary(arm: Arm, base: Arm, lists: Arm, tokens: int, rows: int) -> dict:
+    """Summarise an arm beside `base` and `lists`: medians and quartiles over rounds, percentiles over all requests."""
     speeds = [tokens / s for s in arm.seconds]
     ratios = [b / s for b, s in zip(base.seconds, arm.seconds, strict=True)]
     found = {
         "clients": arm.clients, "rows_per_request": arm.rows_per_request,
         **spread("tokens_per_s", speeds), **spread("ratio", ratios),
+        **spread("ratio_to_lists", [b / s for b, s in zip(lists.seconds, arm.seconds, strict=True)]),
         "cpu_ratio": statistics.median(b / c for b, c in zip(base.cpu_s, arm.cpu_s, strict=True)),
         "ms_of_processor_per_row": 1e3 * statistics.median(arm.cpu_s) / rows,
     }  # fmt: skip

@@ -222,7 +222,9 @@ def test_an_answer_in_another_score_is_refused_before_it_is_timed():
 def test_ratios_are_taken_within_a_round():
     base = speed.Arm(seconds=[1.0, 2.0, 1.0], cpu_s=[1.0, 1.0, 1.0])
     arm = speed.Arm(8, 1, [2.0, 4.0, 1.0], [1.25] * 3, [0.1] * 3, [i / 1000 for i in range(1, 101)])
-    found = speed.summary(arm, base, 1000, 50)
+    lists = speed.Arm(seconds=[2.0] * 3, cpu_s=[1.0] * 3)
+    found = speed.summary(arm, base, lists, 1000, 50)
+    assert found["ratio_to_lists"] == 1.0 and (found["ratio_to_lists_low"], found["ratio_to_lists_high"]) == (0.75, 1.5)
     assert found["ratio"] == 0.5 and found["cpu_ratio"] == 0.8 and found["ms_of_processor_per_row"] == 25
     assert found["latency_ms"]["p50"] == pytest.approx(50.5) and found["latency_ms"]["max"] == 100
     assert found["tokens_per_s"] == 500 and found["latency_ms"]["requests"] == 100
@@ -240,14 +242,13 @@ def test_rows_of_groups_share_their_prompt_and_differ_in_their_completion():
 
 
 def test_the_record_becomes_a_table_and_a_picture(tmp_path):
-    arms = {
-        speed.IN_PROCESS: speed.summary(speed.Arm(None, None, [1.0], [1.0]), speed.Arm(None, None, [1.0], [1.0]), 9, 3)
-    }
+    base = speed.Arm(None, None, [1.0], [1.0])
+    arms = {speed.IN_PROCESS: speed.summary(base, base, base, 9, 3)}
     for clients, size in speed.ARMS:
         arm = speed.Arm(clients, size, [1.1], [1.2], [0.1], [0.01, 0.02])
-        arms[speed.named(clients, size)] = speed.summary(arm, speed.Arm(None, None, [1.0], [1.0]), 9, 3)
+        arms[speed.named(clients, size)] = speed.summary(arm, base, base, 9, 3)
     named = {"model": "pocket", "workload": "quiz", "dtype": "float32", "threads": 1, "load": 0.5}
-    case = named | {"kind": "speed", "rows": 3, "tokens": 9, "rounds": 1, "arms": arms}
+    case = named | {"kind": "speed", "rows": 3, "tokens": 9, "distinct": 9, "rounds": 1, "arms": arms}
     run = Run(100.0, 10.0, 1.0, [Reply(200, n / 10, 0.1) for n in range(100)])
     memory = {"server": chaos.flat(chaos.readings([(100 + n / 10, 300.0) for n in range(100)], run), 100)}
     plan = [chaos.Planned(Request(b""), 1)]
