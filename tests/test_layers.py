@@ -27,8 +27,10 @@ MAY_IMPORT = {
     "rivals": "errors text scoring model",
     "pocket": "",
     "data": "errors text scoring",
+    "remote": "scoring",
+    "serving": "errors text data scoring model remote",
     "integrations": "errors returns text scoring model",
-    "command": "errors vocab view text data scoring model rivals pocket tuning",
+    "command": "errors vocab view text data scoring model rivals pocket tuning serving",
     "__main__": "command",
 }
 FACE = "__init__"

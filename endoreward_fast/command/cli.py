@@ -24,6 +24,7 @@ from .flags import help_text
 from .flags.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
 from .flags.panels import of_head, of_input, of_output, takes
 from .flags.score_flags import ScoreFlags
+from .flags.serve_flags import ServeFlags
 from .flags.values import device_name
 from .group import BAD_INPUT, Group, OneProcess
 from .run import pipeline
@@ -249,6 +250,15 @@ def demo(flags: ModelFlags) -> None:
     from .demo import show
 
     show(flags)
+
+
+@app.command("serve", cls=OneProcess, epilog=help_text.SERVE)
+@takes(ServeFlags)
+def serve_model(flags: ServeFlags) -> None:
+    """Answer requests for rewards over HTTP. Needs the extra `serve`."""
+    from .serve import serve
+
+    serve(flags)
 
 
 @app.command("tune", cls=OneProcess, epilog=help_text.TUNE)

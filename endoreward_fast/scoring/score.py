@@ -31,9 +31,14 @@ EncodedRows = list[Encoded | RowScore]
 """the tokens of each row, or why it has no score"""
 
 
-def encode_rows(scorer: Scorer, rows: Sequence[Row | Encoded | RowScore], options: ScoreOptions) -> EncodedRows:
-    """Return the tokens of each row, or a RowScore that says why it has no score. Encoded rows are left as they are."""
-    encoder = encoder_for(scorer, options)
+def encode_rows(
+    scorer: Scorer, rows: Sequence[Row | Encoded | RowScore], options: ScoreOptions, encoder: Encoder | None = None
+) -> EncodedRows:  # fmt: skip
+    """Return the tokens of each row, or a RowScore that says why it has no score. Encoded rows are left as they are.
+
+    encoder   of these options (`encoder_for`), if the caller has one
+    """
+    encoder = encoder_for(scorer, options) if encoder is None else encoder
     vocab_size = min(model.vocab_size for model in _models(scorer, options))
     return [row if isinstance(row, Encoded | RowScore) else _encode(encoder, row, vocab_size, options) for row in rows]
 

@@ -87,6 +87,16 @@ Examples:
 
 Without --model it needs no network, because the package contains the model."""
 
+SERVE = """\
+Examples:
+  endoreward serve -m Qwen/Qwen2.5-0.5B-Instruct
+  curl -H 'Content-Type: application/json' http://127.0.0.1:8000/v1/rewards \\
+    -d '{"rows": [{"prompt": "What is 2 + 3?", "completions": ["5", "6"]}]}'
+  endoreward serve -m MODEL --host 0.0.0.0 --token-file token.txt
+
+Paths: /v1/rewards, /get_reward (OpenRLHF), /slime, /classify and /pooling
+(vLLM's, as verl asks); /docs explains them; /health, /ready, /metrics."""
+
 TUNE = """\
 Examples:
   endoreward tune -m Qwen/Qwen2.5-0.5B-Instruct

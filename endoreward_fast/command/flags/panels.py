@@ -17,6 +17,8 @@ of_input = partial(typer.Option, rich_help_panel="Input")
 of_output = partial(typer.Option, rich_help_panel="Output")
 of_cluster = partial(typer.Option, rich_help_panel="Cluster")
 of_head = partial(typer.Option, rich_help_panel="Head")
+of_server = partial(typer.Option, rich_help_panel="Server")
+of_limits = partial(typer.Option, rich_help_panel="Limits")
 of_comparison = partial(typer.Option, rich_help_panel="Compare")
 
 

@@ -1,0 +1,141 @@
+"""Who may ask, and how much they may send: checked before anything of a request is read."""
+
+import asyncio
+import base64
+import binascii
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from starlette.requests import Request
+
+from ..data.json_rows import of_pairs
+from .answers import Refusal
+from .limits import Limits, same
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+OPEN = ("/health", "/ready")
+"""paths that need no token, because orchestrators ask them"""
+LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
+DISCARDED = 2**30
+"""bytes of a body that is too large that are read and dropped, so that its sender gets an answer"""
+
+
+class Guard:
+    """ASGI middleware that answers 401 without the right token.
+
+    A server without a token is local. It refuses other host names than this machine's with 403, because a page in a
+    browser could point a name of its own at this machine.
+    """
+
+    def __init__(self, app: Any, token: bytes | None) -> None:
+        self.app, self.token = app, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in OPEN else None
+        if refusal is None:
+            await self.app(scope, receive, send)
+        else:
+            await respond(send, refusal)
+
+    def _refusal(self, scope: Scope) -> Refusal | None:
+        headers = dict(scope["headers"])
+        if self.token is None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
+            if name.strip("[]").lower() in LOCAL_NAMES or host == "":
+                return None
+            return Refusal(403, "this server has no token, so it answers to localhost only: start it with --token-file")
+        given = _token(headers.get(b"authorization", b""))
+        if given is not None and same(given, self.token):
+            return None
+        said = "a token is required: send Authorization: Bearer TOKEN" if given is None else "this is not the token"
+        return Refusal(401, said, **{"WWW-Authenticate": 'Basic realm="endoreward", charset="UTF-8"'})
+
+
+def _token(header: bytes) -> bytes | None:
+    """Return the token of an Authorization header: Bearer's, or Basic's password (its user, if that is empty)."""
+    scheme, _, value = header.strip().partition(b" ")
+    if scheme.lower() == b"bearer":
+        return value.strip()
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        user, _, password = base64.b64decode(value.strip(), validate=True).partition(b":")
+    except binascii.Error:
+        return None
+    return password or user
+
+
+async def respond(send: Send, refusal: Refusal) -> None:
+    """Send a refusal without reading the request."""
+    answer = refusal.answer
+    headers = {"content-type": "application/json", **answer.headers}
+    lines = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    body = json.dumps(answer.content).encode()
+    lines.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": answer.status, "headers": lines})
+    await send({"type": "http.response.body", "body": body})
+
+
+class Bodies:
+    """Reads bodies within limits: the bytes of one, the time it takes, and the bytes of all that are being read."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits, self._held = limits, 0
+
+    async def json_of(self, request: Request) -> Any:
+        """Return the JSON of a request's body. An object with a repeated key is an `Ambiguous`.
+
+        Raises Refusal: 415 for another content type, 413 for a large body, 408 for a slow one, 503 if other bodies
+        take all the room, 400 for what is no JSON.
+        """
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Refusal(415, "send JSON, with the header Content-Type: application/json")
+        try:
+            body = await asyncio.wait_for(self._read(request), self.limits.seconds)
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the body was not complete after {self.limits.seconds:g} s") from None
+        return _parsed(body)
+
+    async def _read(self, request: Request) -> bytes:
+        most, parts, size, mine = self.limits.request_bytes, [], 0, 0
+        refusal: Refusal | None = None
+        try:
+            async for part in request.stream():
+                size += len(part)
+                if refusal is None and size > most:
+                    refusal = Refusal(413, f"the body has more than {most} bytes: send fewer rows in one request")
+                elif refusal is None and self._held + len(part) > self.limits.bytes_held:
+                    refusal = Refusal(503, "other requests take all the room: ask again", **{"Retry-After": "1"})
+                if refusal is None:
+                    mine, self._held = mine + len(part), self._held + len(part)
+                    parts.append(part)
+                elif size > DISCARDED:
+                    break
+        finally:
+            self._held -= mine
+        if refusal is not None:
+            raise refusal
+        return b"".join(parts)
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return json.loads(body.decode("utf-8"), object_pairs_hook=of_pairs, parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise Refusal(400, f"the body is not UTF-8 (byte {error.start + 1})") from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise Refusal(400, f"the body is not JSON: {error.msg}, {where}") from None
+    except RecursionError:
+        raise Refusal(400, "the body is nested too deep") from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise Refusal(400, f"the body is not JSON: {error}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise Refusal(400, f"the body is not JSON: {name} is no JSON number")
