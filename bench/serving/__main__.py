@@ -82,14 +82,9 @@ def storm(step: str, args: argparse.Namespace, clients: Generator, folder: Path)
     """Send the mix to the embedded model, which needs a token here."""
     listed = rows.quiz(args.rows)
     expected = Expected([found.score for found in EndoRewardModel.from_pretrained("pocket").score(listed)])
-    token = folder / "token"
-    token.write_text(secrets.token_hex(16))
-    token.chmod(0o600)
-    flags = ["--model", "pocket", "--token-file", str(token), *chaos.FLAGS, *args.flags]
-    with serving(flags, args.threads, folder) as server:
-        found = chaos.run(
-            server, clients, listed, expected, args.requests, authorization=f"Bearer {token.read_text()}"
-        )  # fmt: skip
+    flags = ["--model", "pocket", *chaos.FLAGS, *args.flags]
+    with serving(flags, args.threads, folder, secrets.token_hex(16)) as server:
+        found = chaos.run(server, clients, listed, expected, args.requests)
     return {"kind": "chaos", "server": "plain", "model": "pocket", "workload": "quiz", "dtype": "float32"} | found
 
 

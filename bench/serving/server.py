@@ -28,6 +28,8 @@ class Server:
 
     process: subprocess.Popen
     port: int
+    token: str = ""
+    """what it was started with"""
 
     def processes(self) -> dict[str, psutil.Process]:
         """Return the processes whose memory is watched, by name."""
@@ -42,8 +44,13 @@ class Server:
         """Return the server's metrics by name: sums over labels, without the buckets of histograms."""
         return sums(self.get("/metrics"))
 
+    def headers(self) -> dict[str, str]:
+        """Return the headers that a request to it needs."""
+        return {"authorization": f"Bearer {self.token}"} if self.token else {}
+
     def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as answer:
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=self.headers())
+        with urllib.request.urlopen(asked, timeout=30) as answer:
             return answer.read().decode()
 
 
@@ -57,12 +64,17 @@ def sums(text: str) -> dict[str, float]:
 
 
 @contextmanager
-def serving(flags: Sequence[str], threads: int, folder: Path) -> Iterator[Server]:
-    """Run `endoreward serve` on a free port until the block ends. `folder` takes what it says."""
+def serving(flags: Sequence[str], threads: int, folder: Path, token: str = "") -> Iterator[Server]:
+    """Run `endoreward serve` on a free port until the block ends. `folder` takes what it says, and the token's file."""
+    if token:
+        file = folder / "token"
+        file.write_text(token)
+        file.chmod(0o600)
+        flags = [*flags, "--token-file", str(file)]
     command = [sys.executable, "-m", "endoreward_fast", "serve", "--port", "0", *flags]
     with started(command, threads, folder / "server.log") as process:
         port = _port(process, folder / "server.log")
-        server = Server(process, port)
+        server = Server(process, port, token)
         wait_for(lambda: _is_ready(server), process, folder / "server.log")
         yield server
 
