@@ -20,6 +20,9 @@ BIN := $(VENV)/bin
 CORE := $(VENV)/.core
 READY := $(VENV)/.ready
 INSTALL := $(BIN)/python -m pip install --constraint $(CONSTRAINTS)
+# OpenRLHF's HTTP client is tested with its own code. That code needs pylatexenc, and none of OpenRLHF's other dependencies
+# (flash-attn, deepspeed, ...). pip skips OpenRLHF where it has no wheel, and the tests say so.
+CLIENTS := pylatexenc 'openrlhf; platform_system == "Linux" and platform_machine == "x86_64" and python_version < "3.13"'
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-real test ptx floors families lint package bench bench-scoring compare sweep paper scale gpu gpu-sanitize kernel-report clean
@@ -39,6 +42,7 @@ $(CORE): setup.py pyproject.toml $(CONSTRAINTS)
 $(READY): $(CORE)
 	@echo 'Installing the extras for tests, lint and benchmarks into $(VENV), once. The download is up to 0.5 GB.'
 	$(INSTALL) --editable '.[all]'
+	$(INSTALL) --no-deps $(CLIENTS)
 	@touch $@
 
 demo: $(CORE) ## score real against corrupted text and right against wrong answers (no network)

@@ -1,6 +1,5 @@
 """The options of scoring: what each means, and which values it takes."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,6 +13,8 @@ from ..text.template import Extras, as_date
 from .arguments import refuse_unknown
 from .scorer import Scorer
 
+LARGEST = 3.4e38
+"""the largest number that float32 holds, rounded down"""
 SWITCHES = ("append_eos", "per_token", "texts", "entropy")
 """fields of ScoreOptions that are True or False"""
 
@@ -102,10 +103,10 @@ class ScoreOptions:
         object.__setattr__(self, "_named", frozenset(names_in(self.signals)) - {ALL})
         object.__setattr__(self, "signals", select(self.signals, given=given))
         for name, fine, wanted in (
-            ("alpha", isinstance(self.alpha, Real) and 0 < self.alpha < math.inf, "a number above 0"),
+            ("alpha", isinstance(self.alpha, Real) and 0 < self.alpha <= LARGEST, "a number above 0"),
             ("reduction", self.reduction in ("sum", "mean"), "'sum' or 'mean'"),
             ("gamma", isinstance(self.gamma, Real) and 0 < self.gamma <= 1, "a number above 0, at most 1"),
-            ("floor", isinstance(self.floor, Real) and 0 <= self.floor < math.inf, "a number, 0 or more"),
+            ("floor", isinstance(self.floor, Real) and 0 <= self.floor <= LARGEST, "a number, 0 or more"),
             ("system", isinstance(self.system, str | None), "text, or None"),
             ("chat", self.chat in (None, True, False), "True, False or None"),
             ("truncate", self.truncate in (None, "prompt", "completion"), "None, 'prompt' or 'completion'"),
@@ -120,6 +121,8 @@ class ScoreOptions:
         ):
             if not fine:
                 raise EndoRewardError(f"{name}={getattr(self, name)!r}: expected {wanted}")
+        for name in ("alpha", "gamma", "floor"):  # torch takes no integer above 64 bits
+            object.__setattr__(self, name, float(getattr(self, name)))
 
 
 def _is_count(x: Any) -> bool:

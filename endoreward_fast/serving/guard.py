@@ -5,9 +5,10 @@ import base64
 import binascii
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from ..data.json_rows import of_pairs
 from .answers import Refusal
@@ -19,8 +20,9 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN = ("/health", "/ready")
 """paths that need no token, because orchestrators ask them"""
 LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
-DISCARDED = 2**30
-"""bytes of a body that is too large that are read and dropped, so that its sender gets an answer"""
+DISCARDED, PATIENCE = 2**30, 10
+"""Bytes, and seconds, for which a body that is too large is read and dropped. Its sender reads no answer before it has
+sent everything"""
 
 
 class Guard:
@@ -102,25 +104,43 @@ class Bodies:
         return _parsed(body)
 
     async def _read(self, request: Request) -> bytes:
-        most, parts, size, mine = self.limits.request_bytes, [], 0, 0
-        refusal: Refusal | None = None
+        most, parts, size, more = self.limits.request_bytes, [], 0, True
+        too_large = Refusal(413, f"the body has more than {most} bytes: send fewer rows in one request")
         try:
-            async for part in request.stream():
-                size += len(part)
-                if refusal is None and size > most:
-                    refusal = Refusal(413, f"the body has more than {most} bytes: send fewer rows in one request")
-                elif refusal is None and self._held + len(part) > self.limits.bytes_held:
-                    refusal = Refusal(503, "other requests take all the room: ask again", **{"Retry-After": "1"})
-                if refusal is None:
-                    mine, self._held = mine + len(part), self._held + len(part)
-                    parts.append(part)
-                elif size > DISCARDED:
-                    break
+            if int(request.headers.get("content-length", 0)) > most:
+                raise too_large
+            while more:
+                part, more = await _next(request)
+                size, self._held = size + len(part), self._held + len(part)
+                if size > most:
+                    raise too_large
+                if self._held > self.limits.bytes_held:
+                    raise Refusal(503, "other requests take all the room: ask again", **{"Retry-After": "1"})
+                parts.append(part)
+        except Refusal:
+            if more and request.headers.get("expect") is None:  # with `expect`, nothing more is sent before an answer
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(_discard(request), PATIENCE)
+            raise
         finally:
-            self._held -= mine
-        if refusal is not None:
-            raise refusal
+            self._held -= size
         return b"".join(parts)
+
+
+async def _next(request: Request) -> tuple[bytes, bool]:
+    """Return the next part of a body, and whether more follows. Raises ClientDisconnect if the client went away."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientDisconnect
+    return message.get("body", b""), message.get("more_body", False)
+
+
+async def _discard(request: Request) -> None:
+    """Read the rest of a body, within bounds, and drop it."""
+    left, more = DISCARDED, True
+    while more and left > 0:
+        part, more = await _next(request)
+        left -= len(part)
 
 
 def _parsed(body: bytes) -> Any:

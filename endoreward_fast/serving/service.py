@@ -27,6 +27,8 @@ from .turns import Turns
 LOG = logging.getLogger("endoreward")
 OPTIONS = tuple(name for name in ScoreOptions.__dataclass_fields__ if name not in SERVERS_OWN)
 """what a request may set"""
+KEPT = 64
+"""sets of options that are kept"""
 MOST_REASONS = 100
 """reasons for missing scores that are written to the log"""
 PATHS = (*DIALECTS, MODEL, VOCABULARY)
@@ -74,6 +76,7 @@ class Service:
         self.metrics.queue_rows.set_function(lambda: self.batcher.rows)
         self.metrics.queue_tokens.set_function(lambda: self.batcher.tokens)
         self._reasons: set[str] = set()
+        self._known: dict[frozenset[tuple[str, Any]], ScoreOptions] = {}
         self._lock = threading.Lock()
 
     def check(self) -> None:
@@ -100,6 +103,9 @@ class Service:
             return refusal.answer
         except EndoRewardError as error:
             return Refusal(422, str(error)).answer
+        except Exception:
+            LOG.exception("%s failed", path)
+            return Refusal(500, "the server failed at this request; its log says how").answer
 
     def about(self) -> dict[str, Any]:
         """Return what a client has to know about the model and the limits."""
@@ -141,11 +147,6 @@ class Service:
         except asyncio.TimeoutError:
             said = f"not scored within {self.limits.seconds:g} s: send fewer rows, or ask again when less waits"
             raise Refusal(504, said) from None
-        except (EndoRewardError, Refusal, asyncio.CancelledError):
-            raise
-        except Exception as error:
-            LOG.error("%s", dialect.path, exc_info=error)
-            raise Refusal(500, "the server failed at this request; its log says how") from None
         finally:
             self.batcher.cancel(asked)
         answer = ask.answer(Scored(results, options, asked.tokens, self.served.names[0]))
@@ -175,6 +176,22 @@ class Service:
         return ask
 
     def _options(self, given: Mapping[str, Any]) -> ScoreOptions:
+        """Return the options of a request. Those of the last requests are kept: checking them takes 0.1 ms."""
+        try:
+            key = frozenset(given.items())
+        except TypeError:  # tools, say
+            return self._checked(given)
+        with self._lock:
+            known = self._known.get(key)
+        if known is None:
+            known = self._checked(given)
+            with self._lock:
+                while len(self._known) >= KEPT:
+                    del self._known[next(iter(self._known))]
+                self._known[key] = known
+        return known
+
+    def _checked(self, given: Mapping[str, Any]) -> ScoreOptions:
         options = {**self.options, **given}
         most = self.options.get("max_length")
         if most is not None and isinstance(options.get("max_length"), int):

@@ -170,7 +170,7 @@ def names_in(wanted: str | Iterable[str]) -> list[str]:
         raise EndoRewardError(f"signals={wanted!r}: expected all, or some of {', '.join(SIGNALS)}")
     names = [n.strip() for n in wanted.split(",")] if isinstance(wanted, str) else list(wanted)
     for name in names:
-        if name != ALL and name not in SIGNALS:
+        if not isinstance(name, str) or (name != ALL and name not in SIGNALS):
             raise EndoRewardError(f"unknown signal {name!r}: expected all, or some of {', '.join(SIGNALS)}")
     return names
 

@@ -101,7 +101,7 @@ def as_date(text: str) -> Date:
     """Parse "YYYY-MM-DD". Raises EndoRewardError if the text is not such a day."""
     try:
         return Date.fromisoformat(text) if re.fullmatch(r"\d{4}-\d\d-\d\d", text) else Date(0, 0, 0)
-    except ValueError:
+    except (ValueError, TypeError):
         raise EndoRewardError(f"date: wanted a day as YYYY-MM-DD, found {text!r}") from None
 
 

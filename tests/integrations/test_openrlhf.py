@@ -19,6 +19,7 @@ from endoreward_fast import EndoRewardError, EndoRewardModel
 from endoreward_fast.integrations.openrlhf import EndoReward
 from endoreward_fast.model.checkpoint import pocket_path
 from endoreward_fast.text.query import split_query
+from reward_clients import Engine
 from tiny_models import build, byte_tokenizer, sampled_rewards
 from tiny_tokenizers import FRAGMENTS, LOSSLESS
 
@@ -157,18 +158,6 @@ def test_bad_input_is_refused_when_the_file_is_loaded(pocket):
     with pytest.raises(EndoRewardError, match=r"has no tokenizer: give one, EndoReward\(model, tokenizer\)"):
         EndoReward(EndoRewardModel(pocket.model))
     assert EndoReward(pocket, str(pocket_path())).reward.tokenizer.get_vocab() == pocket.tokenizer.get_vocab()
-
-
-class Engine:
-    """A stand-in for vLLM: `generate` returns the tokens of the response."""
-
-    def __init__(self, response_ids):
-        self.response_ids = response_ids
-
-    async def generate(self, prompt_ids, sampling_params, multi_modal_data=None):
-        await asyncio.sleep(0)
-        output = SimpleNamespace(token_ids=list(self.response_ids), text="", finish_reason="stop", logprobs=None)
-        return SimpleNamespace(outputs=[output])
 
 
 @pytest.mark.skipif(not INSTALLED, reason="OpenRLHF is not installed")

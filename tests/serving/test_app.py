@@ -270,6 +270,14 @@ def test_a_slow_body_does_not_hold_up_the_others(server):
         assert server.post("/v1/rewards", {"rows": [PAIR]}).status == 200
 
 
+def test_a_body_that_is_announced_as_too_large_is_refused_before_it_is_sent(server):
+    with half_open(server.url) as connection:
+        expecting = head(10**12).replace(b"\r\n\r\n", b"\r\nExpect: 100-continue\r\n\r\n")
+        connection.sendall(expecting)
+        assert b" 413 " in connection.recv(200)
+    assert server.post("/v1/rewards", b" " * 5_000_000).status == 413  # sent whole before the answer is read
+
+
 def test_time_limits_of_body_and_answer(pocket):
     with serving(pocket, limits=Limits(seconds=0.3)) as (asker, local):
         with half_open(asker.url) as slow:
