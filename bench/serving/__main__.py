@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 
 from bench.harness import timing
-from bench.serving import chaos, rows, shown, speed
+from bench.serving import chaos, on_ray, rows, shown, speed
 from bench.serving.load import Generator, generator
 from bench.serving.results import Expected, WrongScore
 from bench.serving.server import facts, serving
 from endoreward_fast import EndoRewardModel
 
 RM_BENCH = Path(__file__).parents[3] / "shared" / "data" / "rm-bench" / "safety-response_filtered.json"
-STEPS = ("quiz", "groups", "rm-bench", "smollm2", "chaos")
+STEPS = ("quiz", "groups", "rm-bench", "smollm2", "chaos", "chaos-ray")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,11 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             load = round(os.getloadavg()[0], 2)
             try:
-                case = (storm if step == "chaos" else race)(step, args, clients, Path(folder))
+                case = (storm if step.startswith("chaos") else race)(step, args, clients, Path(folder))
             except WrongScore as error:
                 raise SystemExit(f"bench.serving: {step}: {error}: nothing of this step is kept") from None
             cases.append(case | {"threads": args.threads, "load": load, "flags": args.flags})
-            print(shown.sentence(cases[-1]) if step == "chaos" else shown.table(cases[-1]), flush=True)
+            print(shown.sentence(cases[-1]) if case["kind"] == "chaos" else shown.table(cases[-1]), flush=True)
             timing.write("serving", environment, cases, args.out)
     print(shown.draw(args.out))
     return int(any(case.get("wrong") for case in cases))
@@ -82,10 +82,15 @@ def storm(step: str, args: argparse.Namespace, clients: Generator, folder: Path)
     """Send the mix to the embedded model, which needs a token here."""
     listed = rows.quiz(args.rows)
     expected = Expected([found.score for found in EndoRewardModel.from_pretrained("pocket").score(listed)])
-    flags = ["--model", "pocket", *chaos.FLAGS, *args.flags]
-    with serving(flags, args.threads, folder, secrets.token_hex(16)) as server:
-        found = chaos.run(server, clients, listed, expected, args.requests)
-    return {"kind": "chaos", "server": "plain", "model": "pocket", "workload": "quiz", "dtype": "float32"} | found
+    token, named = secrets.token_hex(16), {"kind": "chaos", "model": "pocket", "workload": "quiz", "dtype": "float32"}
+    if step == "chaos":
+        flags = ["--model", "pocket", *chaos.FLAGS, *args.flags]
+        with serving(flags, args.threads, folder, token) as server:
+            found = chaos.run(server, clients, listed, expected, args.requests)
+        return named | {"server": "endoreward serve"} | found
+    with on_ray.serving({"model": "pocket"} | chaos.ARGUMENTS, args.threads, folder, token) as server:
+        found = chaos.run(server, clients, listed, expected, args.requests, kill=server.kill)
+    return named | {"server": f"Ray Serve, {on_ray.REPLICAS} replicas"} | found
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ MALFORMED_SHARE, CANCELLED_SHARE = 0.05, 0.01
 LONGEST_PATIENCE = 0.06
 """seconds after which the last of the cancelling clients closes; an answer takes longer"""
 MIB = 1 << 20
-FLAGS = ("--max-request-mb", "1")
-"""so that a body that is too large is small"""
+FLAGS, ARGUMENTS = ("--max-request-mb", "1"), {"max_request_mb": 1}
+"""of the server, by command and on Ray: so that a body that is too large is small"""
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def readings(seen: Sequence[tuple[float, float]], run: Run) -> list[soak.Reading
         seconds = at - run.started
         while done < len(ends) and ends[done] <= seconds:
             done += 1
-        if 0 <= seconds <= run.seconds:
+        if 0 <= seconds <= run.seconds and mib:  # a process that was killed has none
             found.append(soak.Reading(round(seconds, 2), done, mib))
     return found
 
@@ -201,7 +201,8 @@ def run(
             marked=lambda: killed.append(kill()),
         )  # fmt: skip
     record = judge(plan, found.replies, expected)
-    record["memory_mib"] = {name: flat(readings(seen, found), count) for name, seen in memory.items()}
+    seen = {name: readings(of_one, found) for name, of_one in memory.items()}
+    record["memory_mib"] = {name: flat(of_one, count) for name, of_one in seen.items() if of_one}
     for name, memory_of in record["memory_mib"].items():
         grown = memory_of["growth_of_second_half"]
         if grown is not None and grown > soak.GROWTH:

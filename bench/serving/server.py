@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 START = 180.0
 """seconds for a server to start"""
 SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{[^}]*\})? (\S+)", re.M)
-URL = re.compile(r"http://[\w.]+:(\d+)")
+URL = re.compile(r"\bon http://[\w.]+:(\d+)")
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,15 @@ def serving(flags: Sequence[str], threads: int, folder: Path, token: str = "") -
         flags = [*flags, "--token-file", str(file)]
     command = [sys.executable, "-m", "endoreward_fast", "serve", "--port", "0", *flags]
     with started(command, threads, folder / "server.log") as process:
-        port = _port(process, folder / "server.log")
-        server = Server(process, port, token)
-        wait_for(lambda: _is_ready(server), process, folder / "server.log")
+        server = Server(process, port_in(folder / "server.log", process), token)
+        wait_until_ready(server, folder / "server.log")
         yield server
 
 
 @contextmanager
-def started(command: Sequence[str], threads: int, log: Path) -> Iterator[subprocess.Popen]:
-    """Run a command until the block ends; then it gets SIGTERM."""
-    settings = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+def started(command: Sequence[str], threads: int, log: Path, **variables: str) -> Iterator[subprocess.Popen]:
+    """Run a command, with further variables of the environment, until the block ends; then it gets SIGTERM."""
+    settings = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)} | variables
     with open(log, "w") as said:
         process = subprocess.Popen(command, stdout=said, stderr=said, env=settings)
     try:
@@ -105,8 +104,14 @@ def wait_for(done, process: subprocess.Popen, log: Path):
     raise RuntimeError(f"the server did not start within {START:.0f} s: {log.read_text()[-2000:]}")
 
 
-def _port(process: subprocess.Popen, log: Path) -> int:
+def port_in(log: Path, process: subprocess.Popen) -> int:
+    """Return the port that a server names in its log."""
     return int(wait_for(lambda: URL.search(log.read_text()), process, log)[1])
+
+
+def wait_until_ready(server: Server, log: Path) -> None:
+    """Return when the server answers requests."""
+    wait_for(lambda: _is_ready(server), server.process, log)
 
 
 def _is_ready(server: Server) -> bool:

@@ -2,14 +2,24 @@
 
 import asyncio
 import json
+import os
+import socket
 import threading
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
+import uvicorn
 
-from bench.serving import chaos, load, rows, server, shown, speed
+from bench.serving import chaos, load, on_ray, rows, server, shown, speed
 from bench.serving.load import Reply, Request, Run
 from bench.serving.results import Expected, WrongScore
+from endoreward_fast import EndoRewardModel
+from endoreward_fast.serving.app import create_app
+from endoreward_fast.serving.limits import Limits
+from endoreward_fast.serving.metrics import Metrics
+from endoreward_fast.serving.run import Local
+from endoreward_fast.serving.service import Served, Service
 
 ROWS = [{"prompt": "p", "completion": str(n)} for n in range(20)]
 EXPECTED = Expected([float(n) for n in range(20)])
@@ -228,6 +238,55 @@ def test_ratios_are_taken_within_a_round():
     assert found["ratio"] == 0.5 and found["cpu_ratio"] == 0.8 and found["ms_of_processor_per_row"] == 25
     assert found["latency_ms"]["p50"] == pytest.approx(50.5) and found["latency_ms"]["max"] == 100
     assert found["tokens_per_s"] == 500 and found["latency_ms"]["requests"] == 100
+
+
+def test_the_processes_of_ray_get_names_that_stay(monkeypatch):
+    titles = {
+        7: "ray::ServeReplica:rewards:Model", 8: "ray::ServeReplica:rewards:Ingress", 9: "ray::IDLE", 11: "raylet",
+        10: "ray::ServeReplica:rewards:Model.answer", 12: "ray::ProxyActor",
+    }  # fmt: skip
+    killed = []
+
+    def listed(recursive):
+        return [
+            SimpleNamespace(pid=p, cmdline=lambda p=p: [titles[p]], kill=lambda p=p: killed.append(p)) for p in titles
+        ]
+
+    monkeypatch.setattr(on_ray.psutil, "Process", lambda pid: SimpleNamespace(children=listed))
+    ray = on_ray.OnRay(SimpleNamespace(pid=1), 0)
+    assert {n: p.pid for n, p in ray.processes().items()} == {
+        "replica 1": 7,
+        "ingress": 8,
+        "replica 2": 10,
+        "proxy": 12,
+    }
+    assert ray.kill()["name"] == "replica 1" and killed == [7]
+    del titles[7]
+    titles[13] = "ray::ServeReplica:rewards:Model"
+    assert {"replica 2", "replica 3"} <= ray.processes().keys() and "replica 1" not in ray.processes()
+
+
+def test_a_short_run_of_the_mix_against_the_real_application(tmp_path):
+    scorer, metrics, limits = EndoRewardModel.from_pretrained("pocket"), Metrics(), Limits(request_bytes=chaos.MIB)
+    listed = rows.quiz(16)
+    expected = Expected([found.score for found in scorer.score(listed)])
+    service = Service(scorer, Served(("pocket",), "weights"), limits=limits, metrics=metrics)
+    app = create_app(Local(service), limits=limits, token=b"a-token-of-tests", metrics=metrics)
+    with socket.create_server(("127.0.0.1", 0)) as listening, load.generator(tmp_path) as generator:
+        web = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+        thread = threading.Thread(target=web.run, kwargs={"sockets": [listening]})
+        thread.start()
+        here = server.Server(SimpleNamespace(pid=os.getpid()), listening.getsockname()[1], "a-token-of-tests")
+        try:
+            found = chaos.run(here, generator, listed, expected, 320, clients=16, every=0.02)
+        finally:
+            web.should_exit = True
+            thread.join()
+            service.close()
+    assert [w for w in found["wrong"] if "memory" not in w] == []  # too short a run to judge memory
+    assert found["kinds"].keys() == {"row", "cancelled", *chaos.malformed(listed[0], authorization="x")}
+    assert found["gap"] < 1e-3 and found["metrics"]["endoreward_queue_rows"] == 0
+    assert found["metrics"]["endoreward_requests_total"] >= 300
 
 
 def test_metrics_are_summed_over_labels_without_buckets():
