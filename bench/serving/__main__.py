@@ -6,6 +6,7 @@ if a check fails.
 """
 
 import argparse
+import json
 import os
 import secrets
 import sys
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data", type=Path, default=RM_BENCH, help="a file of RM-Bench; without it that step is left out"
     )
-    parser.add_argument("--rows", type=int, default=256, help="short rows of a round; longer rows are fewer")
+    parser.add_argument("--rows", type=int, default=512, help="short rows of a round; longer rows are fewer")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--requests", type=int, default=10_000, help="of the run in which some go wrong")
     parser.add_argument("--threads", type=int, default=1, help="for scoring, in-process and in the server")
@@ -40,30 +41,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=timing.RESULTS)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    environment, cases = timing.environment(), []
+    environment, cases = timing.environment(), others(args.out / "serving.json", args.steps)
     with tempfile.TemporaryDirectory() as folder, generator(Path(folder)) as clients:
         for step in args.steps:
             if step == "rm-bench" and not args.data.is_file():
                 print(f"{args.data} is not there: the step rm-bench is left out")
                 continue
-            load = round(os.getloadavg()[0], 2)
+            about = {"step": step, "threads": args.threads, "flags": args.flags, "date": timing.environment()["date"]}
+            about["load"] = round(os.getloadavg()[0], 2)
             try:
-                case = (storm if step.startswith("chaos") else race)(step, args, clients, Path(folder))
+                found = (storm if step.startswith("chaos") else race)(step, args, clients, Path(folder))
             except WrongScore as error:
                 raise SystemExit(f"bench.serving: {step}: {error}: nothing of this step is kept") from None
-            cases.append(case | {"threads": args.threads, "load": load, "flags": args.flags})
-            print(shown.sentence(cases[-1]) if case["kind"] == "chaos" else shown.table(cases[-1]), flush=True)
+            about["load_after"] = round(os.getloadavg()[0], 2)
+            cases = sorted([*cases, about | found], key=lambda case: STEPS.index(case["step"]))
+            print((shown.sentence if found["kind"] == "chaos" else shown.table)(about | found), flush=True)
             timing.write("serving", environment, cases, args.out)
     print(shown.draw(args.out))
     return int(any(case.get("wrong") for case in cases))
+
+
+def others(file: Path, steps: Sequence[str]) -> list[dict]:
+    """Return the cases of an earlier record whose steps this run does not repeat. Each has its date and load."""
+    found = json.loads(file.read_text())["cases"] if file.is_file() else []
+    return [case for case in found if case["step"] not in steps]
 
 
 def race(step: str, args: argparse.Namespace, clients: Generator, folder: Path) -> dict:
     """Measure speed with one model and one kind of rows."""
     model, dtype = ("smollm2", "fastest") if step == "smollm2" else ("pocket", None)
     listed = {
-        "quiz": lambda: rows.quiz(args.rows), "groups": lambda: rows.groups(args.rows // 2),
-        "rm-bench": lambda: rows.rm_bench(args.data, args.rows // 2), "smollm2": lambda: rows.quiz(args.rows // 2),
+        "quiz": lambda: rows.quiz(args.rows), "groups": lambda: rows.groups(args.rows // 4),
+        "rm-bench": lambda: rows.rm_bench(args.data, args.rows // 4), "smollm2": lambda: rows.quiz(args.rows // 4),
     }[step]()  # fmt: skip
     scorer = EndoRewardModel.from_pretrained(model, dtype=dtype)
     name = str(scorer.dtype).removeprefix("torch.")
@@ -73,7 +82,8 @@ def race(step: str, args: argparse.Namespace, clients: Generator, folder: Path) 
         served = facts(server)["dtype"]
         if served != name:
             raise SystemExit(f"bench.serving: the server computes in {served}, this process in {name}")
-        found = speed.run_case(scorer, server, clients, listed, expected, args.rounds, None, step == "groups")
+        arms = speed.ARMS + speed.FOR_MANY_ROWS * (len(listed) >= speed.MANY_ROWS)
+        found = speed.run_case(scorer, server, clients, listed, expected, args.rounds, step == "groups", arms)
     workload = "quiz" if step == "smollm2" else step
     return {"kind": "speed", "model": model, "workload": workload, "dtype": name} | found
 

@@ -24,14 +24,14 @@ def table(case: dict) -> str:
     """Format one case of speed: tokens a second, ratios in wall and processor time, latencies."""
     lines = [
         f"{title(case)}, {case['dtype']}: {case['rows']} rows, {case['tokens']} tokens ({case['distinct']} distinct), "
-        f"{case['threads']} thread(s), {case['rounds']} rounds, load {case['load']}",
-        f"  {'':42}{'tokens/s':>9}{'ratio':>7}{'quartiles':>12}{'lists':>7}{'cpu':>7}{'ms/row':>8}"
+        f"{case['threads']} thread(s), {case['rounds']} rounds, load {case['load']} to {case['load_after']}",
+        f"  {'':42}{'tokens/s':>9}{'ratio':>7}{'quartiles':>12}{'minima':>8}{'lists':>7}{'cpu':>7}{'ms/row':>8}"
         f"{'p50':>8}{'p95':>8}{'p99':>8}{'client':>8}{'gap':>9}",
     ]
     for name, arm in case["arms"].items():
         quartiles = f"{arm['ratio_low']:.2f}-{arm['ratio_high']:.2f}"
         line = f"  {name:42}{arm['tokens_per_s']:9.0f}{arm['ratio']:7.3f}{quartiles:>12}"
-        line += f"{arm['ratio_to_lists']:7.3f}{arm['cpu_ratio']:7.3f}"
+        line += f"{arm['ratio_of_minima']:8.3f}{arm['ratio_to_lists']:7.3f}{arm['cpu_ratio']:7.3f}"
         line += f"{arm['ms_of_processor_per_row']:8.2f}"
         if arm["clients"]:
             line += "".join(f"{arm['latency_ms'][q]:8.1f}" for q in SHADES)

@@ -1,4 +1,5 @@
-"""Throughput and latency beside scoring in-process: the same rows, model, dtype, budget and threads, in one run.
+"""Throughput and latency beside scoring in-process: the same rows, model, dtype and threads, in one run.
+Both have the default budget of tokens.
 
 Rounds time every arm once, in an order that rotates. A ratio is taken within a round: tokens a second of the arm over
 those in-process, which is one call `score(rows)`: it sees all rows at once, sorts them by length and reads each shared
@@ -25,6 +26,7 @@ ONE_BY_ONE = "in-process, one row at a time"
 WHOLE = "in-process, one list, prefixes not shared"
 ARMS = ((1, 1), (8, 1), (64, 1), (8, 8))
 """(clients, rows of a request)"""
+FOR_MANY_ROWS, MANY_ROWS = ((64, 8),), 512
 QUANTILES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 
 
@@ -60,7 +62,7 @@ class Wall:
 
 def run_case(
     scorer: EndoRewardModel, server: Server, generator: Generator, rows: Sequence[Row], expected: Expected, rounds: int,
-    budget: int | None, whole: bool = False, arms: Sequence[tuple[int, int]] = ARMS,
+    whole: bool = False, arms: Sequence[tuple[int, int]] = ARMS,
 ) -> dict:  # fmt: skip
     """Time every arm in `rounds` rounds. Returns the case's record.
 
@@ -73,8 +75,8 @@ def run_case(
     tokens = sum(len(row["prompt_ids"]) + len(row["completion_ids"]) for row in encoded)
     lists = [rows[i : i + IN_FLIGHT] for i in range(0, len(rows), IN_FLIGHT)]
     computed = {
-        IN_PROCESS: prefixes.computed(scorer, rows, max_tokens_per_batch=budget)[0],
-        LISTS: sum(prefixes.computed(scorer, some, max_tokens_per_batch=budget)[0] for some in lists),
+        IN_PROCESS: prefixes.computed(scorer, rows)[0],
+        LISTS: sum(prefixes.computed(scorer, some)[0] for some in lists),
     }
     seen = {name: Arm() for name in (IN_PROCESS, LISTS, ONE_BY_ONE, *[WHOLE] * whole)}
     seen |= {named(*arm): Arm(*arm) for arm in arms}
@@ -82,7 +84,7 @@ def run_case(
     def in_process(name: str, lists: Sequence[Sequence[Row]], scorer: EndoRewardModel = scorer) -> float:
         start, busy = time.perf_counter(), time.process_time()
         for one in lists:
-            scorer.score(one, max_tokens_per_batch=budget)
+            scorer.score(one)
         seen[name].cpu_s.append(time.process_time() - busy)
         return time.perf_counter() - start
 
@@ -109,7 +111,7 @@ def run_case(
         seen[name].seconds = seconds
     return {
         "rows": len(rows), "tokens": tokens, "distinct": prefixes.trie_size(encoded), "computed": computed,
-        "rounds": rounds, "budget": budget,
+        "rounds": rounds,
         "arms": {name: summary(arm, seen[IN_PROCESS], seen[LISTS], tokens, len(rows)) for name, arm in seen.items()},
     }  # fmt: skip
 
@@ -133,6 +135,7 @@ def summary(arm: Arm, base: Arm, lists: Arm, tokens: int, rows: int) -> dict:
         "clients": arm.clients, "rows_per_request": arm.rows_per_request,
         **spread("tokens_per_s", speeds), **spread("ratio", ratios),
         **spread("ratio_to_lists", [b / s for b, s in zip(lists.seconds, arm.seconds, strict=True)]),
+        "ratio_of_minima": min(base.seconds) / min(arm.seconds),
         "cpu_ratio": statistics.median(b / c for b, c in zip(base.cpu_s, arm.cpu_s, strict=True)),
         "ms_of_processor_per_row": 1e3 * statistics.median(arm.cpu_s) / rows,
     }  # fmt: skip

@@ -306,7 +306,7 @@ def test_the_record_becomes_a_table_and_a_picture(tmp_path):
     for clients, size in speed.ARMS:
         arm = speed.Arm(clients, size, [1.1], [1.2], [0.1], [0.01, 0.02])
         arms[speed.named(clients, size)] = speed.summary(arm, base, base, 9, 3)
-    named = {"model": "pocket", "workload": "quiz", "dtype": "float32", "threads": 1, "load": 0.5}
+    named = {"model": "pocket", "workload": "quiz", "dtype": "float32", "threads": 1, "load": 0.5, "load_after": 1}
     case = named | {"kind": "speed", "rows": 3, "tokens": 9, "distinct": 9, "rounds": 1, "arms": arms}
     run = Run(100.0, 10.0, 1.0, [Reply(200, n / 10, 0.1) for n in range(100)])
     memory = {"server": chaos.flat(chaos.readings([(100 + n / 10, 300.0) for n in range(100)], run), 100)}
