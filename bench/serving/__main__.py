@@ -19,7 +19,7 @@ import torch
 from bench.harness import timing
 from bench.serving import chaos, on_ray, rows, shown, speed
 from bench.serving.load import Generator, generator
-from bench.serving.results import Expected, WrongScore
+from bench.serving.results import Expected, WrongScore, dtype_of
 from bench.serving.server import facts, serving
 from endoreward_fast import EndoRewardModel
 
@@ -70,13 +70,13 @@ def others(file: Path, steps: Sequence[str]) -> list[dict]:
 def race(step: str, args: argparse.Namespace, clients: Generator, folder: Path) -> dict:
     """Measure speed with one model and one kind of rows."""
     model, dtype = ("smollm2", "fastest") if step == "smollm2" else ("pocket", None)
+    fewer = args.rows // 4
     listed = {
-        "quiz": lambda: rows.quiz(args.rows), "groups": lambda: rows.groups(args.rows // 4),
-        "rm-bench": lambda: rows.rm_bench(args.data, args.rows // 4), "smollm2": lambda: rows.quiz(args.rows // 4),
+        "quiz": lambda: rows.quiz(args.rows), "groups": lambda: rows.groups(fewer),
+        "rm-bench": lambda: rows.rm_bench(args.data, fewer), "smollm2": lambda: rows.quiz(fewer),
     }[step]()  # fmt: skip
     scorer = EndoRewardModel.from_pretrained(model, dtype=dtype)
-    name = str(scorer.dtype).removeprefix("torch.")
-    expected = Expected([found.score for found in scorer.score(listed)], name)
+    expected, name = Expected.of(scorer, listed), dtype_of(scorer)
     flags = ["--model", model, *(["--dtype", dtype] if dtype else []), *args.flags]
     with serving(flags, args.threads, folder) as server:
         served = facts(server)["dtype"]
@@ -84,6 +84,7 @@ def race(step: str, args: argparse.Namespace, clients: Generator, folder: Path) 
             raise SystemExit(f"bench.serving: the server computes in {served}, this process in {name}")
         arms = speed.ARMS + speed.FOR_MANY_ROWS * (len(listed) >= speed.MANY_ROWS)
         found = speed.run_case(scorer, server, clients, listed, expected, args.rounds, step == "groups", arms)
+    found["noise_in_process"] = expected.noise
     workload = "quiz" if step == "smollm2" else step
     return {"kind": "speed", "model": model, "workload": workload, "dtype": name} | found
 
@@ -91,7 +92,7 @@ def race(step: str, args: argparse.Namespace, clients: Generator, folder: Path) 
 def storm(step: str, args: argparse.Namespace, clients: Generator, folder: Path) -> dict:
     """Send the mix to the embedded model, which needs a token here."""
     listed = rows.quiz(args.rows)
-    expected = Expected([found.score for found in EndoRewardModel.from_pretrained("pocket").score(listed)])
+    expected = Expected.of(EndoRewardModel.from_pretrained("pocket"), listed)
     token, named = secrets.token_hex(16), {"kind": "chaos", "model": "pocket", "workload": "quiz", "dtype": "float32"}
     if step == "chaos":
         flags = ["--model", "pocket", *chaos.FLAGS, *args.flags]

@@ -229,6 +229,13 @@ def test_an_answer_in_another_score_is_refused_before_it_is_timed():
         speed.note(speed.Arm(1, 1), Run(0.0, 1.0, 0.1, [Reply(503, 0, 1, "full")]), EXPECTED, 1)
 
 
+def test_in_bfloat16_the_noise_in_process_says_what_is_allowed():
+    scorer = EndoRewardModel.from_pretrained("pocket", dtype="bfloat16")
+    expected = Expected.of(scorer, rows.quiz(12))
+    assert 1e-3 < expected.noise < 1 and expected.allowed(3) == 2 * expected.noise
+    assert EXPECTED.allowed(10) == pytest.approx(2e-4)
+
+
 def test_ratios_are_taken_within_a_round():
     base = speed.Arm(seconds=[1.0, 2.0, 1.0], cpu_s=[1.0, 1.0, 1.0])
     arm = speed.Arm(8, 1, [2.0, 4.0, 1.0], [1.25] * 3, [0.1] * 3, [i / 1000 for i in range(1, 101)])
@@ -269,7 +276,7 @@ def test_the_processes_of_ray_get_names_that_stay(monkeypatch):
 def test_a_short_run_of_the_mix_against_the_real_application(tmp_path):
     scorer, metrics, limits = EndoRewardModel.from_pretrained("pocket"), Metrics(), Limits(request_bytes=chaos.MIB)
     listed = rows.quiz(16)
-    expected = Expected([found.score for found in scorer.score(listed)])
+    expected = Expected.of(scorer, listed)
     service = Service(scorer, Served(("pocket",), "weights"), limits=limits, metrics=metrics)
     app = create_app(Local(service), limits=limits, token=b"a-token-of-tests", metrics=metrics)
     with socket.create_server(("127.0.0.1", 0)) as listening, load.generator(tmp_path) as generator:
