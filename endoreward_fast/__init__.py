@@ -2,8 +2,9 @@
 
 Functions on tensors: `token_rewards`, `linear_token_rewards`, `vocab_stats`, `linear_vocab_stats`, `sequence_score`,
 `rewards_to_go`, `terminal_at`; for distillation `vocab_divergence` and `linear_vocab_divergence`. Loaded models:
-`EndoRewardModel`, which returns `RowScore`, `TokenTable` and `Ranked`; `RewardModel`, a trained reward model to compare
-with. Intrinsic rewards by name: `SIGNALS`. Objectives for RL on a model's values: the module `losses`.
+`EndoRewardModel`, which returns `RowScore`, `TokenTable` and `Ranked`; `RemoteModel`, the same behind the URL of a
+server; `RewardModel`, a trained reward model to compare with. Intrinsic rewards by name: `SIGNALS`. Objectives for RL
+on a model's values: the module `losses`.
 
 Each name is imported on first use, so the command's help does not wait for torch. Importing the package imports neither
 triton nor transformers.
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .errors import EndoRewardError
     from .functional import linear_token_rewards, linear_vocab_stats, token_rewards, vocab_stats
     from .model.model import EndoRewardModel
+    from .remote.client import RemoteModel
     from .returns import rewards_to_go, sequence_score, terminal_at
     from .rivals.reward_model import RewardModel
     from .scoring.options import ScoreOptions
@@ -37,6 +39,7 @@ _MODULE_OF = {
     "EndoRewardError": "errors",
     "EndoRewardModel": "model.model",
     "Ranked": "scoring.results",
+    "RemoteModel": "remote.client",
     "RewardModel": "rivals.reward_model",
     "RowScore": "scoring.results",
     "SIGNALS": "signals",
@@ -61,6 +64,7 @@ __all__ = [
     "EndoRewardError",
     "EndoRewardModel",
     "Ranked",
+    "RemoteModel",
     "RewardModel",
     "RowScore",
     "ScoreOptions",

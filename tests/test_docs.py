@@ -20,7 +20,7 @@ EXAMPLES = [
     if "optimizer.step()" not in block.text
 ]
 (REINFORCE,) = (block for block in blocks(ROOT / "docs" / "loop.md", "python") if "optimizer.step()" in block.text)
-INTEGRATIONS = ("trl", "grpo", "monitor", "verl", "openrlhf", "prime_rl", "skyrl", "slime", "ray")
+INTEGRATIONS = ("trl", "grpo", "monitor", "verl", "openrlhf", "prime_rl", "skyrl", "slime", "ray", "ray_serve")
 NAMED = re.compile(r"^\.\. (?:currentmodule:: (\S+)|auto(?:function|class|exception|data):: (\S+))", re.M)
 
 

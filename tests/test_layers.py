@@ -27,10 +27,10 @@ MAY_IMPORT = {
     "rivals": "errors text scoring model",
     "pocket": "",
     "data": "errors text scoring",
-    "remote": "scoring",
+    "remote": "errors text scoring",
     "serving": "errors text data scoring model remote",
-    "integrations": "errors returns text scoring model",
-    "command": "errors vocab view text data scoring model rivals pocket tuning serving",
+    "integrations": "errors returns text scoring model remote serving",
+    "command": "errors vocab view text data scoring model rivals pocket tuning serving remote",
     "__main__": "command",
 }
 FACE = "__init__"
@@ -77,6 +77,13 @@ def test_a_file_imports_only_from_folders_below(name):
     allowed = {folder(name), *MAY_IMPORT[folder(name)].split()}
     beyond = {other for other in imports(name, MODULES[name]) if folder(other) not in allowed}
     assert not beyond, f"{name} imports {', '.join(sorted(beyond))}"
+
+
+def test_of_the_integrations_only_ray_serve_knows_the_server():
+    """The others are for trainers, which do not have the server's packages."""
+    knowing = {name for name, path in MODULES.items() for other in imports(name, path) if folder(other) == "serving"}
+    of_integrations = {name for name in knowing if folder(name) == "integrations"}
+    assert of_integrations and all(name.startswith("integrations.ray_serve") for name in of_integrations)
 
 
 def test_no_file_imports_itself_by_way_of_others():

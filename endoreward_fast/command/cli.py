@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import date
 from functools import cache
@@ -17,21 +15,22 @@ import typer
 from ..data.files import STDIN, open_source
 from ..data.formats import JSON, JSON_LINES, refuse_other_format
 from ..errors import EndoRewardError
-from ..model.checkpoint import weights_of
 from .evaluate import plots, side_by_side
 from .evaluate.report import FileResult, to_json, to_text
 from .flags import help_text
-from .flags.options import LOCAL, EngineFlags, EvalFlags, ModelFlags, RowFlags
+from .flags.engine_flags import EngineFlags
+from .flags.options import EvalFlags, ModelFlags, RowFlags
 from .flags.panels import of_head, of_input, of_output, takes
 from .flags.score_flags import ScoreFlags
 from .flags.serve_flags import ServeFlags
 from .flags.values import device_name
 from .group import BAD_INPUT, Group, OneProcess
 from .run import pipeline
+from .run.engines import engine_of, model_of, refuse_without_means
 from .run.interrupted import end, kept_until_written, resume_hint
-from .run.jobs import Engine, Job, here, nothing_left
+from .run.jobs import Job
 from .run.monitor import Monitor, say
-from .run.ranks import Rank, help_out, lead
+from .run.ranks import Rank, help_out
 from .run.resume import (
     Done,
     beside,
@@ -100,10 +99,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
     if resume and flags.overwrite:
         raise EndoRewardError("--resume and --overwrite exclude each other: use one of them")
     rank = Rank.from_environment()
-    if flags.engine != LOCAL and not rank.alone:
-        raise EndoRewardError("--engine ray starts its own processes: start it without a launcher")
-    if flags.engine != LOCAL and importlib.util.find_spec("ray") is None:
-        raise EndoRewardError("--engine ray needs Ray Data: pip install 'ray[data]<2.64'")
+    refuse_without_means(flags.engine, rank)
     if not rank.first:
         return help_out(job, rank)
     if not rank.alone and (file == STDIN or Path(file).is_fifo()):
@@ -117,7 +113,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
 
     @cache
     def settings() -> dict[str, Any]:
-        return by_flags | {"weights": weights_of(flags.model, **flags.source)}
+        return by_flags | model_of(flags)
 
     ways = {"overwrite": flags.overwrite, "resume": resume}
     ways["beside"] = beside(flags.output)
@@ -140,8 +136,8 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
         if first and done == Done():  # the rest of a resumed run may consist of rows that cannot be scored
             pipeline.check_usable(first, source.name)
-        run = _engine(job, flags, rank, settings, idle=not first, waits=file == STDIN or not Path(file).is_file())
-        monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.model)
+        run = engine_of(job, flags, rank, settings, idle=not first, waits=file == STDIN or not Path(file).is_file())
+        monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.url or flags.model)
         with resume_hint(arguments, sink, monitor), monitor:
             if note:
                 monitor.note(note)
@@ -154,22 +150,6 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
                 sink.rewrite(lines)
     if monitor.failed:
         raise typer.Exit(BAD_INPUT)
-
-
-def _engine(
-    job: Job, flags: EngineFlags, rank: Rank, settings: Callable[[], dict[str, Any]], *, idle: bool, waits: bool
-) -> Engine:
-    """Return the engine that scores the rows. `idle`: no rows are left. `waits`: reading may wait, as from a pipe."""
-    if not rank.alone:
-        return lead(job, rank, settings()["weights"], idle=idle)
-    if idle:
-        return nothing_left
-    pipeline.before_loading(flags)
-    if flags.engine == LOCAL:
-        return here(job, ahead=not waits)
-    from .run.on_ray import on_ray
-
-    return on_ray(job, flags)
 
 
 @app.command("eval", cls=OneProcess, epilog=help_text.EVAL)

@@ -1,6 +1,6 @@
 """Batch concurrent requests for single rewards, which verl and OpenRLHF make from many threads or tasks.
 
-Requests that arrive while a forward runs are scored together in the next one.
+Requests that arrive while a forward runs are scored together in the next one. A server gets several requests at a time.
 """
 
 import math
@@ -9,12 +9,13 @@ import warnings
 import weakref
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
 
 from ..errors import EndoRewardError
-from ..model.vocabulary import refuse_other_vocabulary
+from ..remote.client import RemoteModel
 from ..scoring.options import ScoreOptions
 from ..scoring.results import RowScore
 from ..scoring.sampled import UNSCORED, Rewarded, ending_ids
@@ -27,7 +28,8 @@ _BUSY: "weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock]" = weakref.We
 class BatchedReward:
     """Score sampled completions, submitted one at a time from any thread.
 
-    model         the frozen initial policy: a name or folder, a loaded causal language model, or an EndoRewardModel
+    model         the frozen initial policy: a name or folder, a loaded causal language model, or an EndoRewardModel. Or
+                  the URL of a server ("http://HOST:PORT"), or a RemoteModel
     tokenizer     the policy's tokenizer. Default: the reward model's
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
     unscored      the reward of a completion that cannot be scored (empty, longer than the model's positions, not
@@ -49,16 +51,20 @@ class BatchedReward:
         self.options = ScoreOptions(
             alpha=alpha, reduction=reduction, gamma=gamma, floor=floor, max_tokens_per_batch=max_tokens_per_batch
         )
-        self.scorer = scorer_of(model, tokenizer)
-        refuse_other_vocabulary(self.scorer, tokenizer)
+        self.scorer = scorer_of(model, tokenizer, max_tokens_per_batch=max_tokens_per_batch)
         self.tokenizer = self.scorer.tokenizer if tokenizer is None else tokenizer
         self.ends = ending_ids(self.scorer, self.tokenizer)
         self.unscored = float(unscored)
         self.reasons: Counter[str] = Counter()
         self._waiting: list[tuple[dict[str, Any], Future[Rewarded]]] = []
         self._lock = threading.Lock()
-        self._busy = _BUSY.setdefault(self.scorer.model, threading.Lock())
-        self._runner = ThreadPoolExecutor(1, thread_name_prefix="endo_reward")
+        self._turn: AbstractContextManager[Any] = nullcontext()
+        at_a_time = 1
+        if isinstance(self.scorer, RemoteModel):
+            at_a_time = self.scorer.concurrency
+        else:
+            self._turn = _BUSY.setdefault(self.scorer.model, threading.Lock())
+        self._runner = ThreadPoolExecutor(at_a_time, thread_name_prefix="endo_reward")
 
     def submit(self, row: dict[str, Any]) -> "Future[Rewarded]":
         """Queue a row of EndoRewardModel.score, such as one from `generated_row`, for the next batch."""
@@ -77,7 +83,7 @@ class BatchedReward:
         o = self.options
         options = {"alpha": o.alpha, "max_tokens_per_batch": o.max_tokens_per_batch}
         try:
-            with self._busy:
+            with self._turn:
                 rows = score_completions(self.scorer, [row for row, _ in batch], per_token=True, texts=False, **options)
             found = [self._reduce(row) for row in rows]
         except Exception as error:  # raised again by each caller's Future

@@ -22,11 +22,11 @@ from torch import Tensor
 from ..errors import EndoRewardError
 from ..model.batch_layout import PaddingLast
 from ..model.model import EndoRewardModel
-from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import rewards_to_go
 from ..scoring.evaluating import evaluating
 from ..scoring.sampled import Ids, Own
 from .advantages import token_advantages
+from .generated import refuse_other_tokenizer
 from .trl import EndoReward, Scored
 
 
@@ -72,7 +72,7 @@ class EndoGRPOMixin:
         self._rewards_per_func: Tensor | None = None
         _check_configuration(self)
         if not self.shares_forward:
-            refuse_other_vocabulary(self.endo_reward.scorer, self.processing_class)
+            refuse_other_tokenizer(self.endo_reward.scorer, self.processing_class)
         else:
             reference = EndoRewardModel(self.accelerator.unwrap_model(self.ref_model))
             self.endo_reward.attach(reference, self.processing_class)
@@ -229,7 +229,7 @@ def _check_configuration(trainer: Any) -> None:
             "token_level=True needs multi_objective_aggregation='sum_then_normalize': set it, or set token_level=False"
         )
     if not trainer.shares_forward:
-        if reward.scorer.model is trainer.accelerator.unwrap_model(trainer.model):
+        if getattr(reward.scorer, "model", None) is trainer.accelerator.unwrap_model(trainer.model):
             raise EndoRewardError(
                 "EndoReward's model is the module being trained: give EndoReward a copy of it, or no model"
             )

@@ -22,8 +22,10 @@ from .batched import BatchedReward
 class EndoReward:
     """OpenRLHF's `reward_func(queries, prompts, labels)`: returns the endogenous reward of each query's response.
 
-    model         the frozen initial policy: a name or folder, a loaded causal language model, or an EndoRewardModel
-    tokenizer     the policy's tokenizer or its name. Default: the reward model's tokenizer
+    model         the frozen initial policy: a name or folder, a loaded causal language model, or an EndoRewardModel. Or
+                  the URL of a server ("http://HOST:PORT"), or a RemoteModel
+    tokenizer     the policy's tokenizer or its name. Default: the reward model's tokenizer. A
+                  server's model needs it here
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
     unscored      the reward of a response that cannot be scored. Default: -1e6, which is never the best (BatchedReward)
 

@@ -40,7 +40,8 @@ class EndoScoring:
     """Mixin for prime-rl's Algorithm: class EndoAlgorithm(EndoScoring, Algorithm).
 
     The fields of its configuration are read, with these defaults where one is missing:
-    model         the frozen initial policy: a name or folder. It has to have the policy's vocabulary
+    model         the frozen initial policy: a name or folder, or the URL of a server ("http://HOST:PORT"). It has to
+                  have the policy's vocabulary
     alpha         1.0, temperature of the rewards
     gamma         1.0, discount of the rewards-to-go
     scale         "group": divide by the group's largest spread (`token_advantages`). "none": do not divide

@@ -18,8 +18,10 @@ from typing_extensions import Unpack
 
 from ..errors import EndoRewardError
 from ..model.model import EndoRewardModel
+from ..remote.address import is_url
 from ..scoring.arguments import ScoreKwargs
 from ..scoring.options import ScoreOptions
+from .generated import RewardScorer, scorer_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,7 +32,8 @@ ADDED = ("score", "tokens", "error")
 class ScoreRows:
     """Score batches of rows. Each actor loads the model once.
 
-    model            a name or folder ("pocket" is built in)
+    model            a name or folder ("pocket" is built in), or the URL of a server ("http://HOST:PORT"), which loads
+                     the model once for all actors and decides on the three arguments below
     dtype, device    as in EndoRewardModel.from_pretrained. Default: the checkpoint's dtype, the GPU that Ray assigns
     source           other arguments of EndoRewardModel.from_pretrained: {"revision": "v2"}
     options          as in EndoRewardModel.score: alpha, reduction, gamma, floor, system, chat, max_length, ...
@@ -49,7 +52,14 @@ class ScoreRows:
     ) -> None:  # fmt: skip
         ScoreOptions.of(options)  # raises for invalid options before the model is loaded
         self.options = options
-        self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device, **(source or {}))
+        self.scorer: RewardScorer
+        if is_url(model):
+            for name, value in (("dtype", None if dtype == "auto" else dtype), ("device", device), ("source", source)):
+                if value is not None:
+                    raise EndoRewardError(f"{name}={value!r}: the server has loaded its model: leave it out")
+            self.scorer = scorer_of(model, max_tokens_per_batch=options.get("max_tokens_per_batch"))
+        else:
+            self.scorer = EndoRewardModel.from_pretrained(model, dtype=dtype, device=device, **(source or {}))
 
     def __call__(self, batch: "pyarrow.Table") -> "pyarrow.Table":
         import pyarrow

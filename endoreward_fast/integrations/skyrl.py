@@ -27,7 +27,8 @@ class EndoGenerator:
     """A SkyRL generator: `generator`'s trajectories, with a reward for every token (`rewards: List[List[float]]`).
 
     generator     the generator whose output is scored: SkyRLGymGenerator or any other GeneratorInterface
-    model         the frozen initial policy: a name or folder, a loaded causal language model, or an EndoRewardModel
+    model         the frozen initial policy: a name or folder, a loaded causal language model, or an EndoRewardModel. Or
+                  the URL of a server ("http://HOST:PORT"), or a RemoteModel
     tokenizer     the policy's tokenizer. Default: the reward model's
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score. A token's reward is its part
                   of the score. Leave gamma at 1 for an estimator that discounts by itself (trainer.algorithm.gamma)

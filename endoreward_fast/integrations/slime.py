@@ -40,7 +40,7 @@ async def custom_rm(args: Any, samples: Any, **_: Any) -> Any:
     end-of-sequence token is complete; any other is bootstrapped with V(s').
 
     The options are in `args.endo_reward`, which slime reads from the YAML file of `--custom-config-path`:
-    model      default: `--hf-checkpoint`, the initial policy
+    model      default: `--hf-checkpoint`, the initial policy. Or the URL of a server ("http://HOST:PORT")
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
     unscored   the reward of a response that cannot be scored. Default: -1e6, which is never the best (BatchedReward)
     scale      of `post_process_rewards`: "group" (default) or "none" (`token_advantages`)

@@ -17,13 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import EndoRewardError
-from ..model.model import EndoRewardModel
-from ..model.vocabulary import refuse_other_vocabulary
 from ..returns import sequence_score
 from ..scoring.options import ScoreOptions
 from ..scoring.sampled import NOT_FINITE, Ids, Own, ending_ids, generated_row
 from ..text.chat import with_system
-from .generated import score_completions, scorer_of
+from .generated import RewardScorer, refuse_other_tokenizer, score_completions, scorer_of
 from .prompts import Rendering, answered_by_tools
 
 METRICS = "endo_reward"
@@ -70,8 +68,8 @@ class EndoReward:
 
     model         the frozen reward model: a name or folder, a loaded causal language model, or an EndoRewardModel. Use
                   the initial policy, not the module being trained. None: EndoGRPOMixin supplies the trainer's reference
-                  model
-    tokenizer     the policy's tokenizer. Default: the reward model's
+                  model. Or the URL of a server ("http://HOST:PORT"), or a RemoteModel
+    tokenizer     the policy's tokenizer. Default: the reward model's. A server's model needs it here
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
     system        a system prompt that only the reward model reads; it steers the reward
     tools         the tools given to GRPOTrainer(tools=[...]), which are part of the prompt. Tools of environments are
@@ -107,17 +105,17 @@ class EndoReward:
         self.system = system
         self.rendering = Rendering(chat_template, dict(chat_template_kwargs or {}), tuple(tools or ()))
         self.tokenizer = tokenizer
-        self.scorer: EndoRewardModel | None = None
+        self.scorer: RewardScorer | None = None
         self.unscored: Counter[str] = Counter()
         self._given: Scored | None = None
         self._ids_are_known = False
         self._counted: tuple[Any, int] | None = None
         if model is not None:
-            self.attach(scorer_of(model, tokenizer), tokenizer)
+            self.attach(scorer_of(model, tokenizer, max_tokens_per_batch=max_tokens_per_batch), tokenizer)
 
-    def attach(self, scorer: EndoRewardModel, tokenizer: Any) -> None:
+    def attach(self, scorer: RewardScorer, tokenizer: Any) -> None:
         """Set the reward model and the policy's tokenizer."""
-        refuse_other_vocabulary(scorer, tokenizer)
+        refuse_other_tokenizer(scorer, tokenizer)
         self.scorer = scorer
         self.tokenizer = scorer.tokenizer if tokenizer is None else tokenizer
         self.ends = ending_ids(scorer, self.tokenizer)

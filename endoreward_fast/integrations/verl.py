@@ -46,7 +46,8 @@ class EndoRewardManager:
     """verl's reward manager for endogenous rewards. It scores responses as the token ids that the policy sampled.
 
     Options, under `reward.reward_kwargs.endo_reward` of verl's configuration:
-    model         default: `actor_rollout_ref.model.path`, the initial policy. Each reward worker loads a copy
+    model         default: `actor_rollout_ref.model.path`, the initial policy. Each reward worker loads a copy.
+                  Or the URL of a server ("http://HOST:PORT")
     alpha, reduction, gamma, floor, max_tokens_per_batch      as in EndoRewardModel.score
     unscored      the reward of a response that cannot be scored. Default: -1e6, which is never the best (BatchedReward)
 

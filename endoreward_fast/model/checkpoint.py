@@ -15,6 +15,7 @@ from .hub import commit_of, reachable, refuse_no_hub_name
 from .packaged import PACKAGED, folder_of, source_of
 
 POCKET = "pocket"
+URLS = ("http://", "https://")
 FILES = (
     "config.json", "generation_config.json", "adapter_config.json", "*.index.json", "*.py", "*.model", "tokenizer*",
     "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
@@ -50,6 +51,11 @@ def place_of(name: str) -> str:
         return str(folder_of(name))
     if not name.strip():
         raise EndoRewardError("the model's name is empty: give a folder, a name on the Hub or a GGUF file")
+    if name.lower().startswith(URLS):
+        raise EndoRewardError(
+            "a model is not loaded from a URL. To ask a server: endoreward_fast.RemoteModel(URL), or "
+            "`endoreward score FILE --engine http --url URL`. A model on the Hub has a name, such as owner/model"
+        )
     folder = pocket_path() if name == POCKET else _path(name)
     if folder.is_dir():
         return str(folder)

@@ -6,7 +6,6 @@
 It is a `TokenReader` (reader.py), which reads tokens, with what text needs: loading, scoring, ranking.
 """
 
-import math
 import warnings
 from collections.abc import Iterable
 from os import PathLike
@@ -16,21 +15,12 @@ import torch
 from torch import nn
 from typing_extensions import Unpack
 
-from ..errors import EndoRewardError
-from ..scoring.arguments import (
-    LoadKwargs,
-    ScoreKwargs,
-    list_of_completions,
-    list_of_rows,
-    refuse_misspelt,
-    refuse_name,
-    refuse_no_name,
-)
+from ..scoring.arguments import LoadKwargs, ScoreKwargs, list_of_rows, refuse_misspelt, refuse_name, refuse_no_name
 from ..scoring.options import ScoreOptions
+from ..scoring.ranking import ranked
 from ..scoring.replies import logprob_rows
 from ..scoring.results import OnTokens, Ranked, RowScore, Scores, in_order
 from ..scoring.score import EncodedRows, encode_rows, score_rows
-from ..text.row_flags import NOTHING_TO_SCORE
 from ..text.rows import Row
 from .loading import load, naming
 from .reader import TokenReader
@@ -146,12 +136,4 @@ class EndoRewardModel(TokenReader):
 
         Raises EndoRewardError if a completion cannot be scored, and names its index.
         """
-        listed = list_of_completions(completions)
-        rows = [{"prompt": prompt, "completion": completion} for completion in listed]
-        scores = self.score(rows, on_tokens=on_tokens, **options)
-        ranked = []
-        for index, (completion, result) in enumerate(zip(listed, scores, strict=True)):
-            if result.score is None and result.error != NOTHING_TO_SCORE:
-                raise EndoRewardError(f"completion {index}: {result.error}")
-            ranked.append(Ranked(index, completion, result.score))
-        return sorted(ranked, key=lambda r: math.inf if r.score is None else -r.score)
+        return ranked(lambda rows: self.score(rows, on_tokens=on_tokens, **options), prompt, completions)

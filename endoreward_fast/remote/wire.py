@@ -46,7 +46,8 @@ def of_json(answer: Mapping[str, Any]) -> RowScore:
 
 
 def _table(columns: Mapping[str, Sequence[Any]]) -> TokenTable:
-    return TokenTable(**{name: tuple(math.nan if v is None else v for v in column) for name, column in columns.items()})
+    found: dict[str, Any] = {n: tuple(math.nan if v is None else v for v in column) for n, column in columns.items()}
+    return TokenTable(**found)
 
 
 def _numbers(column: Sequence[Any]) -> list[Any]:

@@ -49,7 +49,7 @@ def of_item(item: Item) -> dict[str, Any]:
     if isinstance(layout, int):
         return answers[0]
     names = dict.fromkeys(name for answer in answers for name in answer)
-    return {name: arrange(layout, lambda i, name=name: answers[i].get(name)) for name in names}
+    return {name: arrange(layout, [answer.get(name) for answer in answers].__getitem__) for name in names}
 
 
 def why_unscored(item: Item) -> str | None:

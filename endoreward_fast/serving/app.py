@@ -84,7 +84,7 @@ def create_app(backend: Backend, *, limits: Limits, token: bytes | None, metrics
             return await answered(request, path, reads)
 
         endpoint.__name__ = f"{method.lower()}{path.replace('/', '_')}"
-        described = {status: {"description": said} for status, said in ERRORS.items()}
+        described: dict[int | str, dict[str, Any]] = {status: {"description": said} for status, said in ERRORS.items()}
         app.add_api_route(path, endpoint, methods=[method], responses=described, **documented)
 
     for dialect in DIALECTS.values():

@@ -14,7 +14,7 @@ def _checked(text: str) -> str:
 
 Text = Annotated[str, AfterValidator(_checked)]
 Message = dict[str, Any]
-ROWS = [
+ROWS: Any = [
     {"prompt": "What is 2 + 3?", "completions": ["5", "6"]},
     {"prompt_ids": [1, 2, 3], "completion_ids": [4, 5], "terminal": True},
 ]

@@ -51,6 +51,8 @@ class Scored(NamedTuple):
     tokens: int
     model: str
     """the name of the served model"""
+    weights: str
+    """what tells its weights from others"""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def _rewards(body: Rewards, turns: Turns) -> Ask:
         for (item, i), found in zip(owners, scored.results, strict=True):
             item.results[i] = found
         rows = [of_item(item) for item in items]
-        content = {"model": scored.model, "rows": rows, "usage": {"tokens": scored.tokens}}
+        content = {"model": scored.model, "weights": scored.weights, "rows": rows, "usage": {"tokens": scored.tokens}}
         problems = [why_unscored(item) for item in items]
         unscored = sum(problem is not None for problem in problems)
         if unscored < len(items):
@@ -137,11 +139,10 @@ def _conversations(body: Pooled) -> list[Any]:
         raise EndoRewardError("wanted either input or messages")
     if body.messages is not None:
         return [{"messages": body.messages}]
-    one = isinstance(body.input, str) or (bool(body.input) and isinstance(body.input[0], int))
-    listed: list[Any] = [body.input] if one else list(body.input or ())
-    if not listed:
+    given: Any = body.input
+    if not given:
         raise EndoRewardError("input is empty")
-    return listed
+    return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
 
 
 def _pooled(body: Pooled, turns: Turns, kind: str, data: Callable[[Rewarded, Span], dict[str, Any]]) -> Ask:

@@ -31,7 +31,8 @@ class Encoders:
             return encoder_for(self._scorer, options)
         key = (date.today(), *(getattr(options, name) for name in OF_TEXT))
         with self._lock:
-            encoder, left = self._known.pop(key, None) or (encoder_for(self._scorer, options), USES)
+            known = self._known.pop(key) if key in self._known else None
+            encoder, left = known or (encoder_for(self._scorer, options), USES)
             if left > 1:
                 self._known[key] = encoder, left - 1
             while len(self._known) > KEPT:

@@ -36,7 +36,8 @@ class Guard:
         self.app, self.token = app, token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        refusal = self._refusal(scope) if scope["type"] == "http" and scope["path"] not in OPEN else None
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        refusal = self._refusal(scope) if scope["type"] == "http" and path not in OPEN else None
         if refusal is None:
             await self.app(scope, receive, send)
         else:

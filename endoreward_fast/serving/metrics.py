@@ -1,5 +1,7 @@
 """What Prometheus reads at /metrics. Each server has its own registry."""
 
+from typing import Any
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -11,7 +13,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"namespace": "endoreward", "registry": self.registry}
+        own: dict[str, Any] = {"namespace": "endoreward", "registry": self.registry}
         self._requests = Counter("requests", "Requests, by path and status", ("path", "status"), **own)
         self._seconds = Histogram(
             "request_seconds", "Time from a request to its answer", ("path",), buckets=SECONDS, **own

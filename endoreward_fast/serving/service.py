@@ -149,7 +149,7 @@ class Service:
             raise Refusal(504, said) from None
         finally:
             self.batcher.cancel(asked)
-        answer = ask.answer(Scored(results, options, asked.tokens, self.served.names[0]))
+        answer = ask.answer(Scored(results, options, asked.tokens, self.served.names[0], self.served.weights))
         self.metrics.on_rows(answer.scored, answer.unscored)
         self._log(answer.reasons)
         return answer

@@ -77,9 +77,8 @@ class Turns:
             ids = tokenize(self.tokenizer, conversation) if isinstance(conversation, str) else conversation
             return None, Span(len(ids), 0, 0)
         prompt, rest = found
-        bos = getattr(self.tokenizer, "bos_token_id", None)
-        if special and isinstance(conversation, str) and self._begins_with_bos and prompt[:1] != [bos]:
-            prompt = [bos, *prompt]
+        if special and isinstance(conversation, str) and prompt[: len(self._first)] != self._first:
+            prompt = [*self._first, *prompt]
         length = next((i + 1 for i, token in enumerate(rest) if token in self.ends), len(rest))
         return generated_row(prompt, rest[:length], self.ends), Span(len(prompt), length, len(rest) - length)
 
@@ -94,6 +93,7 @@ class Turns:
         return None if at is None else (ids[: at + len(opening)], ids[at + len(opening) :])
 
     @cached_property
-    def _begins_with_bos(self) -> bool:
+    def _first(self) -> list[int]:
+        """The token that the tokenizer begins a text with, or nothing."""
         bos = getattr(self.tokenizer, "bos_token_id", None)
-        return bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos]
+        return [bos] if bos is not None and self.tokenizer("a")["input_ids"][:1] == [bos] else []

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date as Date
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ..errors import EndoRewardError
@@ -114,8 +115,9 @@ class Template:
 
     @property
     def name(self) -> str:
-        """The tokenizer's name in error messages."""
-        name = getattr(self.tokenizer, "name_or_path", "")
+        """The tokenizer's name in error messages, without folders: a server's errors say nothing about its machine."""
+        name = Path(getattr(self.tokenizer, "name_or_path", "") or "")
+        name = name.name if name.is_absolute() else str(name) if name.name else ""
         return f"the tokenizer of {name!r}" if name else f"the tokenizer ({type(self.tokenizer).__name__})"
 
     @cached_property

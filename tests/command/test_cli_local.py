@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 from cli_harness import PAIR, LengthScorer, put, run
-from endoreward_fast.command import cli
 from endoreward_fast.command.evaluate import side_by_side
-from endoreward_fast.command.run import pipeline
+from endoreward_fast.command.run import engines, pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 ASKED = ("--prompt", "p", "--completion", "c")
@@ -26,7 +25,7 @@ def local(monkeypatch, tmp_path):
 
     for name in ("load_scorer", "load_reward_model", "load_judges"):
         monkeypatch.setattr(pipeline, name, reached)
-    for module in (cli, side_by_side):
+    for module in (engines, side_by_side):
         monkeypatch.setattr(module, "weights_of", reached)
     monkeypatch.chdir(tmp_path)
     put(tmp_path, PAIR)
@@ -77,7 +76,7 @@ def test_a_missing_input_is_reported_when_resuming(command, local):
 
 
 def test_an_engine_that_is_not_installed_is_refused(local, monkeypatch):
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     assert "needs Ray Data" in run("score", "in.jsonl", *HUB, "--engine", "ray", code=2).stderr
 
 
@@ -85,14 +84,14 @@ def test_an_output_with_other_flags_is_refused_before_the_hub_is_asked(monkeypat
     monkeypatch.chdir(tmp_path)
     put(tmp_path, PAIR)
     monkeypatch.setattr(pipeline, "load_scorer", lambda flags: LengthScorer())
-    monkeypatch.setattr(cli, "weights_of", lambda name: "commit 1")
+    monkeypatch.setattr(engines, "weights_of", lambda name: "commit 1")
     run("score", "in.jsonl", *HUB, "-o", "out.jsonl", "-q")
     before = Path("out.jsonl").read_text()
-    monkeypatch.setattr(cli, "weights_of", lambda name: pytest.fail("asked the hub"))
+    monkeypatch.setattr(engines, "weights_of", lambda name: pytest.fail("asked the hub"))
     said = run("score", "in.jsonl", *HUB, "-o", "out.jsonl", "-q", "--resume", "--alpha", 2, code=2).stderr
     assert "was made with alpha=1.0, not 2.0" in said
     assert "no such file" in run("score", "gone.jsonl", *HUB, "-o", "out.jsonl", "-q", "--resume", code=2).stderr
-    monkeypatch.setattr(cli, "weights_of", lambda name: "commit 2")
+    monkeypatch.setattr(engines, "weights_of", lambda name: "commit 2")
     said = run("score", "in.jsonl", *HUB, "-o", "out.jsonl", "-q", "--resume", code=2).stderr
     assert "was made with the model 'owner/model' (commit 1), not 'owner/model' (commit 2)" in said
     assert Path("out.jsonl").read_text() == before

@@ -7,7 +7,8 @@ import pytest
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardModel
-from endoreward_fast.command.flags.options import EngineFlags, EvalFlags
+from endoreward_fast.command.flags.engine_flags import EngineFlags
+from endoreward_fast.command.flags.options import EvalFlags
 from endoreward_fast.command.run import pipeline
 from endoreward_fast.command.run.jobs import Job
 from endoreward_fast.model import checkpoint

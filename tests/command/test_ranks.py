@@ -22,7 +22,7 @@ import torch
 
 from cli_harness import LengthScorer, put, rows_of, run
 from endoreward_fast import EndoRewardError
-from endoreward_fast.command.flags.options import EngineFlags
+from endoreward_fast.command.flags.engine_flags import EngineFlags
 from endoreward_fast.command.run import pipeline
 from endoreward_fast.command.run.jobs import Finished, InOrder, Job, Windows, note_idle
 from endoreward_fast.command.run.monitor import Monitor

@@ -13,7 +13,7 @@ import pytest
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError
-from endoreward_fast.command.flags.options import EngineFlags
+from endoreward_fast.command.flags.engine_flags import EngineFlags
 from endoreward_fast.command.run import pipeline
 from endoreward_fast.command.run.resume import IRRELEVANT, Done, key_of, rows_done
 from endoreward_fast.command.run.sink import Sink, _lock

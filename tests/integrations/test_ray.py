@@ -13,7 +13,7 @@ import pytest
 
 from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardError, EndoRewardModel
-from endoreward_fast.command.flags.options import EngineFlags
+from endoreward_fast.command.flags.engine_flags import EngineFlags
 from endoreward_fast.command.run.jobs import Finished, Job
 from endoreward_fast.command.run.monitor import Monitor
 
@@ -280,7 +280,7 @@ def test_rays_output_does_not_mix_with_the_rows(cluster, monkeypatch, tmp_path):
 def test_invalid_flags_are_reported_at_once(tmp_path):
     source = put(tmp_path, *ROWS[:2])
     for flags, said in (
-        (("--engine", "spark"), "--engine must be local or ray, got 'spark'"),
+        (("--engine", "spark"), "--engine must be local, ray or http, got 'spark'"),
         (("--actors", "2"), "need --engine ray"),
         (("--engine", "ray", "--actors", "0"), "--actors must be 1 or more"),
         (("--engine", "ray", "--gpus-per-actor", "-1"), "--gpus-per-actor must be 0 or more, got -1.0"),

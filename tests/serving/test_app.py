@@ -278,16 +278,36 @@ def test_a_body_that_is_announced_as_too_large_is_refused_before_it_is_sent(serv
     assert server.post("/v1/rewards", b" " * 5_000_000).status == 413  # sent whole before the answer is read
 
 
+def test_a_body_of_unknown_length_has_the_same_limit(server):
+    parts = (b" " * 50_000 for _ in range(10))
+    answer = server.pool.request(
+        "POST", server.url + "/v1/rewards", body=parts, headers={"Content-Type": "application/json"}, chunked=True
+    )
+    assert answer.status == 413 and "200000 bytes" in answer.json()["error"]
+
+
+def test_errors_do_not_name_folders(pocket):
+    template, pocket.tokenizer.chat_template = pocket.tokenizer.chat_template, None
+    try:
+        with serving(pocket) as (asker, _):
+            answer = asker.post("/v1/rewards", {"rows": [{"messages": MESSAGES}]})
+    finally:
+        pocket.tokenizer.chat_template = template
+    assert answer.status == 422 and "tokenizer of 'pocket' has no chat template" in answer.json()["error"]
+
+
 def test_time_limits_of_body_and_answer(pocket):
     with serving(pocket, limits=Limits(seconds=0.3)) as (asker, local):
         with half_open(asker.url) as slow:
             slow.sendall(head(9) + b"{")
             assert b" 408 " in slow.recv(200)
         pocket.gate.clear()
+        started = time.monotonic()
         try:
             answer = asker.post("/v1/rewards", {"rows": [PAIR]})
         finally:
             pocket.gate.set()
+        assert time.monotonic() - started < PATIENCE / 3  # and not when the client gives up
         assert answer.status == 504 and "0.3 s" in answer.json()["error"]
         until(lambda: local.service.batcher.rows == 0)
 

@@ -45,16 +45,25 @@ def until(condition):
         time.sleep(0.01)
 
 
-def test_sigterm_answers_what_was_accepted_and_then_ends(tmp_path):
+def test_a_killed_server_starts_again_on_its_port_and_drains_on_sigterm(tmp_path):
     token = tmp_path / "token"
     token.write_text(TOKEN + "\n")
     token.chmod(0o600)
-    with command("--token-file", str(token), "--served-name", "mine") as (process, asker):
+    with command() as (process, asker):
         assert asker.get("/health").status == 200  # before the model is loaded
         asker.wait_until_ready()
-        assert asker.get("/v1/model").status == 401
+        wanted = asker.post("/v1/rewards", {"rows": [PAIR]}).json()
+        found, threads = ask_in_threads(asker, [{"rows": LONG}])
+        until(lambda: waiting(asker) == 16)
+        process.kill()
+        [thread.join(PATIENCE) for thread in threads]
+        assert isinstance(found[0], urllib3.exceptions.HTTPError)
+    arguments = ("--port", asker.url.rpartition(":")[2], "--token-file", str(token), "--served-name", "mine")
+    with command(*arguments) as (process, asker):
+        asker.wait_until_ready()
+        assert asker.post("/v1/rewards", {"rows": [PAIR]}).status == 401
         asker.headers["Authorization"] = f"Bearer {TOKEN}"
-        assert asker.get("/v1/model").json()["model"] == "mine"
+        assert asker.post("/v1/rewards", {"rows": [PAIR]}).json() == wanted | {"model": "mine"}
         found, threads = ask_in_threads(asker, [{"rows": LONG}, *[{"rows": [PAIR]}] * 8])
         until(lambda: waiting(asker) >= 16)
         process.send_signal(signal.SIGTERM)
@@ -66,23 +75,6 @@ def test_sigterm_answers_what_was_accepted_and_then_ends(tmp_path):
         assert process.wait(PATIENCE) == 0
         with pytest.raises(urllib3.exceptions.HTTPError):
             asker.get("/health")
-
-
-def test_a_killed_server_starts_again_on_its_port():
-    with command() as (process, asker):
-        asker.wait_until_ready()
-        wanted = asker.post("/v1/rewards", {"rows": [PAIR]}).json()
-        port = asker.url.rpartition(":")[2]
-        found, threads = ask_in_threads(asker, [{"rows": LONG}])
-        until(lambda: waiting(asker) == 16)
-        process.kill()
-        [thread.join(PATIENCE) for thread in threads]
-        assert isinstance(found[0], urllib3.exceptions.HTTPError)
-    with command("--port", port, ENDOREWARD_TOKEN=TOKEN) as (process, asker):
-        asker.wait_until_ready()
-        assert asker.post("/v1/rewards", {"rows": [PAIR]}).json() == wanted
-        process.send_signal(signal.SIGINT)
-        assert process.wait(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "", "192.0.2.1", "example.org"])

@@ -13,7 +13,7 @@ from ...errors import EndoRewardError
 from ...model.checkpoint import POCKET, on_this_machine
 from ...model.dtypes import DTYPES
 from ...text.messages import check_text
-from .panels import of_cluster, of_comparison, of_input, of_model, of_output, of_scoring
+from .panels import of_comparison, of_input, of_model, of_output, of_scoring
 from .signal_names import asked, refuse_one_model
 from .values import ALL, at_least_one, day, device_name, dtype_name, names, one_of, template_kwargs, tools_in
 
@@ -25,7 +25,6 @@ PAIRWISE = "pairwise"
 JUDGES = ("verifier", "pointwise", PAIRWISE)
 
 SOURCE = ("revision", "subfolder", "gguf_file", "trust_remote_code")
-ENGINES = LOCAL, RAY = ("local", "ray")
 
 Text = Optional[str]  # noqa: UP045  typer evaluates these at run time, also on Python 3.10
 Count = Optional[int]  # noqa: UP045
@@ -209,38 +208,6 @@ class RowFlags(ModelFlags):
     def to_json(self) -> dict[str, Any]:
         """Return the flags that the numbers of a run depend on."""
         return {name: value for name, value in asdict(self).items() if name not in UNRECORDED}
-
-
-@dataclass(frozen=True)
-class EngineFlags(RowFlags):
-    """Further flags: where rows are scored and how --resume recognises them. Scores do not depend on them."""
-
-    engine: Annotated[str, of_cluster(help="local: this process or torchrun's ranks. ray: a Ray cluster.")] = LOCAL
-    actors: Annotated[
-        Count, of_cluster(help="Ray: number of actors, each with a model. Default: one per GPU, or per machine.")
-    ] = None
-    gpus_per_actor: Annotated[
-        Share, of_cluster(help="Ray: GPUs per actor; 0.5 puts two on a GPU. Default: 1 if there is a GPU.")
-    ] = None
-    cpus_per_actor: Annotated[float, of_cluster(help="Ray: CPU cores per actor.")] = 1.0
-    id: Annotated[Text, of_output(help="Column by which --resume recognises a row. Default: all columns.")] = None
-
-    def check(self) -> None:
-        super().check()
-        one_of("--engine", self.engine, ENGINES)
-        if self.actors is not None:
-            at_least_one("--actors", self.actors)
-        for flag, value in (("--gpus-per-actor", self.gpus_per_actor), ("--cpus-per-actor", self.cpus_per_actor)):
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise EndoRewardError(f"{flag} must be 0 or more, got {value}")
-            if value is not None and value > 1 and value % 1:
-                raise EndoRewardError(f"{flag} must be a whole number if it is above 1, got {value}")
-        if self.engine == LOCAL and (self.actors is not None or self.gpus_per_actor is not None):
-            raise EndoRewardError("--actors and --gpus-per-actor need --engine ray")
-
-    def to_json(self) -> dict[str, Any]:
-        engine = {f.name for f in fields(EngineFlags)} - {f.name for f in fields(RowFlags)}
-        return {name: value for name, value in super().to_json().items() if name not in engine}
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from .options import EngineFlags, Text
+from .engine_flags import EngineFlags
+from .options import Text
 from .panels import of_scoring
 from .signal_names import refuse_one_model
 

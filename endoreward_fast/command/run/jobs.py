@@ -1,4 +1,4 @@
-"""Score or rank a window of rows, in any place: in this process, in another rank, or in a Ray actor."""
+"""Score or rank a window of rows, in any place: in this process, in another rank, in a Ray actor, or by a server."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...data.answers import ranked_row, scored_row
 from ...data.items import Item
 from ...errors import EndoRewardError
-from ..flags.options import EngineFlags
+from ..flags.engine_flags import HTTP, EngineFlags
 from . import pipeline
 from .monitor import Monitor
 from .pipeline import Encoder, Scorer
 from .sink import to_line
 
+if TYPE_CHECKING:
+    from ...remote.client import RemoteModel
+
 ANSWERS: dict[str, Callable[..., dict[str, Any]]] = {"score": scored_row, "rank": ranked_row}
+RETRIES = 3
+"""how often a request is sent again to a server that does not answer"""
 Write = Callable[[str], None]
 """writes one line of results"""
 Engine = Callable[[Iterator[list[Item]], Write, Monitor], None]
@@ -86,6 +91,8 @@ class Job:
 
     def load(self) -> Encoder:
         """Load the model. Call this after the cheap checks."""
+        if self.flags.engine == HTTP:
+            return ask_server(self.flags)
         return pipeline.load_scorer(self.flags)
 
     @property
@@ -154,6 +161,13 @@ def warnings_to(tell: Callable[[str], None]) -> Iterator[None]:
         finally:
             for warning in caught:
                 tell(str(warning.message))
+
+
+def ask_server(flags: EngineFlags) -> RemoteModel:
+    """Return the model at --url. A run can be continued, so it does not wait long for a server that has gone away."""
+    from ...remote.client import RemoteModel
+
+    return RemoteModel(flags.url or "", retries=RETRIES)
 
 
 def nothing_left(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:

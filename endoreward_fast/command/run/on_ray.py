@@ -16,7 +16,7 @@ from typing import Any
 
 from ...data.items import Item
 from ...errors import EndoRewardError
-from ..flags.options import EngineFlags
+from ..flags.engine_flags import EngineFlags
 from .jobs import Engine, Finished, InOrder, Job, Windows, Write, note_idle, warnings_to
 from .monitor import Monitor
 

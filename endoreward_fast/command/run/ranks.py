@@ -21,7 +21,7 @@ from typing import Any
 from ...data.items import Item
 from ...errors import EndoRewardError
 from ...model.checkpoint import weights_of
-from ..flags.options import EngineFlags
+from ..flags.engine_flags import EngineFlags
 from .jobs import Engine, InOrder, Job, Windows, Write, note_idle, warnings_to
 from .monitor import Monitor
 from .pipeline import Scorer, before_loading

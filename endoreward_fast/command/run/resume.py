@@ -23,7 +23,8 @@ from typing import Any
 
 from ...data.files import STDIN, Record, Source
 from ...errors import EndoRewardError
-from ..flags.options import SOURCE, EngineFlags
+from ..flags.engine_flags import EngineFlags
+from ..flags.options import SOURCE
 from .sink import PART, plain
 
 ADDED = frozenset({"score", "scores", "ranking", "best", "flags", "error", "signals", "signal_errors", "token_rewards"})
@@ -36,6 +37,10 @@ IRRELEVANT = frozenset({"model", *SOURCE, "limit", "max_tokens_per_batch", "devi
 """settings that may differ. Of the model, only the hash of its weights counts. The other flags change a score only by
 the rounding of matmuls in another batch: by 2e-5 in float32, by up to 0.5 in bfloat16 (`EndoRewardModel.score`).
 Resuming regroups the remaining rows into batches anyway, and a run that ran out of memory needs smaller batches"""
+
+
+OF_MODEL = frozenset({"weights", "served_dtype"})
+"""settings that are known when the model is: see `engines.model_of`"""
 
 
 def settings_of(command: str, version: str, flags: Mapping[str, Any], per_token: bool, weights: str) -> dict[str, Any]:
@@ -105,7 +110,7 @@ def holds_rows(output: str, settings: Mapping[str, Any]) -> bool:
     if not Path(output).exists() or not Path(output).stat().st_size:
         return False  # settings are written with the first row
     before = _settings_beside(output)
-    for name in sorted({*before, *settings} - IRRELEVANT - {"weights"}):
+    for name in sorted({*before, *settings} - IRRELEVANT - OF_MODEL):
         if before.get(name) != settings.get(name):
             was, now = _excerpts(repr(before.get(name)), repr(settings.get(name)))
             raise EndoRewardError(
@@ -276,8 +281,10 @@ def _settings_beside(output: str) -> dict[str, Any]:
 
 def _refuse_other_weights(output: str, settings: Mapping[str, Any]) -> None:
     before = _settings_beside(output)
-    if before.get("weights") != settings["weights"]:
-        was, now = (f"{s.get('model')!r} ({s.get('weights')})" for s in (before, settings))
+    dtypes = {s["served_dtype"] for s in (before, settings) if "served_dtype" in s}
+    if before.get("weights") != settings["weights"] or len(dtypes) > 1:
+        named = ("weights", "served_dtype") if len(dtypes) > 1 else ("weights",)
+        was, now = (f"{s.get('model')!r} ({', '.join(str(s.get(name)) for name in named)})" for s in (before, settings))
         raise EndoRewardError(
             f"--resume: {output} was made with the model {was}, not {now}: name that model, or another --output"
         )
