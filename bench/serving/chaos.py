@@ -172,13 +172,14 @@ def readings(seen: Sequence[tuple[float, float]], run: Run) -> list[soak.Reading
 def flat(found: Sequence[soak.Reading], total: int) -> dict:
     """Return first, last and highest memory, and its growth over the second half of the answers (`soak.growth`).
 
-    The growth is None for a process that did not live through the whole run.
+    The growth is None for a process that did not live through the whole run. The slope is the same in MiB.
     """
-    whole = bool(found) and found[0].rows < total / 10 and found[-1].rows > 0.9 * total
+    whole = found[0].rows < total / 10 and found[-1].rows > 0.9 * total
     mib = [reading.mib for reading in found]
+    growth = soak.growth(list(found)) if whole else None
     return {
-        "first": mib[0], "last": mib[-1], "highest": max(mib),
-        "growth_of_second_half": soak.growth(list(found)) if whole else None,
+        "first": mib[0], "last": mib[-1], "highest": max(mib), "growth_of_second_half": growth,
+        "mib_per_1000_requests": None if growth is None else round(growth * mib[-1] / (total / 2000), 3),
         "readings": [asdict(reading) for reading in found],
     }  # fmt: skip
 

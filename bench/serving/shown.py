@@ -1,6 +1,7 @@
 """The record as text and as a picture: speed and latency against clients, and memory under chaos."""
 
 import json
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,7 @@ from matplotlib import ticker
 
 from bench.harness.charts import INK, MUTED, quiet
 
-COLOURS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#3d5a80")
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#52796f", "#3d5a80", "#b08968")
 TARGET = 0.9
 SHADES = {"p50": "-", "p95": "--", "p99": ":"}
 
@@ -127,11 +128,11 @@ def clients_axis(axis, cases: list[dict]) -> None:
 
 def of_memory(axis, cases: list[dict]) -> None:
     """Resident memory against answers."""
-    colours = iter(COLOURS)
+    colours = cycle(COLOURS)
     for case in cases:
         for name, memory in case["memory_mib"].items():
             seen = memory["readings"]
-            label = name if len(case["memory_mib"]) == 1 else f"{case['server']}: {name}"
+            label = case["server"] if name == "server" else f"{case['server'].partition(',')[0]}: {name}"
             axis.plot([r["rows"] for r in seen], [r["mib"] for r in seen], lw=1.4, color=next(colours), label=label)
         if case["killed"]:
             axis.axvline(case["requests"] / 2, color=INK, lw=0.8, ls=":")
