@@ -70,7 +70,7 @@ def draw(folder: Path) -> Path:
     for axis in axes:
         quiet(axis)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(frameon=False, fontsize=8)
+            axis.legend(frameon=False, fontsize=8, loc="upper left", ncol=2 if axis is axes[2] else 1)
     where = record["environment"]
     note = (
         f"{where['cpu']}, {where['cores']} cores shared by server, clients and other work, {where['threads']} thread "
@@ -101,7 +101,7 @@ def of_speed(axis, cases: list[dict]) -> None:
         )
     axis.axhline(TARGET, color=INK, lw=0.8, ls="--")
     axis.set_title("tokens a second / in-process, one list", loc="left", fontsize=10, color=INK)
-    axis.set_ylim(0, 1.15)
+    axis.set_ylim(0, 1.3)
     clients_axis(axis, cases)
 
 
@@ -114,6 +114,7 @@ def of_latency(axis, cases: list[dict]) -> None:
             values = [arm["latency_ms"][quantile] for arm in arms]
             axis.plot([arm["clients"] for arm in arms], values, style, marker="o", ms=3, color=colour, label=label)
     axis.set_yscale("log")
+    axis.set_ylim(10, 10**5)
     axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     axis.set_title("latency of a request for one row, ms", loc="left", fontsize=10, color=INK)
     clients_axis(axis, cases)
@@ -137,5 +138,5 @@ def of_memory(axis, cases: list[dict]) -> None:
         if case["killed"]:
             axis.axvline(case["requests"] / 2, color=INK, lw=0.8, ls=":")
     axis.set_title("resident memory, MiB", loc="left", fontsize=10, color=INK)
-    axis.set_ylim(0, 1.3 * axis.get_ylim()[1])
+    axis.set_ylim(0, 1.4 * axis.get_ylim()[1])
     axis.set_xlabel("requests answered", fontsize=9, color=MUTED)

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import uvicorn
 
+from bench import soak
+from bench.harness import timing
 from bench.serving import chaos, load, on_ray, rows, server, shown, speed
 from bench.serving.load import Reply, Request, Run
 from bench.serving.results import Expected, WrongScore
@@ -305,6 +307,19 @@ def test_rows_of_groups_share_their_prompt_and_differ_in_their_completion():
     found = rows.groups(20)
     assert len(found) == 20 and len({row["prompt"] for row in found[:8]}) == 1
     assert len({row["completion"] for row in found[:8]}) == 8 and found[8]["prompt"] != found[0]["prompt"]
+
+
+def test_the_record_in_results_has_every_step_and_nothing_wrong():
+    record = json.loads((timing.RESULTS / "serving.json").read_text())
+    cases = {case["step"]: case for case in record["cases"]}
+    assert {"quiz", "groups", "smollm2", "chaos", "chaos-ray"} <= cases.keys()
+    for case in record["cases"]:
+        if case["kind"] == "chaos":
+            assert case["wrong"] == [] and case["requests"] == 10_000 and case["kinds"]["row"] == {"200": 9400}
+            assert all((m["growth_of_second_half"] or 0) < soak.GROWTH for m in case["memory_mib"].values())
+        else:
+            assert {"1 client", "8 clients", "64 clients"} <= case["arms"].keys()
+    assert cases["chaos-ray"]["killed"]["signal"] == "SIGKILL"
 
 
 def test_the_record_becomes_a_table_and_a_picture(tmp_path):
