@@ -4,8 +4,10 @@
 """
 
 import asyncio
+import json
 import logging
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -19,13 +21,16 @@ from .answers import Answer, Refusal
 from .dialects import DIALECTS
 from .guard import Bodies, Guard
 from .limits import Limits
-from .metrics import Metrics
+from .metrics import OTHER, Metrics
 
 LOG = logging.getLogger("endoreward")
 GONE = 499
 """status, in metrics alone, of a request whose client went away"""
+LARGE = 5000
+"""values of an answer that is written in a thread"""
 ERRORS = {
-    400: "no JSON", 401: "no token, or another", 404: "no such model", 408: "a body that comes too slowly",
+    400: "no JSON", 401: "no token, or another",
+    403: "not localhost, and the server has no token", 404: "no such model", 408: "a body that comes too slowly",
     413: "too many bytes, rows or tokens", 415: "not application/json", 422: "fields or rows that cannot be scored",
     429: "too many rows wait (verl's paths: 503); see Retry-After", 503: "not ready, or about to end; see Retry-After",
     504: "not scored within the time limit",
@@ -52,14 +57,19 @@ def create_app(backend: Backend, *, limits: Limits, token: bytes | None, metrics
     token     required in every request except those to /health and /ready; None: only local names are answered
     """
     app = FastAPI(title="endoreward serve", version=version("endoreward-fast"), description=DESCRIPTION, redoc_url=None)
-    app.add_middleware(Guard, token=token)
+    app.router.redirect_slashes = False  # a redirect to the Host of the request, and without TLS behind a proxy
+    app.add_middleware(Guard, token=token, metrics=metrics)
     bodies = Bodies(limits)
 
     async def answered(request: Request, path: str, reads: bool) -> Response:
         started = time.monotonic()
         status = GONE  # if this is cancelled
         try:
-            response = await _answered(request, path, reads)
+            try:
+                response = await _answered(request, path, reads)
+            except Exception:  # answered here, because uvicorn closes a connection when an exception reaches it
+                LOG.exception("%s failed", path)
+                response = _failed()
             status = response.status_code
             return response
         finally:
@@ -77,7 +87,10 @@ def create_app(backend: Backend, *, limits: Limits, token: bytes | None, metrics
             answer = None
         if answer is None:
             return Response(status_code=GONE)
-        return JSONResponse(answer.content, answer.status, dict(answer.headers))
+        body = (
+            b"".join(_rendered(answer.content)) if _is_small(answer.content) else await _rendered_apart(answer.content)
+        )
+        return Response(body, answer.status, dict(answer.headers), "application/json")
 
     def add(path: str, method: str, reads: bool, **documented: Any) -> None:
         async def endpoint(request: Request) -> Response:
@@ -114,15 +127,19 @@ def create_app(backend: Backend, *, limits: Limits, token: bytes | None, metrics
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:
         said = {404: f"no such path: the paths are {', '.join(DIALECTS)}", 405: "this path takes another method"}
-        metrics.on_request("other", error.status_code, 0)
+        metrics.on_request(OTHER, error.status_code, 0)
         content = {"error": said.get(error.status_code, str(error.detail))}
         return JSONResponse(content, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return JSONResponse({"error": "the server failed at this request; its log says how"}, 500)
+        return _failed()
 
     return app
+
+
+def _failed() -> Response:
+    return JSONResponse({"error": "the server failed at this request; its log says how"}, 500)
 
 
 async def _unless_gone(request: Request, answering: Any) -> Answer | None:
@@ -139,6 +156,44 @@ async def _unless_gone(request: Request, answering: Any) -> Answer | None:
     finally:
         for task in (answer, leaving):
             task.cancel()
+
+
+def _is_small(content: Any) -> bool:
+    """Return whether content has less than LARGE values. Only so many are looked at."""
+    left, inner = LARGE, [content]
+    while inner and left > 0:
+        value = inner.pop()
+        if isinstance(value, (dict, list)):
+            left -= len(value)
+            inner.extend((value.values() if isinstance(value, dict) else value) if left > 0 else ())
+    return left > 0
+
+
+async def _rendered_apart(content: Any) -> bytes:
+    return await asyncio.to_thread(lambda: b"".join(_rendered(content)))
+
+
+def _rendered(content: Any) -> Iterator[bytes]:
+    """Yield JSON in parts. Other threads run between them, because json holds the interpreter until it is done."""
+    if not isinstance(content, dict):
+        yield _dumps(content)
+        return
+    before = b"{"
+    for name, value in content.items():
+        yield before + _dumps(name) + b":"
+        if isinstance(value, list):
+            yield b"["
+            for n, one in enumerate(value):
+                yield b"," * (n > 0) + _dumps(one)
+            yield b"]"
+        else:
+            yield _dumps(value)
+        before = b","
+    yield b"}" if content else b"{}"
+
+
+def _dumps(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode()
 
 
 def _summary(body: Any) -> str:

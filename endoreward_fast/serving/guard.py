@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import json
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
@@ -12,17 +13,21 @@ from starlette.requests import ClientDisconnect, Request
 
 from ..data.json_rows import of_pairs
 from .answers import Refusal
-from .limits import Limits, same
+from .limits import Limits, is_local, same
+from .metrics import OTHER, Metrics
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 OPEN = ("/health", "/ready")
 """paths that need no token, because orchestrators ask them"""
-LOCAL_NAMES = frozenset(("localhost", "127.0.0.1", "::1"))
 DISCARDED, PATIENCE = 2**30, 10
 """Bytes, and seconds, for which a body that is too large is read and dropped. Its sender reads no answer before it has
 sent everything"""
+SLOWEST = 50_000
+"""bytes a second. A body has PATIENCE seconds, and as many more as it takes at this speed"""
+LARGE = 2**18
+"""bytes of a body that is parsed in a thread"""
 
 
 class Guard:
@@ -32,8 +37,8 @@ class Guard:
     browser could point a name of its own at this machine.
     """
 
-    def __init__(self, app: Any, token: bytes | None) -> None:
-        self.app, self.token = app, token
+    def __init__(self, app: Any, token: bytes | None, metrics: Metrics) -> None:
+        self.app, self.token, self.metrics = app, token, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
@@ -41,14 +46,13 @@ class Guard:
         if refusal is None:
             await self.app(scope, receive, send)
         else:
+            self.metrics.on_request(OTHER, refusal.answer.status, 0)
             await respond(send, refusal)
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = dict(scope["headers"])
         if self.token is None:
-            host = headers.get(b"host", b"").decode("latin-1")
-            name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() else host
-            if name.strip("[]").lower() in LOCAL_NAMES or host == "":
+            if all(_names_this_machine(value) for name, value in scope["headers"] if name == b"host"):
                 return None
             return Refusal(403, "this server has no token, so it answers to localhost only: start it with --token-file")
         given = _token(headers.get(b"authorization", b""))
@@ -56,6 +60,13 @@ class Guard:
             return None
         said = "a token is required: send Authorization: Bearer TOKEN" if given is None else "this is not the token"
         return Refusal(401, said, **{"WWW-Authenticate": 'Basic realm="endoreward", charset="UTF-8"'})
+
+
+def _names_this_machine(host: bytes) -> bool:
+    """Return whether a Host header is "", as some old clients send it, or a local name with or without a port."""
+    name, _, port = host.decode("latin-1").lower().rpartition(":")
+    name = name if port == "" or port.isdecimal() else f"{name}:{port}".removeprefix(":")
+    return host == b"" or is_local(name)
 
 
 def _token(header: bytes) -> bytes | None:
@@ -98,39 +109,62 @@ class Bodies:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Refusal(415, "send JSON, with the header Content-Type: application/json")
-        try:
-            body = await asyncio.wait_for(self._read(request), self.limits.seconds)
-        except asyncio.TimeoutError:
-            raise Refusal(408, f"the body was not complete after {self.limits.seconds:g} s") from None
-        return _parsed(body)
+        packed = request.headers.get("content-encoding", "").strip().lower()
+        if packed not in ("", "identity"):
+            raise Refusal(415, "send the body as it is: without compression, and without the header Content-Encoding")
+        body = await self._read(request)
+        # A value takes 100 bytes of memory, and one in the body. Text has commas too, but fewer than tokens.
+        if body.count(b",") > self.limits.values:
+            raise Refusal(413, f"the body has more than {self.limits.values} values: send fewer rows in one request")
+        found = _parsed(body) if len(body) < LARGE else await asyncio.to_thread(_parsed, body)
+        self._check_lists(found)
+        return found
+
+    def _check_lists(self, body: Any) -> None:
+        """Refuse a list with more entries than a request may have rows, before each of its entries is looked at."""
+        lists = {k: v for k, v in body.items() if isinstance(v, list)} if isinstance(body, dict) else {}
+        for name, entries in lists.items():
+            ids = name == "input" and isinstance(entries[0] if entries else None, int)
+            if len(entries) > self.limits.rows and not ids:
+                said = (
+                    f"{name[:50]}: {len(entries)} entries in one request: at most {self.limits.rows}, so send several"
+                )
+                raise Refusal(413, said)
 
     async def _read(self, request: Request) -> bytes:
         most, parts, size, more = self.limits.request_bytes, [], 0, True
         too_large = Refusal(413, f"the body has more than {most} bytes: send fewer rows in one request")
+        started = time.monotonic()
         try:
             if int(request.headers.get("content-length", 0)) > most:
                 raise too_large
             while more:
-                part, more = await _next(request)
+                allowed = min(self.limits.seconds, PATIENCE + size / SLOWEST)
+                part, more = await _next(request, started + allowed)
                 size, self._held = size + len(part), self._held + len(part)
                 if size > most:
                     raise too_large
                 if self._held > self.limits.bytes_held:
                     raise Refusal(503, "other requests take all the room: ask again", **{"Retry-After": "1"})
                 parts.append(part)
+        except asyncio.TimeoutError:
+            raise Refusal(408, f"the body came too slowly: {size} bytes in {allowed:.3g} s") from None
         except Refusal:
             if more and request.headers.get("expect") is None:  # with `expect`, nothing more is sent before an answer
                 with suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(_discard(request), PATIENCE)
+                    await _discard(request)
             raise
         finally:
             self._held -= size
         return b"".join(parts)
 
 
-async def _next(request: Request) -> tuple[bytes, bool]:
-    """Return the next part of a body, and whether more follows. Raises ClientDisconnect if the client went away."""
-    message = await request.receive()
+async def _next(request: Request, ends: float) -> tuple[bytes, bool]:
+    """Return the next part of a body, and whether more follows.
+
+    Raises ClientDisconnect if the client went away, and asyncio.TimeoutError at the time `ends`.
+    """
+    message = await asyncio.wait_for(request.receive(), ends - time.monotonic())
     if message["type"] == "http.disconnect":
         raise ClientDisconnect
     return message.get("body", b""), message.get("more_body", False)
@@ -138,15 +172,15 @@ async def _next(request: Request) -> tuple[bytes, bool]:
 
 async def _discard(request: Request) -> None:
     """Read the rest of a body, within bounds, and drop it."""
-    left, more = DISCARDED, True
+    left, more, ends = DISCARDED, True, time.monotonic() + PATIENCE
     while more and left > 0:
-        part, more = await _next(request)
+        part, more = await _next(request, ends)
         left -= len(part)
 
 
 def _parsed(body: bytes) -> Any:
     try:
-        return json.loads(body.decode("utf-8"), object_pairs_hook=of_pairs, parse_constant=_refuse_constant)
+        return json.loads(body.decode("utf-8-sig"), object_pairs_hook=of_pairs, parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise Refusal(400, f"the body is not UTF-8 (byte {error.start + 1})") from None
     except json.JSONDecodeError as error:

@@ -25,7 +25,12 @@ class Limits:
     tokens: int = 2**20
     """of all its rows"""
     seconds: float = 600
-    """from the end of its body to its answer; reading the body may take as long again"""
+    """from the end of its body to its answer; reading the body may take as long again, at 50 KB a second or more"""
+
+    @property
+    def values(self) -> int:
+        """The most values of JSON in a body: each token has two, its id and whether it counts."""
+        return 2 * self.tokens + 2**16
 
     @property
     def bytes_held(self) -> int:

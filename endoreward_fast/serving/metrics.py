@@ -5,6 +5,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+OTHER = "other"
+"""for what was asked of paths that the server does not have, or before the path was looked at"""
 FILLS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1, 2)
 
 
@@ -47,7 +49,7 @@ class Metrics:
         self._rows.labels("unscored").inc(unscored)
 
     def on_request(self, path: str, status: int, seconds: float) -> None:
-        """Note an answer. `path` is one that the server has, or "other"."""
+        """Note an answer. `path` is one that the server has, or OTHER."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 

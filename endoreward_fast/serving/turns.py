@@ -1,5 +1,6 @@
 """Find the response in what clients send: in a query behind its prompt, or as the last turn of a conversation."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -7,8 +8,9 @@ from typing import Any, NamedTuple
 from ..errors import EndoRewardError
 from ..scoring.sampled import ending_ids, generated_row
 from ..scoring.scorer import Scorer
-from ..text.boundary import tokenize
+from ..text.boundary import decode, tokenize
 from ..text.messages import check_message
+from ..text.opening import Opening
 from ..text.query import split_query
 from ..text.rows import Row
 from ..text.template import Extras, Template
@@ -67,12 +69,10 @@ class Turns:
         conversation   as the chat template writes it, as text or as token ids
         special        begin text with the token that the tokenizer begins with, if it does not yet
 
-        The turn begins behind the last generation prompt, and ends with the first token that ends a response.
+        The turn begins after the last header of an assistant's turn (text/opening.py), and ends with the first token
+        that ends a response.
         """
-        opening = self.template.generation_prompt
-        if not opening:
-            raise EndoRewardError("the model's chat template has no generation prompt: POST to /v1/rewards instead")
-        found = self._in_text(conversation, opening) if isinstance(conversation, str) else self._in_ids(conversation)
+        found = self._in_text(conversation) if isinstance(conversation, str) else self._in_ids(conversation)
         if found is None:
             ids = tokenize(self.tokenizer, conversation) if isinstance(conversation, str) else conversation
             return None, Span(len(ids), 0, 0)
@@ -82,15 +82,29 @@ class Turns:
         length = next((i + 1 for i, token in enumerate(rest) if token in self.ends), len(rest))
         return generated_row(prompt, rest[:length], self.ends), Span(len(prompt), length, len(rest) - length)
 
-    def _in_text(self, text: str, opening: str) -> tuple[list[int], list[int]] | None:
-        at = text.rfind(opening)
-        return None if at < 0 else split_query(self.tokenizer, text, text[: at + len(opening)])
+    def _in_text(self, text: str) -> tuple[list[int], list[int]] | None:
+        found = self._opening.split(text)
+        return None if found is None else split_query(self.tokenizer, "".join(found), found[0])
 
     def _in_ids(self, ids: list[int]) -> tuple[list[int], list[int]] | None:
-        opening = tokenize(self.tokenizer, self.template.generation_prompt)
-        starts = range(len(ids) - len(opening), -1, -1)
-        at = next((i for i in starts if ids[i : i + len(opening)] == opening), None)
-        return None if at is None else (ids[: at + len(opening)], ids[at + len(opening) :])
+        """Split token ids. They stay as they are: a token across the boundary belongs to the prompt."""
+        if not all(0 <= i < self._scorer.vocab_size for i in ids):
+            return [], ids  # no tokens of this model: encoding the row says so
+        header = tokenize(self.tokenizer, self._opening.header)
+        starts = range(len(ids) - len(header), -1, -1)
+        # Text that only looks like the header has other tokens. The header's may also differ, next to other text.
+        start = next((i for i in starts if ids[i : i + len(header)] == header), None)
+        text = decode(self.tokenizer, ids[start or 0 :])
+        found = self._opening.split(text, first=start is not None)
+        if found is None:
+            return None
+        length = len(text) - len(found[1])
+        at = bisect_left(range(len(ids)), length, start or 0, key=lambda n: len(decode(self.tokenizer, ids[start:n])))
+        return ids[:at], ids[at:]
+
+    @cached_property
+    def _opening(self) -> Opening:
+        return Opening.of(self.template)
 
     @cached_property
     def _first(self) -> list[int]:

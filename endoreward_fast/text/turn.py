@@ -57,7 +57,7 @@ class Turn:
         marked_whole = self._write(*marked.messages)
         tail, self.end = self._find_end(shown, marked, written, marked_whole)
         body = self.whole[: len(self.whole) - len(tail)]
-        self._split(body, before_text=_common_prefix([self.whole, marked_whole]))
+        self._split(body, before_text=common_prefix([self.whole, marked_whole]))
         self.completion = self._without_own_end(self.completion)
         if is_text(self._answer):
             self._keep_as_given(text_of(self._answer["content"]))
@@ -140,11 +140,11 @@ class Turn:
         by_its_look = stripped if calls else up_to_first(self.template.special, stripped)
         if followed is None:
             return by_its_look
-        common = _common_prefix([tail, followed])
+        common = common_prefix([tail, followed])
         if stripped and len(common) >= len(stripped):
             return stripped
         if stripped:
-            return _without_partial_mark(common).rstrip() or by_its_look
+            return without_partial_mark(common).rstrip() or by_its_look
         special = self.template.special
         opens = up_to_first(special, self.template.generation_prompt.lstrip())
         closed = followed.partition(opens)[0] if opens in special and opens in followed else ""
@@ -173,8 +173,8 @@ class Turn:
                 self.prompt = self.opening + usual if usual else before_text.rstrip()
             self.completion = body[len(self.prompt) :]
             return
-        common = _common_prefix([self.opening, body])
-        generation_prompt = self.opening[len(_common_prefix([self.opening, self._write()])) :]
+        common = common_prefix([self.opening, body])
+        generation_prompt = self.opening[len(common_prefix([self.opening, self._write()])) :]
         begins = before_text.rfind(generation_prompt) if generation_prompt.strip() else -1
         if len(common) < begins:
             self.completion = body[begins + len(generation_prompt) :]
@@ -184,7 +184,7 @@ class Turn:
             self.completion = body[at:].lstrip()
             return
         if len(common) < len(before_text):
-            at = len(_without_partial_mark(common))
+            at = len(without_partial_mark(common))
         usual = self.template.generation_prompt
         if before_text.startswith(usual, at):
             at += len(usual)
@@ -201,15 +201,15 @@ class Turn:
     def _keep_as_given(self, text: str) -> None:
         """Score `text` itself if the template leaves out a part of it, because the policy generated all of it."""
         text = self._without_own_end(text)
-        if squeezed(text) in squeezed(_open_thought(self.prompt) + self.completion):
+        if squeezed(text) in squeezed(open_thought(self.prompt) + self.completion):
             return
-        opened = self.opening[len(self.prompt) :] or _open_thought(self.opening)
+        opened = self.opening[len(self.prompt) :] or open_thought(self.opening)
         self.prompt, self.completion = self.opening, _without_opened(text, opened)
         self.flags = (*(flag for flag in self.flags if flag != "opening_differs"), "template_rewrites")
 
     def _compare_white_space(self) -> None:
         """Add a flag if the scored text differs from the turn's text in white space."""
-        text, scored = self._without_own_end(said_by(self._answer)), _open_thought(self.prompt) + self.completion
+        text, scored = self._without_own_end(said_by(self._answer)), open_thought(self.prompt) + self.completion
         if text not in scored and squeezed(text) in squeezed(scored):
             self.flags += ("white_space",)
 
@@ -224,7 +224,7 @@ def without_end(text: str, end: str) -> str:
 
 def after_marks(text: str, marked: str) -> str | None:
     """Return the tail: what `text` has after the last text that is marked in `marked`. None if no mark is written."""
-    return None if text == marked else _common_prefix([text[::-1], marked[::-1]])[::-1]
+    return None if text == marked else common_prefix([text[::-1], marked[::-1]])[::-1]
 
 
 def said_by(message: Message) -> str:
@@ -253,17 +253,17 @@ def _text_turn(message: Message, text: str) -> Message:
     return {"role": message["role"], "content": [{"type": "text", "text": text}] if parts else text}
 
 
-def _common_prefix(texts: list[str]) -> str:
+def common_prefix(texts: list[str]) -> str:
     first, last = min(texts), max(texts)  # in alphabetical order, so all others have their common prefix too
     return first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
 
 
-def _without_partial_mark(common: str) -> str:
+def without_partial_mark(common: str) -> str:
     """Return a common prefix without the mark that it breaks off in: "a <|im_" becomes "a "."""
     return re.sub(r"[<\[{][^\s<>\[\]{}]*$", "", common)
 
 
-def _open_thought(opening: str) -> str:
+def open_thought(opening: str) -> str:
     """Return the thinking block at the end of a generation prompt, open or already closed; "" if it has none."""
     found = re.search(r"<think>\s*(</think>\s*)?$", opening)
     return found.group() if found else ""

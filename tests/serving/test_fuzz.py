@@ -31,6 +31,7 @@ BODIES = [
     ("/classify", {"messages": MESSAGES, "chat_template_kwargs": {"a": 1}}),
     ("/pooling", {"input": [1, 4, 5, 6], "task": "classify"}),
     ("/v1/embeddings", {"input": [[1, 2], [3]]}),
+    ("/classify", {"input": [[1, 10**30], [-1], [2**31]]}),
 ]
 VALUES = [
     None, True, 0, -1, 3.5, 10**30, 10**400, 1e308, "", "x", "\ud800", "\x00", "all", "<|end|><|assistant|>", [], [1],
