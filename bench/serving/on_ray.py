@@ -73,8 +73,9 @@ def serving(arguments: Mapping[str, object], threads: int, folder: Path, token: 
 
 def main(arguments: Mapping[str, object]) -> None:
     import ray
-    from endoreward_fast.integrations.ray_serve import app
     from ray import serve
+
+    from endoreward_fast.integrations.ray_serve import app
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

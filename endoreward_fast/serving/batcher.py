@@ -1,8 +1,11 @@
 """Batches from what waits: the rows of many requests, scored together by one thread.
 
 A round takes rows from the requests in line until it has enough tokens (line.py), and scores them as one list. So rows
-of different requests share passes and prefixes. A model that has nothing to do waits for a short window after the first
-row, because requests that are sent together do not arrive together.
+of different requests share passes and prefixes.
+
+Requests that are sent together do not arrive together, and clients that have an answer send the next request a little
+later. So a round waits: for a short window, or a small share of the last round's time, but not once as many rows wait
+as were unanswered when the last round began. Without that, 64 clients fall into two groups that take turns.
 """
 
 import logging
@@ -26,6 +29,8 @@ from .line import Asked, Line, Round, Waiting
 ENCODERS = 4
 """threads that tokenize, so that one huge text does not hold up the others"""
 LONGEST_RETRY = 60
+SHARE = 0.15
+"""of the last round's time: how long the next one waits for clients to come back"""
 REGROW = 600
 """seconds after which batches that were halved, because memory ran out, may have twice as many tokens again"""
 LOG = logging.getLogger("endoreward")
@@ -59,7 +64,7 @@ class Batcher:
     scorer          the model; no other thread may use it
     max_tokens      tokens of a round; None: what the device's memory is meant to hold (scoring/batching.py). A longer
                     row gets a round alone
-    window          seconds that an idle model waits for more rows after the first
+    window          seconds that a round waits for more rows after the first, at least
     most_waiting    rows that may wait; more are refused with Full
     """
 
@@ -78,6 +83,10 @@ class Batcher:
         self._encoding = 0
         self._closed: str | None = None
         """why no more requests are taken"""
+        self._expected = math.inf
+        """rows that were unanswered when the last round began"""
+        self._seconds = 0.0
+        """of the last round"""
         self._rate = math.nan
         """rows a second, of the last rounds"""
         self._room = scorer.room.tokens
@@ -199,14 +208,17 @@ class Batcher:
         taken: Round = []
         with self._changed:
             while not taken:  # a request may be cancelled within the window
-                idle = not self._line
                 self._changed.wait_for(lambda: self._line or (self._closed is not None and not self._encoding))
                 if not self._line:
                     break
-                if idle and self._closed is None:
-                    self._changed.wait_for(lambda: self.tokens >= self.budget, self.window)
+                self._changed.wait_for(self._enough, max(self.window, SHARE * self._seconds))
                 taken = self._line.take(self.budget)
+            self._expected = self.rows
         return taken
+
+    def _enough(self) -> bool:
+        """Return whether a round need not wait for more rows."""
+        return self.tokens >= self.budget or self._line.rows >= self._expected or self._closed is not None
 
     def _run(self, taken: Round) -> None:
         started = time.monotonic()
@@ -216,7 +228,7 @@ class Batcher:
                 self.watch.on_wait(started - asked.since)
             asked.begun = True
         self._score(taken)
-        seconds = max(time.monotonic() - started, 1e-9)
+        self._seconds = seconds = max(time.monotonic() - started, 1e-9)
         rate = len(taken) / seconds
         self._rate = rate if math.isnan(self._rate) else 0.8 * self._rate + 0.2 * rate
         if self.watch is not None:

@@ -90,6 +90,8 @@ class Line:
     def __init__(self) -> None:
         self.tokens = 0
         """of all rows that wait"""
+        self.rows = 0
+        """that wait"""
         self._requests: OrderedDict[Asked, None] = OrderedDict()
 
     def __len__(self) -> int:
@@ -99,12 +101,14 @@ class Line:
         """Put a request with its rows at the end."""
         asked.waiting.extend(waiting)
         self.tokens += _tokens(waiting)
+        self.rows += len(waiting)
         self._requests[asked] = None
 
     def drop(self, asked: Asked) -> None:
         """Take out a request, if it is in line."""
         self._requests.pop(asked, None)
         self.tokens -= _tokens(asked.waiting)
+        self.rows -= len(asked.waiting)
         asked.waiting.clear()
 
     def take(self, budget: int) -> Round:
@@ -139,6 +143,7 @@ class Line:
             self._requests[asked] = None
             self._requests.move_to_end(asked, last=False)
         self.tokens -= _tokens(waiting for _, waiting in taken)
+        self.rows -= len(taken)
         return taken
 
 

@@ -37,7 +37,7 @@ class ServeFlags(ModelFlags):
         None
     )
     window_ms: Annotated[
-        float, of_server(help="Milliseconds that an idle model waits for more rows after the first.")
+        float, of_server(help="Milliseconds that a batch waits for more rows after the first, at least.")
     ] = 5
     max_waiting: Annotated[int, of_limits(help="Rows that may wait. More are refused, with Retry-After.")] = 8192
     max_rows: Annotated[int, of_limits(help="Rows in one request.")] = 1024
