@@ -4,10 +4,11 @@ import base64
 import gzip
 import json
 import math
+import threading
 
 import pytest
 
-from endoreward_fast.serving import guard
+from endoreward_fast.serving import connection, guard
 from endoreward_fast.serving.answers import Answer
 from endoreward_fast.serving.app import LARGE, _is_small, _rendered
 from endoreward_fast.serving.limits import Limits
@@ -31,9 +32,9 @@ def server(pocket):
 
 
 def raw(server, *lines):
-    with half_open(server.url) as connection:
-        connection.sendall("\r\n".join((*lines, "Connection: close", "", "")).encode())
-        return b"".join(iter(lambda: connection.recv(4096), b""))
+    with half_open(server.url) as opened:
+        opened.sendall("\r\n".join((*lines, "Connection: close", "", "")).encode())
+        return b"".join(iter(lambda: opened.recv(4096), b""))
 
 
 # --- the host
@@ -74,6 +75,52 @@ def test_only_the_open_paths_need_no_token(pocket):
         assert asker.get("/v1/model", Authorization=f"Basic {wrong}").status == 401
         metrics = asker.get("/metrics").data.decode()
     assert 'endoreward_requests_total{path="other",status="401"} 7.0' in metrics
+
+
+# --- heads, which everybody may send
+@pytest.mark.parametrize("endless", ["X-{}: " + "a" * 1000 + "\r\n", "a" * 1000])
+def test_an_endless_head_is_refused(server, endless):
+    """Without a limit it fills the memory, and no token is needed for it."""
+    with half_open(server.url) as opened:
+        opened.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+        with pytest.raises(OSError):
+            for n in range(100_000):
+                opened.sendall(endless.format(n).encode())
+    assert server.get("/health").status == 200
+
+
+def test_heads_after_bodies_and_in_one_packet_are_counted_alone(server):
+    body = json.dumps({"rows": [{"prompt": "a " * 30_000, "completion": "b"}]})
+    head = (
+        f"POST /v1/rewards HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
+    with half_open(server.url) as opened:
+        opened.sendall((f"{head}\r\n\r\n{body}" * 3 + "GET /health HTTP/1.0\r\n\r\n").encode())
+        said = b"".join(iter(lambda: opened.recv(4096), b""))
+    assert said.count(b"HTTP/1.1 ") == 4 and b"alive" in said
+
+
+@pytest.mark.parametrize("begun", [b"", b"GET /health HTTP/1.1\r\nHost: lo"])
+def test_a_connection_that_asks_nothing_is_closed(server, monkeypatch, begun):
+    monkeypatch.setattr(connection, "SECONDS", 0.2)
+    with half_open(server.url) as idle:
+        idle.sendall(begun)
+        assert idle.recv(100) == b""
+
+
+def test_a_connection_is_not_closed_while_a_request_is_answered(server, pocket, monkeypatch):
+    """The second request comes before the first answer."""
+    monkeypatch.setattr(connection, "SECONDS", 0.1)
+    body = json.dumps({"rows": [PAIR]})
+    lines = ("POST /v1/rewards HTTP/1.0", "Content-Type: application/json", f"Content-Length: {len(body)}", "", body)
+    pocket.gate.clear()
+    opens = threading.Timer(0.4, pocket.gate.set)
+    opens.start()
+    with half_open(server.url) as opened:
+        opened.sendall(("GET /health HTTP/1.1\r\n\r\n" + "\r\n".join(lines)).encode())
+        said = b"".join(iter(lambda: opened.recv(4096), b""))
+    opens.join()
+    assert b"alive" in said and b"score" in said
 
 
 # --- bodies
