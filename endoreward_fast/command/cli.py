@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from datetime import date
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -28,7 +28,7 @@ from .group import BAD_INPUT, Group, OneProcess
 from .run import pipeline
 from .run.engines import engine_of, model_of, refuse_without_means
 from .run.interrupted import end, kept_until_written, resume_hint
-from .run.jobs import Job
+from .run.jobs import Job, ask_server
 from .run.monitor import Monitor, say
 from .run.ranks import Rank, help_out
 from .run.resume import (
@@ -111,9 +111,11 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
 
     by_flags = settings_of(job.command, version("endoreward-fast"), flags.to_json(), job.per_token, weights="")
 
+    server = cache(partial(ask_server, flags))
+
     @cache
     def settings() -> dict[str, Any]:
-        return by_flags | model_of(flags)
+        return by_flags | model_of(flags, server)
 
     ways = {"overwrite": flags.overwrite, "resume": resume}
     ways["beside"] = beside(flags.output)
@@ -136,7 +138,7 @@ def _rows_to_rows(job: Job, flags: EngineFlags, file: str, resume: bool, argumen
             raise EndoRewardError(f"{source.name} has no rows: there is nothing to score")
         if first and done == Done():  # the rest of a resumed run may consist of rows that cannot be scored
             pipeline.check_usable(first, source.name)
-        run = engine_of(job, flags, rank, settings, idle=not first, waits=file == STDIN or not Path(file).is_file())
+        run = engine_of(job, rank, settings, server, idle=not first, waits=file == STDIN or not Path(file).is_file())
         monitor = Monitor(source.total, quiet=flags.quiet, bar=not sink.on_terminal, model=flags.url or flags.model)
         with resume_hint(arguments, sink, monitor), monitor:
             if note:

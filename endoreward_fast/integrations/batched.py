@@ -4,12 +4,14 @@ Requests that arrive while a forward runs are scored together in the next one. A
 """
 
 import math
+import os
 import threading
 import warnings
 import weakref
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,16 @@ from .generated import score_completions, scorer_of
 
 # One lock for each model: a hook reads the head's input, so adapters that share a model must take turns.
 _BUSY: "weakref.WeakKeyDictionary[torch.nn.Module, threading.Lock]" = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Queue:
+    """What waits in one process, and the threads that score it."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    waiting: list[tuple[dict[str, Any], "Future[Rewarded]"]] = field(default_factory=list)
+    running: int = 0
+    """threads that score; each ends when nothing waits"""
 
 
 class BatchedReward:
@@ -56,30 +68,46 @@ class BatchedReward:
         self.ends = ending_ids(self.scorer, self.tokenizer)
         self.unscored = float(unscored)
         self.reasons: Counter[str] = Counter()
-        self._waiting: list[tuple[dict[str, Any], Future[Rewarded]]] = []
-        self._lock = threading.Lock()
+        self._of_process: dict[int, Queue] = {}
         self._turn: AbstractContextManager[Any] = nullcontext()
-        at_a_time = 1
+        self._at_a_time = 1
         if isinstance(self.scorer, RemoteModel):
-            at_a_time = self.scorer.concurrency
+            self._at_a_time = self.scorer.concurrency
         else:
             self._turn = _BUSY.setdefault(self.scorer.model, threading.Lock())
-        self._runner = ThreadPoolExecutor(at_a_time, thread_name_prefix="endo_reward")
 
     def submit(self, row: dict[str, Any]) -> "Future[Rewarded]":
         """Queue a row of EndoRewardModel.score, such as one from `generated_row`, for the next batch."""
         asked: Future[Rewarded] = Future()
-        with self._lock:
-            self._waiting.append((row, asked))
-        self._runner.submit(self._score_waiting)
+        queue = self._queue
+        remote = isinstance(self.scorer, RemoteModel)
+        with queue.lock:
+            if queue.running < self._at_a_time:
+                # The end of the process waits for a model of its own, but not for a server's answer.
+                threading.Thread(target=self._run, args=(queue,), name="endo_reward", daemon=remote).start()
+                queue.running += 1
+            queue.waiting.append((row, asked))
         return asked
 
-    def _score_waiting(self) -> None:
-        with self._lock:
-            batch, self._waiting = self._waiting, []
-        batch = [(row, asked) for row, asked in batch if asked.set_running_or_notify_cancel()]
-        if not batch:
-            return  # an earlier call scored them
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_of_process": {}}
+
+    @property
+    def _queue(self) -> Queue:
+        """The queue of this process: a forked one has no thread of the process that forked it."""
+        return self._of_process.setdefault(os.getpid(), Queue())
+
+    def _run(self, queue: Queue) -> None:
+        """Score what waits, until nothing does."""
+        while True:
+            with queue.lock:
+                batch, queue.waiting = queue.waiting, []
+                if not batch:
+                    queue.running -= 1
+                    return
+            self._score([(row, asked) for row, asked in batch if asked.set_running_or_notify_cancel()])
+
+    def _score(self, batch: list[tuple[dict[str, Any], "Future[Rewarded]"]]) -> None:
         o = self.options
         options = {"alpha": o.alpha, "max_tokens_per_batch": o.max_tokens_per_batch}
         try:
@@ -99,7 +127,7 @@ class BatchedReward:
 
     def without(self, reason: str) -> Rewarded:
         """Return the answer for a completion that cannot be scored. Count it, and warn once for each reason."""
-        with self._lock:
+        with self._queue.lock:
             known = reason in self.reasons
             self.reasons[reason] += 1
         if not known:

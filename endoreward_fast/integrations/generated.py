@@ -58,7 +58,12 @@ def _scorer_of(model: Any, tokenizer: Any) -> RewardScorer:
 def score_completions(
     scorer: RewardScorer, rows: Sequence[dict[str, Any]], **options: Unpack[ScoreKwargs]
 ) -> list[RowScore]:
-    """Call the scorer's `score`, but give a completion without tokens no score: no token was chosen."""
+    """Call the scorer's `score`, but give a completion without tokens no score: no token was chosen.
+
+    Nothing is truncated unless `options` say so, whatever a server does by default: trainers expect a reward for each
+    token that they sent.
+    """
+    options.setdefault("truncate", None)
     results: list[RowScore | None] = [EMPTY if not len(row.get("completion_ids", "?")) else None for row in rows]
     asked = [row for row, known in zip(rows, results, strict=True) if known is None]
     scores = iter(scorer.score(asked, **options) if asked else ())

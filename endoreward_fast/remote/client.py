@@ -44,7 +44,11 @@ class RemoteModel:
     timeout      seconds that one request may take in all, waits and repetitions included
     retries      how often a request is sent again after a lost connection, 502 or 504, with growing waits. While the
                  server answers 429 or 503 (busy, or loading its model), a request waits until `timeout`
-    concurrency  requests in flight at a time, each on one of as many open connections
+    concurrency  requests in flight at a time, each on one of as many open connections. It holds for all threads
+                 together, and for each process on its own
+
+    A RemoteModel can be pickled, token included, and used in a forked process. Neither asks the server. The connection
+    is direct: the variables HTTP_PROXY and HTTPS_PROXY are not read.
 
     The token goes to this server alone: redirects are not followed. Over http it can be read on the way, so outside of
     a trusted network, use https.
@@ -59,12 +63,12 @@ class RemoteModel:
         self, url: str, token: str | None = None, *, timeout: float = 600.0, retries: int = 6, concurrency: int = 8
     ) -> None:
         for name, value, least in (("timeout", timeout, 0), ("retries", retries, -1), ("concurrency", concurrency, 0)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > least:
-                raise EndoRewardError(f"{name}={value!r}: expected a number above {least}")
+            whole = name != "timeout"
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not value > least:
+                raise EndoRewardError(f"{name}={value!r}: expected a number above {least}{' and whole' * whole}")
         address = Address.of(url, token)
-        self.url, self.concurrency = address.url, int(concurrency)
-        self._transport = Transport(address, timeout=timeout, retries=int(retries), connections=self.concurrency)
-        self._lock = threading.Lock()
+        self.url, self.concurrency = address.url, concurrency
+        self._transport = Transport(address, timeout=timeout, retries=retries, connections=self.concurrency)
         self._vocabulary: list[RemoteVocabulary | None] = []
         self.about = self._transport.get(MODEL)
         """the server's description of its model: /v1/model"""
@@ -92,10 +96,9 @@ class RemoteModel:
 
     def vocabulary(self) -> RemoteVocabulary | None:
         """Return the vocabulary of the server's tokenizer, or None if the model has no tokenizer. Asks once."""
-        with self._lock:
-            if not self._vocabulary:
-                self._vocabulary.append(self._asked_vocabulary())
-            return self._vocabulary[0]
+        if not self._vocabulary:  # without a lock: a second thread may ask too, and gets the same
+            self._vocabulary.append(self._asked_vocabulary())
+        return self._vocabulary[0]
 
     def _asked_vocabulary(self) -> RemoteVocabulary | None:
         try:

@@ -1,8 +1,10 @@
 """Requests to a server over one pool of connections: retries with backoff, within a limit of time."""
 
 import json
+import os
 import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EndoRewardError, first_line
@@ -15,6 +17,8 @@ CONNECT = 10.0
 """most seconds for a connection to be made"""
 BACKOFF, LONGEST, JITTER = 0.5, 30.0, 0.25
 """seconds: a second failure in a row waits BACKOFF, and each further one twice as long, up to LONGEST, plus JITTER"""
+DAY = 86400.0
+"""most seconds of one wait: the system's clocks take no infinity"""
 BUSY = (429, 503)
 """the server is there and says when to ask again: only the time limits how often"""
 FAILED = (502, 504)
@@ -37,14 +41,24 @@ class Stopped(Exception):
     """Raised in a request that waits to be sent again, because nobody wants its answer any more."""
 
 
+@dataclass(frozen=True)
+class Connections:
+    """The connections of one process."""
+
+    pool: "urllib3.PoolManager"
+    turns: threading.BoundedSemaphore
+    """held by each request, so that there are no more requests than connections"""
+
+
 class Transport:
-    """Sends JSON to a server, from any thread.
+    """Sends JSON to a server, from any thread and any process that is forked from this one.
 
     address      where the server is
-    timeout      seconds that one request may take in all: waiting, sending it again, and the answer
+    timeout      seconds that one request may take in all: waiting, sending it again, and the answer. A request begins
+                 once a connection is free
     retries      how often a request is sent again after a lost connection, 500 of a proxy, 502 or
                  504. 429 and 503 do not count
-    connections  number of connections that are kept open
+    connections  number of connections, and of requests at a time
 
     Requests are sent again, POST included, because scoring the same rows twice gives the same scores. A redirect is
     never followed, because the token would go to another server.
@@ -56,13 +70,17 @@ class Transport:
         except ImportError:
             raise EndoRewardError("a model behind a URL needs urllib3: pip install 'urllib3>=2'") from None
         self.url, self.timeout = address.url, timeout
-        self._pool = urllib3.PoolManager(num_pools=1, maxsize=connections)
+        self._size = connections
+        self._of_process: dict[int, Connections] = {}
         self._headers = {"Accept": "application/json", "Content-Type": "application/json"}
         if address.token is not None:
             self._headers["Authorization"] = f"Bearer {address.token}"
         waits: dict[str, Any] = {"backoff_factor": BACKOFF, "backoff_max": LONGEST, "backoff_jitter": JITTER}
         self._failing = urllib3.Retry(total=retries, allowed_methods=None, **waits)
         self._waiting = urllib3.Retry(total=None, allowed_methods=None, **waits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_of_process": {}}
 
     def get(self, path: str) -> dict[str, Any]:
         """Return the server's answer. Raises as `post` does."""
@@ -76,7 +94,11 @@ class Transport:
         return self._ask("POST", path, body, stop)
 
     def _ask(self, method: str, path: str, body: bytes | None, stop: threading.Event) -> dict[str, Any]:
-        response = self._response(method, path, body, stop)
+        connections = self._connections()
+        with connections.turns:
+            if stop.is_set():
+                raise Stopped
+            response = self._response(connections.pool, method, path, body, stop)
         try:
             answer = json.loads(response.data)
         except (ValueError, RecursionError):
@@ -92,8 +114,18 @@ class Transport:
             raise EndoRewardError(f"{self.url}{path} answers without a JSON object: {HINTS[404]}")
         return answer
 
+    def _connections(self) -> Connections:
+        """Return the connections of this process. On those of the process that forked it, answers would be mixed up."""
+        import urllib3
+
+        mine = os.getpid()
+        if mine not in self._of_process:
+            pool = urllib3.PoolManager(num_pools=1, maxsize=self._size)
+            self._of_process.setdefault(mine, Connections(pool, threading.BoundedSemaphore(self._size)))
+        return self._of_process[mine]
+
     def _response(
-        self, method: str, path: str, body: bytes | None, stop: threading.Event
+        self, pool: "urllib3.PoolManager", method: str, path: str, body: bytes | None, stop: threading.Event
     ) -> "urllib3.BaseHTTPResponse":  # fmt: skip
         """Return the first answer that is not to be asked for again, or the last one."""
         import urllib3
@@ -101,10 +133,10 @@ class Transport:
         end = time.monotonic() + self.timeout
         failing, waiting = self._failing, self._waiting
         while True:
-            left = max(end - time.monotonic(), 0.001)
+            left = min(max(end - time.monotonic(), 0.001), DAY)
             response, error = None, None
             try:
-                response = self._pool.urlopen(
+                response = pool.urlopen(
                     method, f"{self.url}{path}", body=body, headers=self._headers, retries=False, redirect=False,
                     timeout=urllib3.Timeout(connect=min(CONNECT, left), read=left),
                 )  # fmt: skip
@@ -127,7 +159,7 @@ class Transport:
                 if response is not None:
                     return response
                 raise EndoRewardError(f"{self.url}: {self._why(error)}") from error
-            if stop.wait(wait):
+            if stop.wait(min(wait, DAY)):
                 raise Stopped
 
     def _refused(self, status: int, answer: dict[str, Any], said: str) -> Refused:
@@ -163,7 +195,7 @@ def _retry_after(reader: "urllib3.Retry", response: "urllib3.BaseHTTPResponse | 
     if response is None:
         return 0.0
     try:
-        return reader.get_retry_after(response) or 0.0
+        return float(reader.get_retry_after(response) or 0)
     except (InvalidHeader, ValueError, OverflowError):
         return 0.0
 

@@ -1,39 +1,33 @@
 """Batches from what waits: the rows of many requests, scored together by one thread.
 
-A round takes rows from the requests in line until it has enough tokens, and scores them as one list. So rows of
-different requests share passes and prefixes. Requests get their turn by deficit round robin (Shreedhar and Varghese,
-1996): in each turn a request may spend 1/TURNS of a round's tokens more, and it keeps what it has not spent. A request
-with many rows or a huge row therefore waits for its own tokens, and the requests behind it do not. A model that has
-nothing to do waits for a short window after the first row, because requests that are sent together do not arrive
-together.
+A round takes rows from the requests in line until it has enough tokens (line.py), and scores them as one list. So rows
+of different requests share passes and prefixes. A model that has nothing to do waits for a short window after the first
+row, because requests that are sent together do not arrive together.
 """
 
 import logging
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
 
 from ..scoring.batching import Budget
 from ..scoring.options import ScoreOptions
 from ..scoring.results import RowScore
-from ..scoring.score import encode_rows, score_rows
+from ..scoring.score import EncodedRows, encode_rows, score_rows
 from ..scoring.scorer import Scorer
 from ..text.encoding import Encoded
 from ..text.rows import Row
 from .encoders import Encoders
+from .line import Asked, Line, Round, Waiting
 
-TURNS = 16
-"""Turns that a round has room for. With the usual 8192 tokens, a turn has 512: one or two usual rows"""
 ENCODERS = 4
 """threads that tokenize, so that one huge text does not hold up the others"""
-OF_PASS = ("alpha", "reduction", "gamma", "floor", "per_token", "texts", "entropy", "signals", "named")
-"""options that rows of one round have in common; the others matter to the tokens of a row alone"""
 LONGEST_RETRY = 60
+REGROW = 600
+"""seconds after which batches that were halved, because memory ran out, may have twice as many tokens again"""
 LOG = logging.getLogger("endoreward")
 
 
@@ -46,7 +40,7 @@ class Full(Exception):
 
 
 class Closed(Exception):
-    """Raised if the server takes no more rows, because it is about to end."""
+    """Raised if no more rows are scored. The message says why."""
 
 
 class Watch(Protocol):
@@ -57,51 +51,6 @@ class Watch(Protocol):
 
     def on_wait(self, seconds: float) -> None:
         """Note the time that a request waited for its first round."""
-
-
-class _Waiting(NamedTuple):
-    position: int
-    """in the request"""
-    row: Encoded
-
-
-class Asked:
-    """The rows of one request. `future` gets the results, in their order."""
-
-    def __init__(self, rows: int, options: ScoreOptions) -> None:
-        self.rows, self.options = rows, options
-        self.kind = tuple(getattr(options, name) for name in OF_PASS)
-        self.future: Future[list[RowScore]] = Future()
-        self.since = time.monotonic()
-        self.tokens = 0
-        """of all rows, once they are encoded"""
-        self.waiting: deque[_Waiting] = deque()
-        self.credit = 0
-        """tokens that it may spend"""
-        self.has_turn = False
-        """whether its turn goes on in the next round"""
-        self.begun = False
-        self._found: dict[int, RowScore] = {}
-
-    @property
-    def over(self) -> bool:
-        """Whether nobody waits for the results."""
-        return self.future.done()
-
-    def add(self, position: int, found: RowScore) -> None:
-        """Take the result of a row. The last one completes the request."""
-        self._found[position] = found
-        if len(self._found) == self.rows:
-            with suppress(InvalidStateError):  # it was cancelled meanwhile
-                self.future.set_result([self._found[i] for i in range(self.rows)])
-
-    def fail(self, error: BaseException) -> None:
-        """End the request with an error."""
-        with suppress(InvalidStateError):
-            self.future.set_exception(error)
-
-
-Round = list[tuple[Asked, _Waiting]]
 
 
 class Batcher:
@@ -122,14 +71,17 @@ class Batcher:
         self.budget = Budget.of(max_tokens, scorer.device).held
         self.rows = 0
         """rows of requests that are not answered"""
-        self.tokens = 0
-        """tokens that wait for a round"""
-        self._line: deque[Asked] = deque()
+        self._line = Line()
+        self._open: dict[Future[list[RowScore]], Asked] = {}
+        """requests that are not answered"""
         self._changed = threading.Condition()
         self._encoding = 0
-        self._closing = False
+        self._closed: str | None = None
+        """why no more requests are taken"""
         self._rate = math.nan
         """rows a second, of the last rounds"""
+        self._room = scorer.room.tokens
+        self._room_since = time.monotonic()
         self._encoders = Encoders(scorer)
         self._threads = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         self._thread = threading.Thread(target=self._score_what_waits, name="score", daemon=True)
@@ -144,33 +96,45 @@ class Batcher:
         read           gives its rows, so many as `rows` says; called in the thread that encodes them
         most_tokens    a request with more tokens fails with `too_many(tokens)`
 
-        Raises Full or Closed. Anything that `read` raises is raised by the request's future.
+        Raises Full or Closed. The request's future raises what `read` raises, and Closed if the thread that scores
+        ends.
         """
+        asked = Asked(rows, options)
         with self._changed:
-            if self._closing:
-                raise Closed
+            if self._closed is not None:
+                raise Closed(self._closed)
             if self.rows and self.rows + rows > self.most_waiting:
                 raise Full(self.rows, self._seconds_to_half())
+            self._threads.submit(self._encode, asked, read, most_tokens, too_many)
             self.rows += rows
             self._encoding += 1
-        asked = Asked(rows, options)
-        asked.future.add_done_callback(lambda _: self._forget(asked))
-        self._threads.submit(self._encode, asked, read, most_tokens, too_many)
+            self._open[asked.future] = asked
+        asked.future.add_done_callback(self._forget)
         return asked
 
     def cancel(self, asked: Asked) -> None:
         """Drop what waits of a request. Rows of the round that runs are computed, and dropped then."""
         asked.future.cancel()
 
+    @property
+    def tokens(self) -> int:
+        """The tokens that wait for a round."""
+        return self._line.tokens
+
     def alive(self) -> bool:
         """Return whether the thread that scores still runs."""
         return self._thread.is_alive()
 
-    def close(self) -> None:
-        """Take no more requests, and return when those in line are answered."""
+    def close(self, *, drop: bool = False) -> None:
+        """Take no more requests, and return when those in line are answered.
+
+        drop    fail them with Closed instead, and return after the round that runs
+        """
         with self._changed:
-            self._closing = True
+            self._closed = self._closed or "the server is about to end"
             self._changed.notify_all()
+            if drop:
+                self._fail_all(self._closed)
         self._thread.join()
         self._threads.shutdown()
 
@@ -178,14 +142,12 @@ class Batcher:
         known = self._rate > 0
         return min(LONGEST_RETRY, max(1, math.ceil(self.rows / 2 / self._rate))) if known else 1
 
-    def _forget(self, asked: Asked) -> None:
+    def _forget(self, future: "Future[list[RowScore]]") -> None:
         """Take a request that is over, for whatever reason, out of the line."""
         with self._changed:
+            asked = self._open.pop(future)
             self.rows -= asked.rows
-            if asked in self._line:
-                self._line.remove(asked)
-            self.tokens -= sum(len(waiting.row.input_ids) for waiting in asked.waiting)
-            asked.waiting.clear()
+            self._line.drop(asked)
 
     def _encode(
         self, asked: Asked, read: Callable[[], Sequence[Row]], most: int | None, too_many: Callable[[int], Exception]
@@ -193,21 +155,25 @@ class Batcher:
         try:
             if asked.over:
                 return
-            found = encode_rows(self.scorer, read(), asked.options, self._encoders.of(asked.options))
-            asked.tokens = sum(len(row.input_ids) for row in found if isinstance(row, Encoded))
+            found: EncodedRows = []
+            encoder = self._encoders.of(asked.options)
+            for row in read():
+                if asked.over:
+                    return
+                found += encode_rows(self.scorer, [row], asked.options, encoder)
+            waiting = [Waiting.of(i, row) for i, row in enumerate(found) if isinstance(row, Encoded)]
+            asked.tokens = sum(len(one.row.input_ids) for one in waiting)
             if most is not None and asked.tokens > most:
                 raise too_many(asked.tokens)
             if not found:
                 asked.future.set_result([])
-            for position, row in enumerate(found):
-                if isinstance(row, RowScore):
-                    asked.add(position, row)
+            for position, one in enumerate(found):
+                if isinstance(one, RowScore):
+                    asked.add(position, one)
             with self._changed:
                 if not asked.over:
-                    asked.waiting.extend(_Waiting(i, row) for i, row in enumerate(found) if isinstance(row, Encoded))
-                    self.tokens += asked.tokens
-                    self._line.append(asked)
-        except Exception as error:  # raised again by whoever waits for the future
+                    self._line.add(asked, waiting)
+        except BaseException as error:  # raised again by whoever waits for the future
             asked.fail(error)
         finally:
             with self._changed:
@@ -215,52 +181,36 @@ class Batcher:
                 self._changed.notify_all()
 
     def _score_what_waits(self) -> None:
-        while True:
-            with self._changed:
-                idle = not self._line
-                self._changed.wait_for(lambda: self._line or (self._closing and not self._encoding))
-                if not self._line:
-                    return
-                if idle and not self._closing:
-                    self._changed.wait_for(lambda: self.tokens >= self.budget, self.window)
-                taken = self._take()
-            if taken:  # a request may have been cancelled within the window
+        try:
+            while taken := self._wait():
                 self._run(taken)
+        except BaseException:
+            LOG.critical("the thread that scores has ended: start the server again", exc_info=True)
+            with self._changed:
+                self._closed = "the server scores no more"
+                self._fail_all(self._closed)
 
-    def _take(self) -> Round:
-        """Take the rows of a round out of the line: those of the same kind as the first request's, by turns."""
+    def _fail_all(self, why: str) -> None:
+        for asked in list(self._open.values()):
+            asked.fail(Closed(why))
+
+    def _wait(self) -> Round:
+        """Return the rows of the next round once there are some; none if there will be none."""
         taken: Round = []
-        prompts: set[tuple[int, ...]] = set()
-        others: list[Asked] = []
-        tokens, full = 0, False
-        while self._line and not full:
-            asked = self._line.popleft()
-            if taken and asked.kind != taken[0][0].kind:
-                others.append(asked)
-                continue
-            if not asked.has_turn:
-                asked.credit += max(1, self.budget // TURNS)
-            while asked.waiting:
-                row = asked.waiting[0].row
-                prompt = tuple(row.input_ids[: row.prompt_length])
-                cost = len(row.input_ids) - (row.prompt_length if prompt in prompts else 0)
-                if cost > asked.credit and (taken or self._line):
+        with self._changed:
+            while not taken:  # a request may be cancelled within the window
+                idle = not self._line
+                self._changed.wait_for(lambda: self._line or (self._closed is not None and not self._encoding))
+                if not self._line:
                     break
-                full = bool(taken) and tokens + cost > self.budget
-                if full:
-                    break
-                taken.append((asked, asked.waiting.popleft()))
-                prompts.add(prompt)
-                tokens, asked.credit = tokens + cost, max(0, asked.credit - cost)
-            asked.has_turn = full
-            if asked.waiting:
-                (self._line.appendleft if full else self._line.append)(asked)
-        self._line.extendleft(reversed(others))
-        self.tokens -= sum(len(waiting.row.input_ids) for _, waiting in taken)
+                if idle and self._closed is None:
+                    self._changed.wait_for(lambda: self.tokens >= self.budget, self.window)
+                taken = self._line.take(self.budget)
         return taken
 
     def _run(self, taken: Round) -> None:
         started = time.monotonic()
+        self._regrow(started)
         for asked in {id(asked): asked for asked, _ in taken}.values():
             if not asked.begun and self.watch is not None:
                 self.watch.on_wait(started - asked.since)
@@ -273,19 +223,39 @@ class Batcher:
             tokens = sum(len(waiting.row.input_ids) for _, waiting in taken)
             self.watch.on_round(len(taken), tokens, tokens / self.budget, seconds)
 
+    def _regrow(self, now: float) -> None:
+        """Let batches grow again some time after memory ran out: what took it may have ended."""
+        room = self.scorer.room
+        if room.tokens is not None and room.tokens == self._room and now - self._room_since >= REGROW:
+            room.tokens = 2 * room.tokens if 2 * room.tokens < self.budget else None
+        if room.tokens != self._room:
+            self._room, self._room_since = room.tokens, now
+
     def _score(self, taken: Round) -> None:
-        """Score rows and hand out their results. If that fails, try each request alone: one row may be at fault."""
+        """Score rows and hand out their results. If that fails, do the same for each half of the requests."""
         left = dict(enumerate(taken))
         try:
             rows: list[Any] = [waiting.row for _, waiting in taken]
             for place, found in score_rows(self.scorer, rows, taken[0][0].options, None):
                 asked, waiting = left.pop(place)
                 asked.add(waiting.position, found)
-        except Exception as error:
-            alone = list({id(asked): asked for asked, _ in left.values()}.values())
-            if len(alone) == 1:
+            return
+        except BaseException as error:  # tokenizers' panics are no Exception
+            requests = list({id(asked): asked for asked, _ in left.values()}.values())
+            if len(requests) <= 1:
                 LOG.exception("a request could not be scored")
-                alone[0].fail(error)
-                return
-            for one in alone:
-                self._score([(asked, waiting) for asked, waiting in left.values() if asked is one])
+                for asked in requests:
+                    asked.fail(error)
+        # Outside the handler, because the error keeps the tensors of every frame alive.
+        if len(requests) <= 1:
+            self._check()
+            return
+        half = set(requests[: len(requests) // 2])
+        for first in (True, False):
+            if rest := [place for place in left.values() if (place[0] in half) == first and not place[0].over]:
+                self._score(rest)
+
+    def _check(self) -> None:
+        """Raise what the model raises for a row that it can score: after some errors, a GPU does nothing more."""
+        for _ in score_rows(self.scorer, [Encoded([0, 0], 1, terminal=False)], ScoreOptions(), None):
+            pass

@@ -29,7 +29,8 @@ class Encoders:
         """Return an encoder for these options. It writes the date of today, unless the options name one."""
         if options.extras != Extras():
             return encoder_for(self._scorer, options)
-        key = (date.today(), *(getattr(options, name) for name in OF_TEXT))
+        values = [getattr(options, name) for name in OF_TEXT]
+        key = (date.today(), *((type(value), value) for value in values))  # chat=0 and chat=False differ
         with self._lock:
             known = self._known.pop(key) if key in self._known else None
             encoder, left = known or (encoder_for(self._scorer, options), USES)

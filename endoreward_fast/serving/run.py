@@ -1,13 +1,14 @@
 """Run a server in this process: listen, load the model, answer until told to stop, and drain."""
 
+import asyncio
 import gc
 import logging
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,8 @@ from .limits import Limits
 from .metrics import Metrics
 from .service import Service
 
-STOPS = (signal.SIGINT, signal.SIGTERM)
+LINGER = 20
+"""seconds that connections get after the last answer, while the server ends"""
 
 
 @dataclass
@@ -32,6 +34,8 @@ class Local:
     ending: bool = False
     error: BaseException | None = None
     """why the model could not be loaded"""
+    answering: int = 0
+    """requests that were accepted and are not answered"""
 
     def waits_for(self) -> str | None:
         """Return what the server waits for before it can answer, or None."""
@@ -44,20 +48,42 @@ class Local:
     async def answer(self, path: str, body: Any = None) -> Answer:
         """Return the answer of the service."""
         assert self.service is not None  # the application asks waits_for first
-        return await self.service.answer(path, body)
+        self.answering += 1
+        try:
+            return await self.service.answer(path, body)
+        finally:
+            self.answering -= 1
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server. The first signal drains: requests that were accepted are answered. A second one stops."""
+    """uvicorn's server. The first signal drains: requests that were accepted are answered. A second Ctrl-C stops."""
 
     def __init__(self, config: uvicorn.Config, local: Local) -> None:
         super().__init__(config)
-        self._local = local
+        self.local = local
+        self.stopped = False
+        """whether a second Ctrl-C ended it"""
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """Take a signal."""
-        self._local.ending = True
-        super().handle_exit(sig, frame)
+        """Take a signal. Unlike uvicorn's own method, this does not keep it, to raise it again at the end."""
+        self.stopped = self.stopped or (self.local.ending and sig == signal.SIGINT)
+        self.local.ending = self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Answer what was accepted, and close every connection."""
+        cut = asyncio.ensure_future(self._cut())
+        await super().shutdown(sockets)
+        cut.cancel()
+
+    async def _cut(self) -> None:
+        """Close the connections of clients that do not send their bodies, or do not read their answers."""
+        answered = time.monotonic()
+        while not self.stopped and time.monotonic() - answered < LINGER:
+            if self.local.answering:
+                answered = time.monotonic()
+            await asyncio.sleep(0.1)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def serve(
@@ -69,7 +95,7 @@ def serve(
     load        returns the service; called in a thread, while /health answers already
     on_ready    called when the service can answer
 
-    Raises what `load` raises.
+    Raises what `load` raises, and KeyboardInterrupt if a second Ctrl-C came before all were answered.
     """
     metrics, local = Metrics(), Local()
     app = create_app(local, limits=limits, token=token, metrics=metrics)
@@ -91,26 +117,17 @@ def serve(
             server.should_exit = True
         else:
             local.service = service
-            on_ready()
+            if not local.ending:
+                on_ready()
 
     threading.Thread(target=prepare, name="load", daemon=True).start()
-    with _no_second_signal():
-        server.run(sockets=[listening])
-    if local.service is not None and not server.force_exit:
-        local.service.close()
+    server.run(sockets=[listening])
+    if local.service is not None:
+        local.service.close(drop=server.stopped)
     if local.error is not None:
         raise local.error
-
-
-@contextmanager
-def _no_second_signal() -> Iterator[None]:
-    """Ignore the signals that uvicorn raises again when it has ended because of them."""
-    before = {number: signal.signal(number, lambda *_: None) for number in STOPS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    if server.stopped:
+        raise KeyboardInterrupt
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -76,7 +76,7 @@ class Service:
         self.metrics.queue_rows.set_function(lambda: self.batcher.rows)
         self.metrics.queue_tokens.set_function(lambda: self.batcher.tokens)
         self._reasons: set[str] = set()
-        self._known: dict[frozenset[tuple[str, Any]], ScoreOptions] = {}
+        self._known: dict[frozenset[tuple[str, type, Any]], ScoreOptions] = {}
         self._lock = threading.Lock()
 
     def check(self) -> None:
@@ -100,12 +100,15 @@ class Service:
                 return Answer(200, self.vocabulary())
             return await self._scored(DIALECTS[path], body)
         except Refusal as refusal:
-            return refusal.answer
-        except EndoRewardError as error:
-            return Refusal(422, str(error)).answer
-        except Exception:
+            error: Exception = refusal
+            answer = refusal.answer
+        except EndoRewardError as refused:
+            error, answer = refused, Refusal(422, str(refused)).answer
+        except Exception as failed:
             LOG.exception("%s failed", path)
-            return Refusal(500, "the server failed at this request; its log says how").answer
+            error, answer = failed, Refusal(500, "the server failed at this request; its log says how").answer
+        error.__traceback__ = None  # asyncio keeps the error in a cycle: its frames would keep the body
+        return answer
 
     def about(self) -> dict[str, Any]:
         """Return what a client has to know about the model and the limits."""
@@ -134,9 +137,9 @@ class Service:
         """Return whether rows are still scored. False is a bug: the process has to be started again."""
         return self.batcher.alive()
 
-    def close(self) -> None:
-        """Refuse further requests, and return when all that were accepted are answered."""
-        self.batcher.close()
+    def close(self, *, drop: bool = False) -> None:
+        """Refuse further requests, and return when all that were accepted are answered; if `drop`, are dropped."""
+        self.batcher.close(drop=drop)
 
     async def _scored(self, dialect: Dialect, body: Any) -> Answer:
         ask = self._ask(dialect, body)
@@ -147,6 +150,8 @@ class Service:
         except asyncio.TimeoutError:
             said = f"not scored within {self.limits.seconds:g} s: send fewer rows, or ask again when less waits"
             raise Refusal(504, said) from None
+        except Closed as closed:
+            raise _elsewhere(closed) from None
         finally:
             self.batcher.cancel(asked)
         answer = ask.answer(Scored(results, options, asked.tokens, self.served.names[0], self.served.weights))
@@ -178,7 +183,8 @@ class Service:
     def _options(self, given: Mapping[str, Any]) -> ScoreOptions:
         """Return the options of a request. Those of the last requests are kept: checking them takes 0.1 ms."""
         try:
-            key = frozenset(given.items())
+            # Equal values may differ in type, and in their meaning: 1, 1.0 and True.
+            key = frozenset((name, type(value), value) for name, value in given.items())
         except TypeError:  # tools, say
             return self._checked(given)
         with self._lock:
@@ -211,8 +217,8 @@ class Service:
         except Full as full:
             said = f"{full}: ask again in {full.seconds} s"
             raise Refusal(dialect.when_full, said, **{"Retry-After": str(full.seconds)}) from None
-        except Closed:
-            raise Refusal(503, "the server is about to end: ask another one", **{"Retry-After": "1"}) from None
+        except Closed as closed:
+            raise _elsewhere(closed) from None
 
     def _log(self, reasons: tuple[str, ...]) -> None:
         """Log each new reason for a missing reward once."""
@@ -222,6 +228,10 @@ class Service:
                 self._reasons.add(reason) if new else None
             if new:
                 LOG.warning("a completion has no reward: %s", reason)
+
+
+def _elsewhere(closed: Closed) -> Refusal:
+    return Refusal(503, f"{closed}: ask another server", **{"Retry-After": "1"})
 
 
 def _first(error: ValidationError, body: type[BaseModel]) -> str:

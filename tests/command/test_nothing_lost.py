@@ -107,3 +107,10 @@ def test_a_missing_value_is_an_error_and_never_text(row, error, scorer, tmp_path
         path.write_text(f"{data}\n{json.dumps(PAIR)}\n" if name == "a.jsonl" else data)
         found = rows_of(run("score", path, code=2).stdout)
         assert found[0]["score"] is None and found[0]["error"].startswith(error) and found[1]["score"] == -3.0
+
+
+def test_rows_before_damage_are_scored_and_the_exit_code_is_2(scorer, tmp_path):
+    path = put(tmp_path, "prompt,completion", "p,aa", 'q,"never closed', *["p,c"] * 48, name="a.csv")
+    result = run("score", path, code=2)
+    assert [row["score"] for row in rows_of(result.stdout)] == [-2.0]
+    assert "a.csv: the quotation mark opened on line 3 is not closed" in result.stderr.splitlines()[-1]

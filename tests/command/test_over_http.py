@@ -1,6 +1,7 @@
 """`--engine http`: the command asks a server, and writes what the model in its own process would write."""
 
 import json
+import threading
 
 import pytest
 
@@ -8,6 +9,7 @@ from cli_harness import put, rows_of, run
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.remote import transport
 from endoreward_fast.remote.address import TOKEN
+from endoreward_fast.remote.client import ROWS as ROWS_OF_REQUEST
 from stub_server import stub_server
 
 HTTP = ("--engine", "http", "--url")
@@ -120,6 +122,31 @@ def test_a_server_that_goes_away_leaves_finished_rows_and_resume_goes_on(server,
     run("score", path, *HTTP, server.url, "-o", out, "--resume")
     run("score", path, *HTTP, server.url, "-o", whole)
     assert out.read_bytes() == whole.read_bytes()
+
+
+def test_rows_behind_an_unfinished_one_are_kept_too(running, tmp_path, monkeypatch):
+    """The first request gets no answer. The first write comes after the server has gone away."""
+    monkeypatch.setattr(transport, "BACKOFF", 0.01)
+    rows = [{"id": i, "prompt": "What is 2 + 3?", "completion": str(i)} for i in range(100)]
+    path, out, answered = put(tmp_path, *rows), tmp_path / "out.jsonl", threading.Event()
+    answer = {"score": 1.5, "num_tokens": 3, "logprob": -1.0}
+
+    def by_number(handler):
+        asked = handler.asked["rows"]
+        if len(asked) == 100 - ROWS_OF_REQUEST:
+            handler.answer(200, {"rows": [answer] * len(asked), "usage": {"tokens": 3}})
+            answered.set()
+            return True
+        answered.wait(20)
+        stub.shutdown()
+        stub.server_close()
+        return handler.hang_up()
+
+    with stub_server(running.model) as stub:
+        stub.faults = [by_number] * 10
+        said = run("score", path, *HTTP, stub.url, "-o", out, code=2).stderr
+    assert "no connection to the server" in said
+    assert [row["id"] for row in rows_of(out.read_text())] == list(range(ROWS_OF_REQUEST, 100))
 
 
 def test_resume_recognises_the_servers_model(server, tmp_path):

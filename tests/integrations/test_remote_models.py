@@ -1,7 +1,12 @@
 """A URL in the place of a model's name, in every adapter: the same rewards as with the model in this process."""
 
 import asyncio
+import os
+import pickle
+import subprocess
+import sys
 import threading
+import traceback
 from types import SimpleNamespace
 
 import pytest
@@ -109,6 +114,49 @@ def test_a_servers_error_is_raised_by_each_future(server, tokenizer):
         reward.submit(generated_row([5], [6], reward.ends)).result(30)
 
 
+def test_a_forked_process_gets_rewards_and_so_does_one_that_gets_a_pickle(server, tokenizer):
+    reward = BatchedReward(server.url, tokenizer)
+    row = generated_row([5], [6, 7], reward.ends)
+    wanted = reward.submit(row).result(30).score
+    assert pickle.loads(pickle.dumps(reward)).submit(row).result(30).score == wanted
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if reward.submit(row).result(30).score == wanted else 1)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_process_ends_while_a_server_does_not_answer(server):
+    asked, over = threading.Event(), threading.Event()
+
+    def wait(handler):
+        asked.set()
+        over.wait(60)
+
+    server.faults = [wait]
+    code = f"""
+from endoreward_fast.integrations.batched import BatchedReward
+BatchedReward({server.url!r}).submit({{"prompt_ids": [5], "completion_ids": [6]}})
+import sys; sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
+        assert asked.wait(60)
+        process.stdin.close()
+        try:
+            assert process.wait(20) == 0
+        finally:
+            over.set()
+
+
+def test_rewards_of_all_tokens_arrive_whatever_the_server_truncates(server, tokenizer):
+    reward = BatchedReward(server.url, tokenizer)
+    assert len(reward.submit(generated_row([5], [6, 7], reward.ends)).result(30).tokens) == 2
+    assert server.posts[-1][1]["truncate"] is None
+
+
 def test_another_vocabulary_is_refused_by_name(server):
     with pytest.raises(EndoRewardError, match=r"the policy's vocabulary \(.*\) is not the reward model's \(pocket, "):
         BatchedReward(server.url, byte_tokenizer())
@@ -150,6 +198,7 @@ def test_verls_function_for_texts(server):
         return verl.compute_score("x", "5", "5", {"prompt": "What is 2 + 3?"}, model=model)["score"]
 
     same(score(server.url), score("pocket"))
+    verl._reward.cache_clear()  # test_verl.py counts what it keeps
 
 
 def test_slime(server):

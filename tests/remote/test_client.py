@@ -1,7 +1,11 @@
 """RemoteModel against a server in a thread: the same scores as the local model's, retries, limits and errors."""
 
+import math
+import os
+import pickle
 import threading
 import time
+import traceback
 
 import pytest
 
@@ -194,11 +198,12 @@ def test_a_busy_server_is_asked_until_the_time_is_over_and_not_a_number_of_times
     server.faults = [busy(429, Retry_After="soon")] * 5
     remote = RemoteModel(server.url, retries=0)
     assert remote.score(ROWS[:1])[0].score is not None
-    server.faults = [busy(429, Retry_After=3600)]
-    began = time.monotonic()
-    with pytest.raises(EndoRewardError, match="429: later"):
-        remote.score(ROWS[:1])
-    assert time.monotonic() - began < 5  # 3600 is after the time limit, so waiting is pointless
+    for hour in (3600, "9" * 400):
+        server.faults = [busy(429, Retry_After=hour)]
+        began = time.monotonic()
+        with pytest.raises(EndoRewardError, match="429: later"):
+            remote.score(ROWS[:1])
+        assert time.monotonic() - began < 5  # that is after the time limit, so waiting is pointless
 
 
 @pytest.mark.parametrize("fault", [lambda h: h.hang_up(), busy(502), busy(504)])
@@ -305,6 +310,61 @@ def test_what_is_no_json_is_an_error_of_its_row(server):
 def test_settings_of_the_client_are_checked(server, options):
     with pytest.raises(EndoRewardError, match=f"{next(iter(options))}=.*: expected a number above"):
         RemoteModel(server.url, **options)
+
+
+@pytest.mark.parametrize("name", ["retries", "concurrency"])
+def test_a_part_of_a_request_is_refused(server, name):
+    for value in (1.5, math.inf):
+        with pytest.raises(EndoRewardError, match=f"{name}={value}: expected a number above .* and whole"):
+            RemoteModel(server.url, **{name: value})
+
+
+def test_a_request_without_a_time_limit_is_possible(server):
+    server.faults = [busy(503, Retry_After=0)]
+    assert RemoteModel(server.url, timeout=math.inf).score(ROWS[:1])[0].score is not None
+
+
+# --- threads, processes
+
+
+def test_all_threads_together_have_the_requests_of_one_client(server):
+    remote, before, done = RemoteModel(server.url, concurrency=2), server.connections, []
+    threads = [threading.Thread(target=lambda: done.append(remote.score(pairs(24)))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert [len(found) for found in done] == [24] * 4
+    assert server.busiest <= 2 and server.connections - before <= 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_has_its_own_connections(server, pocket):
+    """On the same connection, one process would read the other's answer."""
+    remote = RemoteModel(server.url)
+    remote.score(ROWS[:1])  # one connection is open now
+    before = server.connections
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if remote.score(ROWS[:1])[0].score is not None else 1)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert server.connections == before + 1
+    close(remote.score(ROWS[:1]), pocket.score(ROWS[:1]))
+    assert server.connections == before + 1
+
+
+def test_a_pickled_client_asks_the_same_server(server, pocket):
+    server.token = "secret"
+    remote = RemoteModel(server.url, "secret", retries=2, concurrency=3)
+    remote.score(ROWS[:1])
+    gets = len(server.gets)
+    again = pickle.loads(pickle.dumps(remote))
+    assert len(server.gets) == gets and (again.url, again.concurrency) == (remote.url, 3)
+    close(again.score(ROWS[:1]), pocket.score(ROWS[:1]))
 
 
 # --- the address and the token

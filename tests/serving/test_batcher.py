@@ -1,77 +1,15 @@
 """Batches from what waits: results, order, turns, cancellation, limits of the queue, and failures."""
 
-import random
 import threading
 import time
 
 import pytest
 import torch
 
+from batchers import SHORT, Rounds, hold, ids, row, submit, until
 from endoreward_fast.scoring.options import ScoreOptions
-from endoreward_fast.serving.batcher import Batcher, Closed, Full
-from served import PATIENCE, Gated
-
-SHORT = {"prompt_ids": [5, 6, 7], "completion_ids": [8, 9]}
-
-
-class Rounds:
-    """A Watch that keeps what it is told."""
-
-    def __init__(self):
-        self.rows, self.waits = [], []
-
-    def on_round(self, rows, tokens, fill, seconds):
-        self.rows.append(rows)
-
-    def on_wait(self, seconds):
-        self.waits.append(seconds)
-
-
-@pytest.fixture
-def pocket():
-    return Gated.pocket()
-
-
-@pytest.fixture
-def open_batcher(pocket):
-    made = []
-
-    def make(**options):
-        made.append(Batcher(pocket, **{"window": 0, **options}))
-        return made[-1]
-
-    yield make
-    pocket.gate.set()
-    for batcher in made:
-        batcher.close()
-
-
-def submit(batcher, rows, **options):
-    return batcher.submit(len(rows), lambda: rows, ScoreOptions.of(options))
-
-
-def ids(length, seed=0):
-    generator = random.Random(seed)
-    return [generator.randrange(3, 1000) for _ in range(length)]
-
-
-def row(length, seed=0):
-    return {"prompt_ids": ids(length - 2, seed), "completion_ids": [8, 9]}
-
-
-def hold(pocket, batcher):
-    """Begin a round that waits at the gate, so that what is submitted next waits in line."""
-    pocket.gate.clear()
-    first = submit(batcher, [SHORT])
-    assert pocket.entered.acquire(timeout=PATIENCE)
-    return first
-
-
-def until(condition):
-    ends = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < ends
-        time.sleep(0.005)
+from endoreward_fast.serving.batcher import Closed, Full
+from served import PATIENCE
 
 
 def test_requests_from_many_threads_get_their_own_rows_scores(pocket, open_batcher):
@@ -263,7 +201,7 @@ def test_close_answers_what_was_accepted_and_refuses_the_rest(pocket, open_batch
     asked = [submit(batcher, [row(40, n)]) for n in range(6)]
     closing = threading.Thread(target=batcher.close)
     closing.start()
-    until(lambda: batcher._closing)
+    until(lambda: batcher._closed)
     with pytest.raises(Closed):
         submit(batcher, [SHORT])
     pocket.gate.set()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ...data.answers import ranked_row, scored_row
 from ...data.items import Item
 from ...errors import EndoRewardError
-from ..flags.engine_flags import HTTP, EngineFlags
+from ..flags.engine_flags import EngineFlags
 from . import pipeline
 from .monitor import Monitor
 from .pipeline import Encoder, Scorer
@@ -91,8 +91,6 @@ class Job:
 
     def load(self) -> Encoder:
         """Load the model. Call this after the cheap checks."""
-        if self.flags.engine == HTTP:
-            return ask_server(self.flags)
         return pipeline.load_scorer(self.flags)
 
     @property
@@ -174,9 +172,9 @@ def nothing_left(windows: Iterator[list[Item]], write: Write, monitor: Monitor) 
     """Do nothing: the Engine for a run whose rows are all done. It needs no model."""
 
 
-def here(job: Job, *, ahead: bool) -> Engine:
-    """Load the model and return the Engine that scores in this process. `ahead`: see `pipeline.encoded`."""
-    scorer = job.load()
+def here(job: Job, *, ahead: bool, scorer: Encoder | None = None) -> Engine:
+    """Return the Engine that scores in this process. `scorer`: default: load it. `ahead`: see `pipeline.encoded`."""
+    scorer = job.load() if scorer is None else scorer
 
     def run(windows: Iterator[list[Item]], write: Write, monitor: Monitor) -> None:
         for items, samples in pipeline.encoded(windows, scorer, job.options, ahead=ahead):

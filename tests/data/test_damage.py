@@ -11,7 +11,6 @@ import zipfile
 
 import pytest
 
-from cli_harness import rows_of, run
 from endoreward_fast.data.files import open_source
 from written import put, read
 
@@ -37,13 +36,6 @@ def test_a_quotation_mark_that_is_never_closed_is_located(lines, line, delimiter
     found, error = read(tmp_path, "a.csv", table(*lines, delimiter=delimiter))
     assert found == [{"prompt": "a", "completion": "b"}]
     assert f"the quotation mark opened on line {line} is not closed" in error
-
-
-def test_rows_before_the_damage_are_scored_and_the_exit_code_is_2(scorer, tmp_path):
-    path = put(tmp_path, "a.csv", table("p,aa", 'q,"never closed', *["p,c"] * 48))
-    result = run("score", path, code=2)
-    assert [row["score"] for row in rows_of(result.stdout)] == [-2.0]
-    assert "a.csv: the quotation mark opened on line 3 is not closed" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
