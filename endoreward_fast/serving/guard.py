@@ -26,6 +26,8 @@ DISCARDED, PATIENCE = 2**30, 10
 sent everything"""
 SLOWEST = 50_000
 """bytes a second. A body has PATIENCE seconds, and as many more as it takes at this speed"""
+ENTRIES = 1024
+"""that a list may have even if a request may have fewer rows: a conversation has many turns"""
 LARGE = 2**18
 """bytes of a body that is parsed in a thread"""
 
@@ -122,13 +124,12 @@ class Bodies:
 
     def _check_lists(self, body: Any) -> None:
         """Refuse a list with more entries than a request may have rows, before each of its entries is looked at."""
+        most = max(self.limits.rows, ENTRIES)
         lists = {k: v for k, v in body.items() if isinstance(v, list)} if isinstance(body, dict) else {}
         for name, entries in lists.items():
             ids = name == "input" and isinstance(entries[0] if entries else None, int)
-            if len(entries) > self.limits.rows and not ids:
-                said = (
-                    f"{name[:50]}: {len(entries)} entries in one request: at most {self.limits.rows}, so send several"
-                )
+            if len(entries) > most and not ids:
+                said = f"{name[:50]}: {len(entries)} entries in one request: at most {most}, so send several"
                 raise Refusal(413, said)
 
     async def _read(self, request: Request) -> bytes:

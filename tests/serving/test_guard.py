@@ -10,7 +10,7 @@ import pytest
 
 from endoreward_fast.serving import connection, guard
 from endoreward_fast.serving.answers import Answer
-from endoreward_fast.serving.app import LARGE, _is_small, _rendered
+from endoreward_fast.serving.app import LARGE, _in_parts, _is_small
 from endoreward_fast.serving.limits import Limits
 from served import Gated, half_open, serving
 
@@ -138,12 +138,12 @@ def test_a_byte_order_mark_is_no_error(server):
 @pytest.mark.parametrize(
     ("path", "body", "said"),
     [
-        ("/v1/rewards", {"rows": [[]] * 41}, "rows: 41 entries"),
-        ("/v1/rewards", {"rows": [1] * 41}, "rows: 41 entries"),
-        ("/get_reward", {"query": ["a"] * 41, "prompts": ["a"] * 41}, "query: 41 entries"),
-        ("/classify", {"messages": [{}] * 41}, "messages: 41 entries"),
-        ("/classify", {"input": [[1]] * 41}, "input: 41 entries"),
-        ("/slime", {"prompt": [{}] * 41, "response": "a"}, "prompt: 41 entries"),
+        ("/v1/rewards", {"rows": [[]] * 1025}, "rows: 1025 entries"),
+        ("/v1/rewards", {"rows": [1] * 1025}, "rows: 1025 entries"),
+        ("/get_reward", {"query": ["a"] * 1025, "prompts": ["a"] * 1025}, "query: 1025 entries"),
+        ("/classify", {"messages": [{}] * 1025}, "messages: 1025 entries"),
+        ("/classify", {"input": [[1]] * 1025}, "input: 1025 entries"),
+        ("/slime", {"prompt": [{}] * 1025, "response": "a"}, "prompt: 1025 entries"),
         ("/v1/rewards", {"rows": [{"prompt_ids": [1] * 90_000, "completion_ids": [1]}]}, "more than 83536 values"),
     ],
 )  # fmt: skip
@@ -153,9 +153,10 @@ def test_a_body_of_many_parts_is_refused_in_one_line(server, path, body, said):
     assert answer.status == 413 and said in answer.json()["error"] and len(answer.data) < 300
 
 
-def test_many_token_ids_are_no_long_list(server):
-    answer = server.post("/classify", {"input": [1] * 100})
-    assert answer.status == 200
+def test_many_token_ids_and_turns_are_no_long_list(server):
+    assert server.post("/classify", {"input": [1] * 2000}).status == 200
+    turns = [{"role": role, "content": "a"} for _ in range(30) for role in ("user", "assistant")]
+    assert server.post("/classify", {"messages": turns}).json()["data"][0]["probs"][0] > -1e6
 
 
 def test_names_that_are_no_text_get_a_line(server):
@@ -179,7 +180,7 @@ def test_a_body_that_stops_coming_is_given_up(pocket, monkeypatch):
     [3.5, None, [], {}, {"a": []}, {"a": [1, {"b": "é"}], "c": {"d": None}, "e": "\ud800"}, {"a": [[1, 2]] * 3}],
 )
 def test_parts_of_an_answer_are_its_json(content):
-    assert json.loads(b"".join(_rendered(content))) == content
+    assert json.loads(_in_parts(content)) == content
 
 
 def test_a_large_answer_is_known_by_its_values():
@@ -189,7 +190,7 @@ def test_a_large_answer_is_known_by_its_values():
 
 
 def test_a_large_answer_is_the_same(server, pocket):
-    row = {"prompt_ids": [5], "completion_ids": [6] * 3000, "terminal": True}
+    row = {"prompt_ids": [5], "completion_ids": [6] * 1300, "terminal": True}
     answer = server.post("/v1/rewards", {"rows": [row], "per_token": True, "texts": False}).json()
     assert not _is_small(answer)
     wanted = pocket.score([row], per_token=True, texts=False)[0].tokens.rewards
