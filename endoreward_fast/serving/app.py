@@ -28,7 +28,7 @@ GONE = 499
 LARGE = 5000
 """values of an answer that is written in a thread"""
 ERRORS = {
-    400: "no JSON", 401: "no token, or another",
+    400: "no JSON, or a request for HTTP/2", 401: "no token, or another",
     403: "not localhost, and the server has no token", 404: "no such model", 408: "a body that comes too slowly",
     413: "too many bytes, rows or tokens", 415: "not application/json", 422: "fields or rows that cannot be scored",
     429: "too many rows wait (verl's paths: 503); see Retry-After", 503: "not ready, or about to end; see Retry-After",

@@ -53,6 +53,10 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = dict(scope["headers"])
+        if scope["method"] == "POST" and b"upgrade" in headers.get(b"connection", b"").lower():
+            # httptools does not read the body of such a request.
+            said = "this server speaks HTTP/1.1: send the request without the header Upgrade (curl: --http1.1)"
+            return Refusal(400, said, Connection="close")
         if self.token is None:
             if all(_names_this_machine(value) for name, value in scope["headers"] if name == b"host"):
                 return None

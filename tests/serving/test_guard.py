@@ -131,6 +131,17 @@ def test_a_packed_body_is_refused_as_such(server):
     assert server.post("/v1/rewards", {"rows": [PAIR]}, **{"Content-Encoding": "identity"}).status == 200
 
 
+def test_a_body_after_an_upgrade_is_refused_as_such(server):
+    """curl --http2 and Java's client ask for an upgrade with the body, which httptools then does not read."""
+    body = json.dumps({"rows": [PAIR]})
+    lines = ("POST /v1/rewards HTTP/1.1", "Host: localhost", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c")
+    lines += ("HTTP2-Settings: AAMAAABkAAQAAP__", "Content-Type: application/json", f"Content-Length: {len(body)}")
+    with half_open(server.url) as opened:
+        opened.sendall("\r\n".join((*lines, "", body)).encode())
+        said = b"".join(iter(lambda: opened.recv(4096), b""))
+    assert b" 400 " in said[:20] and b"--http1.1" in said
+
+
 def test_a_byte_order_mark_is_no_error(server):
     assert server.post("/v1/rewards", json.dumps({"rows": [PAIR]}).encode("utf-8-sig")).status == 200
 
