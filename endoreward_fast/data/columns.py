@@ -57,9 +57,9 @@ class Task:
     layout: Any
     """positions in `samples`, in the shape of the scores: an int, a list, or {"chosen": ..., "rejected": ...}"""
     flags: tuple[str, ...] = ()
-    """keys of text.row_flags.FLAGS that say how the row was read; they hold for every sample"""
+    """keys of `row_flags.FLAGS` that say how the row was read; they hold for every sample"""
     benchmark: str | None = None
-    """the benchmark that the row's columns belong to (input.benchmarks); None: the row is not from one of those"""
+    """the benchmark that the row's columns belong to (benchmarks.py); None: the row is not from one of those"""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """what that benchmark's rule needs besides the scores"""
 

@@ -4,14 +4,12 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from json import loads
-from pathlib import Path
 from typing import Any
 
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 
 from ..errors import EndoRewardError
-from ..model.checkpoint import on_this_machine
 from ..scoring.arguments import refuse_unknown
 from ..scoring.options import ScoreOptions
 from ..serving.limits import TOKEN, Limits
@@ -63,12 +61,6 @@ class Settings:
         given = {name: getattr(self, name) for name in ("revision", "subfolder", "gguf_file")}
         found = {name: value for name, value in given.items() if value is not None}
         return found | ({"trust_remote_code": True} if self.trust_remote_code else {})
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names by which requests may call the model. Answers have the first, which names no folder of the machine."""
-        shown = Path(self.model).name if on_this_machine(self.model) else self.model
-        return (self.served_name or shown, self.model)
 
 
 def sorted_arguments(args: Mapping[str, Any]) -> tuple[Settings, dict[str, Any]]:

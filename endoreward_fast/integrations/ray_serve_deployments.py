@@ -16,12 +16,11 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Histogram
 
 from ..errors import EndoRewardError
-from ..model.checkpoint import weights_of
 from ..model.model import EndoRewardModel
 from ..remote.wire import MODEL as ABOUT
 from ..serving.answers import Answer, Refusal
 from ..serving.app import create_app
-from ..serving.dialects import DIALECTS, FULL
+from ..serving.dialects import BUSY, DIALECTS, FULL
 from ..serving.guard import respond
 from ..serving.limits import TOKEN
 from ..serving.metrics import FILLS, SECONDS, Metrics
@@ -103,7 +102,7 @@ class Model:
             EndoRewardModel.from_pretrained(
                 settings.model, dtype=settings.dtype, device=settings.device, **settings.source
             ),
-            Served(settings.names, weights_of(settings.model, **settings.source)),
+            Served.of(settings.model, settings.served_name, **settings.source),
             options=settings.options, limits=settings.limits, metrics=RayMetrics(),
             window=settings.window_ms / 1000, most_waiting=settings.max_waiting,
         )  # fmt: skip
@@ -178,8 +177,8 @@ class Replicas:
     async def answer(self, path: str, body: Any = None) -> Answer:
         """Answer one request.
 
-        If its replica dies, another one is asked, up to TRIES in all. If the replica's queue is full, Ray chooses one
-        once more. Cancelling this cancels the request at its replica.
+        If its replica dies, another one is asked, up to TRIES in all. If the replica's queue is full, or it takes no
+        more requests, Ray chooses one once more. Cancelling this cancels the request at its replica.
         """
         try:
             return await asyncio.wait_for(self._answer(path, body), self._seconds)
@@ -205,7 +204,7 @@ class Replicas:
                 return _later(full, "too many requests wait for a replica: ask again", error.retry_after_s or 1)
             except DeploymentUnavailableError:
                 return _later(503, "no replica of the model could start: see Ray Serve's logs", 30)
-            if tried or found.status != full:
+            if tried or found.status not in (full, BUSY):
                 return found
         return _later(503, f"{TRIES} replicas were lost while they had this request: send fewer rows at a time", 10)
 

@@ -9,6 +9,7 @@
 import math
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -114,8 +115,9 @@ class RemoteModel:
     ) -> list[RowScore]:
         """Return the scores of rows, in their order: rows and options as in EndoRewardModel.score.
 
-        A row that cannot be scored gets an `error`; the others are still scored. `max_tokens_per_batch` and `reference`
-        are the server's business and are refused.
+        A row that cannot be scored gets an `error`; the others are still scored. An option that is not given is the
+        server's: `endoreward serve --gamma 0.9` scores with 0.9 unless `gamma` is given. `max_tokens_per_batch` and
+        `reference` are the server's business and are refused.
 
         Raises EndoRewardError for an option that is wrong, and for a server that refuses or does not answer.
         """
@@ -197,7 +199,7 @@ class RemoteModel:
             found = len(rows) if isinstance(rows, list) else "no"
             raise EndoRewardError(f"{self.url} answers {found} rows for {count}: is `endoreward serve` there?")
         try:
-            return [of_json(row) for row in rows]
+            return [_without_place(of_json(row), place) for place, row in enumerate(rows)]
         except (KeyError, TypeError, AttributeError) as error:
             raise EndoRewardError(
                 f"{self.url} answers rows of another kind ({error!r}): install its version"
@@ -224,6 +226,11 @@ def _body(head: bytes, request: list[Sent]) -> bytes:
     chat = request[0].chat
     options = b",".join(part for part in (head[1:-1], chat and b'"chat":' + chat) if part)
     return b'{"rows":[%s]%s%s}' % (b",".join(row.body for row in request), b"," if options else b"", options)
+
+
+def _without_place(found: RowScore, place: int) -> RowScore:
+    """Return the result without the row's place in its request, which is no place among the caller's rows."""
+    return replace(found, error=found.error.removeprefix(f"rows[{place}]: ")) if found.error else found
 
 
 def _tokens_of(answer: dict[str, Any]) -> int:

@@ -38,7 +38,7 @@ class RowScore:
     logprob: float | None
     """sum of the scored tokens' log-probabilities, nats"""
     flags: tuple[str, ...] = ()
-    """keys of `flags.FLAGS`, which explains them"""
+    """keys of `row_flags.FLAGS`, which explains them"""
     error: str | None = None
     """one line: why the row has no score"""
     tokens: TokenTable | None = None

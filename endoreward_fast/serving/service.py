@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from ..remote.wire import MODEL, REWARDS, SERVERS_OWN, VOCABULARY
 from ..scoring.arguments import refuse_unknown
 from ..scoring.options import ScoreOptions
 from ..scoring.scorer import Scorer
+from ..text.rows import Row
 from .answers import Answer, Refusal
 from .batcher import Asked, Batcher, Closed, Full
 from .dialects import DIALECTS, Ask, Dialect, Scored
@@ -212,8 +213,16 @@ class Service:
         def too_many(tokens: int) -> Refusal:
             return Refusal(413, f"{tokens} tokens in one request: at most {most}, so send fewer rows")
 
+        def read() -> Sequence[Row]:
+            rows = ask.read()
+            # Clients of the other paths take any answer for a reward, so an error of each row would not be seen.
+            if options.system and dialect.path != REWARDS and any("prompt_ids" in row for row in rows):
+                said = "prompts of this path are whole, so the server's --system has no place: start it without"
+                raise Refusal(422, said)
+            return rows
+
         try:
-            return self.batcher.submit(ask.rows, ask.read, options, most, too_many)
+            return self.batcher.submit(ask.rows, read, options, most, too_many)
         except Full as full:
             said = f"{full}: ask again in {full.seconds} s"
             raise Refusal(dialect.when_full, said, **{"Retry-After": str(full.seconds)}) from None

@@ -55,7 +55,7 @@ class Encoded:
     truncated: int = 0
     """number of tokens cut to fit max_length"""
     flags: tuple[str, ...] = ()
-    """keys of `flags.FLAGS`, which explains them"""
+    """keys of `row_flags.FLAGS`, which explains them"""
     completion_mask: tuple[bool, ...] | None = None
     """for each token from prompt_length on, whether it is scored; None: all are"""
     answer: tuple[int, int] | None = None

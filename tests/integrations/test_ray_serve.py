@@ -280,6 +280,9 @@ def test_a_full_replica_is_left_for_another_one_once():
     assert asked(full, full, good) == (full, 2)
     refused = Answer(422, {"error": "no score"})
     assert asked(refused, good) == (refused, 1)
+    ending = Answer(503, {"error": "the server scores no more"}, {"Retry-After": "1"})  # until Ray replaces it
+    assert asked(ending, good) == (good, 2)
+    assert asked(ending, ending, good) == (ending, 2)
 
 
 def test_a_full_queue_of_ray_is_answered_in_the_way_of_the_path():

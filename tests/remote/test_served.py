@@ -67,6 +67,12 @@ def test_rows_beyond_the_servers_tokens_and_queue_are_all_scored(remote, pocket)
     assert sum(counted) == 150 * 92
 
 
+def test_an_error_of_a_row_does_not_name_its_place_in_a_request(remote):
+    found = remote.score([{"messages": []}, ROWS[0], {"messages": [{"role": "user", "content": "?"}]}])
+    assert found[0].error.startswith("messages: wanted an array") and found[1].error is None
+    assert found[2].error.startswith("messages: the last turn must be the assistant's")
+
+
 def test_errors_are_one_line(running, remote):
     with pytest.raises(EndoRewardError, match=f"^{running.url}: 401: .*: set {TOKEN} to the server's token$"):
         RemoteModel(running.url, "another")

@@ -71,9 +71,8 @@ def short_linger(monkeypatch):
 def test_clients_that_do_not_send_or_read_do_not_hold_up_the_end(pocket):
     row = {"prompt_ids": [5] * 6, "completion_ids": [8] * 500}
     with running(pocket) as (server, thread, asker):
-        idle = send(
-            asker.url, {"rows": [row] * 160, "per_token": True, "texts": False, "entropy": True}
-        )  # an answer of megabytes
+        long = {"per_token": True, "texts": False, "entropy": True}  # an answer of megabytes
+        idle = send(asker.url, {"rows": [row] * 160, **long})
         until(lambda: server.local.answering)
         until(lambda: not server.local.answering)
         half = send(asker.url, {"rows": [row]}, 0.5)

@@ -66,6 +66,18 @@ def test_a_server_s_max_length_is_the_most_that_a_request_gets(open_service):
     assert "max_length=0" in ask(service, given, max_length=0).content["error"]
 
 
+def test_a_system_prompt_that_has_no_place_is_refused(open_service):
+    """Otherwise every completion would get the reward of one that cannot be scored, and the training would go on."""
+    service = open_service(options={"system": "Be brief."})
+    for path, body in (
+        ("/get_reward", {"query": ["2 + 3 = 5"], "prompts": ["2 + 3 ="], "labels": ["5"]}),
+        ("/slime", {"prompt": "2 + 3 =", "response": " 5", "label": "5"}),
+    ):
+        answer = asyncio.run(service.answer(path, body))
+        assert answer.status == 422 and "--system" in answer.content["error"]
+    assert ask(service, {"messages": TALK}).status == 200
+
+
 def test_the_time_limit_drops_the_request(pocket, open_service):
     service = open_service(limits=Limits(seconds=0.05))
     first = hold(pocket, service.batcher)

@@ -30,7 +30,7 @@ class Judged:
     lengths: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     """scored tokens of the chosen and of the rejected completions, if they are known; 0: unknown"""
     benchmark: str | None = None
-    """the benchmark that the row's columns belong to (input.benchmarks), or None"""
+    """the benchmark that the row's columns belong to (data/benchmarks.py), or None"""
     place: int = 0
     """position of the chosen completion in the benchmark's own order of completions"""
     row: Any = None
