@@ -29,7 +29,7 @@ class Address:
 
     @classmethod
     def of(cls, url: str, token: str | None = None) -> "Address":
-        """Read a URL. The token is `token`, else that of ENDOREWARD_TOKEN, else the password (or user) in the URL.
+        """Read a URL. The token is `token`, else the password (or user) in the URL, else that of ENDOREWARD_TOKEN.
 
         Raises EndoRewardError for a URL that cannot be the address of a server, or a token that no header can hold.
         No message shows the token.
@@ -50,7 +50,7 @@ class Address:
         where = f"[{host}]" if ":" in str(host) else str(host)
         clean = f"{parts.scheme.lower()}://{where}{'' if port is None else f':{port}'}{parts.path.rstrip('/')}"
         in_url = unquote(parts.password or parts.username or "")
-        return cls(clean, _checked(token or os.environ.get(TOKEN, "").strip() or in_url), "@" in parts.netloc)
+        return cls(clean, _checked(token or in_url or os.environ.get(TOKEN, "").strip()), "@" in parts.netloc)
 
 
 def _checked(token: str) -> str | None:

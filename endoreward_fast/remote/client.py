@@ -41,7 +41,7 @@ class RemoteModel:
     """A model that a server scores with. Scoring has the interface of EndoRewardModel, and may run in many threads.
 
     url          address of the server: "http://HOST:PORT". It may hold the token: "http://any:TOKEN@HOST:PORT"
-    token        the server's token. Default: the environment variable ENDOREWARD_TOKEN, else the token in `url`
+    token        the server's token. Default: the one in `url`, else the environment variable ENDOREWARD_TOKEN
     timeout      seconds that one request may take in all, waits and repetitions included
     retries      how often a request is sent again after a lost connection, 502 or 504, with growing waits. While the
                  server answers 429 or 503 (busy, or loading its model), a request waits until `timeout`

@@ -386,10 +386,11 @@ def test_an_address_is_read(monkeypatch, url, clean, token):
     assert (found.url, found.token) == (clean, token) and (token is None or token not in repr(found))
 
 
-def test_the_argument_is_before_the_environment_and_that_before_the_url(monkeypatch):
+def test_the_argument_is_before_the_url_and_that_before_the_environment(monkeypatch):
     monkeypatch.setenv(TOKEN, "of-environment\n")
     assert Address.of("http://a:of-url@host", "of-argument").token == "of-argument"
-    assert Address.of("http://a:of-url@host").token == "of-environment"
+    assert Address.of("http://host").token == "of-environment"
+    assert Address.of("http://a:of-url@host").token == "of-url"
 
 
 @pytest.mark.parametrize(
