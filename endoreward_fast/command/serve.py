@@ -19,9 +19,8 @@ def serve(flags: ServeFlags) -> None:
         from ..serving.run import serve as answer
         from ..serving.service import Served, Service
     except ModuleNotFoundError as error:
-        raise EndoRewardError(
-            f"serve needs {error.name}: pip install fastapi uvicorn httptools prometheus-client"
-        ) from None
+        needs = "pip install fastapi uvicorn httptools prometheus-client"
+        raise EndoRewardError(f"serve needs {error.name}: {needs}") from None
     token = token_in(flags.token_file, needed=not is_local(flags.host))
     limits = Limits(flags.max_request_mb * MIB, flags.max_rows, flags.max_request_tokens, flags.timeout)
     listening = listen(flags.host, flags.port)

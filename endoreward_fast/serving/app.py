@@ -7,7 +7,6 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -29,7 +28,7 @@ GONE = 499
 LARGE = 5000
 """values of an answer that is written in a thread"""
 ERRORS = {
-    400: "no JSON", 401: "no token, or another",
+    400: "no JSON, or a request for HTTP/2", 401: "no token, or another",
     403: "not localhost, and the server has no token", 404: "no such model", 408: "a body that comes too slowly",
     413: "too many bytes, rows or tokens", 415: "not application/json", 422: "fields or rows that cannot be scored",
     429: "too many rows wait (verl's paths: 503); see Retry-After", 503: "not ready, or about to end; see Retry-After",
@@ -87,9 +86,8 @@ def create_app(backend: Backend, *, limits: Limits, token: bytes | None, metrics
             answer = None
         if answer is None:
             return Response(status_code=GONE)
-        body = (
-            b"".join(_rendered(answer.content)) if _is_small(answer.content) else await _rendered_apart(answer.content)
-        )
+        small = _is_small(answer.content)
+        body = _dumps(answer.content) if small else await asyncio.to_thread(_in_parts, answer.content)
         return Response(body, answer.status, dict(answer.headers), "application/json")
 
     def add(path: str, method: str, reads: bool, **documented: Any) -> None:
@@ -169,27 +167,15 @@ def _is_small(content: Any) -> bool:
     return left > 0
 
 
-async def _rendered_apart(content: Any) -> bytes:
-    return await asyncio.to_thread(lambda: b"".join(_rendered(content)))
-
-
-def _rendered(content: Any) -> Iterator[bytes]:
-    """Yield JSON in parts. Other threads run between them, because json holds the interpreter until it is done."""
+def _in_parts(content: Any) -> bytes:
+    """Return content as JSON. Other threads run between its parts, because json holds the interpreter for each."""
     if not isinstance(content, dict):
-        yield _dumps(content)
-        return
-    before = b"{"
+        return _dumps(content)
+    parts = []
     for name, value in content.items():
-        yield before + _dumps(name) + b":"
-        if isinstance(value, list):
-            yield b"["
-            for n, one in enumerate(value):
-                yield b"," * (n > 0) + _dumps(one)
-            yield b"]"
-        else:
-            yield _dumps(value)
-        before = b","
-    yield b"}" if content else b"{}"
+        listed = b"[" + b",".join(map(_dumps, value)) + b"]" if isinstance(value, list) else _dumps(value)
+        parts.append(_dumps(name) + b":" + listed)
+    return b"{" + b",".join(parts) + b"}"
 
 
 def _dumps(value: Any) -> bytes:

@@ -26,6 +26,8 @@ DISCARDED, PATIENCE = 2**30, 10
 sent everything"""
 SLOWEST = 50_000
 """bytes a second. A body has PATIENCE seconds, and as many more as it takes at this speed"""
+ENTRIES = 1024
+"""that a list may have even if a request may have fewer rows: a conversation has many turns"""
 LARGE = 2**18
 """bytes of a body that is parsed in a thread"""
 
@@ -51,6 +53,10 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Refusal | None:
         headers = dict(scope["headers"])
+        if scope["method"] == "POST" and b"upgrade" in headers.get(b"connection", b"").lower():
+            # httptools does not read the body of such a request.
+            said = "this server speaks HTTP/1.1: send the request without the header Upgrade (curl: --http1.1)"
+            return Refusal(400, said, Connection="close")
         if self.token is None:
             if all(_names_this_machine(value) for name, value in scope["headers"] if name == b"host"):
                 return None
@@ -122,13 +128,12 @@ class Bodies:
 
     def _check_lists(self, body: Any) -> None:
         """Refuse a list with more entries than a request may have rows, before each of its entries is looked at."""
+        most = max(self.limits.rows, ENTRIES)
         lists = {k: v for k, v in body.items() if isinstance(v, list)} if isinstance(body, dict) else {}
         for name, entries in lists.items():
             ids = name == "input" and isinstance(entries[0] if entries else None, int)
-            if len(entries) > self.limits.rows and not ids:
-                said = (
-                    f"{name[:50]}: {len(entries)} entries in one request: at most {self.limits.rows}, so send several"
-                )
+            if len(entries) > most and not ids:
+                said = f"{name[:50]}: {len(entries)} entries in one request: at most {most}, so send several"
                 raise Refusal(413, said)
 
     async def _read(self, request: Request) -> bytes:

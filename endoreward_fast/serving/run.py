@@ -17,6 +17,7 @@ import uvicorn
 from ..errors import EndoRewardError
 from .answers import Answer
 from .app import create_app
+from .connection import Connection
 from .limits import Limits
 from .metrics import Metrics
 from .service import Service
@@ -100,7 +101,7 @@ def serve(
     app = create_app(local, limits=limits, token=token, metrics=metrics)
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, date_header=False, lifespan="off",
-        proxy_headers=False, timeout_keep_alive=75,
+        proxy_headers=False, timeout_keep_alive=75, http=Connection,
     )  # fmt: skip
     server = _Server(config, local)
 

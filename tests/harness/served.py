@@ -14,6 +14,7 @@ import uvicorn
 
 from endoreward_fast import EndoRewardModel
 from endoreward_fast.serving.app import create_app
+from endoreward_fast.serving.connection import Connection
 from endoreward_fast.serving.limits import Limits
 from endoreward_fast.serving.metrics import Metrics
 from endoreward_fast.serving.run import Local, listen, url_of
@@ -78,7 +79,7 @@ def serving(scorer, *, limits=None, token=None, **options):
     service = Service(scorer, Served(("pocket", "pocket"), "weights"), limits=limits, metrics=metrics, **options)
     local = Local(service)
     app = create_app(local, limits=limits, token=token, metrics=metrics)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", http=Connection))
     listening = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
