@@ -9,6 +9,9 @@ from ..data.items import Item
 from ..remote.wire import to_json
 from ..text.row_flags import NOTHING_TO_SCORE
 
+EXCERPT = 1000
+"""letters of an error"""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -29,17 +32,25 @@ class Refusal(Exception):
 
     def __init__(self, status: int, line: str, **headers: str) -> None:
         super().__init__(line)
-        self.answer = Answer(status, {"error": " ".join(line.split())}, headers)
+        self.answer = Answer(status, {"error": shortened(line)}, headers)
+
+
+def shortened(line: str) -> str:
+    """Return a text as one line of at most EXCERPT letters: what it quotes of a request may be long."""
+    line = " ".join(line.split())
+    return line if len(line) <= EXCERPT else f"{line[:EXCERPT]} ..."
 
 
 def of_item(item: Item) -> dict[str, Any]:
     """Return the answer to a row: the fields of `wire.to_json`, each in the shape of the row's score."""
     if item.task is None:
-        return {"score": None, "num_tokens": 0, "logprob": None, "error": item.error}
+        return {"score": None, "num_tokens": 0, "logprob": None, "error": shortened(item.error or "")}
     given = list(item.task.flags)
     answers = []
     for position in range(len(item.task.samples)):
         answer = to_json(item.results[position])
+        if "error" in answer:
+            answer["error"] = shortened(answer["error"])
         if given:
             answer["flags"] = given + answer.get("flags", [])
         if answer["score"] is None and "error" not in answer:

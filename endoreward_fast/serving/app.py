@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -78,8 +79,8 @@ def create_app(backend: Backend, *, limits: Limits, token: bytes | None, metrics
         try:
             if (missing := backend.waits_for()) is not None:
                 raise Refusal(503, f"not ready: {missing}", **{"Retry-After": "1"})
-            body = await bodies.json_of(request) if reads else None
-            answer = await _unless_gone(request, backend.answer(path, body))
+            async with bodies.json_of(request) if reads else nullcontext() as body:
+                answer = await _unless_gone(request, backend.answer(path, body))
         except Refusal as refusal:
             answer = refusal.answer
         except ClientDisconnect:

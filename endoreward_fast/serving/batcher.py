@@ -26,8 +26,8 @@ from ..text.rows import Row
 from .encoders import Encoders
 from .line import Asked, Line, Round, Waiting
 
-ENCODERS = 4
-"""threads that tokenize, so that one huge text does not hold up the others"""
+ENCODERS = 3
+"""threads that tokenize. One more does so for large requests, which hold up each other and nobody else"""
 LONGEST_RETRY = 60
 SHARE = 0.15
 """of the last round's time: how long the next one waits for clients to come back"""
@@ -93,17 +93,19 @@ class Batcher:
         self._room_since = time.monotonic()
         self._encoders = Encoders(scorer)
         self._threads = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
+        self._apart = ThreadPoolExecutor(1, thread_name_prefix="encode_large")
         self._thread = threading.Thread(target=self._score_what_waits, name="score", daemon=True)
         self._thread.start()
 
     def submit(
         self, rows: int, read: Callable[[], Sequence[Row]], options: ScoreOptions, most_tokens: int | None = None,
-        too_many: Callable[[int], Exception] = ValueError,
+        too_many: Callable[[int], Exception] = ValueError, *, large: bool = False,
     ) -> Asked:  # fmt: skip
         """Put a request in line.
 
         read           gives its rows, so many as `rows` says; called in the thread that encodes them
         most_tokens    a request with more tokens fails with `too_many(tokens)`
+        large          encode it apart from the others, because that takes long
 
         Raises Full or Closed. The request's future raises what `read` raises, and Closed if the thread that scores
         ends.
@@ -114,7 +116,8 @@ class Batcher:
                 raise Closed(self._closed)
             if self.rows and self.rows + rows > self.most_waiting:
                 raise Full(self.rows, self._seconds_to_half())
-            self._threads.submit(self._encode, asked, read, most_tokens, too_many)
+            threads = self._apart if large else self._threads
+            threads.submit(self._encode, asked, read, most_tokens, too_many)
             self.rows += rows
             self._encoding += 1
             self._open[asked.future] = asked
@@ -146,6 +149,7 @@ class Batcher:
                 self._fail_all(self._closed)
         self._thread.join()
         self._threads.shutdown()
+        self._apart.shutdown()
 
     def _seconds_to_half(self) -> int:
         known = self._rate > 0

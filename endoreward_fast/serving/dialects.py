@@ -23,7 +23,7 @@ from ..scoring.options import ScoreOptions
 from ..scoring.results import RowScore
 from ..scoring.sampled import Rewarded, generated_row
 from ..text.rows import Row
-from .answers import Answer, of_item, why_unscored
+from .answers import Answer, of_item, shortened, why_unscored
 from .bodies import GetReward, Pooled, Pooling, RemoteRM, Rewards
 from .turns import Span, Turns
 
@@ -79,7 +79,7 @@ def _rewards(body: Rewards, turns: Turns) -> Ask:
         unscored = sum(problem is not None for problem in problems)
         if unscored < len(items):
             return Answer(200, content, scored=len(items) - unscored, unscored=unscored)
-        return Answer(422, {"error": problems[0], **content}, unscored=unscored)
+        return Answer(422, {"error": shortened(problems[0] or ""), **content}, unscored=unscored)
 
     return Ask(len(samples), lambda: samples, dict(body.model_extra or {}), answer)
 

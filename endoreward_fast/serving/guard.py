@@ -5,8 +5,8 @@ import base64
 import binascii
 import json
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -101,13 +101,16 @@ async def respond(send: Send, refusal: Refusal) -> None:
 
 
 class Bodies:
-    """Reads bodies within limits: the bytes of one, the time it takes, and the bytes of all that are being read."""
+    """Reads bodies within limits: the bytes of one, the time it takes, and the bytes of all that are not answered."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits, self._held = limits, 0
 
-    async def json_of(self, request: Request) -> Any:
-        """Return the JSON of a request's body. An object with a repeated key is an `Ambiguous`.
+    @asynccontextmanager
+    async def json_of(self, request: Request) -> AsyncIterator[Any]:
+        """Yield the JSON of a request's body. An object with a repeated key is an `Ambiguous`.
+
+        The body counts among the bytes that are held until the block ends.
 
         Raises Refusal: 415 for another content type, 413 for a large body, 408 for a slow one, 503 if other bodies
         take all the room, 400 for what is no JSON.
@@ -118,7 +121,14 @@ class Bodies:
         packed = request.headers.get("content-encoding", "").strip().lower()
         if packed not in ("", "identity"):
             raise Refusal(415, "send the body as it is: without compression, and without the header Content-Encoding")
-        body = await self._read(request)
+        parts: list[bytes] = []
+        try:
+            await self._read(request, parts)
+            yield await self._json(b"".join(parts))
+        finally:
+            self._held -= sum(map(len, parts))
+
+    async def _json(self, body: bytes) -> Any:
         # A value takes 100 bytes of memory, and one in the body. Text has commas too, but fewer than tokens.
         if body.count(b",") > self.limits.values:
             raise Refusal(413, f"the body has more than {self.limits.values} values: send fewer rows in one request")
@@ -136,8 +146,9 @@ class Bodies:
                 said = f"{name[:50]}: {len(entries)} entries in one request: at most {most}, so send several"
                 raise Refusal(413, said)
 
-    async def _read(self, request: Request) -> bytes:
-        most, parts, size, more = self.limits.request_bytes, [], 0, True
+    async def _read(self, request: Request, parts: list[bytes]) -> None:
+        """Append the parts of a body to `parts`."""
+        most, size, more = self.limits.request_bytes, 0, True
         too_large = Refusal(413, f"the body has more than {most} bytes: send fewer rows in one request")
         started = time.monotonic()
         try:
@@ -146,12 +157,12 @@ class Bodies:
             while more:
                 allowed = min(self.limits.seconds, PATIENCE + size / SLOWEST)
                 part, more = await _next(request, started + allowed)
+                parts.append(part)
                 size, self._held = size + len(part), self._held + len(part)
                 if size > most:
                     raise too_large
                 if self._held > self.limits.bytes_held:
                     raise Refusal(503, "other requests take all the room: ask again", **{"Retry-After": "1"})
-                parts.append(part)
         except asyncio.TimeoutError:
             raise Refusal(408, f"the body came too slowly: {size} bytes in {allowed:.3g} s") from None
         except Refusal:
@@ -159,9 +170,6 @@ class Bodies:
                 with suppress(asyncio.TimeoutError):
                     await _discard(request)
             raise
-        finally:
-            self._held -= size
-        return b"".join(parts)
 
 
 async def _next(request: Request, ends: float) -> tuple[bytes, bool]:

@@ -34,8 +34,11 @@ class Limits:
 
     @property
     def bytes_held(self) -> int:
-        """The most bytes that bodies may have together while they are read."""
-        return 8 * self.request_bytes
+        """The most bytes that the bodies of all requests may have, from the first byte to the answer.
+
+        The queue is limited in rows, which may be long: as token ids, they take about seven times as many bytes.
+        """
+        return 32 * self.request_bytes
 
 
 def is_local(host: str) -> bool:

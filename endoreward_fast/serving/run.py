@@ -100,8 +100,8 @@ def serve(
     metrics, local = Metrics(), Local()
     app = create_app(local, limits=limits, token=token, metrics=metrics)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, date_header=False, lifespan="off",
-        proxy_headers=False, timeout_keep_alive=75, http=Connection,
+        app, log_config=None, log_level="error", access_log=False, server_header=False, date_header=False,
+        lifespan="off", proxy_headers=False, timeout_keep_alive=75, http=Connection,
     )  # fmt: skip
     server = _Server(config, local)
 

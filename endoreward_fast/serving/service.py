@@ -4,6 +4,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +31,8 @@ OPTIONS = tuple(name for name in ScoreOptions.__dataclass_fields__ if name not i
 """what a request may set"""
 KEPT = 64
 """sets of options that are kept"""
+LARGE = 2**18
+"""letters and values of a request that is read apart from the others: 50,000 tokens, say"""
 MOST_REASONS = 100
 """reasons for missing scores that are written to the log"""
 PATHS = (*DIALECTS, MODEL, VOCABULARY)
@@ -98,7 +101,7 @@ class Service:
             if path == MODEL:
                 return Answer(200, self.about())
             if path == VOCABULARY:
-                return Answer(200, self.vocabulary())
+                return Answer(200, self.vocabulary)
             return await self._scored(DIALECTS[path], body)
         except Refusal as refusal:
             error: Exception = refusal
@@ -126,8 +129,9 @@ class Service:
             },
         }  # fmt: skip
 
+    @cached_property
     def vocabulary(self) -> dict[str, Any]:
-        """Return the tokenizer's tokens, so that a client can compare them with its own."""
+        """The tokenizer's tokens, which a client compares with its own."""
         tokenizer = self.scorer.tokenizer
         if tokenizer is None:
             raise Refusal(404, "the model has no tokenizer")
@@ -143,9 +147,10 @@ class Service:
         self.batcher.close(drop=drop)
 
     async def _scored(self, dialect: Dialect, body: Any) -> Answer:
-        ask = self._ask(dialect, body)
+        large = is_large(body)
+        ask = await asyncio.to_thread(self._ask, dialect, body) if large else self._ask(dialect, body)
         options = self._options(ask.options)
-        asked = self._submit(dialect, ask, options)
+        asked = self._submit(dialect, ask, options, large)
         try:
             results = await asyncio.wait_for(asyncio.wrap_future(asked.future), self.limits.seconds)
         except asyncio.TimeoutError:
@@ -155,7 +160,8 @@ class Service:
             raise _elsewhere(closed) from None
         finally:
             self.batcher.cancel(asked)
-        answer = ask.answer(Scored(results, options, asked.tokens, self.served.names[0], self.served.weights))
+        scored = Scored(results, options, asked.tokens, self.served.names[0], self.served.weights)
+        answer = await asyncio.to_thread(ask.answer, scored) if large else ask.answer(scored)
         self.metrics.on_rows(answer.scored, answer.unscored)
         self._log(answer.reasons)
         return answer
@@ -207,7 +213,7 @@ class Service:
             options["max_length"] = most
         return ScoreOptions.of(options)
 
-    def _submit(self, dialect: Dialect, ask: Ask, options: ScoreOptions) -> Asked:
+    def _submit(self, dialect: Dialect, ask: Ask, options: ScoreOptions, large: bool) -> Asked:
         most = self.limits.tokens
 
         def too_many(tokens: int) -> Refusal:
@@ -222,7 +228,7 @@ class Service:
             return rows
 
         try:
-            return self.batcher.submit(ask.rows, read, options, most, too_many)
+            return self.batcher.submit(ask.rows, read, options, most, too_many, large=large)
         except Full as full:
             said = f"{full}: ask again in {full.seconds} s"
             raise Refusal(dialect.when_full, said, **{"Retry-After": str(full.seconds)}) from None
@@ -237,6 +243,19 @@ class Service:
                 self._reasons.add(reason) if new else None
             if new:
                 LOG.warning("a completion has no reward: %s", reason)
+
+
+def is_large(body: Any) -> bool:
+    """Return whether a body has more than LARGE letters and values. Only so many are looked at."""
+    left, inner = LARGE, [body]
+    while inner and left > 0:
+        value = inner.pop()
+        left -= len(value) if isinstance(value, str | list | dict) else 1
+        if isinstance(value, dict):
+            inner += value.values()
+        elif isinstance(value, list) and left > 0:
+            inner += (one for one in value if isinstance(one, str | list | dict))
+    return left <= 0
 
 
 def _elsewhere(closed: Closed) -> Refusal:

@@ -315,7 +315,7 @@ def test_time_limits_of_body_and_answer(pocket):
 def test_bodies_that_are_being_read_have_a_common_limit(pocket):
     limits = Limits(request_bytes=1000, seconds=20)
     with serving(pocket, limits=limits) as (asker, _):
-        held = [half_open(asker.url) for _ in range(8)]
+        held = [half_open(asker.url) for _ in range(32)]
         try:
             for connection in held:
                 connection.sendall(head(999) + b" " * 998)
@@ -323,6 +323,27 @@ def test_bodies_that_are_being_read_have_a_common_limit(pocket):
         finally:
             [connection.close() for connection in held]
         until(lambda: asker.post("/v1/rewards", {"rows": [PAIR]}).status == 200)
+
+
+def test_bodies_count_until_they_are_answered(pocket):
+    body = json.dumps({"rows": [PAIR]}).encode() + b" " * 900
+    with serving(pocket, limits=Limits(request_bytes=1000, seconds=PATIENCE)) as (asker, _):
+        pocket.gate.clear()
+        statuses = []
+        threads = [
+            threading.Thread(target=lambda: statuses.append(asker.post("/v1/rewards", body).status)) for _ in range(40)
+        ]
+        [thread.start() for thread in threads]
+        until(lambda: len(statuses) >= 7)
+        assert set(statuses) == {503}
+        pocket.gate.set()
+        [thread.join(PATIENCE) for thread in threads]
+        assert statuses.count(200) == 40 - statuses.count(503) >= 30
+
+
+def test_errors_quote_only_the_beginning_of_what_is_long(server):
+    answer = server.post("/v1/rewards", {"rows": [{"x" * 5000: 1}], "model": None})
+    assert answer.status == 422 and len(answer.data) < 3000
 
 
 def test_a_bug_answers_500_and_says_nothing(pocket):

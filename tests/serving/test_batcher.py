@@ -226,3 +226,29 @@ def test_what_reading_raises_is_raised_by_the_request(pocket, open_batcher):
     with pytest.raises(ValueError, match="110 tokens"):
         many.future.result(PATIENCE)
     until(lambda: batcher.rows == 0)
+
+
+def test_large_requests_are_encoded_apart_from_the_others(pocket, open_batcher):
+    batcher, go_on = open_batcher(), threading.Event()
+
+    def read():
+        assert go_on.wait(PATIENCE)
+        return [SHORT]
+
+    large = [batcher.submit(1, read, ScoreOptions(), large=True) for _ in range(5)]
+    assert submit(batcher, [SHORT]).future.result(PATIENCE)[0].score is not None
+    go_on.set()
+    assert all(asked.future.result(PATIENCE)[0].score is not None for asked in large)
+
+
+def test_a_round_waits_for_the_clients_of_the_last_one_and_no_longer(pocket, open_batcher):
+    watch = Rounds()
+    batcher = open_batcher(watch=watch, window=PATIENCE, max_tokens=200)
+    [a.future.result(PATIENCE) for a in [submit(batcher, [row(50, n)]) for n in range(4)]]  # a full round does not wait
+    again = [submit(batcher, [row(20, n)]) for n in range(4)]
+    [a.future.result(PATIENCE / 2) for a in again]
+    alone = submit(batcher, [row(20, 5)])
+    until(lambda: batcher.tokens == 20)
+    assert not alone.over  # four were there before, so it may not be alone
+    batcher.cancel(alone)
+    assert watch.rows == [4, 4]

@@ -10,7 +10,7 @@ import pytest
 from batchers import SHORT, hold, until
 from endoreward_fast.remote.wire import REWARDS
 from endoreward_fast.serving.limits import Limits
-from endoreward_fast.serving.service import Served, Service
+from endoreward_fast.serving.service import Served, Service, is_large
 from served import PATIENCE
 
 TALK = [{"role": "user", "content": "2 + 3?"}, {"role": "assistant", "content": "5"}]
@@ -152,3 +152,19 @@ def test_nothing_is_kept_of_a_body(pocket, open_service, kind):
     finally:
         logging.disable(logging.NOTSET)
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("body", "large"),
+    [
+        ({"rows": [{"prompt_ids": list(range(1000)), "completion_ids": [1]}] * 64}, False),
+        ({"rows": [{"prompt": "x" * 300_000}]}, True),
+        ({"rows": [{"messages": [{"role": "user", "content": "x" * 100}] * 3000}]}, True),
+        ({"input": list(range(300_000))}, True),
+        ({str(n): 1 for n in range(300_000)}, True),
+        ([], False),
+        (5, False),
+    ],
+)
+def test_bodies_that_are_read_apart(body, large):
+    assert is_large(body) == large
