@@ -80,10 +80,9 @@ def _disassemble(tool: Path, cubin: bytes) -> tuple[list[str], int]:
 @pytest.fixture(scope="module")
 def compiled() -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.vocab.test_hopper_compiled"],
-        check=True, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    # As a file, because other packages install a package of the name `tests`.
+    done = subprocess.run([sys.executable, __file__], check=True, env=environment, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
