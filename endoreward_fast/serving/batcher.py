@@ -29,7 +29,7 @@ from .line import Asked, Line, Round, Waiting
 ENCODERS = 3
 """threads that tokenize. One more does so for large requests, which hold up each other and nobody else"""
 LONGEST_RETRY = 60
-SHARE = 0.05
+SHARE = 0.15
 """of the last round's time: how long the next one waits for clients to come back"""
 REGROW = 600
 """seconds after which batches that were halved, because memory ran out, may have twice as many tokens again"""
