@@ -30,6 +30,10 @@ Text = Optional[str]  # noqa: UP045  typer evaluates these at run time, also on 
 Count = Optional[int]  # noqa: UP045
 Switch = Optional[bool]  # noqa: UP045
 Share = Optional[float]  # noqa: UP045
+MaxLength = Annotated[Count, of_input(help="Maximum tokens of prompt plus completion. Default: the model's limit.")]
+Truncated = Annotated[
+    Text, of_input(help="Truncate rows that are too long: prompt or completion. Default: report them.")
+]
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,8 @@ UNRECORDED = ("output", "overwrite", "quiet", "strict", "model_by_default", "too
 class RowFlags(ModelFlags):
     """Further flags: how files are read and where results are written."""
 
-    max_length: Annotated[
-        Count, of_input(help="Maximum tokens of prompt plus completion. Default: the model's limit.")
-    ] = None
-    truncate: Annotated[
-        Text, of_input(help="Truncate rows that are too long: prompt or completion. Default: report them.")
-    ] = None
+    max_length: MaxLength = None
+    truncate: Truncated = None
     limit: Annotated[Count, of_input(help="Read only this many rows of each file.")] = None
     strict: Annotated[bool, of_input("--strict", help="Stop at the first row that cannot be scored.")] = False
     tools: Annotated[

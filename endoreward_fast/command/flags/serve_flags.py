@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from ...errors import EndoRewardError
-from .options import TRUNCATE, Count, ModelFlags, Text
-from .panels import of_input, of_limits, of_server
+from .options import TRUNCATE, MaxLength, ModelFlags, Text, Truncated
+from .panels import of_limits, of_server
 from .values import at_least_one, one_of
 
 MIB = 2**20
@@ -17,12 +17,8 @@ MIB = 2**20
 class ServeFlags(ModelFlags):
     """Further flags: where the server listens, who may ask, and how much."""
 
-    max_length: Annotated[
-        Count, of_input(help="Maximum tokens of prompt plus completion. Default: the model's limit.")
-    ] = None
-    truncate: Annotated[
-        Text, of_input(help="Truncate rows that are too long: prompt or completion. Default: report them.")
-    ] = None
+    max_length: MaxLength = None
+    truncate: Truncated = None
     host: Annotated[str, of_server(help="Address to listen on. Other than this machine's own, it needs a token.")] = (
         "127.0.0.1"
     )
